@@ -1,0 +1,55 @@
+"""pip install, with torch's CPU build where there is no NVIDIA driver and one can be had.
+
+Plain torch from PyPI for Linux is a CUDA build of about 5 GB with its libraries. On a machine
+without an NVIDIA driver this script adds PyTorch's CPU index, whose builds pip then prefers
+(2.13.0+cpu sorts above 2.13.0), if the index answers within a few seconds. Where it does not,
+or where a folder in PIP_FIND_LINKS already has a CPU build, pip runs as it was called.
+
+Used by tox as install_command: python .ci/pip_install.py OPTIONS PACKAGES
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+SECONDS = 4
+
+
+def has_nvidia_driver():
+    """Return whether CUDA's driver library can be loaded."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def has_local_cpu_build():
+    """Return whether a folder that pip searches already holds a CPU build of torch."""
+    folders = os.environ.get("PIP_FIND_LINKS", "").split()
+    return any(any(Path(folder).glob("torch-*+cpu-*.whl")) for folder in folders)
+
+
+def cpu_index_answers():
+    """Return whether PyTorch's CPU index answers quickly."""
+    try:
+        with urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=SECONDS) as answer:
+            return answer.status == 200
+    except (OSError, ValueError):
+        return False
+
+
+def extra_options():
+    """Return what to add to pip's options."""
+    if sys.platform != "linux" or has_nvidia_driver() or has_local_cpu_build():
+        return []
+    return ["--extra-index-url", CPU_INDEX] if cpu_index_answers() else []
+
+
+if __name__ == "__main__":
+    command = [sys.executable, "-m", "pip", "install", *extra_options(), *sys.argv[1:]]
+    sys.exit(subprocess.run(command, check=False).returncode)

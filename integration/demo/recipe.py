@@ -1,0 +1,200 @@
+"""A small real INT4 Llama and three adapters, made by compressed-tensors and PEFT themselves.
+
+They are made once and kept in a cache folder. The weights are random; the files are what the
+tools write for a model of any size.
+
+Source: ``ModelCompressor`` of compressed-tensors, ``get_peft_model`` of PEFT.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from compressed_tensors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+__all__ = [
+    "ADAPTERS",
+    "LLAMA",
+    "DemoFiles",
+    "cache_folder",
+    "make_adapter",
+    "make_model",
+    "prepare",
+]
+
+FOLDER = "demo-llama-w4a16-g128-1"  # the last number grows with the recipe
+
+LLAMA = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+
+# Ranks, targets and scalings differ: 2, 2/3 (which no binary float holds) and 5 / sqrt(5).
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "a": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "b": {"r": 12, "lora_alpha": 8, "target_modules": "all-linear"},
+    "c": {
+        "r": 5,
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+    },
+}
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    """Where the demo's model and adapters are.
+
+    Args:
+        model: the checkpoint's folder.
+        adapters: the folder of each adapter, by name.
+    """
+
+    model: Path
+    adapters: Mapping[str, Path]
+
+
+def cache_folder() -> Path:
+    """Return where the demo keeps its files: ``$XDG_CACHE_HOME/int4-lora`` or ``~/.cache/...``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int4-lora"
+
+
+def prepare(cache: Path) -> DemoFiles:
+    """Return the demo's files, made first where the cache has none.
+
+    They are made beside their place and renamed, so that a run that was stopped leaves nothing
+    that looks whole, and of two runs at once one wins.
+
+    Args:
+        cache: the cache folder; it is made if it is missing.
+
+    Returns:
+        The folders of the model and the adapters.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    folder = cache / FOLDER
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f"{FOLDER}.", dir=cache))
+        try:
+            make_model(made / "model", LLAMA, WEIGHTS)
+            for name, settings in ADAPTERS.items():
+                make_adapter(made / name, LLAMA, name, settings)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another run was first
+                    raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return DemoFiles(folder / "model", {name: folder / name for name in ADAPTERS})
+
+
+@torch.no_grad()
+def make_model(folder: Path, llama: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Make a random Llama, quantise its linear layers but lm_head, and save the checkpoint.
+
+    Args:
+        folder: where to save it.
+        llama: arguments of transformers' ``LlamaConfig``.
+        weights: arguments of compressed-tensors' ``QuantizationArgs``.
+    """
+    model = _dense_model(llama)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    apply_quantization_config(
+        model,
+        QuantizationConfig(
+            config_groups={"group_0": scheme},
+            ignore=["lm_head"],
+            quantization_status=QuantizationStatus.FROZEN,
+        ),
+    )
+    for name, module in model.named_modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            _calibrate(name, module)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(str(folder))
+    compressor.update_config(str(folder))
+
+
+def _dense_model(llama: Mapping[str, Any]) -> Any:
+    """Return a random Llama whose rows have offsets, which make zero-points matter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(LlamaConfig(**llama))
+        model = model.to(torch.bfloat16).eval()
+        for name, weight in model.named_parameters():
+            if name.endswith("proj.weight"):
+                offsets = 0.02 * torch.randn(weight.shape[0], 1)
+                weight.data.add_(offsets.to(weight.dtype))
+    return model
+
+
+def _calibrate(name: str, module: Any) -> None:
+    """Set scale and zero-point from the extremes of each group, as a data-free observer does."""
+    args = module.quantization_scheme.weights
+    weight = module.weight.data
+    if hasattr(module, "weight_g_idx"):
+        g_idx = _activation_order(name, weight.shape[1], args.group_size)
+        module.weight_g_idx.data.copy_(g_idx)
+        weight = weight[:, torch.argsort(g_idx, stable=True)]
+    columns = args.group_size or weight.shape[1]
+    groups = weight.reshape(len(weight), -1, columns)  # [out, groups, columns]
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    module.weight_scale.data.copy_(scale)
+    if hasattr(module, "weight_zero_point"):
+        module.weight_zero_point.data.copy_(zero_point)
+
+
+def _activation_order(name: str, columns: int, group_size: int) -> Tensor:
+    """Return the groups that some activation order would give, different in every module."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    order = torch.randperm(columns, generator=generator)
+    return (torch.argsort(order) // group_size).to(torch.int32)
+
+
+def make_adapter(
+    folder: Path, llama: Mapping[str, Any], name: str, settings: Mapping[str, Any]
+) -> None:
+    """Make a random adapter, B included, and save it as PEFT does.
+
+    Args:
+        folder: where to save it.
+        llama: arguments of the base's ``LlamaConfig``.
+        name: seeds the adapter.
+        settings: arguments of PEFT's ``LoraConfig``.
+    """
+    model = _dense_model(llama)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sum(name.encode()))
+        config = peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+        peft.get_peft_model(model, config).save_pretrained(str(folder), save_embedding_layers=False)

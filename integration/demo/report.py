@@ -1,0 +1,76 @@
+"""What a demo run found, as a table or as JSON.
+
+Source: the rules are those of ``findings``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from int4_lora.integration.demo.findings import FLOAT64_LIMIT, Comparison
+
+__all__ = ["as_json", "print_comparison"]
+
+MEBIBYTE = 2**20
+
+
+def print_comparison(console: Console, found: Comparison) -> None:
+    """Print one table for agreement, and one for bytes and time."""
+    console.print(_agreement(found))
+    console.print(
+        f"{found.linears} quantised linears, {found.elements:,} outputs: the worst error is "
+        f"{found.worst_of_bound:.3f} of error_bound (right up to 1)"
+    )
+    console.print(_bytes_and_time(found))
+    verdict = "right: every rule holds" if found.right else "WRONG: a rule is broken"
+    console.print(verdict, style="green" if found.right else "red")
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Return everything the tables show, as plain numbers and strings."""
+    plain: dict[str, Any] = {name: value for name, value in vars(found).items() if name != "rows"}
+    rows = [{**vars(row), "right": row.right} for row in found.rows]
+    return {"right": found.right, "rows": rows, **plain}
+
+
+def _agreement(found: Comparison) -> Table:
+    table = Table(title="One mixed batch against transformers + PEFT, each row alone")
+    table.add_column("row")
+    table.add_column(f"float64 error\n(<= {FLOAT64_LIMIT:.0e})", justify="right")
+    for title in (f"{found.dtype} rms error\nreference", "\ntransformers + PEFT", "\nallowed"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for row in found.rows:
+        table.add_row(
+            row.adapter,
+            f"{row.float64_error:.1e}",
+            f"{row.ours:.2e}",
+            f"{row.theirs:.2e}",
+            f"{2 * row.theirs + row.floor:.2e}",
+            "right" if row.right else "[red]WRONG[/red]",
+        )
+    return table
+
+
+def _bytes_and_time(found: Comparison) -> Table:
+    table = Table(title="Bytes and time (the reference is written to be read, not to be fast)")
+    table.add_column("")
+    for title in ("reference, INT4", f"transformers + PEFT, {found.dtype}", "ratio"):
+        table.add_column(title, justify="right")
+    table.add_row(
+        "quantised weights",
+        f"{found.packed_bytes / MEBIBYTE:.2f} MiB",
+        f"{found.dense_bytes / MEBIBYTE:.2f} MiB",
+        f"{found.dense_bytes / found.packed_bytes:.2f}x smaller",
+    )
+    table.add_row("adapters", f"{found.adapter_bytes / MEBIBYTE:.2f} MiB", "the same", "")
+    table.add_row(
+        "forward, all rows",
+        f"{found.our_seconds:.2f} s",
+        f"{found.their_seconds:.2f} s",
+        f"{found.our_seconds / found.their_seconds:.2f}x the time",
+    )
+    return table

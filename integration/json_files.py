@@ -1,0 +1,33 @@
+"""JSON files that hold one object, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_json_object"]
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is not UTF-8, not JSON, or not an object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: the top level must be an object, got {type(value).__name__}")
+    return value

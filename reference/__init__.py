@@ -1,0 +1,35 @@
+"""The ground truth: INT4 weights and LoRA adapters, defined in eager PyTorch.
+
+It imports torch and the standard library only, takes float64 operands, and is written to be
+read: start at ``linear.py``, whose docstring is the definition.
+
+Source: ``docs/format.md`` for the bits, ``docs/numerics.md`` for the roundings.
+"""
+
+from int4_lora.reference.bounds import error_bound
+from int4_lora.reference.dequantization import dequantize
+from int4_lora.reference.linear import int4_linear, int4_lora_linear
+from int4_lora.reference.lora import expand, shrink
+from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
+from int4_lora.reference.merging import MergeCost, merge, merge_quantized
+from int4_lora.reference.packed_weight import PackedWeight
+from int4_lora.reference.packing import pack, unpack
+from int4_lora.reference.quantization import quantize
+
+__all__ = [
+    "LoRASlice",
+    "LoRAStack",
+    "MergeCost",
+    "PackedWeight",
+    "dequantize",
+    "error_bound",
+    "expand",
+    "int4_linear",
+    "int4_lora_linear",
+    "merge",
+    "merge_quantized",
+    "pack",
+    "quantize",
+    "shrink",
+    "unpack",
+]

@@ -1,0 +1,97 @@
+"""From codes to weights: w = (q - z) * s, rounded once.
+
+Every strategy is one rule. Row i of the weight has row i' of the scale table, column j has
+column j' of it, and the pair picks the scale and the zero-point:
+
+========  =========  ====================
+strategy  i'         j'
+========  =========  ====================
+tensor    0          0
+channel   i          0
+group     i          j // g, or g_idx[j]
+block     i // rows  j // columns
+========  =========  ====================
+
+Source: ``compressed_tensors/quantization/lifecycle/forward.py``; the single rounding was
+checked against it over every float16 and bfloat16 scale (``tests/test_upstream.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference.checks import X_DTYPES
+from int4_lora.reference.packed_weight import PackedWeight
+from int4_lora.reference.packing import unpack
+
+__all__ = ["centred_codes", "dequantize", "scale_columns", "scale_of_each_weight", "scale_rows"]
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the dense weight ``w[i, j] = RN((q[i, j] - z[i', j']) * s[i', j'])``.
+
+    RN rounds to nearest even in the dtype of the scale: one rounding, since q - z is a small
+    integer and exact. Signs of zero, infinities and NaN follow from the multiplication.
+
+    Args:
+        weight: the packed weight.
+        dtype: if given, the rounded weight is then cast to it.
+
+    Returns:
+        ``[out_features, in_features]`` in the scale's dtype, or ``dtype``.
+
+    Raises:
+        TypeError: ``weight`` is no PackedWeight, or ``dtype`` is not a float dtype.
+
+    Example:
+        >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
+        >>> dequantize(PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8)))
+        tensor([[-4.0000, -3.5000, -3.0000, -2.5000, -2.0000, -1.5000, -1.0000,  3.5000]])
+    """
+    if not isinstance(weight, PackedWeight):
+        raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
+    if dtype is not None and dtype not in X_DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    scale = scale_of_each_weight(weight)
+    dense = centred_codes(weight).to(scale.dtype) * scale
+    return dense if dtype is None else dense.to(dtype)
+
+
+def centred_codes(weight: PackedWeight) -> Tensor:
+    """Return ``q - z`` of every weight: int16 ``[out_features, in_features]``, exact."""
+    codes = unpack(weight.packed, weight.in_features, bits=weight.bits).to(torch.int16)
+    if weight.zero_point is None:
+        return codes
+    if weight.zero_point.dtype == torch.int32:
+        zero_point = unpack(weight.zero_point, weight.out_features, bits=weight.bits, dim=0)
+    else:
+        zero_point = weight.zero_point.reshape(-1, weight.scale.shape[-1])
+    rows, columns = scale_rows(weight), scale_columns(weight)
+    return codes - zero_point.to(torch.int16)[rows[:, None], columns]
+
+
+def scale_of_each_weight(weight: PackedWeight) -> Tensor:
+    """Return the scale of every weight: ``[out_features, in_features]``."""
+    table = weight.scale.reshape(-1, weight.scale.shape[-1])  # [1, 1] for one scale per tensor
+    return table[scale_rows(weight)[:, None], scale_columns(weight)]
+
+
+def scale_rows(weight: PackedWeight) -> Tensor:
+    """Return i', the row of the scale table for each output: int64 ``[out_features]``."""
+    rows = torch.arange(weight.out_features, device=weight.packed.device)
+    if weight.scale.ndim == 1:
+        return torch.zeros_like(rows)
+    if isinstance(weight.group_size, tuple):
+        return rows // weight.group_size[0]
+    return rows
+
+
+def scale_columns(weight: PackedWeight) -> Tensor:
+    """Return j', the column of the scale table for each input: int64 ``[in_features]``."""
+    if weight.g_idx is not None and not weight.column_order:
+        return weight.g_idx.to(torch.int64)
+    columns = torch.arange(weight.in_features, device=weight.packed.device)
+    if isinstance(weight.group_size, tuple):
+        return columns // weight.group_size[1]
+    return columns // (weight.in_features // weight.scale.shape[-1])

@@ -1,0 +1,198 @@
+"""The forward pass: an INT4 base weight, and an adapter for each token on top of it.
+
+y = RN_x( x W^T + scaling * (x A^T) B^T + bias )
+
+RN_x rounds once, to the dtype of x. Everything inside is summed in float32 (float64 when x is
+float64), the shrink included; W is the weight after its own single rounding.
+
+Source: the declared order of this project, ``docs/numerics.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference.checks import (
+    X_DTYPES,
+    check_adapter_ids,
+    check_dtype,
+    check_one_device,
+    check_shape,
+)
+from int4_lora.reference.dequantization import dequantize
+from int4_lora.reference.lora import accumulation_dtype, check_accumulates, expand, shrink
+from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
+from int4_lora.reference.packed_weight import PackedWeight
+
+__all__ = ["check_slices", "int4_linear", "int4_lora_linear"]
+
+
+def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Apply an INT4 linear layer: ``y = RN_x(x W^T + bias)``.
+
+    Args:
+        x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
+        weight: the packed base weight.
+        bias: ``[out_features]``, float, or None.
+
+    Returns:
+        ``[tokens, out_features]`` in the dtype of x.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape or device does not fit.
+
+    Example:
+        >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
+        >>> weight = PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8))
+        >>> int4_linear(torch.eye(8)[:2], weight)
+        tensor([[-4.0000],
+                [-3.5000]])
+
+    Source:
+        ``docs/numerics.md``.
+    """
+    return int4_lora_linear(x, weight, bias=bias)
+
+
+def int4_lora_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    lora: LoRAStack | Sequence[LoRASlice] | None = None,
+    adapter_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply an INT4 linear layer with an adapter for each token.
+
+    ``y = RN_x(x W^T + scaling * (x A^T) B^T + bias)``, with A, B and scaling of the token's own
+    adapter, and no such term for the id -1. Differentiable in x, and in a and b of the adapters.
+
+    Args:
+        x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
+        weight: the packed base weight.
+        lora: adapters of the whole output, or slices of it that do not overlap, or None.
+        adapter_ids: int32 or int64 ``[tokens]``, each in ``[-1, adapters)``; needed with ``lora``.
+        bias: ``[out_features]``, float, or None.
+
+    Returns:
+        ``[tokens, out_features]`` in the dtype of x.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape, value or device does not fit.
+
+    Example:
+        >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
+        >>> weight = PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8))
+        >>> lora = LoRAStack.stack([(torch.ones(1, 8), torch.ones(1, 1), 0.25)])
+        >>> int4_lora_linear(torch.ones(2, 8), weight, lora, torch.tensor([0, -1]))
+        tensor([[-12.],
+                [-14.]])
+
+    Source:
+        ``docs/numerics.md``; arXiv:2106.09685.
+    """
+    slices = check_slices(weight, lora)
+    ids = _check_operands(x, weight, slices, adapter_ids, bias)
+    accumulate = accumulation_dtype(x)
+    y = x.to(accumulate) @ dequantize(weight, accumulate).T  # [tokens, out_features]
+    for part in slices:
+        h = shrink(x, part.stack, ids)  # [tokens, rank]
+        y[:, part.start : part.stop] += expand(h, part.stack, ids)
+    if bias is not None:
+        y = y + bias.to(accumulate)
+    return y.to(x.dtype)
+
+
+def _as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, ...]:
+    """Return ``lora`` as slices: none, one that starts at 0, or those given.
+
+    Raises:
+        TypeError: ``lora`` is none of the three.
+        ValueError: the slices do not hold the same number of adapters.
+    """
+    if lora is None:
+        return ()
+    if isinstance(lora, LoRAStack):
+        return (LoRASlice(lora, start=0),)
+    if not isinstance(lora, Sequence):
+        raise TypeError(f"lora must be a LoRAStack or LoRASlices, got {type(lora).__name__}")
+    for index, part in enumerate(lora):
+        if not isinstance(part, LoRASlice):
+            found = type(part).__name__
+            raise TypeError(f"lora[{index}] must be a LoRASlice, got {found}")
+        if part.stack.adapters != lora[0].stack.adapters:
+            raise ValueError(
+                f"all slices must hold as many adapters: lora[0] has {lora[0].stack.adapters}, "
+                f"lora[{index}] has {part.stack.adapters}"
+            )
+    return tuple(lora)
+
+
+def check_slices(
+    weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice] | None
+) -> tuple[LoRASlice, ...]:
+    """Return ``lora`` as slices that fit ``weight``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: widths that do not fit, slices that overlap or leave the output.
+    """
+    if not isinstance(weight, PackedWeight):
+        raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
+    slices = _as_slices(lora)
+    for part in slices:
+        if part.stack.in_features != weight.in_features:
+            raise ValueError(
+                f"lora must have the in_features of weight, {weight.in_features}, "
+                f"got a of {list(part.stack.a.shape)}"
+            )
+        if part.stop > weight.out_features:
+            raise ValueError(
+                f"lora must write outputs of [0, {weight.out_features}), "
+                f"got [{part.start}, {part.stop})"
+            )
+    if isinstance(lora, LoRAStack) and lora.out_features != weight.out_features:
+        raise ValueError(
+            f"lora must have the out_features of weight, {weight.out_features}, "
+            f"got b of {list(lora.b.shape)}"
+        )
+    ordered = sorted(slices, key=lambda part: part.start)
+    for left, right in pairwise(ordered):
+        if right.start < left.stop:
+            raise ValueError(
+                f"slices must not overlap: [{left.start}, {left.stop}) and "
+                f"[{right.start}, {right.stop})"
+            )
+    return slices
+
+
+def _check_operands(
+    x: Tensor,
+    weight: PackedWeight,
+    slices: tuple[LoRASlice, ...],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Check what ``check_slices`` has not, and return the ids: -1 for all when none are given."""
+    check_dtype("x", x, X_DTYPES)
+    check_shape("x", x, (None, weight.in_features), "[tokens, in_features]")
+    check_one_device(
+        x=x, weight=weight.packed, lora=slices[0].stack.a if slices else None, bias=bias
+    )
+    for part in slices:
+        check_accumulates("a and b of lora", part.stack.a, x)
+    if bias is not None:
+        check_dtype("bias", bias, X_DTYPES)
+        check_shape("bias", bias, (weight.out_features,), "[out_features]")
+        check_accumulates("bias", bias, x)
+    if adapter_ids is None:
+        if slices:
+            raise ValueError("adapter_ids must be given with lora, got None")
+        return torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
+    check_adapter_ids(adapter_ids, x.shape[0], slices[0].stack.adapters if slices else 0)
+    return adapter_ids

@@ -1,0 +1,175 @@
+"""The adapters of one linear layer, and where in its output they write.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from int4_lora.reference.checks import (
+    X_DTYPES,
+    check_dtype,
+    check_one_device,
+    check_shape,
+)
+
+__all__ = ["LoRASlice", "LoRAStack"]
+
+SCALING_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAStack:
+    """Adapters of one linear layer, stacked so that an id chooses one.
+
+    Args:
+        a: ``[adapters, rank, in_features]``, float16, bfloat16, float32 or float64.
+        b: ``[adapters, out_features, rank]``, of the same dtype.
+        scaling: ``[adapters]``, alpha / rank of each, float32 or float64.
+
+    Raises:
+        TypeError: a field of the wrong dtype.
+        ValueError: a field of the wrong shape or device.
+
+    Example:
+        >>> one = (torch.ones(1, 8), torch.ones(4, 1), 2 / 3)
+        >>> two = (torch.ones(3, 8), torch.ones(4, 3), 1.0)
+        >>> stack = LoRAStack.stack([one, two])
+        >>> stack.adapters, stack.rank, stack.in_features, stack.out_features
+        (2, 3, 8, 4)
+
+    Source:
+        The layout of PEFT's ``lora_A`` and ``lora_B``, with the adapter as first dimension.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: Tensor
+
+    def __post_init__(self) -> None:
+        check_dtype("a", self.a, X_DTYPES)
+        check_dtype("b", self.b, (self.a.dtype,))
+        check_dtype("scaling", self.scaling, SCALING_DTYPES)
+        check_shape("a", self.a, (None, None, None), "[adapters, rank, in_features]")
+        if 0 in self.a.shape[1:]:
+            raise ValueError(
+                f"a must have rank and in_features of 1 or more, got {[*self.a.shape]}"
+            )
+        expected = (self.adapters, None, self.rank)
+        check_shape("b", self.b, expected, "[adapters, out_features, rank]")
+        check_shape("scaling", self.scaling, (self.adapters,), "[adapters]")
+        check_one_device(a=self.a, b=self.b, scaling=self.scaling)
+
+    @classmethod
+    def stack(cls, adapters: Iterable[tuple[Tensor, Tensor, float]]) -> LoRAStack:
+        """Stack adapters of one layer; smaller ranks are padded with zeros.
+
+        Args:
+            adapters: ``(a, b, scaling)`` of each: ``a [rank, in_features]``,
+                ``b [out_features, rank]`` of one dtype and device for all, and a number. The
+                scaling is kept in float64, so that 2/3 stays 2/3.
+
+        Raises:
+            TypeError: a member of the wrong type or dtype.
+            ValueError: no adapters, or shapes that do not fit; the message gives the index.
+        """
+        given = list(adapters)
+        if not given:
+            raise ValueError("adapters must not be empty: the shapes would be unknown")
+        first_a, first_b, _ = given[0]
+        check_dtype("a of adapter 0", first_a, X_DTYPES)
+        check_shape("a of adapter 0", first_a, (None, None), "[rank, in_features]")
+        check_dtype("b of adapter 0", first_b, (first_a.dtype,))
+        check_shape("b of adapter 0", first_b, (None, None), "[out_features, rank]")
+        for index, (a, b, scaling) in enumerate(given):
+            check_dtype(f"a of adapter {index}", a, (first_a.dtype,))
+            check_dtype(f"b of adapter {index}", b, (first_a.dtype,))
+            width = (None, first_a.shape[1])
+            check_shape(f"a of adapter {index}", a, width, "[rank, in_features]")
+            height = (first_b.shape[0], a.shape[0])
+            check_shape(f"b of adapter {index}", b, height, "[out_features, rank]")
+            check_one_device(**{"a of adapter 0": first_a, f"a of adapter {index}": a})
+            if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+                found = type(scaling).__name__
+                raise TypeError(f"scaling of adapter {index} must be a number, got {found}")
+        rank = max(a.shape[0] for a, _, _ in given)
+        return cls(
+            a=torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for a, _, _ in given]),
+            b=torch.stack([pad(b, (0, rank - b.shape[1])) for _, b, _ in given]),
+            scaling=torch.tensor(
+                [scaling for _, _, scaling in given], dtype=torch.float64, device=first_a.device
+            ),
+        )
+
+    @property
+    def adapters(self) -> int:
+        """How many adapters there are to choose from."""
+        return self.a.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The rank all adapters are padded to."""
+        return self.a.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of ``a``."""
+        return self.a.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of each ``b``."""
+        return self.b.shape[1]
+
+    def to(self, device: torch.device | str) -> LoRAStack:
+        """Return the same adapters with every tensor on ``device``."""
+        return dataclasses.replace(
+            self, a=self.a.to(device), b=self.b.to(device), scaling=self.scaling.to(device)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LoRASlice:
+    """Adapters that write the outputs ``[start, start + stack.out_features)`` of a wider layer.
+
+    Merged projections (qkv, gate_up) are one base weight whose parts have adapters of their own.
+
+    Args:
+        stack: the adapters of this part.
+        start: the first output they write.
+
+    Raises:
+        TypeError: ``stack`` is no LoRAStack, or ``start`` is not an int.
+        ValueError: ``start`` is negative.
+
+    Example:
+        >>> stack = LoRAStack.stack([(torch.ones(1, 8), torch.ones(4, 1), 1.0)])
+        >>> LoRASlice(stack, start=4).stop
+        8
+
+    Source:
+        ``vllm/lora/layers/column_parallel_linear.py``, ``output_slices``.
+    """
+
+    stack: LoRAStack
+    start: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stack, LoRAStack):
+            raise TypeError(f"stack must be a LoRAStack, got {type(self.stack).__name__}")
+        if type(self.start) is not int:
+            raise TypeError(f"start must be an int, got {type(self.start).__name__}")
+        if self.start < 0:
+            raise ValueError(f"start must not be negative, got {self.start}")
+
+    @property
+    def stop(self) -> int:
+        """One past the last output that is written."""
+        return self.start + self.stack.out_features

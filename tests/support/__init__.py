@@ -1,0 +1,1 @@
+"""What several test files share: weights of every format, and an independent second opinion."""

@@ -1,0 +1,147 @@
+"""Faults planted in a copy of the reference: each must make a test of this suite fail.
+
+The faults are those that INT4 + LoRA code in the field has had. A fault that no test notices is
+a hole in the suite, whatever its coverage says.
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PACKAGES = ["int4_lora", "int4_lora.reference"]
+
+DEQUANTIZATION = ["test_dequantization.py", "lora/test_int4_unpacking.py"]
+
+# name: (module, {right: wrong}, test files that must notice)
+MUTANTS = {
+    "nibble_order": (
+        "packing",
+        {
+            "(32 // bits, dtype=torch.int32, device=packed.device)": (
+                "(32 // bits, dtype=torch.int32, device=packed.device).flip(0)"
+            ),
+            "(per_word, dtype=torch.int32, device=codes.device)": (
+                "(per_word, dtype=torch.int32, device=codes.device).flip(0)"
+            ),
+        },
+        ["test_packing.py"],
+    ),
+    "offset": ("packing", {":size] + low)": ":size] + low + 1)"}, ["test_packing.py"]),
+    "missing_mask": ("packing", {" & (2**bits - 1)": ""}, ["test_packing.py"]),
+    "zero_point_sign": (
+        "dequantization",
+        {"return codes - zero_point": "return codes + zero_point"},
+        DEQUANTIZATION,
+    ),
+    "zero_point_axis": (
+        "dequantization",
+        {"bits=weight.bits, dim=0)": "bits=weight.bits, dim=0).T.reshape(weight.out_features, -1)"},
+        DEQUANTIZATION,
+    ),
+    "g_idx_ignored": (
+        "dequantization",
+        {"if weight.g_idx is not None and not weight.column_order:": "if False:"},
+        DEQUANTIZATION,
+    ),
+    "groups_reversed": (
+        "dequantization",
+        {"columns // (weight.in": "columns.flip(0) // (weight.in"},
+        DEQUANTIZATION,
+    ),
+    "g_idx_column_order": (
+        "dequantization",
+        {"weight.g_idx.to(torch.int64)": "weight.g_idx.to(torch.int64).sort().values"},
+        DEQUANTIZATION,
+    ),
+    "round_before_subtract": (
+        "dequantization",
+        {
+            "    dense = centred_codes(weight).to(scale.dtype) * scale\n": (
+                "    codes = unpack(weight.packed, weight.in_features, bits=weight.bits)\n"
+                "    zero_point = codes.to(torch.int16) - centred_codes(weight)\n"
+                "    dense = codes.to(scale.dtype) * scale - zero_point.to(scale.dtype) * scale\n"
+            )
+        },
+        DEQUANTIZATION,
+    ),
+    "tail_lost": (
+        "dequantization",
+        {
+            "    return dense if dtype is None": (
+                "    dense[:, weight.in_features // 8 * 8 :] = 0\n    return dense if dtype is None"
+            )
+        },
+        DEQUANTIZATION,
+    ),
+    "adapter_minus_one_indexed": (
+        "lora",
+        {"(adapter_ids == adapter)": "(adapter_ids % lora.adapters == adapter)"},
+        ["test_lora.py"],
+    ),
+    "scaling_missing": ("lora", {"scaling * (h.to": "(h.to"}, ["test_lora.py"]),
+    "scaling_twice": ("lora", {"scaling * (h.to": "scaling * scaling * (h.to"}, ["test_lora.py"]),
+    "slices_swapped": (
+        "linear",
+        {
+            "for part in slices:\n        h =": (
+                "for part, at in zip(slices, slices[::-1]):\n        h ="
+            ),
+            "y[:, part.start : part.stop]": ("y[:, at.start : at.start + part.stack.out_features]"),
+        },
+        ["test_linear.py"],
+    ),
+}
+
+
+def plant(folder, module="", changes=None):
+    """Copy the installed package into ``folder`` and change one module of its reference."""
+    for package in PACKAGES:
+        source = Path(importlib.import_module(package).__file__).parent
+        target = folder.joinpath(*package.split("."))
+        target.mkdir(parents=True)
+        for file in source.glob("*.py"):
+            shutil.copy(file, target)
+    for right, wrong in (changes or {}).items():
+        file = folder / "int4_lora" / "reference" / f"{module}.py"
+        text = file.read_text()
+        assert right in text, f"{module}.py no longer holds {right!r}: mend this mutant"
+        file.write_text(text.replace(right, wrong))
+
+
+def run(folder, *arguments):
+    """Run Python with the planted package in front of the installed one."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+
+
+def run_tests(folder, files):
+    options = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not Compiled"]
+    return run(folder, *options, *(str(TESTS / file) for file in files))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_fault_fails_a_test(tmp_path, name):
+    module, changes, files = MUTANTS[name]
+    plant(tmp_path, module, changes)
+    result = run_tests(tmp_path, files)
+    assert result.returncode == 1, f"no test noticed {name}:\n{result.stdout}{result.stderr}"
+    assert "SyntaxError" not in result.stdout
+    assert "NameError" not in result.stdout
+
+
+def test_the_copy_is_what_runs_and_passes_when_nothing_is_planted(tmp_path):
+    plant(tmp_path)
+    where = run(tmp_path, "-c", "import int4_lora.reference as r; print(r.__file__)").stdout
+    assert Path(where.strip()).is_relative_to(tmp_path)
+    files = sorted({file for _, _, files in MUTANTS.values() for file in files})
+    result = run_tests(tmp_path, files)
+    assert result.returncode == 0, result.stdout + result.stderr
