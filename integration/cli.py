@@ -8,6 +8,7 @@ Source: ``docs/commands.md``.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -111,6 +112,7 @@ def _named_folders(adapters: list[str]) -> dict[str, Path]:
 
 def _quiet() -> None:
     """Silence what transformers and PEFT print while they build models from local files."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", module=r"(transformers|peft|compressed_tensors)\b")
     from transformers.utils import logging
 

@@ -58,8 +58,8 @@ def quantize(
 
     Example:
         >>> packed = quantize(torch.tensor([[7.5, -3.0, 1.0, 0.0]]), group_size=None)
-        >>> packed.scale.item(), unpack(packed.packed, 4).tolist()
-        (1.0, [[7, -3, 1, 0]])
+        >>> packed.scale.item(), hex(packed.packed.item())  # 7, -3, 1, 0, each plus 8
+        (1.0, '0x895f')
 
     Source:
         The module's docstring gives the order and the arithmetic.

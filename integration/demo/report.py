@@ -40,8 +40,8 @@ def _agreement(found: Comparison) -> Table:
     table = Table(title="One mixed batch against transformers + PEFT, each row alone")
     table.add_column("row")
     table.add_column(f"float64 error\n(<= {FLOAT64_LIMIT:.0e})", justify="right")
-    for title in (f"{found.dtype} rms error\nreference", "\ntransformers + PEFT", "\nallowed"):
-        table.add_column(title, justify="right")
+    for title in ("reference", "HF + PEFT", "allowed"):
+        table.add_column(f"{found.dtype} rms\n{title}", justify="right")
     table.add_column("")
     for row in found.rows:
         table.add_row(
@@ -56,9 +56,9 @@ def _agreement(found: Comparison) -> Table:
 
 
 def _bytes_and_time(found: Comparison) -> Table:
-    table = Table(title="Bytes and time (the reference is written to be read, not to be fast)")
+    table = Table(title="Bytes and time: the reference is not made to be fast")
     table.add_column("")
-    for title in ("reference, INT4", f"transformers + PEFT, {found.dtype}", "ratio"):
+    for title in ("reference\nINT4", f"HF + PEFT\n{found.dtype}", "ratio"):
         table.add_column(title, justify="right")
     table.add_row(
         "quantised weights",
