@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PIN = "torch=="
 SECONDS = 4
 
 
@@ -28,10 +29,11 @@ def has_nvidia_driver():
     return True
 
 
-def has_local_cpu_build():
-    """Return whether a folder that pip searches already holds a CPU build of torch."""
+def has_local_cpu_build(version):
+    """Return whether a folder that pip searches holds this torch, built for CPUs."""
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     folders = os.environ.get("PIP_FIND_LINKS", "").split()
-    return any(any(Path(folder).glob("torch-*+cpu-*.whl")) for folder in folders)
+    return any(any(Path(folder).glob(f"torch-{version}+cpu-{python}-*.whl")) for folder in folders)
 
 
 def cpu_index_answers():
@@ -43,13 +45,17 @@ def cpu_index_answers():
         return False
 
 
-def extra_options():
-    """Return what to add to pip's options."""
-    if sys.platform != "linux" or has_nvidia_driver() or has_local_cpu_build():
+def extra_options(arguments):
+    """Return what to add to pip's options when it is to install ``arguments``."""
+    versions = [word.removeprefix(PIN) for word in arguments if word.startswith(PIN)]
+    if not versions or sys.platform != "linux" or has_nvidia_driver():
         return []
-    return ["--extra-index-url", CPU_INDEX] if cpu_index_answers() else []
+    if has_local_cpu_build(versions[0]) or not cpu_index_answers():
+        return []
+    return ["--extra-index-url", CPU_INDEX]
 
 
 if __name__ == "__main__":
-    command = [sys.executable, "-m", "pip", "install", *extra_options(), *sys.argv[1:]]
+    options = extra_options(sys.argv[1:])
+    command = [sys.executable, "-m", "pip", "install", *options, *sys.argv[1:]]
     sys.exit(subprocess.run(command, check=False).returncode)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -185,13 +185,30 @@ def _check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{file}: {option} = {config[option]!r} is not plain LoRA")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias must be 'none', got {config['bias']!r}")
-    for option in ("r", "lora_alpha"):
-        value = config.get(option)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{file}: {option} must be a number, got {value!r}")
-    for option in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(option) or {}, dict):
-            raise ValueError(f"{file}: {option} must be an object, got {config[option]!r}")
+    for option, patterns, right in (
+        ("r", "rank_pattern", _is_rank),
+        ("lora_alpha", "alpha_pattern", _is_finite),
+    ):
+        by_pattern = config.get(patterns) or {}
+        if not isinstance(by_pattern, dict):
+            raise ValueError(f"{file}: {patterns} must be an object, got {by_pattern!r}")
+        for pattern, value in {None: config.get(option), **by_pattern}.items():
+            name = option if pattern is None else f"{patterns}[{pattern!r}]"
+            if not right(value):
+                rule = "a positive whole number" if right is _is_rank else "a finite number"
+                raise ValueError(f"{file}: {name} must be {rule}, got {value!r}")
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise ValueError(f"{file}: {name}: {error}") from error
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast("float", value))
 
 
 def _read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,6 @@ Source: ``docs/commands.md``.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -87,7 +86,11 @@ def demo(
                 dtype=getattr(torch, dtype.value),
                 say=status.update,
             )
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except ImportError as error:
+        hint = "pip install 'int4-lora[checkpoints,hf]'"
+        errors.print(f"int4-lora demo: {error}; {hint}", style="red", markup=False)
+        raise typer.Exit(2) from error
+    except (OSError, TypeError, ValueError) as error:
         errors.print(f"int4-lora demo: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
     if as_json:
@@ -112,7 +115,6 @@ def _named_folders(adapters: list[str]) -> dict[str, Path]:
 
 def _quiet() -> None:
     """Silence what transformers and PEFT print while they build models from local files."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", module=r"(transformers|peft|compressed_tensors)\b")
     from transformers.utils import logging
 

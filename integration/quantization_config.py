@@ -100,7 +100,12 @@ def _group_of(file: Path, module: str, targets: Mapping[str, list[str]]) -> str:
         return target == module
 
     def pattern(target: str) -> bool:
-        return target.startswith("re:") and bool(re.match(target.removeprefix("re:"), module))
+        if not target.startswith("re:"):
+            return False
+        try:
+            return bool(re.match(target.removeprefix("re:"), module))
+        except re.error as error:
+            raise ValueError(f"{file}: config_groups: target {target!r}: {error}") from error
 
     def class_name(target: str) -> bool:
         return target in CLASS_TARGETS

@@ -129,6 +129,8 @@ BAD_CONFIGS = [
      lambda c, q: q["config_groups"]["group_0"].update(format="float-quantized")),
     ("weights must be int of 4 or 8 bits, got int of 3", weights(num_bits=3)),
     ("weights must be int of 4 or 8 bits, got float of 4", weights(type="float")),
+    (r"config_groups: target 're:\(': missing \)",
+     lambda c, q: q["config_groups"]["group_0"].update(targets=["re:("])),
     ("no config group targets it",
      lambda c, q: q["config_groups"]["group_0"].update(targets=["Conv"])),
 ]  # fmt: skip
