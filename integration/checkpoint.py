@@ -6,45 +6,58 @@ Source: the ``pack-quantized`` format of compressed-tensors; ``docs/format.md``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from int4_lora.integration.json_files import read_json_object
-from int4_lora.integration.quantization_config import Scheme, check_strategy, read_schemes
+from int4_lora.integration.quantization_config import (
+    PACKED_FORMAT,
+    Scheme,
+    check_strategy,
+    read_schemes,
+)
+from int4_lora.integration.safetensors_files import (
+    StoredTensor,
+    inside,
+    read_model_headers,
+    read_tensor,
+)
 from int4_lora.reference import PackedWeight
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
-PACKED = ".weight_packed"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+# A quantised module has at least one of these; which of the two is missing tells its format.
+MARKS = (".weight_packed", ".weight_scale")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: where each tensor is and how each module is quantised.
+    """An open checkpoint: what each tensor is and how each module is quantised.
 
     Args:
         path: the checkpoint's folder.
         config: the whole ``config.json``.
-        files: the safetensors file of each tensor, by the tensor's name.
+        tensors: file, dtype and shape of every tensor, by the tensor's name.
         schemes: how each quantised module is stored, by the module's name.
     """
 
     path: Path
     config: Mapping[str, Any]
-    files: Mapping[str, Path]
+    tensors: Mapping[str, StoredTensor]
     schemes: Mapping[str, Scheme]
 
     def modules(self) -> list[str]:
         """Return the names of the quantised modules, in the order of the checkpoint."""
         return list(self.schemes)
+
+    def is_packed(self, name: str) -> bool:
+        """Return whether ``packed_weight`` takes a module: 4 or 8 bits, pack-quantized."""
+        scheme = self.schemes[name]
+        return (scheme.format, scheme.kind) == (PACKED_FORMAT, "int") and scheme.bits in (4, 8)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -58,11 +71,9 @@ class Checkpoint:
         Raises:
             ValueError: no such tensor, or a file that cannot be read.
         """
-        if name not in self.files:
+        if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor named {name!r}")
-        with _opened(self.files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return read_tensor(self.tensors[name], name)
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Read the packed weight of one quantised module.
@@ -75,34 +86,28 @@ class Checkpoint:
 
         Raises:
             TypeError: a tensor of the wrong dtype.
-            ValueError: no such module, a tensor that is missing, or one that contradicts the
-                others or the config; the message names file, module and rule.
+            ValueError: no such module, a module in another format, a tensor that is missing, or
+                one that contradicts the others or the config; the message names file, module and
+                rule.
         """
         if name not in self.schemes:
             raise ValueError(f"{self.path}: no quantised module named {name!r}")
         scheme = self.schemes[name]
-        where = f"{self.files[f'{name}.weight_packed']}: {name}"
-        for part, rule in (
-            ("weight_scale", "of a quantised module"),
-            ("weight_shape", "of a packed module"),
-            *((("weight_zero_point", "of an asymmetric module"),) if not scheme.symmetric else ()),
-        ):
-            if f"{name}.{part}" not in self.files:
-                raise ValueError(f"{where}: {part} {rule} is missing")
-        if scheme.symmetric and f"{name}.weight_zero_point" in self.files:
-            raise ValueError(f"{where}: weight_zero_point is stored, but the config says symmetric")
-
-        def optional(part: str) -> Tensor | None:
-            return self.tensor(f"{name}.{part}") if f"{name}.{part}" in self.files else None
-
-        shape = self.tensor(f"{name}.weight_shape")
+        first = next(mark for mark in MARKS if name + mark in self.tensors)
+        where = f"{self.tensors[name + first].file}: {name}"
+        if not self.is_packed(name):
+            raise ValueError(
+                f"{where}: is {scheme.format} ({scheme.kind}, {scheme.bits} bits), "
+                f"not {PACKED_FORMAT} of int, 4 or 8 bits"
+            )
+        self._check_parts(where, name, scheme)
         try:
             weight = PackedWeight(
                 packed=self.tensor(f"{name}.weight_packed"),
                 scale=self.tensor(f"{name}.weight_scale"),
-                shape=tuple(shape.tolist()),
-                zero_point=optional("weight_zero_point"),
-                g_idx=optional("weight_g_idx"),
+                shape=tuple(self.tensor(f"{name}.weight_shape").tolist()),
+                zero_point=self._optional(f"{name}.weight_zero_point"),
+                g_idx=self._optional(f"{name}.weight_g_idx"),
                 group_size=scheme.group_size,
                 bits=scheme.bits,
             )
@@ -110,6 +115,23 @@ class Checkpoint:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
         return weight
+
+    def _check_parts(self, where: str, name: str, scheme: Scheme) -> None:
+        needed = {"weight_packed": "a packed", "weight_scale": "a quantised"}
+        needed["weight_shape"] = "a packed"
+        if not scheme.symmetric:
+            needed["weight_zero_point"] = "an asymmetric"
+        elif f"{name}.weight_zero_point" in self.tensors:
+            raise ValueError(f"{where}: weight_zero_point is stored, but the config says symmetric")
+        for part, kind in needed.items():
+            if f"{name}.{part}" not in self.tensors:
+                raise ValueError(f"{where}: {part} of {kind} module is missing")
+        shape = self.tensors[f"{name}.weight_shape"].shape
+        if tuple(shape) != (2,):
+            raise ValueError(f"{where}: weight_shape must be int64 [2], got {list(shape)}")
+
+    def _optional(self, name: str) -> Tensor | None:
+        return self.tensor(name) if name in self.tensors else None
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -124,7 +146,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         FileNotFoundError: the folder, or a file it must have, is not there.
         ImportError: compressed-tensors, which parses the config, is not installed.
-        ValueError: a file that cannot be read, or a quantisation this package does not take.
+        ValueError: a file that cannot be read or is outside the folder, or a quantisation that
+            is not compressed-tensors'.
 
     Example:
         >>> checkpoint = open_checkpoint("my-model-W4A16")  # doctest: +SKIP
@@ -136,53 +159,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with a checkpoint")
-    config = read_json_object(folder / "config.json")
-    files = _tensor_files(folder)
-    packed = [name.removesuffix(PACKED) for name in files if name.endswith(PACKED)]
-    if not packed:
+    file = inside(folder, "config.json")
+    config = read_json_object(file)
+    tensors = read_model_headers(folder)
+    quantised = dict.fromkeys(
+        name.removesuffix(mark) for name in tensors for mark in MARKS if name.endswith(mark)
+    )
+    if not quantised:
         raise ValueError(f"{folder}: no tensor named *.weight_packed: not a packed checkpoint")
-    return Checkpoint(folder, config, files, read_schemes(folder / "config.json", config, packed))
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; what it or the disk cannot give becomes a ValueError."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor."""
-    single = folder / SINGLE_FILE
-    if single.is_file():
-        return dict.fromkeys(_names(single), single)
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names")
-    present = {shard: _names(_shard_file(index, shard)) for shard in set(weight_map.values())}
-    for name, shard in weight_map.items():
-        if name not in present[shard]:
-            raise ValueError(f"{index}: {name} is said to be in {shard}, which does not hold it")
-    return {name: folder / shard for name, shard in weight_map.items()}
-
-
-def _shard_file(index: Path, shard: str) -> Path:
-    file = index.parent / shard
-    if Path(shard).name != shard or shard in ("", ".", ".."):
-        raise ValueError(f"{index}: a shard must be a file name in the folder, got {shard!r}")
-    if not file.is_file():
-        raise FileNotFoundError(f"{index} names {shard}, which is not there")
-    return file
-
-
-def _names(file: Path) -> list[str]:
-    with _opened(file) as opened:
-        return list(opened.keys())
+    return Checkpoint(folder, config, tensors, read_schemes(file, config, quantised))

@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["read_json_object"]
 
+MOST_BYTES = 32 * 2**20
+
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file whose top level is an object.
@@ -20,13 +22,16 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: it is not UTF-8, not JSON, or not an object.
+        ValueError: it is not UTF-8, not JSON, not an object, or larger than 32 MiB.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there")
+    size = file.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{file}: {size} bytes are more than the {MOST_BYTES} that are read")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: the top level must be an object, got {type(value).__name__}")

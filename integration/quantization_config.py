@@ -1,25 +1,35 @@
 """How each module is quantised, from ``quantization_config`` in a checkpoint's config.json.
 
-compressed-tensors' own classes parse and validate it, so that what they accept is accepted here.
+What a weight's numbers mean has been written the same way since compressed-tensors 0.9; what
+surrounds it comes and goes. So only those fields are read, through compressed-tensors' own
+classes, and fields that the installed version does not know yet, or no longer takes, do not
+matter: an old version reads a new config, and a new one an old config.
 
-Source: ``compressed_tensors/quantization/quant_config.py`` and ``quant_scheme.py``.
+Source: ``compressed_tensors/quantization/quant_config.py`` and ``quant_scheme.py``, 0.9 to 0.20.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from int4_lora.reference import PackedWeight
 
-__all__ = ["Scheme", "check_strategy", "read_schemes"]
+__all__ = ["PACKED_FORMAT", "Scheme", "check_strategy", "read_schemes"]
 
 PACKED_FORMAT = "pack-quantized"
+METHOD = "compressed-tensors"
+CONFIG_KEYS = ("quantization_config", "compression_config")  # the second up to 0.9
+MEANING = ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic")
 CLASS_TARGETS = ("Linear", "Embedding")
+CONVERTERS = {
+    "awq": "convert it with AutoAWQConverter of compressed_tensors.entrypoints.convert",
+    "gptq": "quantise the dense model again with llm-compressor's GPTQModifier",
+}
 
 
 @dataclass(frozen=True)
@@ -27,120 +37,185 @@ class Scheme:
     """How one module's weight is stored.
 
     Args:
+        format: "pack-quantized", or another of compressed-tensors' formats.
+        kind: "int" or "float".
         bits: bits of a code.
         symmetric: whether there are no zero-points.
-        strategy: "tensor", "channel", "group" or "block".
+        strategy: "tensor", "channel", "group", "block", or a strategy of another format.
         group_size: as in ``PackedWeight``: columns, (rows, columns) of a block, or None.
+        actorder: what config.json says of the order of columns, "group" for one with g_idx.
         upstream: compressed-tensors' own ``QuantizationScheme``, for its own functions.
     """
 
+    format: str
+    kind: str
     bits: int
     symmetric: bool
     strategy: str
     group_size: int | tuple[int, int] | None
+    actorder: str | None
     upstream: Any
 
 
 def read_schemes(
     file: Path, config: Mapping[str, Any], modules: Iterable[str]
 ) -> dict[str, Scheme]:
-    """Return the scheme of each packed module.
+    """Return the scheme of each quantised module.
 
     An exact name among the targets of a group beats a regular expression, which beats a class.
 
     Args:
         file: config.json, for the messages.
         config: its content.
-        modules: the names of the modules that have a ``weight_packed``.
+        modules: the names of the modules whose tensors are quantised.
 
     Returns:
         The schemes by module name, in the order given.
 
     Raises:
         ImportError: compressed-tensors is not installed.
-        ValueError: no quantization_config, one of another method or format, or a module that no
-            group targets.
+        ValueError: no quantization_config, one of another method, or one that cannot be read, or
+            a module that no group targets.
     """
-    raw = config.get("quantization_config")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: quantization_config must be an object, got {raw!r}")
-    if raw.get("quant_method") != "compressed-tensors":
-        method = raw.get("quant_method")
-        raise ValueError(f"{file}: quant_method must be 'compressed-tensors', got {method!r}")
+    raw = _quantization(file, config)
+    groups = raw.get("config_groups")
+    if not isinstance(groups, dict):
+        raise ValueError(f"{file}: config_groups must be an object, got {groups!r}")
+    schemes: dict[str, Scheme] = {}
+    targets: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        where = f"{file}: config_groups.{name}"
+        scheme = _as_scheme(where, name, group, raw)
+        if scheme is not None:
+            schemes[name] = scheme
+            targets[name] = list(scheme.upstream.targets)
+    matches = _compiled(file, targets)
+    return {module: schemes[_group_of(file, module, matches)] for module in modules}
+
+
+def _quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of config.json that speaks of quantisation."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in CONFIG_KEYS:
+            if key not in part:
+                continue
+            raw = part[key]
+            if not isinstance(raw, dict):
+                raise ValueError(f"{file}: {key} must be an object, got {raw!r}")
+            method = raw.get("quant_method", METHOD if key == CONFIG_KEYS[1] else None)
+            if method != METHOD:
+                hint = CONVERTERS.get(method) if isinstance(method, str) else None
+                found = f"{method!r}" + (f": {hint}" if hint else "")
+                raise ValueError(f"{file}: quant_method must be {METHOD!r}, got {found}")
+            return raw
+    raise ValueError(f"{file}: quantization_config is missing: not a quantised checkpoint")
+
+
+def _as_scheme(where: str, name: str, group: object, raw: Mapping[str, Any]) -> Scheme | None:
+    """Return a config group as a scheme, or None if it leaves weights alone."""
+    upstream = _upstream()
+    if isinstance(group, list):  # targets under the name of a preset
+        try:
+            parsed = upstream.preset_name_to_scheme(name, group)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{where}: no such preset: {_in_one_line(error)}") from error
+        weights, stored, actorder = parsed.weights, None, None
+    elif isinstance(group, dict):
+        given = group.get("weights")
+        if given is None:
+            return None
+        if not isinstance(given, dict):
+            raise ValueError(f"{where}: weights must be an object, got {given!r}")
+        try:
+            meaning = {key: given[key] for key in MEANING if given.get(key) is not None}
+            weights = upstream.QuantizationArgs(**meaning)
+            parsed = upstream.QuantizationScheme(targets=group.get("targets"), weights=weights)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {_in_one_line(error)}") from error
+        stored, actorder = group.get("format"), given.get("actorder")
+    else:
+        raise ValueError(f"{where} must be an object or a list of targets, got {group!r}")
+    size: int | tuple[int, int] | None = None
+    strategy = _plain(weights.strategy)
+    if strategy == "block":
+        size = _block(where, weights.block_structure)
+    elif strategy == "group":
+        size = int(weights.group_size)
+    return Scheme(
+        format=str(stored or raw.get("format")),
+        kind=_plain(weights.type),
+        bits=int(weights.num_bits),
+        symmetric=bool(weights.symmetric),
+        strategy=strategy,
+        group_size=size,
+        actorder={"True": "group", "False": None, "None": None}.get(str(actorder), str(actorder)),
+        upstream=parsed,
+    )
+
+
+def _upstream() -> Any:
     try:
-        upstream = importlib.import_module("compressed_tensors.quantization")
+        return importlib.import_module("compressed_tensors.quantization")
     except ImportError as error:
         raise ImportError(
             "compressed-tensors is needed to read checkpoints: pip install 'int4-lora[checkpoints]'"
         ) from error
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _block(where: str, structure: Any) -> tuple[int, int]:
+    """Return "128x128" or [128, 128] as two ints."""
+    parts = structure.split("x") if isinstance(structure, str) else structure
     try:
-        parsed = upstream.QuantizationConfig.model_validate(raw)
-    except ValueError as error:
-        raise ValueError(f"{file}: quantization_config: {_in_one_line(error)}") from error
-    groups = {name: _as_scheme(file, name, group, raw) for name, group in _groups(parsed)}
-    targets = {name: list(group.targets) for name, group in _groups(parsed)}
-    return {module: groups[_group_of(file, module, targets)] for module in modules}
+        rows, columns = (int(part) for part in parts)
+    except (TypeError, ValueError):
+        rule = "block_structure must be two lengths"
+        raise ValueError(f"{where}: {rule}, got {structure!r}") from None
+    return rows, columns
 
 
-def _in_one_line(error: ValueError) -> str:
+def _in_one_line(error: Exception) -> str:
     """Return the first of pydantic's findings, or any other error as it is."""
     findings = getattr(error, "errors", None)
     if findings is None:
         return str(error)
     first = findings()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
-def _groups(parsed: Any) -> list[tuple[str, Any]]:
-    return [(name, group) for name, group in parsed.config_groups.items() if group.weights]
+Match = Callable[[str], bool]
 
 
-def _group_of(file: Path, module: str, targets: Mapping[str, list[str]]) -> str:
-    def exact(target: str) -> bool:
-        return target == module
+def _compiled(file: Path, targets: Mapping[str, list[str]]) -> list[tuple[str, Match]]:
+    """Return (group, test of a module's name) in the order in which they are to be tried."""
+    exact: list[tuple[str, Match]] = []
+    patterns: list[tuple[str, Match]] = []
+    classes: list[tuple[str, Match]] = []
+    for name, wanted in targets.items():
+        for target in wanted:
+            if target.startswith("re:"):
+                try:
+                    pattern = re.compile(target.removeprefix("re:"))
+                except re.error as error:
+                    where = f"{file}: config_groups.{name}"
+                    raise ValueError(f"{where}: target {target!r}: {error}") from error
+                patterns.append((name, lambda module, p=pattern: p.match(module) is not None))
+            elif target in CLASS_TARGETS:
+                classes.append((name, lambda module: True))
+            else:
+                exact.append((name, lambda module, t=target: module == t))
+    return [*exact, *patterns, *classes]
 
-    def pattern(target: str) -> bool:
-        if not target.startswith("re:"):
-            return False
-        try:
-            return bool(re.match(target.removeprefix("re:"), module))
-        except re.error as error:
-            raise ValueError(f"{file}: config_groups: target {target!r}: {error}") from error
 
-    def class_name(target: str) -> bool:
-        return target in CLASS_TARGETS
-
-    for rule in (exact, pattern, class_name):
-        for name, group in targets.items():
-            if any(rule(target) for target in group):
-                return name
-    raise ValueError(f"{file}: {module} is packed, but no config group targets it")
-
-
-def _as_scheme(file: Path, name: str, group: Any, raw: Mapping[str, Any]) -> Scheme:
-    weights = group.weights
-    where = f"{file}: config_groups.{name}"
-    stored = getattr(group, "format", None) or raw.get("format")
-    stored = str(getattr(stored, "value", stored))
-    if stored != PACKED_FORMAT:
-        raise ValueError(f"{where}: format must be {PACKED_FORMAT!r}, got {stored!r}")
-    kind = str(getattr(weights.type, "value", weights.type))
-    if kind != "int" or weights.num_bits not in (4, 8):
-        raise ValueError(
-            f"{where}: weights must be int of 4 or 8 bits, got {kind} of {weights.num_bits}"
-        )
-    strategy = str(getattr(weights.strategy, "value", weights.strategy))
-    if strategy not in ("tensor", "channel", "group", "block"):
-        raise ValueError(
-            f"{where}: strategy must be tensor, channel, group or block, got {strategy!r}"
-        )
-    size: int | tuple[int, int] | None = None
-    if strategy == "group":
-        size = int(weights.group_size)
-    if strategy == "block":
-        rows, columns = weights.block_structure
-        size = (int(rows), int(columns))
-    return Scheme(int(weights.num_bits), bool(weights.symmetric), strategy, size, group)
+def _group_of(file: Path, module: str, matches: Iterable[tuple[str, Match]]) -> str:
+    for name, match in matches:
+        if match(module):
+            return name
+    raise ValueError(f"{file}: {module} is quantised, but no config group targets it")
 
 
 def check_strategy(scheme: Scheme, weight: PackedWeight) -> None:

@@ -34,7 +34,7 @@ def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
     tensors = {
         part: checkpoint.tensor(f"{name}.{part}")
         for part in PARTS
-        if f"{name}.{part}" in checkpoint.files
+        if f"{name}.{part}" in checkpoint.tensors
     }
     compressor = compressors.PackedQuantizationCompressor
     dense: Tensor = compressor.decompress(tensors, checkpoint.schemes[name].upstream)["weight"]

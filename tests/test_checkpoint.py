@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import open_checkpoint
 from int4_lora.reference import dequantize
+from support.weights import random_weight
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -95,7 +96,7 @@ BAD_TENSORS = [
     (TypeError, "scale must be .* got float64", {"weight_scale": lambda t: t.double()}),
     (ValueError, r"group_size must be None for a scale of \[1\], got 32",
      {"weight_scale": lambda t: t[0, :1], "weight_zero_point": lambda t: t[0, :1].to(torch.int8)}),
-    (ValueError, r"shape must be .* got \(256, 256, 1\)",
+    (ValueError, r"weight_shape must be int64 \[2\], got \[3\]",
      {"weight_shape": lambda t: torch.tensor([256, 256, 1])}),
     (ValueError, "shape must hold two positive", {"weight_shape": lambda t: -t}),
     (ValueError, "packed must be .* 256 x 4611686018427387904",
@@ -120,16 +121,25 @@ def weights(**changes):
 
 
 BAD_CONFIGS = [
-    ("quantization_config must be an object", lambda c, q: c.pop("quantization_config")),
+    ("quantization_config is missing", lambda c, q: c.pop("quantization_config")),
     ("quantization_config must be an object", lambda c, q: c.update(quantization_config=[])),
     ("quant_method must be 'compressed-tensors', got 'gptq'",
      lambda c, q: q.update(quant_method="gptq")),
-    ("quantization_config: config_groups: Field required", lambda c, q: q.pop("config_groups")),
-    ("format must be 'pack-quantized', got 'float-quantized'",
-     lambda c, q: q["config_groups"]["group_0"].update(format="float-quantized")),
-    ("weights must be int of 4 or 8 bits, got int of 3", weights(num_bits=3)),
-    ("weights must be int of 4 or 8 bits, got float of 4", weights(type="float")),
-    (r"config_groups: target 're:\(': missing \)",
+    ("config_groups must be an object, got None", lambda c, q: q.pop("config_groups")),
+    ("config_groups.group_0: Value error, strategy group requires group_size", weights(group_size=None)),
+    ("config_groups.group_0: .*", weights(num_bits="four")),
+    ("config_groups.group_0: weights must be an object, got 'W4A16'",
+     lambda c, q: q["config_groups"]["group_0"].update(weights="W4A16")),
+    ("config_groups.group_0 must be an object or a list", lambda c, q: q["config_groups"].update(
+        group_0=3)),
+    ("config_groups.group_0: targets: ",
+     lambda c, q: q["config_groups"]["group_0"].update(targets=3)),
+    ("config_groups.W9A9: no such preset",
+     lambda c, q: q.update(config_groups={"W9A9": ["Linear"]})),
+    ("quant_method must be .* got 'awq': convert it with AutoAWQConverter",
+     lambda c, q: q.update(quant_method="awq")),
+    ("quant_method must be .* got None", lambda c, q: q.pop("quant_method")),
+    (r"config_groups.group_0: target 're:\(': missing \)",
      lambda c, q: q["config_groups"]["group_0"].update(targets=["re:("])),
     ("no config group targets it",
      lambda c, q: q["config_groups"]["group_0"].update(targets=["Conv"])),
@@ -143,6 +153,77 @@ def test_refuses_configs(copied_model, message, change):
         ValueError, match=re.escape(str(copied_model / "config.json")) + ".*" + message
     ):
         open_checkpoint(copied_model)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"is pack-quantized \(int, 3 bits\), not pack-quantized of int", weights(num_bits=3)),
+        (r"is pack-quantized \(float, 4 bits\), not", weights(type="float")),
+        (r"is float-quantized \(int, 4 bits\), not pack-quantized",
+         lambda c, q: q["config_groups"]["group_0"].update(format="float-quantized")),
+    ],
+)  # fmt: skip
+def test_other_formats_are_listed_and_refused_by_name(copied_model, message, change):
+    edit_config(copied_model, change)
+    checkpoint = open_checkpoint(copied_model)
+    assert len(checkpoint.modules()) == 14
+    assert not checkpoint.is_packed(Q_PROJ)
+    with pytest.raises(ValueError, match=f"{Q_PROJ}: {message}"):
+        checkpoint.packed_weight(Q_PROJ)
+
+
+def rename(quantization, config):
+    config["compression_config"] = config.pop("quantization_config")
+    config["compression_config"].pop("quant_method")
+
+
+OTHER_SPELLINGS = {
+    "old key": lambda c, q: rename(q, c),
+    "in text_config": lambda c, q: (
+        c.update(text_config={"quantization_config": q}) or c.pop("quantization_config")
+    ),
+    "strategy left out": weights(strategy=None),
+    "fields left out": lambda c, q: [
+        q["config_groups"]["group_0"]["weights"].pop(field)
+        for field in ("actorder", "block_structure", "scale_dtype", "observer", "zp_dtype")
+    ],
+    "fields of another version": weights(a_field_of_the_future=1, observer=["x"]),
+    "actorder as a bool": weights(actorder=False),
+    "actorder removed since": weights(actorder="group"),
+    "preset": lambda c, q: q.update(config_groups={"W4A16_ASYM": ["Linear"]}),
+    "format per group": lambda c, q: q.update(format="mixed-precision"),
+    "a group for activations only": lambda c, q: q["config_groups"].update(
+        kv={"targets": ["re:.*"], "weights": None}
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", OTHER_SPELLINGS)
+def test_configs_of_other_versions_say_the_same(tiny_models, tmp_path, spelling):
+    model = "asym-g128" if spelling == "preset" else "asym-g32"
+    copied = shutil.copytree(tiny_models[model], tmp_path / "copied")
+    edit_config(copied, OTHER_SPELLINGS[spelling])
+    ours, theirs = open_checkpoint(copied), open_checkpoint(tiny_models[model])
+    for name in theirs.modules():
+        dense = dequantize(theirs.packed_weight(name))
+        assert torch.equal(dequantize(ours.packed_weight(name)), dense)
+
+
+@pytest.mark.parametrize("spelling", ["7x8", [7, 8]])
+def test_blocks_are_spelled_in_two_ways(tmp_path, tiny_models, spelling):
+    blocks = random_weight("block", rows=21, columns=48, block=(7, 8), dtype=torch.bfloat16)
+    copied = shutil.copytree(tiny_models["g128"], tmp_path / "copied")
+    edit_config(copied, weights(strategy="block", group_size=None, block_structure=spelling))
+    edit_tensors(
+        copied,
+        weight_packed=lambda _: blocks.packed,
+        weight_scale=lambda _: blocks.scale,
+        weight_shape=lambda _: torch.tensor([21, 48]),
+    )
+    weight = open_checkpoint(copied).packed_weight(Q_PROJ)
+    assert weight.group_size == (7, 8)
+    assert torch.equal(dequantize(weight), dequantize(blocks))
 
 
 def test_another_strategy_than_the_config_says_is_refused(copied_model):
@@ -204,6 +285,33 @@ def test_an_index_that_leaves_the_folder_is_refused(copied_model, name):
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="a shard must be a file name in the folder"):
         open_checkpoint(copied_model)
+
+
+def test_a_link_that_leaves_the_folder_is_refused(copied_model, tmp_path):
+    model = copied_model / "model.safetensors"
+    model.rename(tmp_path / "elsewhere.safetensors")
+    model.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a link that leaves the folder"):
+        open_checkpoint(copied_model)
+    model.unlink()
+    (tmp_path / "elsewhere.safetensors").rename(model)
+    index = shard(copied_model)
+    part = copied_model / "model-00002-of-00003.safetensors"
+    part.rename(tmp_path / "part.safetensors")
+    part.symlink_to(tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"00002-of-00003.* is a link that leaves"):
+        open_checkpoint(copied_model)
+    assert index.is_file()
+
+
+def test_the_links_of_the_hubs_cache_may_be_followed(copied_model, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in copied_model.iterdir():
+        file.rename(blobs / file.stem)
+        (snapshot / file.name).symlink_to(blobs / file.stem)
+    assert len(open_checkpoint(snapshot).modules()) == 14
 
 
 def test_an_index_that_lies_is_refused(copied_model):

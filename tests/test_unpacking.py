@@ -32,7 +32,7 @@ def test_a_checkpoints_tensors_as_they_are(tiny_models, variant):
     for name in checkpoint.modules():
         parts = {
             key.rpartition(".")[2].removeprefix("weight_"): checkpoint.tensor(key)
-            for key in checkpoint.files
+            for key in checkpoint.tensors
             if key.startswith(f"{name}.weight_")
         }
         dense = unpack_int4_weights(**parts, dtype=torch.bfloat16)

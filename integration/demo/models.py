@@ -111,7 +111,7 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     quantised = set(checkpoint.modules())
     state = {
         name: checkpoint.tensor(name)
-        for name in checkpoint.files
+        for name in checkpoint.tensors
         if name.rpartition(".")[0] not in quantised or name.endswith(".bias")
     }
     state |= {f"{name}.weight": decompress(checkpoint, name) for name in quantised}
