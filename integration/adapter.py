@@ -5,45 +5,39 @@ Source: ``peft/tuners/lora/config.py`` and ``peft/utils/save_and_load.py``.
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.adapter_config import (
+    check_plain_lora,
+    is_targeted,
+    rank_of,
+    scaling_of,
+)
 from int4_lora.integration.json_files import read_json_object
-from int4_lora.reference import LoRAStack
+from int4_lora.integration.safetensors_files import inside, read_headers, read_tensor
 
-__all__ = ["Adapter", "AdapterModule", "check_fits", "read_adapter", "stack_adapters"]
+__all__ = ["Adapter", "AdapterModule", "read_adapter"]
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
-
-# What changes the formula: y = W x + scaling * B A x is not what such an adapter means.
-REFUSED_WHEN_SET = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "layer_replication",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
+PICKLE_FILE = "adapter_model.bin"
+CONVERT = (
+    'python -c "import torch, safetensors.torch as s; '
+    "s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+    "'adapter_model.safetensors')\""
 )
+
+# PEFT writes the prefix; other tools leave it out, or the adapter's name in.
+KEY = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,152 +96,56 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with an adapter")
-    config = read_json_object(folder / CONFIG_FILE)
-    _check_plain_lora(folder / CONFIG_FILE, config)
-    pairs = _read_pairs(folder / TENSOR_FILE)
+    file = inside(folder, CONFIG_FILE)
+    config = read_json_object(file)
+    check_plain_lora(file, config)
+    pairs = _read_pairs(folder)
     modules = {}
     for name, pair in pairs.items():
         where = f"{folder / TENSOR_FILE}: {name}"
         if set(pair) != {"A", "B"}:
             missing = ({"A", "B"} - set(pair)).pop()
             raise ValueError(f"{where}: lora_{missing} is missing")
+        if not is_targeted(config, name):
+            raise ValueError(f"{where}: {CONFIG_FILE} does not target it, so PEFT would ignore it")
         modules[name] = _as_module(where, name, pair["A"], pair["B"], config)
     if not modules:
         raise ValueError(f"{folder / TENSOR_FILE} holds no lora_A and lora_B")
     return Adapter(folder, config, modules)
 
 
-def stack_adapters(
-    adapters: Sequence[Adapter], name: str, in_features: int, out_features: int
-) -> LoRAStack | None:
-    """Stack what several adapters add to one layer; ids are positions in ``adapters``.
-
-    An adapter that leaves the layer alone adds zero. Adapters of different dtypes are widened to
-    the smallest dtype that holds all of them exactly.
-
-    Args:
-        adapters: the adapters.
-        name: the layer's name in the base model.
-        in_features: columns of the layer's weight.
-        out_features: rows of the layer's weight.
-
-    Returns:
-        The stack, or None where no adapter targets the layer.
-
-    Raises:
-        ValueError: an adapter whose shapes do not fit the layer; the message names both.
-    """
-    present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
-    if not present:
-        return None
-    dtype = present[0].a.dtype
-    for module in present:
-        dtype = torch.promote_types(dtype, module.a.dtype)
-    none = AdapterModule(
-        torch.zeros(1, in_features, dtype=dtype), torch.zeros(out_features, 1, dtype=dtype), 0.0
-    )
-    stacked = []
-    for adapter in adapters:
-        module = adapter.modules.get(name, none)
-        found = (module.b.shape[0], module.a.shape[1])
-        if found != (out_features, in_features):
-            raise ValueError(
-                f"{adapter.path}: {name}: the adapter is for a weight of {list(found)}, "
-                f"the base has [{out_features}, {in_features}]"
-            )
-        stacked.append((module.a.to(dtype), module.b.to(dtype), module.scaling))
-    return LoRAStack.stack(stacked)
-
-
-def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """Check that every layer an adapter targets is a quantised module of its shapes.
-
-    Args:
-        adapter: an adapter.
-        checkpoint: the base it is to be used with.
-
-    Raises:
-        ValueError: a layer the base does not have quantised, or of other shapes.
-    """
-    quantised = set(checkpoint.modules())
-    for name in adapter.modules:
-        if name not in quantised:
-            raise ValueError(f"{adapter.path}: {name} is no quantised module of {checkpoint.path}")
-        rows, columns = checkpoint.tensor(f"{name}.weight_shape").tolist()
-        stack_adapters([adapter], name, columns, rows)
-
-
-def _check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
-    for option in REFUSED_WHEN_SET:
-        if config.get(option):
-            raise ValueError(f"{file}: {option} = {config[option]!r} is not plain LoRA")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{file}: bias must be 'none', got {config['bias']!r}")
-    for option, patterns, right in (
-        ("r", "rank_pattern", _is_rank),
-        ("lora_alpha", "alpha_pattern", _is_finite),
-    ):
-        by_pattern = config.get(patterns) or {}
-        if not isinstance(by_pattern, dict):
-            raise ValueError(f"{file}: {patterns} must be an object, got {by_pattern!r}")
-        for pattern, value in {None: config.get(option), **by_pattern}.items():
-            name = option if pattern is None else f"{patterns}[{pattern!r}]"
-            if not right(value):
-                rule = "a positive whole number" if right is _is_rank else "a finite number"
-                raise ValueError(f"{file}: {name} must be {rule}, got {value!r}")
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise ValueError(f"{file}: {name}: {error}") from error
-
-
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(cast("float", value))
-
-
-def _read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:
+def _read_pairs(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Return lora_A and lora_B of each module."""
-    if not file.is_file():
-        pickled = file.with_suffix(".bin").is_file()
-        hint = " (adapter_model.bin is a pickle, which is not opened)" if pickled else ""
-        raise FileNotFoundError(f"{file} is not there{hint}")
+    if not (folder / TENSOR_FILE).is_file():
+        if (folder / PICKLE_FILE).is_file():
+            raise ValueError(
+                f"{folder / PICKLE_FILE} is a pickle, which can run code and is not opened; "
+                f"if you trust it, convert it there with: {CONVERT}"
+            )
+        raise FileNotFoundError(f"{folder / TENSOR_FILE} is not there")
+    file = inside(folder, TENSOR_FILE)
     pairs: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                match = KEY.fullmatch(key)
-                if match is None:
-                    raise ValueError(f"{file}: {key} is not lora_A or lora_B of a linear layer")
-                pairs.setdefault(match["module"], {})[match["matrix"]] = opened.get_tensor(key)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+    for key, stored in read_headers(file).items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{file}: {key} is not lora_A or lora_B of a linear layer")
+        pair = pairs.setdefault(match["module"], {})
+        if match["matrix"] in pair:
+            raise ValueError(f"{file}: {key} stands twice, with and without prefix or name")
+        pair[match["matrix"]] = read_tensor(stored, key)
     return pairs
 
 
 def _as_module(
     where: str, name: str, a: Tensor, b: Tensor, config: Mapping[str, Any]
 ) -> AdapterModule:
-    rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-    if not all(tensor.is_floating_point() for tensor in (a, b)):
-        raise TypeError(f"{where}: lora_A and lora_B must be float, got {a.dtype} and {b.dtype}")
+    rank = rank_of(config, name)
+    if a.dtype not in FLOATS or b.dtype != a.dtype:
+        found = f"{a.dtype} and {b.dtype}".replace("torch.", "")
+        raise TypeError(f"{where}: lora_A and lora_B must be float of one dtype, got {found}")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise ValueError(
             f"{where}: lora_A must be [{rank}, in_features] and lora_B [out_features, {rank}] "
             f"by the config's rank, got {list(a.shape)} and {list(b.shape)}"
         )
-    return AdapterModule(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return AdapterModule(a, b, scaling_of(config, name))

@@ -2,13 +2,20 @@
 
 import json
 import math
+import shlex
 import shutil
+import subprocess
+import sys
 
+import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import read_adapter, stack_adapters
+from int4_lora.integration.adapter_config import is_targeted
+from support.adapters import assert_equal
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q_PROJ}.lora_A.weight"
@@ -104,7 +111,7 @@ def test_an_adapter_of_another_base_is_refused(demo_files):
         ("lora_alpha must be a finite number, got 'x'", {"lora_alpha": "x"}),
         ("lora_alpha must be a finite number, got nan", {"lora_alpha": float("nan")}),
         (r"rank_pattern\['q'\] must be a positive whole number", {"rank_pattern": {"q": "8"}}),
-        (r"alpha_pattern\['\('\]: missing \)", {"alpha_pattern": {"(": 1}}),
+        (r"alpha_pattern\['\('\]: '\(' is no regular expression", {"alpha_pattern": {"(": 1}}),
         ("rank_pattern must be an object", {"rank_pattern": [1]}),
         (r"lora_A must be \[4, in_features\] .* got \[8, 512\]", {"r": 4}),
     ],
@@ -143,5 +150,72 @@ def test_refuses_files(copied, tmp_path):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         read_adapter(copied)
     tensors.rename(copied / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="a pickle, which is not opened"):
+    with pytest.raises(ValueError, match=r"is a pickle, .* convert it there with: python -c"):
+        read_adapter(copied)
+    (copied / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not there"):
+        read_adapter(copied)
+
+
+def test_the_conversion_that_a_pickle_is_refused_with_works(demo_files, copied, monkeypatch):
+    tensors = load_file(copied / "adapter_model.safetensors")
+    (copied / "adapter_model.safetensors").unlink()
+    torch.save(tensors, copied / "adapter_model.bin")
+    with pytest.raises(ValueError, match="is a pickle") as refused:
+        read_adapter(copied)
+    command = shlex.split(str(refused.value).rpartition("with: ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=copied, check=True)
+    same = read_adapter(demo_files.adapters["a"])
+    assert_equal(read_adapter(copied).modules, same.modules)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: key.replace(".weight", ".default.weight"),
+    ],
+)
+def test_keys_as_other_tools_write_them(demo_files, copied, rename):
+    edit_tensors(
+        copied, lambda tensors: [tensors.update({rename(k): tensors.pop(k)}) for k in list(tensors)]
+    )
+    same = read_adapter(demo_files.adapters["a"])
+    assert_equal(read_adapter(copied).modules, same.modules)
+
+
+TARGETING = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": r".*\.mlp\.(up|down)_proj"},
+    {
+        "target_modules": ["q_proj", "layers.1.mlp.up_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+    },
+    {"target_modules": r".*_proj", "exclude_modules": r".*\.layers\.0\..*"},
+    {"target_modules": ["v_proj", "k_proj"], "layers_to_transform": [1, 3]},
+    {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    {
+        "target_modules": ["v_proj"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": ["h", "layers"],
+    },
+    {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": "h"},
+    {"target_modules": ["proj"]},
+]
+
+
+@pytest.mark.parametrize("settings", TARGETING)
+def test_targets_what_peft_targets(settings):
+    config = peft.LoraConfig(**settings)
+    for layer in range(4):
+        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj",
+                     "mlp.down_proj"):  # fmt: skip
+            name = f"model.layers.{layer}.{part}"
+            theirs = bool(check_target_module_exists(config, name))
+            assert is_targeted(settings, name) == theirs, (name, settings)
+
+
+def test_a_layer_that_the_config_does_not_target_is_refused(copied):
+    edit_config(copied, layers_to_transform=[0, 1, 2])
+    with pytest.raises(ValueError, match=r"layers\.3\..* does not target it, so PEFT would"):
         read_adapter(copied)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int4_lora.integration.adapter import check_fits, read_adapter
+from int4_lora.integration.adapter import read_adapter
+from int4_lora.integration.adapter_stack import check_fits
 from int4_lora.integration.checkpoint import Checkpoint, open_checkpoint
 from int4_lora.integration.demo.findings import Comparison, Row
 from int4_lora.integration.demo.models import (

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from int4_lora.integration.adapter import Adapter, stack_adapters
+from int4_lora.integration.adapter import Adapter
+from int4_lora.integration.adapter_stack import stack_adapters
 from int4_lora.integration.checkpoint import Checkpoint
 from int4_lora.integration.upstream import decompress
 from int4_lora.reference import LoRAStack, PackedWeight, int4_lora_linear

@@ -1,0 +1,159 @@
+"""adapter_config.json of PEFT: which layers a LoRA adapter targets, with which rank and scaling.
+
+Source: ``peft/tuners/lora/config.py``, ``check_target_module_exists`` in
+``peft/tuners/tuners_utils.py`` and ``get_pattern_key`` in ``peft/utils/other.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+__all__ = ["check_plain_lora", "is_targeted", "rank_of", "scaling_of"]
+
+ALL_LINEAR = "all-linear"
+
+# What changes the formula: y = W x + scaling * B A x is not what such an adapter means.
+REFUSED_WHEN_SET = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+
+
+def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
+    """Check that a config describes plain LoRA on linear layers, with usable numbers.
+
+    Args:
+        file: adapter_config.json, for the messages.
+        config: its content.
+
+    Raises:
+        ValueError: another method, or an option of the wrong type or value; it is named.
+    """
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
+    for option in REFUSED_WHEN_SET:
+        if config.get(option):
+            raise ValueError(f"{file}: {option} = {config[option]!r} is not plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias must be 'none', got {config['bias']!r}")
+    _check_numbers(file, config, "r", "rank_pattern", _is_rank, "a positive whole number")
+    _check_numbers(file, config, "lora_alpha", "alpha_pattern", _is_finite, "a finite number")
+    for option in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(option)
+        if isinstance(value, str):
+            _check_pattern(f"{file}: {option}", value if option != "layers_pattern" else "")
+        elif value is not None and not _is_list_of(value, str):
+            raise ValueError(f"{file}: {option} must be a string or strings, got {value!r}")
+    layers = config.get("layers_to_transform")
+    if layers is not None and type(layers) is not int and not _is_list_of(layers, int):
+        raise ValueError(f"{file}: layers_to_transform must be an int or ints, got {layers!r}")
+
+
+def is_targeted(config: Mapping[str, Any], name: str) -> bool:
+    """Return whether PEFT puts an adapter of this config on the layer ``name``.
+
+    Example:
+        >>> config = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+        >>> [is_targeted(config, f"model.layers.{layer}.self_attn.q_proj") for layer in (0, 1)]
+        [False, True]
+    """
+    if _names(config.get("exclude_modules"), name):
+        return False
+    targets = config.get("target_modules")
+    if targets is not None and targets != ALL_LINEAR and not _names(targets, name):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or (isinstance(targets, list) and name in targets):
+        return True
+    patterns = config.get("layers_pattern") or "[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = re.match(rf".*\.{pattern}\.(\d+)\.", name)
+        if found:
+            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def rank_of(config: Mapping[str, Any], name: str) -> int:
+    """Return the rank of the layer ``name``: the first pattern that matches its end, or r."""
+    return int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
+
+
+def scaling_of(config: Mapping[str, Any], name: str) -> float:
+    """Return alpha / rank of the layer ``name``, or alpha / sqrt(rank) with ``use_rslora``.
+
+    Example:
+        >>> scaling_of({"r": 12, "lora_alpha": 8}, "model.layers.0.mlp.up_proj")
+        0.6666666666666666
+    """
+    alpha, rank = (
+        _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]),
+        rank_of(config, name),
+    )
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _names(targets: Any, name: str) -> bool:
+    """Return whether a regular expression, or one of several ends of names, means ``name``."""
+    if not targets:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _check_numbers(
+    file: Path, config: Mapping[str, Any], option: str, patterns: str, right: Any, rule: str
+) -> None:
+    """Check one number and those that patterns of names replace it by."""
+    if not right(config.get(option)):
+        raise ValueError(f"{file}: {option} must be {rule}, got {config.get(option)!r}")
+    by_pattern = config.get(patterns) or {}
+    if not isinstance(by_pattern, dict):
+        raise ValueError(f"{file}: {patterns} must be an object, got {by_pattern!r}")
+    for pattern, value in by_pattern.items():
+        where = f"{file}: {patterns}[{pattern!r}]"
+        _check_pattern(where, pattern)
+        if not right(value):
+            raise ValueError(f"{where} must be {rule}, got {value!r}")
+
+
+def _check_pattern(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast("float", value))
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, Iterable) and all(type(item) is kind for item in value)
