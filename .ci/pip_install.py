@@ -1,9 +1,9 @@
 """pip install, with torch's CPU build where there is no NVIDIA driver and one can be had.
 
-Plain torch from PyPI for Linux is a CUDA build of about 5 GB with its libraries. On a machine
-without an NVIDIA driver this script adds PyTorch's CPU index, whose builds pip then prefers
-(2.13.0+cpu sorts above 2.13.0), if the index answers within a few seconds. Where it does not,
-or where a folder in PIP_FIND_LINKS already has a CPU build, pip runs as it was called.
+Plain torch from PyPI for Linux is a CUDA build: about 3 GB with its libraries, 5 GB on disk. On a
+machine without an NVIDIA driver this script adds PyTorch's CPU index, whose builds pip then prefers
+(2.13.0+cpu sorts above 2.13.0), if the index answers within a few seconds. Where it does not, or
+where a folder in PIP_FIND_LINKS already has a CPU build, pip runs as it was called.
 
 Used by tox as install_command: python .ci/pip_install.py OPTIONS PACKAGES
 """

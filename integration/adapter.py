@@ -30,6 +30,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+OTHER_KEYS = {
+    "lora_magnitude_vector": "it belongs to DoRA",
+    "lora_embedding_": "it adapts an embedding",
+    "lora_": "it belongs to a variant of LoRA",
+    ".base_layer.": "it is a weight of the base, saved along (save_embedding_layers)",
+    ".weight": "it is a whole weight (modules_to_save or save_embedding_layers)",
+}
 CONVERT = (
     'python -c "import torch, safetensors.torch as s; '
     "s.save_file(torch.load('adapter_model.bin', weights_only=True), "
@@ -128,7 +135,8 @@ def _read_pairs(folder: Path) -> dict[str, dict[str, Tensor]]:
     for key, stored in read_headers(file).items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{file}: {key} is not lora_A or lora_B of a linear layer")
+            kind = next((why for mark, why in OTHER_KEYS.items() if mark in key), "unknown")
+            raise ValueError(f"{file}: {key} is not lora_A or lora_B of a linear layer: {kind}")
         pair = pairs.setdefault(match["module"], {})
         if match["matrix"] in pair:
             raise ValueError(f"{file}: {key} stands twice, with and without prefix or name")

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 __all__ = ["check_plain_lora", "is_targeted", "rank_of", "scaling_of"]
 
@@ -34,6 +34,8 @@ REFUSED_WHEN_SET = (
     "velora_config",
 )
 
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
 
 def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
     """Check that a config describes plain LoRA on linear layers, with usable numbers.
@@ -52,6 +54,16 @@ def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{file}: {option} = {config[option]!r} is not plain LoRA")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias must be 'none', got {config['bias']!r}")
+    for option in ("use_rslora", "inference_mode"):
+        if type(config.get(option, False)) is not bool:
+            raise ValueError(f"{file}: {option} must be true or false, got {config[option]!r}")
+    how = config.get("init_lora_weights", True)
+    if isinstance(how, str) and how.lower().startswith(CHANGES_THE_BASE):
+        raise ValueError(
+            f"{file}: init_lora_weights = {how!r} changes the base's weights when it is loaded, so "
+            "that the adapter alone does not say what it adds; convert it with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     _check_numbers(file, config, "r", "rank_pattern", _is_rank, "a positive whole number")
     _check_numbers(file, config, "lora_alpha", "alpha_pattern", _is_finite, "a finite number")
     for option in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -152,7 +164,9 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(cast("float", value))
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_list_of(value: object, kind: type) -> bool:

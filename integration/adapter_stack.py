@@ -39,6 +39,9 @@ def stack_adapters(
     present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
     if not present:
         return None
+    for adapter in adapters:
+        if name in adapter.modules:
+            _check_shape(adapter, name, out_features, in_features)
     dtype = present[0].a.dtype
     for module in present:
         dtype = torch.promote_types(dtype, module.a.dtype)
@@ -48,12 +51,6 @@ def stack_adapters(
     stacked = []
     for adapter in adapters:
         module = adapter.modules.get(name, none)
-        found = (module.b.shape[0], module.a.shape[1])
-        if found != (out_features, in_features):
-            raise ValueError(
-                f"{adapter.path}: {name}: the adapter is for a weight of {list(found)}, "
-                f"the base has [{out_features}, {in_features}]"
-            )
         stacked.append((module.a.to(dtype), module.b.to(dtype), module.scaling))
     return LoRAStack.stack(stacked)
 
@@ -72,5 +69,14 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
     for name in adapter.modules:
         if name not in quantised:
             raise ValueError(f"{adapter.path}: {name} is no quantised module of {checkpoint.path}")
-        rows, columns = checkpoint.tensor(f"{name}.weight_shape").tolist()
-        stack_adapters([adapter], name, columns, rows)
+        _check_shape(adapter, name, *checkpoint.shape_of(name))
+
+
+def _check_shape(adapter: Adapter, name: str, out_features: int, in_features: int) -> None:
+    module = adapter.modules[name]
+    found = (module.b.shape[0], module.a.shape[1])
+    if found != (out_features, in_features):
+        raise ValueError(
+            f"{adapter.path}: {name}: the adapter is for a weight of {list(found)}, "
+            f"the base has [{out_features}, {in_features}]"
+        )

@@ -18,6 +18,7 @@ from int4_lora.integration.quantization_config import (
     PACKED_FORMAT,
     Scheme,
     check_strategy,
+    read_quantization,
     read_schemes,
 )
 from int4_lora.integration.safetensors_files import (
@@ -50,6 +51,11 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     schemes: Mapping[str, Scheme]
 
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The part of the config that speaks of quantisation."""
+        return read_quantization(self.path / "config.json", self.config)
+
     def modules(self) -> list[str]:
         """Return the names of the quantised modules, in the order of the checkpoint."""
         return list(self.schemes)
@@ -74,6 +80,27 @@ class Checkpoint:
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor named {name!r}")
         return read_tensor(self.tensors[name], name)
+
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """Return ``(out_features, in_features)`` of a quantised module, as ``weight_shape`` says.
+
+        Raises:
+            ValueError: no such tensor, or one that does not hold two positive int64.
+        """
+        full = f"{name}.weight_shape"
+        if full not in self.tensors:
+            raise ValueError(f"{self.path}: {name}: weight_shape is missing")
+        stored = self.tensors[full]
+        if stored.dtype != "I64" or tuple(stored.shape) != (2,):
+            found = f"{stored.dtype} {list(stored.shape)}"
+            raise ValueError(f"{stored.file}: {name}: weight_shape must be I64 [2], got {found}")
+        rows, columns = self.tensor(full).tolist()
+        if rows < 1 or columns < 1:
+            raise ValueError(
+                f"{stored.file}: {name}: weight_shape must be two positive lengths, "
+                f"got [{rows}, {columns}]"
+            )
+        return rows, columns
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Read the packed weight of one quantised module.
@@ -105,7 +132,7 @@ class Checkpoint:
             weight = PackedWeight(
                 packed=self.tensor(f"{name}.weight_packed"),
                 scale=self.tensor(f"{name}.weight_scale"),
-                shape=tuple(self.tensor(f"{name}.weight_shape").tolist()),
+                shape=self.shape_of(name),
                 zero_point=self._optional(f"{name}.weight_zero_point"),
                 g_idx=self._optional(f"{name}.weight_g_idx"),
                 group_size=scheme.group_size,
@@ -126,9 +153,9 @@ class Checkpoint:
         for part, kind in needed.items():
             if f"{name}.{part}" not in self.tensors:
                 raise ValueError(f"{where}: {part} of {kind} module is missing")
-        shape = self.tensors[f"{name}.weight_shape"].shape
-        if tuple(shape) != (2,):
-            raise ValueError(f"{where}: weight_shape must be int64 [2], got {list(shape)}")
+        if scheme.actorder in ("group", "dynamic") and f"{name}.weight_g_idx" not in self.tensors:
+            rule = f"with actorder {scheme.actorder!r}"
+            raise ValueError(f"{where}: weight_g_idx of a module {rule} is missing")
 
     def _optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None

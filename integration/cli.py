@@ -17,6 +17,8 @@ import torch
 import typer
 from rich.console import Console
 
+import int4_lora
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -35,9 +37,19 @@ class LowPrecision(str, Enum):
     float16 = "float16"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"int4-lora {int4_lora.__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _commands() -> None:
-    """Keep ``demo`` a command of its own while it is the only one."""
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it.")
+    ] = False,
+) -> None:
+    """INT4 base models with LoRA adapters."""
 
 
 @app.command()
@@ -51,7 +63,7 @@ def demo(
         typer.Option(metavar="NAME=PATH", help="A PEFT adapter of --model; may be repeated."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length of each row.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the tokens.")] = 0,
     dtype: Annotated[LowPrecision, typer.Option(help="The low precision.")] = LowPrecision.bfloat16,
     cache: Annotated[
         Path | None, typer.Option(help="Where the made model is kept [~/.cache/int4-lora].")
@@ -70,6 +82,8 @@ def demo(
         folders = _named_folders(adapter or [])
         if model is None and folders:
             raise ValueError("--adapter needs --model: the made model has adapters of its own")
+        if model is not None and cache is not None:
+            raise ValueError("--cache is where a model is made: it has no effect with --model")
         _quiet()
         with errors.status("loading transformers and PEFT") as status:
             from int4_lora.integration.demo import comparison, recipe, report
@@ -87,17 +101,20 @@ def demo(
                 say=status.update,
             )
     except ImportError as error:
-        hint = "pip install 'int4-lora[checkpoints,hf]'"
-        errors.print(f"int4-lora demo: {error}; {hint}", style="red", markup=False)
-        raise typer.Exit(2) from error
+        raise _unusable(f"{error}; the extras are missing: int4-lora[checkpoints,hf]") from error
     except (OSError, TypeError, ValueError) as error:
-        errors.print(f"int4-lora demo: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+        raise _unusable(str(error)) from error
     if as_json:
-        typer.echo(json.dumps(report.as_json(found), indent=2))
+        typer.echo(json.dumps(report.as_json(found), indent=2, allow_nan=False))
     else:
         report.print_comparison(Console(), found)
     raise typer.Exit(0 if found.right else 1)
+
+
+def _unusable(message: str) -> typer.Exit:
+    """Print why the input cannot be used, in one line, and return the exit with code 2."""
+    typer.secho(f"int4-lora: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    return typer.Exit(2)
 
 
 def _named_folders(adapters: list[str]) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from int4_lora.reference import PackedWeight
 
-__all__ = ["PACKED_FORMAT", "Scheme", "check_strategy", "read_schemes"]
+__all__ = ["PACKED_FORMAT", "Scheme", "check_strategy", "read_quantization", "read_schemes"]
 
 PACKED_FORMAT = "pack-quantized"
 METHOD = "compressed-tensors"
@@ -44,6 +44,7 @@ class Scheme:
         strategy: "tensor", "channel", "group", "block", or a strategy of another format.
         group_size: as in ``PackedWeight``: columns, (rows, columns) of a block, or None.
         actorder: what config.json says of the order of columns, "group" for one with g_idx.
+        activations: whether inputs or outputs are quantised too, which this package does not do.
         upstream: compressed-tensors' own ``QuantizationScheme``, for its own functions.
     """
 
@@ -54,6 +55,7 @@ class Scheme:
     strategy: str
     group_size: int | tuple[int, int] | None
     actorder: str | None
+    activations: bool
     upstream: Any
 
 
@@ -77,7 +79,7 @@ def read_schemes(
         ValueError: no quantization_config, one of another method, or one that cannot be read, or
             a module that no group targets.
     """
-    raw = _quantization(file, config)
+    raw = read_quantization(file, config)
     groups = raw.get("config_groups")
     if not isinstance(groups, dict):
         raise ValueError(f"{file}: config_groups must be an object, got {groups!r}")
@@ -93,8 +95,16 @@ def read_schemes(
     return {module: schemes[_group_of(file, module, matches)] for module in modules}
 
 
-def _quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of config.json that speaks of quantisation."""
+def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of config.json that speaks of quantisation.
+
+    Args:
+        file: config.json, for the messages.
+        config: its content.
+
+    Raises:
+        ValueError: there is none, or it is of another method than compressed-tensors.
+    """
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for key in CONFIG_KEYS:
@@ -121,6 +131,7 @@ def _as_scheme(where: str, name: str, group: object, raw: Mapping[str, Any]) -> 
         except (KeyError, ValueError) as error:
             raise ValueError(f"{where}: no such preset: {_in_one_line(error)}") from error
         weights, stored, actorder = parsed.weights, None, None
+        activations = bool(parsed.input_activations or parsed.output_activations)
     elif isinstance(group, dict):
         given = group.get("weights")
         if given is None:
@@ -134,22 +145,19 @@ def _as_scheme(where: str, name: str, group: object, raw: Mapping[str, Any]) -> 
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {_in_one_line(error)}") from error
         stored, actorder = group.get("format"), given.get("actorder")
+        activations = bool(group.get("input_activations") or group.get("output_activations"))
     else:
         raise ValueError(f"{where} must be an object or a list of targets, got {group!r}")
-    size: int | tuple[int, int] | None = None
     strategy = _plain(weights.strategy)
-    if strategy == "block":
-        size = _block(where, weights.block_structure)
-    elif strategy == "group":
-        size = int(weights.group_size)
     return Scheme(
         format=str(stored or raw.get("format")),
         kind=_plain(weights.type),
         bits=int(weights.num_bits),
         symmetric=bool(weights.symmetric),
         strategy=strategy,
-        group_size=size,
+        group_size=_group_size(where, strategy, weights),
         actorder={"True": "group", "False": None, "None": None}.get(str(actorder), str(actorder)),
+        activations=activations,
         upstream=parsed,
     )
 
@@ -167,8 +175,13 @@ def _plain(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _block(where: str, structure: Any) -> tuple[int, int]:
-    """Return "128x128" or [128, 128] as two ints."""
+def _group_size(where: str, strategy: str, weights: Any) -> int | tuple[int, int] | None:
+    """Return columns of a group, or the (rows, columns) of "128x128" or [128, 128]."""
+    if strategy == "group":
+        return int(weights.group_size)
+    if strategy != "block":
+        return None
+    structure = weights.block_structure
     parts = structure.split("x") if isinstance(structure, str) else structure
     try:
         rows, columns = (int(part) for part in parts)

@@ -119,8 +119,12 @@ def inside(folder: Path, name: str) -> Path:
 def _shard_file(index: Path, folder: Path, shard: str) -> Path:
     if Path(shard).name != shard or shard in ("", ".", "..") or "\0" in shard:
         raise ValueError(f"{index}: a shard must be a file name in the folder, got {shard!r}")
-    file = inside(folder, shard)
-    if not file.is_file():
+    try:
+        file = inside(folder, shard)
+        there = file.is_file()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{index}: {shard[:80]!r} cannot be a file name: {error}") from error
+    if not there:
         raise FileNotFoundError(f"{index} names {shard}, which is not there")
     return file
 

@@ -2,7 +2,8 @@
 
 With unit roundoff u, a sum of n products in any order errs by at most gamma_n = n u / (1 - n u)
 times the sum of their magnitudes. Counting the roundings of the declared order, with K =
-in_features, r = rank, and j the additions that join base, delta and bias:
+in_features, r = the rank that reaches an output (0 without an adapter), and j the additions that
+join base, delta and bias:
 
 ======================================  =================================================
 what is summed                          at most
@@ -12,7 +13,8 @@ delta (+2: scaling cast and multiplied) gamma_(K + r + 2 + j) |scaling| (|x| |A|
 the exact result's own float64 sums     the same with u = 2^-53
 ======================================  =================================================
 
-r is 0 without adapters. To these come what the backend declares:
+The scaling may be multiplied into x A^T, into B or into the delta. To these come what the backend
+declares:
 
 - ``weight_rounded=False``, (q - z) * s is not rounded to the scale's dtype: the distance
   |x (W' - W)^T| between the two exact results, and two more roundings of each product (the
@@ -21,8 +23,9 @@ r is 0 without adapters. To these come what the backend declares:
   rounding of x W^T + bias;
 
 then the last rounding to the dtype of x, and underflow: a product may lose the smallest normal
-number of a wide-range format (kernels flush to zero) or half the smallest subnormal of float16.
-Where a sum or the result can overflow no error is too large, and the bound is infinite.
+number of a wide-range format (results may be flushed to zero) or half the smallest subnormal of
+float16; operands that are subnormal may not be flushed. Where a sum, a product on the way or the
+result can overflow no error is too large, and the bound is infinite.
 
 Source: N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, section 3.1.
 """
@@ -35,13 +38,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference.checks import X_DTYPES, check_dtype
+from int4_lora.reference.checks import X_DTYPES
 from int4_lora.reference.dequantization import (
     centred_codes,
     dequantize,
     scale_of_each_weight,
 )
-from int4_lora.reference.linear import check_slices, int4_lora_linear
+from int4_lora.reference.linear import check_operands, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
@@ -75,6 +78,7 @@ FORMATS = {
 TENSOR_CORE_U = 2.0**-23  # NVIDIA's tensor cores truncate where they align partial sums
 
 
+@torch.no_grad()
 def error_bound(
     x: Tensor,
     weight: PackedWeight,
@@ -88,8 +92,8 @@ def error_bound(
 ) -> Tensor:
     """Bound ``|y - exact|`` of a backend that computes ``int4_lora_linear`` as it declares.
 
-    ``exact`` is ``int4_lora_linear(x.double(), ...)``, computed on the CPU. The formula stands
-    at the top of the module.
+    ``exact`` is ``int4_lora_linear(x.double(), ...)``. The formula stands at the top of the
+    module.
 
     Args:
         x: ``[tokens, in_features]``, as in ``int4_lora_linear``.
@@ -98,7 +102,8 @@ def error_bound(
         adapter_ids: ``[tokens]``, or None without adapters.
         bias: ``[out_features]``, or None.
         accumulate: the dtype that sums are kept in; float64 if x is float64. For float16 or
-            bfloat16 operands on a CUDA device float32 has u = 2^-23, since tensor cores truncate.
+            bfloat16 operands on a CUDA device float32 has u = 2^-23, since tensor cores truncate:
+            pass the operands where the backend had them.
         weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
         base_rounded: whether the base is rounded to the dtype of x before the delta is added.
 
@@ -120,47 +125,47 @@ def error_bound(
     Source:
         Higham, section 3.1; the roundings are those of ``docs/numerics.md``.
     """
-    check_dtype("x", x, X_DTYPES)
     if accumulate not in X_DTYPES:
         raise TypeError(f"accumulate must be a float dtype, got {accumulate}")
-    slices = check_slices(weight, lora)
+    slices, ids = check_operands(x, weight, lora, adapter_ids, bias)
     exact = int4_lora_linear(x.to(torch.float64), weight, lora, adapter_ids, bias)
-    output = FORMATS[x.dtype]
-    inside = FORMATS[torch.float64 if x.dtype == torch.float64 else accumulate]
+    inside_dtype = torch.float64 if x.dtype == torch.float64 else accumulate
+    inside, output = FORMATS[inside_dtype], FORMATS[x.dtype]
     u = inside.u
     if x.is_cuda and accumulate == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
         u = TENSOR_CORE_U
 
     size = x.abs().to(torch.float64)
     used = dequantize(weight, torch.float64) if weight_rounded else _unrounded(weight)
-    base_sum = size @ used.abs().T  # [tokens, out_features]
+    base = size @ used.abs().T  # [tokens, out_features]
+    largest = base
+    if not weight_rounded:  # the scale may be applied to a sum of x (q - z)
+        largest = torch.maximum(base, size @ centred_codes(weight).abs().to(torch.float64).T)
     if bias is not None:
-        base_sum = base_sum + bias.abs().to(torch.float64)
-    delta_sum, delta_scale = _delta_magnitudes(size, slices, adapter_ids, exact)
+        base = base + bias.abs().to(torch.float64)
+    delta = _delta_magnitudes(size, slices, ids, exact)
+    largest = torch.maximum(largest, torch.maximum(base + delta.sum, delta.largest))
 
-    rank = max((part.stack.rank for part in slices), default=0)
-    joins = (bias is not None) + (len(slices) > 0)
-    n = weight.in_features + rank + joins + (0 if weight_rounded else 2)
-    error = _gamma(n, u) * base_sum + _gamma(n + 2, u) * delta_sum
-    error = error + _gamma(n + 2, FORMATS[torch.float64].u) * (base_sum + delta_sum)
-    error = error + inside.product_underflow * (n + weight.in_features * delta_scale)
+    n = weight.in_features + delta.rank + (delta.rank > 0) + (bias is not None)
+    n = n + (0 if weight_rounded else 2)
+    error = _gamma(n, u) * base + _gamma(n + 2, u) * delta.sum
+    error = error + _gamma(n + 2, FORMATS[torch.float64].u) * (base + delta.sum)
+    error = error + inside.product_underflow * (n + delta.underflows)
     if not weight_rounded:
-        error = error + (x.to(torch.float64) @ (used - dequantize(weight, torch.float64)).T).abs()
+        distance = x.to(torch.float64) @ (used - dequantize(weight, torch.float64)).T
+        error = error + distance.abs()
     if base_rounded:
-        base = int4_lora_linear(x.to(torch.float64), weight, bias=bias).abs() + error
-        error = error + output.u * base + output.output_underflow
-        error = torch.where(base >= output.overflow, torch.inf, error)
-    if output.u > inside.u:
+        rounded = int4_lora_linear(x.to(torch.float64), weight, bias=bias).abs() + error
+        error = error + output.u * rounded + output.output_underflow
+        largest = torch.where(rounded >= output.overflow, torch.inf, largest)
+    if inside_dtype != x.dtype:
         error = error + output.u * (exact.abs() + error) + output.output_underflow
-    overflows = (base_sum + delta_sum + error >= inside.overflow) | (
-        exact.abs() + error >= output.overflow
-    )
-    unbounded = overflows | error.isnan() | ~exact.isfinite()
-    return torch.where(unbounded, torch.inf, error)
+    unbounded = (largest + error >= inside.overflow) | (exact.abs() + error >= output.overflow)
+    return torch.where(unbounded | error.isnan() | ~exact.isfinite(), torch.inf, error)
 
 
-def _gamma(n: int, u: float) -> float:
-    return n * u / (1 - n * u) if n * u < 1 else float("inf")
+def _gamma(n: Tensor, u: float) -> Tensor:
+    return torch.where(n * u < 1, n * u / (1 - n * u), torch.inf)
 
 
 def _unrounded(weight: PackedWeight) -> Tensor:
@@ -168,21 +173,46 @@ def _unrounded(weight: PackedWeight) -> Tensor:
     return centred_codes(weight).to(torch.float64) * scale_of_each_weight(weight).to(torch.float64)
 
 
+@dataclass(frozen=True)
+class _Delta:
+    """Magnitudes of the delta, each float64 ``[tokens, out_features]``.
+
+    Args:
+        sum: |scaling| (|x| |A|^T) |B|^T.
+        rank: the rank that reaches an output; 0 where there is no adapter.
+        largest: the largest number on the way, in any place of the scaling.
+        underflows: how much of a product's underflow can reach the output, summed.
+    """
+
+    sum: Tensor
+    rank: Tensor
+    largest: Tensor
+    underflows: Tensor
+
+
 def _delta_magnitudes(
-    size: Tensor,
-    slices: tuple[LoRASlice, ...],
-    adapter_ids: Tensor | None,
-    like: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return |scaling| (|x| |A|^T) |B|^T and |scaling| sum |B|: ``[tokens, out_features]``."""
-    delta_sum, delta_scale = torch.zeros_like(like), torch.zeros_like(like)
+    size: Tensor, slices: tuple[LoRASlice, ...], ids: Tensor, like: Tensor
+) -> _Delta:
+    total, rank, largest, underflows = (torch.zeros_like(like) for _ in range(4))
     for part in slices:
-        if adapter_ids is None:
-            break  # int4_lora_linear has refused this already
-        stack = part.stack
-        sizes = LoRAStack(stack.a.abs(), stack.b.abs(), stack.scaling.abs())
-        shrunk = shrink(size, sizes, adapter_ids)
-        ones = torch.ones_like(shrunk)
-        delta_sum[:, part.start : part.stop] = expand(shrunk, sizes, adapter_ids)
-        delta_scale[:, part.start : part.stop] = expand(ones, sizes, adapter_ids)
-    return delta_sum, delta_scale
+        columns = slice(part.start, part.stop)
+        a, b, scaling = (one.abs().to(torch.float64) for one in _fields(part.stack))
+        plain = LoRAStack(a, b, torch.ones_like(scaling))
+        mine = (ids >= 0)[:, None]  # [tokens, 1]
+        own = torch.where(mine, scaling[ids.clamp(min=0)][:, None], 0)  # [tokens, 1]
+        h = shrink(size, plain, ids)  # [tokens, rank]
+        unscaled = expand(h, plain, ids)  # [tokens, part]
+        b_sum = expand(torch.where(mine, torch.ones_like(h), 0), plain, ids)
+        factor = own.clamp(min=1)  # the scaling comes first or last
+        reach = torch.maximum(unscaled, h.sum(dim=1, keepdim=True) + b_sum) * factor
+        total[:, columns] = own * unscaled
+        rank[:, columns] = torch.where(mine, float(part.stack.rank), 0.0)
+        largest[:, columns] = torch.maximum(reach, own)
+        lost = size.shape[1] * b_sum + part.stack.rank  # in the shrink, and before the scaling
+        folded = unscaled + h.sum(dim=1, keepdim=True) + b_sum  # in the scaling or a product by it
+        underflows[:, columns] = own * lost + folded
+    return _Delta(total, rank, largest, underflows)
+
+
+def _fields(stack: LoRAStack) -> tuple[Tensor, Tensor, Tensor]:
+    return stack.a, stack.b, stack.scaling

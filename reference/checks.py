@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ID_DTYPES",
     "SCALE_DTYPES",
     "X_DTYPES",
     "check_adapter_ids",

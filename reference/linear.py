@@ -11,12 +11,14 @@ Source: the declared order of this project, ``docs/numerics.md``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from int4_lora.reference.checks import (
+    ID_DTYPES,
     X_DTYPES,
     check_adapter_ids,
     check_dtype,
@@ -24,11 +26,17 @@ from int4_lora.reference.checks import (
     check_shape,
 )
 from int4_lora.reference.dequantization import dequantize
-from int4_lora.reference.lora import accumulation_dtype, check_accumulates, expand, shrink
+from int4_lora.reference.lora import (
+    accumulation_dtype,
+    check_accumulates,
+    expand,
+    shrink,
+    without_autocast,
+)
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
 
-__all__ = ["check_slices", "int4_linear", "int4_lora_linear"]
+__all__ = ["check_operands", "check_slices", "int4_linear", "int4_lora_linear"]
 
 
 def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -96,13 +104,13 @@ def int4_lora_linear(
     Source:
         ``docs/numerics.md``; arXiv:2106.09685.
     """
-    slices = check_slices(weight, lora)
-    ids = _check_operands(x, weight, slices, adapter_ids, bias)
+    slices, ids = check_operands(x, weight, lora, adapter_ids, bias)
     accumulate = accumulation_dtype(x)
-    y = x.to(accumulate) @ dequantize(weight, accumulate).T  # [tokens, out_features]
+    with without_autocast(x):
+        y = x.to(accumulate) @ dequantize(weight, accumulate).T  # [tokens, out_features]
     for part in slices:
-        h = shrink(x, part.stack, ids)  # [tokens, rank]
-        y[:, part.start : part.stop] += expand(h, part.stack, ids)
+        delta = expand(shrink(x, part.stack, ids), part.stack, ids)  # [tokens, part]
+        y = y + pad(delta, (part.start, weight.out_features - part.stop))
     if bias is not None:
         y = y + bias.to(accumulate)
     return y.to(x.dtype)
@@ -119,7 +127,7 @@ def _as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice,
         return ()
     if isinstance(lora, LoRAStack):
         return (LoRASlice(lora, start=0),)
-    if not isinstance(lora, Sequence):
+    if not isinstance(lora, Sequence) or isinstance(lora, str):
         raise TypeError(f"lora must be a LoRAStack or LoRASlices, got {type(lora).__name__}")
     for index, part in enumerate(lora):
         if not isinstance(part, LoRASlice):
@@ -146,6 +154,7 @@ def check_slices(
         raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
     slices = _as_slices(lora)
     for part in slices:
+        check_one_device(weight=weight.packed, lora=part.stack.a)
         if part.stack.in_features != weight.in_features:
             raise ValueError(
                 f"lora must have the in_features of weight, {weight.in_features}, "
@@ -161,38 +170,44 @@ def check_slices(
             f"lora must have the out_features of weight, {weight.out_features}, "
             f"got b of {list(lora.b.shape)}"
         )
-    ordered = sorted(slices, key=lambda part: part.start)
-    for left, right in pairwise(ordered):
-        if right.start < left.stop:
+    for one, other in combinations(slices, 2):
+        if one.start < other.stop and other.start < one.stop:
             raise ValueError(
-                f"slices must not overlap: [{left.start}, {left.stop}) and "
-                f"[{right.start}, {right.stop})"
+                f"slices must not overlap: [{one.start}, {one.stop}) and "
+                f"[{other.start}, {other.stop})"
             )
     return slices
 
 
-def _check_operands(
+def check_operands(
     x: Tensor,
     weight: PackedWeight,
-    slices: tuple[LoRASlice, ...],
+    lora: LoRAStack | Sequence[LoRASlice] | None,
     adapter_ids: Tensor | None,
     bias: Tensor | None,
-) -> Tensor:
-    """Check what ``check_slices`` has not, and return the ids: -1 for all when none are given."""
+) -> tuple[tuple[LoRASlice, ...], Tensor]:
+    """Check all operands; return the slices, and the ids: -1 for all when none are given.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape, value or device does not fit.
+    """
+    slices = check_slices(weight, lora)
     check_dtype("x", x, X_DTYPES)
     check_shape("x", x, (None, weight.in_features), "[tokens, in_features]")
-    check_one_device(
-        x=x, weight=weight.packed, lora=slices[0].stack.a if slices else None, bias=bias
-    )
     for part in slices:
         check_accumulates("a and b of lora", part.stack.a, x)
     if bias is not None:
         check_dtype("bias", bias, X_DTYPES)
         check_shape("bias", bias, (weight.out_features,), "[out_features]")
         check_accumulates("bias", bias, x)
+    check_one_device(x=x, weight=weight.packed, bias=bias)
     if adapter_ids is None:
         if slices:
             raise ValueError("adapter_ids must be given with lora, got None")
-        return torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
-    check_adapter_ids(adapter_ids, x.shape[0], slices[0].stack.adapters if slices else 0)
-    return adapter_ids
+        return slices, torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
+    adapters = slices[0].stack.adapters if slices else 0
+    check_dtype("adapter_ids", adapter_ids, ID_DTYPES)
+    check_one_device(x=x, adapter_ids=adapter_ids)
+    check_adapter_ids(adapter_ids, x.shape[0], adapters)
+    return slices, adapter_ids

@@ -1,13 +1,17 @@
 """Low-rank adapters, many at once: every token uses its own adapter, or none.
 
 delta[t] = scaling[i] * B[i] (A[i] x[t]) with i = adapter_ids[t], and 0 where i is -1.
-The sum over in_features is "shrink", the sum over the rank is "expand".
+The sum over in_features is "shrink", the sum over the rank is "expand". Tokens are masked before
+and after each product, so that no NaN of one adapter or token reaches another's result or
+gradient.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685;
 the names are those of Chen et al., "Punica: Multi-Tenant LoRA Serving", arXiv:2310.18547.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,7 +25,7 @@ from int4_lora.reference.checks import (
 )
 from int4_lora.reference.lora_stack import LoRAStack
 
-__all__ = ["accumulation_dtype", "check_accumulates", "expand", "shrink"]
+__all__ = ["accumulation_dtype", "check_accumulates", "expand", "shrink", "without_autocast"]
 
 
 def shrink(x: Tensor, lora: LoRAStack, adapter_ids: Tensor) -> Tensor:
@@ -48,12 +52,14 @@ def shrink(x: Tensor, lora: LoRAStack, adapter_ids: Tensor) -> Tensor:
     Source:
         arXiv:2310.18547, section 4 ("shrink").
     """
-    _check_one_layer("x", x, lora, adapter_ids, "in_features", lora.in_features)
+    _check_one_layer("x", x, lora, adapter_ids, "in_features")
     accumulate = accumulation_dtype(x)
     h = torch.zeros(x.shape[0], lora.rank, dtype=accumulate, device=x.device)
     for adapter in range(lora.adapters):
         mine = (adapter_ids == adapter)[:, None]  # [tokens, 1]; true nowhere for an id of -1
-        h = torch.where(mine, x.to(accumulate) @ lora.a[adapter].to(accumulate).T, h)
+        a = lora.a[adapter].to(accumulate)
+        with without_autocast(x):
+            h = torch.where(mine, torch.where(mine, x, 0).to(accumulate) @ a.T, h)
     return h
 
 
@@ -81,20 +87,28 @@ def expand(h: Tensor, lora: LoRAStack, adapter_ids: Tensor) -> Tensor:
     Source:
         arXiv:2310.18547, section 4 ("expand").
     """
-    _check_one_layer("h", h, lora, adapter_ids, "rank", lora.rank)
+    _check_one_layer("h", h, lora, adapter_ids, "rank")
     accumulate = accumulation_dtype(h)
     delta = torch.zeros(h.shape[0], lora.out_features, dtype=accumulate, device=h.device)
     for adapter in range(lora.adapters):
         mine = (adapter_ids == adapter)[:, None]  # [tokens, 1]
-        scaling = lora.scaling[adapter].to(accumulate)
-        b = lora.b[adapter].to(accumulate)
-        delta = torch.where(mine, scaling * (h.to(accumulate) @ b.T), delta)
+        b, scaling = lora.b[adapter].to(accumulate), lora.scaling[adapter].to(accumulate)
+        with without_autocast(h):
+            own = scaling * (torch.where(mine, h, 0).to(accumulate) @ b.T)
+        delta = torch.where(mine, own, delta)
     return delta
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that sums are kept in: float64 for float64 operands, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which a product of float32 tensors is one of float32."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def check_accumulates(name: str, value: Tensor, x: Tensor) -> None:
@@ -109,9 +123,12 @@ def check_accumulates(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def _check_one_layer(
-    name: str, x: Tensor, lora: LoRAStack, adapter_ids: Tensor, width_name: str, width: int
+    name: str, x: Tensor, lora: LoRAStack, adapter_ids: Tensor, width_name: str
 ) -> None:
+    if not isinstance(lora, LoRAStack):
+        raise TypeError(f"lora must be a LoRAStack, got {type(lora).__name__}")
     check_dtype(name, x, X_DTYPES)
+    width = lora.in_features if width_name == "in_features" else lora.rank
     check_shape(name, x, (None, width), f"[tokens, {width_name}]")
     check_accumulates("a and b of lora", lora.a, x)
     check_one_device(**{name: x}, adapter_ids=adapter_ids, a=lora.a)

@@ -71,6 +71,8 @@ class LoRAStack:
     def stack(cls, adapters: Iterable[tuple[Tensor, Tensor, float]]) -> LoRAStack:
         """Stack adapters of one layer; smaller ranks are padded with zeros.
 
+        Padding adds 0 * x, which is 0 for finite x and NaN for an infinite one.
+
         Args:
             adapters: ``(a, b, scaling)`` of each: ``a [rank, in_features]``,
                 ``b [out_features, rank]`` of one dtype and device for all, and a number. The
@@ -80,25 +82,23 @@ class LoRAStack:
             TypeError: a member of the wrong type or dtype.
             ValueError: no adapters, or shapes that do not fit; the message gives the index.
         """
-        given = list(adapters)
-        if not given:
-            raise ValueError("adapters must not be empty: the shapes would be unknown")
+        given = _as_triples(adapters)
         first_a, first_b, _ = given[0]
         check_dtype("a of adapter 0", first_a, X_DTYPES)
         check_shape("a of adapter 0", first_a, (None, None), "[rank, in_features]")
         check_dtype("b of adapter 0", first_b, (first_a.dtype,))
         check_shape("b of adapter 0", first_b, (None, None), "[out_features, rank]")
-        for index, (a, b, scaling) in enumerate(given):
+        for index, (a, b, _) in enumerate(given):
             check_dtype(f"a of adapter {index}", a, (first_a.dtype,))
             check_dtype(f"b of adapter {index}", b, (first_a.dtype,))
             width = (None, first_a.shape[1])
             check_shape(f"a of adapter {index}", a, width, "[rank, in_features]")
             height = (first_b.shape[0], a.shape[0])
             check_shape(f"b of adapter {index}", b, height, "[out_features, rank]")
-            check_one_device(**{"a of adapter 0": first_a, f"a of adapter {index}": a})
-            if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-                found = type(scaling).__name__
-                raise TypeError(f"scaling of adapter {index} must be a number, got {found}")
+            if a.shape[0] < 1:
+                raise ValueError(f"a of adapter {index} must have a rank of 1 or more, got 0")
+            names = ("a of adapter 0", f"a of adapter {index}", f"b of adapter {index}")
+            check_one_device(**dict(zip(names, (first_a, a, b), strict=True)))
         rank = max(a.shape[0] for a, _, _ in given)
         return cls(
             a=torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for a, _, _ in given]),
@@ -133,6 +133,28 @@ class LoRAStack:
         return dataclasses.replace(
             self, a=self.a.to(device), b=self.b.to(device), scaling=self.scaling.to(device)
         )
+
+
+def _as_triples(
+    adapters: Iterable[tuple[Tensor, Tensor, float]],
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Return (a, b, scaling) of each adapter, the scaling as a float."""
+    if not isinstance(adapters, Iterable):
+        raise TypeError(f"adapters must be (a, b, scaling) triples, got {type(adapters).__name__}")
+    triples = []
+    for index, one in enumerate(adapters):
+        if not isinstance(one, (tuple, list)) or len(one) != 3:
+            raise TypeError(f"adapter {index} must be (a, b, scaling), got {type(one).__name__}")
+        a, b, scaling = one
+        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+            found = type(scaling).__name__
+            raise TypeError(f"scaling of adapter {index} must be a number, got {found}")
+        if isinstance(scaling, int) and abs(scaling) >= 2**1023:
+            raise ValueError(f"scaling of adapter {index} must fit float64, got 2**1023 or more")
+        triples.append((a, b, float(scaling)))
+    if not triples:
+        raise ValueError("adapters must not be empty: the shapes would be unknown")
+    return triples
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import pack
 from int4_lora.reference.quantization import quantize_groups
+from int4_lora.reference.rounding import round_once
 
 __all__ = ["MergeCost", "merge", "merge_quantized"]
 
@@ -60,9 +61,10 @@ def merge(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: 
     Source:
         arXiv:2106.09685, section 4.1.
     """
-    return _merged(weight, lora, adapter).to(weight.scale.dtype)
+    return round_once(_merged(weight, lora, adapter), weight.scale.dtype)
 
 
+@torch.no_grad()
 def merge_quantized(
     weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: int
 ) -> tuple[PackedWeight, MergeCost]:

@@ -125,13 +125,15 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the same weight with every tensor on ``device``."""
-        return dataclasses.replace(
+        moved = dataclasses.replace(
             self,
             packed=self.packed.to(device),
             scale=self.scale.to(device),
             zero_point=None if self.zero_point is None else self.zero_point.to(device),
             g_idx=None if self.g_idx is None else self.g_idx.to(device),
         )
+        object.__setattr__(moved, "column_order", self.column_order)
+        return moved
 
 
 def _as_shape(shape: object) -> tuple[int, int]:
@@ -140,6 +142,8 @@ def _as_shape(shape: object) -> tuple[int, int]:
         shape = tuple(shape.tolist()) if shape.ndim == 1 else shape
     if not isinstance(shape, Sequence) or len(shape) != 2:
         raise ValueError(f"shape must be (out_features, in_features), got {shape!r}")
+    if any(isinstance(length, bool) for length in shape):
+        raise TypeError(f"shape must hold two ints, got {shape!r}")
     try:
         rows, columns = (operator.index(length) for length in shape)
     except TypeError:
@@ -167,6 +171,8 @@ def _check_g_idx(weight: PackedWeight) -> bool:
             f"got scale {list(weight.scale.shape)} and group_size {weight.group_size}"
         )
     groups = weight.scale.shape[1]
+    if weight.g_idx.is_meta:
+        return False  # no values to look at; ``to`` keeps what was found before
     low, high = int(weight.g_idx.min()), int(weight.g_idx.max())
     if low < -1 or high >= groups:
         value = low if low < -1 else high
@@ -178,7 +184,7 @@ def _check_scale(weight: PackedWeight) -> None:
     rows, columns = weight.shape
     size = weight.group_size
     if isinstance(size, tuple):
-        if len(size) != 2 or any(type(length) is not int or length < 1 for length in size):
+        if len(size) != 2 or any(type(one) is not int or not 0 < one < 2**31 for one in size):
             raise ValueError(f"group_size of blocks must be two positive ints, got {size}")
         blocks = (-(-rows // size[0]), -(-columns // size[1]))
         check_shape("scale", weight.scale, blocks, f"one per block of {size[0]} x {size[1]}")
@@ -194,8 +200,13 @@ def _check_scale(weight: PackedWeight) -> None:
         return
     check_shape("scale", weight.scale, (rows, None), "[out_features, groups]")
     groups = weight.scale.shape[1]
-    if not weight.column_order:
-        return  # g_idx says which group each column has, so no width has to divide
+    if not weight.column_order:  # g_idx says which group each column has: none has to be full
+        if size is not None and groups != -(-columns // size):
+            raise ValueError(
+                f"group_size must make {groups} groups of {columns} columns, as scale has, "
+                f"got {size}"
+            )
+        return
     if groups < 1 or columns % groups:
         raise ValueError(
             f"scale has {groups} groups, which do not divide in_features = {columns} evenly"
@@ -215,6 +226,8 @@ def _check_zero_point(weight: PackedWeight, zero_point: Tensor) -> None:
         return
     check_dtype("zero_point", zero_point, (torch.int8,))
     check_shape("zero_point", zero_point, weight.scale.shape, "the shape of scale")
+    if zero_point.is_meta:
+        return
     low, high = code_range(weight.bits)
     wrong = zero_point[(zero_point < low) | (zero_point > high)]
     if wrong.numel():

@@ -133,7 +133,7 @@ def check_bits(bits: object) -> None:
     Raises:
         ValueError: ``bits`` is neither 4 nor 8.
     """
-    if isinstance(bits, bool) or bits not in (4, 8):
+    if type(bits) is not int or bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
 
 
@@ -143,5 +143,5 @@ def check_dim(dim: object) -> None:
     Raises:
         ValueError: ``dim`` is neither 0 nor 1.
     """
-    if isinstance(dim, bool) or dim not in (0, 1):
+    if type(dim) is not int or dim not in (0, 1):
         raise ValueError(f"dim must be 0 or 1, got {dim!r}")

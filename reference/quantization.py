@@ -24,10 +24,12 @@ from torch import Tensor
 from int4_lora.reference.checks import SCALE_DTYPES, X_DTYPES, check_dtype, check_shape
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import code_range, pack
+from int4_lora.reference.rounding import round_once
 
 __all__ = ["quantize", "quantize_groups"]
 
 
+@torch.no_grad()
 def quantize(
     weight: Tensor,
     *,
@@ -74,6 +76,8 @@ def quantize(
         raise TypeError(f"group_size must be an int or None, got {type(size).__name__}")
     if size < 1 or columns % size:
         raise ValueError(f"group_size must divide in_features = {columns}, got {group_size}")
+    if type(symmetric) is not bool:
+        raise TypeError(f"symmetric must be a bool, got {type(symmetric).__name__}")
     if scale_dtype is None:
         scale_dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
     if scale_dtype not in SCALE_DTYPES:
@@ -133,10 +137,13 @@ def quantize_groups(
     hi = zeros.scatter_reduce(0, group_of, w.flatten(), "amax").reshape(table)  # >= 0
 
     exact = torch.maximum(-lo, hi) / ((high - low) / 2) if symmetric else (hi - lo) / (high - low)
-    scale = exact.to(scale_dtype)
+    scale = round_once(exact, scale_dtype)
     if not scale.isfinite().all():
         name = str(scale_dtype).removeprefix("torch.")
-        raise ValueError(f"weight needs a scale of {exact.max().item():g}, too large for {name}")
+        raise ValueError(
+            f"weight must have scales that are finite in {name}, got {exact.max().item():g} "
+            f"for a group from {lo.min().item():g} to {hi.max().item():g}"
+        )
     scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale)
 
     s = scale.to(w.dtype)

@@ -4,8 +4,9 @@ import shutil
 
 import hypothesis
 import pytest
+from typer.testing import CliRunner
 
-from support.tiny import VARIANTS, make_tiny
+from support.tiny import LLAMA, VARIANTS, make_tiny
 
 hypothesis.settings.register_profile(
     "house", derandomize=True, deadline=None, max_examples=60, print_blob=True
@@ -32,3 +33,28 @@ def demo_files(tmp_path_factory):
     from int4_lora.integration.demo import recipe
 
     return recipe.prepare(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tmp_path_factory):
+    """Return the folders of the demo's adapters, made for the tiny models."""
+    from int4_lora.integration.demo import recipe
+
+    root = tmp_path_factory.mktemp("adapters")
+    for name, settings in recipe.ADAPTERS.items():
+        recipe.make_adapter(root / name, LLAMA, name, settings)
+    return {name: root / name for name in recipe.ADAPTERS}
+
+
+@pytest.fixture
+def run(tiny_models, tiny_adapters):
+    """Return a call of ``int4-lora demo`` on a tiny model and its adapters."""
+    from int4_lora.integration import cli
+
+    def call(*options, model=tiny_models["g32"], adapters=tiny_adapters):
+        named = [f"--adapter={name}={folder}" for name, folder in adapters.items()]
+        return CliRunner().invoke(
+            cli.app, ["demo", f"--model={model}", *named, "--tokens=8", *options]
+        )
+
+    return call

@@ -63,6 +63,11 @@ def test_patterns_choose_rank_and_alpha_by_the_end_of_the_name(copied):
     assert module.scaling == 4 / 8
 
 
+def test_a_pattern_matches_whole_parts_of_a_name(copied):
+    edit_config(copied, alpha_pattern={"proj": 1, "_proj": 1, "attn.q_proj": 1})
+    assert {module.scaling for module in read_adapter(copied).modules.values()} == {2.0}
+
+
 def keep(tensors, wanted):
     for key in [key for key in tensors if not wanted(key)]:
         del tensors[key]
@@ -104,6 +109,9 @@ def test_an_adapter_of_another_base_is_refused(demo_files):
         (r"modules_to_save = \['lm_head'\] is not plain LoRA", {"modules_to_save": ["lm_head"]}),
         ("lora_bias = True is not plain LoRA", {"lora_bias": True}),
         ("fan_in_fan_out = True is not plain LoRA", {"fan_in_fan_out": True}),
+        ("use_rslora must be true or false, got 'false'", {"use_rslora": "false"}),
+        ("init_lora_weights = 'pissa_niter_4' changes", {"init_lora_weights": "pissa_niter_4"}),
+        ("lora_alpha must be a finite number", {"lora_alpha": 10**400}),
         ("bias must be 'none', got 'all'", {"bias": "all"}),
         ("r must be a positive whole number, got None", {"r": None}),
         ("r must be a positive whole number, got 0", {"r": 0}),

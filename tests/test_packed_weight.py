@@ -41,6 +41,13 @@ def test_the_shape_tensor_of_a_checkpoint_is_taken():
     assert dataclasses.replace(GROUP, shape=torch.Size([13, 44])).shape == (13, 44)
 
 
+def test_a_weight_moves_to_a_device_without_values():
+    for weight in (G_IDX, TENSOR, BLOCK, random_weight("g_idx_minus_one")):
+        moved = weight.to("meta")
+        assert moved.packed.is_meta
+        assert moved.column_order == weight.column_order
+
+
 def test_fields_cannot_be_set():
     with pytest.raises(dataclasses.FrozenInstanceError):
         GROUP.bits = 8
@@ -114,6 +121,10 @@ def replaced(weight, **fields):
         (TypeError, "group_size must be an int", replaced(GROUP, group_size=11.0)),
         (ValueError, "group_size must be None", replaced(TENSOR, group_size=44)),
         (ValueError, "group_size of blocks", replaced(BLOCK, group_size=(5, 0))),
+        (ValueError, "group_size of blocks", replaced(BLOCK, group_size=(10**30, 10**30))),
+        (ValueError, "group_size must make 4 groups of 44 columns, as scale has, got 999",
+         replaced(G_IDX, group_size=999)),
+        (TypeError, "shape must hold two ints", replaced(GROUP, shape=(True, True))),
         (ValueError, "group_size of blocks", replaced(BLOCK, group_size=(5, 8, 1))),
         (ValueError, "scale must be one per block", replaced(BLOCK, group_size=(5, 11))),
         (ValueError, "one device: packed is on cpu, scale is on meta",

@@ -67,6 +67,31 @@ def test_quantising_twice_changes_nothing_much(seed, symmetric):
     assert ((once - twice).abs() <= 0.51 * step).all()
 
 
+def test_a_tie_is_rounded_after_the_zero_point_is_added():
+    # s = 1 and z = -7: 0.5 + z = -6.5 goes to the even -6, where round(0.5) + z would be -7
+    packed = quantize(torch.tensor([[-1.0, 14.0, 0.5, 1.5]]), group_size=None, symmetric=False)
+    assert (packed.scale.item(), unpack(packed.zero_point, 1, dim=0).item()) == (1.0, -7)
+    assert unpack(packed.packed, 4).tolist() == [[-8, 7, -6, -6]]
+
+
+def test_float64_weights_are_divided_in_float64():
+    # in float32 0.5 + 2^-30 would be a tie and go to 0
+    weight = torch.tensor([[7.5, 0.5 + 2.0**-30]], dtype=torch.float64)
+    packed = quantize(weight, group_size=None)
+    assert unpack(packed.packed, 2).tolist() == [[7, 1]]
+
+
+def test_a_float64_scale_is_rounded_once():
+    weight = torch.tensor([[7.5 * (1 + 2.0**-11 + 2.0**-40)]], dtype=torch.float64)
+    packed = quantize(weight, group_size=None, scale_dtype=torch.float16)
+    assert packed.scale.item() == 1 + 2.0**-10
+
+
+def test_a_parameter_gives_a_weight_without_gradient():
+    packed = quantize(torch.nn.Parameter(torch.ones(2, 8)), group_size=8)
+    assert not packed.scale.requires_grad
+
+
 @pytest.mark.parametrize(
     ("weight", "given_dtype", "expected"),
     [
@@ -98,6 +123,11 @@ WEIGHT = torch.ones(2, 12)
         (TypeError, "group_size must be an int", lambda: quantize(WEIGHT, group_size=4.0)),
         (
             TypeError,
+            "symmetric must be a bool, got str",
+            lambda: quantize(WEIGHT, group_size=4, symmetric="no"),
+        ),
+        (
+            TypeError,
             "scale_dtype must be .* got torch.float64",
             lambda: quantize(WEIGHT, group_size=4, scale_dtype=torch.float64),
         ),
@@ -108,7 +138,7 @@ WEIGHT = torch.ones(2, 12)
         ),
         (
             ValueError,
-            "a scale of 133333, too large for float16",
+            r"finite in float16, got 133333 for a group from 0 to 1e\+06",
             lambda: quantize(WEIGHT * 1e6, group_size=4, scale_dtype=torch.float16),
         ),
     ],

@@ -7,7 +7,8 @@ compressed-tensors decompresses. The rules:
 - low precision: ``rms(ours - truth) <= 2 * rms(theirs - truth) + floor`` for each row, theirs
   being eager transformers + PEFT in the same dtype; floor = u / 2 * rms(truth) with the dtype's
   unit roundoff u, a quarter of the logits' own last place
-- every output of every quantised linear lies within ``error_bound`` of its float64 value
+- every output of every quantised linear has a finite ``error_bound`` and lies within it of the
+  float64 value that upstream's weight and PEFT's formula give
 
 Source: ``docs/numerics.md``.
 """
@@ -41,9 +42,14 @@ class Row:
     floor: float
 
     @property
+    def allowed(self) -> float:
+        """What ``ours`` may be, in logits."""
+        return 2 * self.theirs + self.floor
+
+    @property
     def right(self) -> bool:
         """Whether both rules hold; NaN never does."""
-        return self.float64_error <= FLOAT64_LIMIT and self.ours <= 2 * self.theirs + self.floor
+        return self.float64_error <= FLOAT64_LIMIT and self.ours <= self.allowed
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Comparison:
         rows: one entry for each row of the batch.
         linears: how many quantised linears the model has.
         elements: how many of their outputs were held against ``error_bound``.
+        unbounded: how many of them have no bound, because they may overflow; right is 0.
         worst_of_bound: the largest error of one of them over its bound; right up to 1.
         packed_bytes: bytes of the packed weights.
         dense_bytes: bytes the same weights have in 16 bits.
@@ -66,6 +73,7 @@ class Comparison:
     rows: Sequence[Row]
     linears: int
     elements: int
+    unbounded: int
     worst_of_bound: float
     packed_bytes: int
     dense_bytes: int
@@ -76,5 +84,6 @@ class Comparison:
 
     @property
     def right(self) -> bool:
-        """Whether every rule holds."""
-        return self.worst_of_bound <= 1 and all(row.right for row in self.rows)
+        """Whether every rule holds, and something was there to hold it against."""
+        bounds = self.elements > 0 and self.unbounded == 0 and self.worst_of_bound <= 1
+        return bounds and len(self.rows) > 0 and all(row.right for row in self.rows)

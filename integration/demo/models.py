@@ -25,7 +25,14 @@ from int4_lora.integration.checkpoint import Checkpoint
 from int4_lora.integration.upstream import decompress
 from int4_lora.reference import LoRAStack, PackedWeight, int4_lora_linear
 
-__all__ = ["Float64Inside", "ReferenceLinear", "RowAdapters", "peft_model", "reference_model"]
+__all__ = [
+    "Float64Inside",
+    "ReferenceLinear",
+    "RowAdapters",
+    "peft_model",
+    "peft_name",
+    "reference_model",
+]
 
 
 class RowAdapters:
@@ -107,46 +114,72 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: transformers' model does not have the tensors of the checkpoint.
     """
-    config: Any = AutoConfig.from_pretrained(checkpoint.path)
-    del config.quantization_config
-    quantised = set(checkpoint.modules())
-    state = {
-        name: checkpoint.tensor(name)
-        for name in checkpoint.tensors
-        if name.rpartition(".")[0] not in quantised or name.endswith(".bias")
-    }
-    state |= {f"{name}.weight": decompress(checkpoint, name) for name in quantised}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    file = checkpoint.path / "config.json"
     try:
-        found = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
+        config: Any = AutoConfig.from_pretrained(checkpoint.path)
+        config.__dict__.pop("quantization_config", None)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="eager"
+        )
+    except Exception as error:  # transformers raises whatever its model code raises
+        detail = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{file}: transformers makes no model of it: {detail}") from error
     model.tie_weights()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ())
-    missing = [name for name in found.missing_keys if name not in tied]
-    for wrong, rule in ((missing, "lacks"), (found.unexpected_keys, "holds but the model lacks")):
-        if wrong:
-            raise ValueError(f"{checkpoint.path}: the checkpoint {rule} {wrong[0]}")
+    _fill(model, checkpoint)
     whole: nn.Module = model.to(dtype) if dtype == torch.float64 else model  # rotary buffers too
     return whole.eval()
 
 
-def peft_model(checkpoint: Checkpoint, adapters: Mapping[str, Path], dtype: torch.dtype) -> Any:
-    """Return the dense model with every adapter loaded by PEFT; ``set_adapter`` chooses one.
+@torch.no_grad()
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy every tensor of the checkpoint into the model, one at a time."""
+    places = model.state_dict()
+    filled = set()
+    quantised = set(checkpoint.modules())
+    dense = [
+        name
+        for name in checkpoint.tensors
+        if name.rpartition(".")[0] not in quantised or name.endswith(".bias")
+    ]
+    for name in [*dense, *(f"{module}.weight" for module in checkpoint.modules())]:
+        if name not in places:
+            raise ValueError(f"{checkpoint.path}: holds {name}, which the model does not have")
+        module = name.removesuffix(".weight")
+        tensor = decompress(checkpoint, module) if module in quantised else checkpoint.tensor(name)
+        if tensor.shape != places[name].shape:
+            raise ValueError(
+                f"{checkpoint.path}: {name} must be {list(places[name].shape)} for the model of "
+                f"config.json, got {list(tensor.shape)}"
+            )
+        places[name].copy_(tensor)
+        filled.add(places[name].data_ptr())
+    for name, place in places.items():
+        if place.data_ptr() not in filled:  # tied weights share one place
+            raise ValueError(f"{checkpoint.path}: lacks {name}, which the model has")
+
+
+def peft_model(checkpoint: Checkpoint, adapters: Sequence[Path], dtype: torch.dtype) -> Any:
+    """Return the dense model with every adapter loaded by PEFT under its ``peft_name``.
 
     Args:
         checkpoint: an open checkpoint.
-        adapters: the folder of each adapter, by name.
+        adapters: the folder of each adapter.
         dtype: the dtype of the base; in float64 the adapters are float64 too, otherwise PEFT's
             default holds.
     """
     model: Any = dense_model(checkpoint, dtype)
-    for name, folder in adapters.items():
+    for index, folder in enumerate(adapters):
+        inside = peft_name(index)
         if isinstance(model, peft.PeftModel):
-            model.load_adapter(folder, adapter_name=name)
+            model.load_adapter(folder, adapter_name=inside)
         else:
-            model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
+            model = peft.PeftModel.from_pretrained(model, folder, adapter_name=inside)
     return (model.to(dtype) if dtype == torch.float64 else model).eval()
+
+
+def peft_name(index: int) -> str:
+    """Return the name PEFT knows an adapter by: not every name is one that a module can have."""
+    return f"adapter_{index}"
 
 
 def reference_model(

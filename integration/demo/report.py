@@ -5,6 +5,7 @@ Source: the rules are those of ``findings``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +23,8 @@ def print_comparison(console: Console, found: Comparison) -> None:
     console.print(_agreement(found))
     console.print(
         f"{found.linears} quantised linears, {found.elements:,} outputs: the worst error is "
-        f"{found.worst_of_bound:.3f} of error_bound (right up to 1)"
+        f"{found.worst_of_bound:.3f} of error_bound (right up to 1); "
+        f"{found.unbounded} have no bound"
     )
     console.print(_bytes_and_time(found))
     verdict = "right: every rule holds" if found.right else "WRONG: a rule is broken"
@@ -32,8 +34,17 @@ def print_comparison(console: Console, found: Comparison) -> None:
 def as_json(found: Comparison) -> dict[str, Any]:
     """Return everything the tables show, as plain numbers and strings."""
     plain: dict[str, Any] = {name: value for name, value in vars(found).items() if name != "rows"}
-    rows = [{**vars(row), "right": row.right} for row in found.rows]
-    return {"right": found.right, "rows": rows, **plain}
+    rows = [{**vars(row), "allowed": row.allowed, "right": row.right} for row in found.rows]
+    return _without_nan({"right": found.right, "rows": rows, **plain})
+
+
+def _without_nan(value: Any) -> Any:
+    """Return ``value`` with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _agreement(found: Comparison) -> Table:
@@ -49,7 +60,7 @@ def _agreement(found: Comparison) -> Table:
             f"{row.float64_error:.1e}",
             f"{row.ours:.2e}",
             f"{row.theirs:.2e}",
-            f"{2 * row.theirs + row.floor:.2e}",
+            f"{row.allowed:.2e}",
             "right" if row.right else "[red]WRONG[/red]",
         )
     return table
