@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,33 +200,29 @@ def _in_one_line(error: Exception) -> str:
     return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
-Match = Callable[[str], bool]
-
-
-def _compiled(file: Path, targets: Mapping[str, list[str]]) -> list[tuple[str, Match]]:
-    """Return (group, test of a module's name) in the order in which they are to be tried."""
-    exact: list[tuple[str, Match]] = []
-    patterns: list[tuple[str, Match]] = []
-    classes: list[tuple[str, Match]] = []
+def _compiled(file: Path, targets: Mapping[str, list[str]]) -> list[tuple[str, re.Pattern[str]]]:
+    """Return (group, pattern of a module's name) in the order in which they are to be tried."""
+    exact: list[tuple[str, re.Pattern[str]]] = []
+    patterns: list[tuple[str, re.Pattern[str]]] = []
+    classes: list[tuple[str, re.Pattern[str]]] = []
     for name, wanted in targets.items():
         for target in wanted:
             if target.startswith("re:"):
                 try:
-                    pattern = re.compile(target.removeprefix("re:"))
+                    patterns.append((name, re.compile(target.removeprefix("re:"))))
                 except re.error as error:
                     where = f"{file}: config_groups.{name}"
                     raise ValueError(f"{where}: target {target!r}: {error}") from error
-                patterns.append((name, lambda module, p=pattern: p.match(module) is not None))
             elif target in CLASS_TARGETS:
-                classes.append((name, lambda module: True))
+                classes.append((name, re.compile("")))
             else:
-                exact.append((name, lambda module, t=target: module == t))
+                exact.append((name, re.compile(re.escape(target) + r"\Z")))
     return [*exact, *patterns, *classes]
 
 
-def _group_of(file: Path, module: str, matches: Iterable[tuple[str, Match]]) -> str:
-    for name, match in matches:
-        if match(module):
+def _group_of(file: Path, module: str, matches: Iterable[tuple[str, re.Pattern[str]]]) -> str:
+    for name, pattern in matches:
+        if pattern.match(module):
             return name
     raise ValueError(f"{file}: {module} is quantised, but no config group targets it")
 

@@ -6,6 +6,7 @@ Source: ``docs/format.md``; the arithmetic is that of ``int4_lora.reference.dequ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,6 +52,5 @@ def unpack_int4_weights(
     Source:
         ``docs/format.md``.
     """
-    size = tuple(shape.tolist()) if isinstance(shape, Tensor) else tuple(shape)
-    weight = PackedWeight(packed, scale, size, zero_point, g_idx)
+    weight = PackedWeight(packed, scale, cast("tuple[int, int]", shape), zero_point, g_idx)
     return dequantize(weight, dtype)

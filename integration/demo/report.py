@@ -35,7 +35,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
     """Return everything the tables show, as plain numbers and strings."""
     plain: dict[str, Any] = {name: value for name, value in vars(found).items() if name != "rows"}
     rows = [{**vars(row), "allowed": row.allowed, "right": row.right} for row in found.rows]
-    return _without_nan({"right": found.right, "rows": rows, **plain})
+    whole: dict[str, Any] = _without_nan({"right": found.right, "rows": rows, **plain})
+    return whole
 
 
 def _without_nan(value: Any) -> Any:
