@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from int4_lora.integration.hub import local_folder
 from int4_lora.integration.json_files import read_json_object
 from int4_lora.integration.quantization_config import (
     PACKED_FORMAT,
@@ -162,10 +163,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a local compressed-tensors checkpoint, in one file or sharded.
+    """Open a compressed-tensors checkpoint, in one file or sharded.
 
     Args:
-        path: the folder with ``config.json`` and the safetensors files.
+        path: the folder with ``config.json`` and the safetensors files, or the ``owner/name`` of
+            a model on the Hugging Face hub, which is downloaded unless its cache has it.
 
     Returns:
         The checkpoint; no tensor is read yet.
@@ -183,9 +185,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Source:
         The folder layout of transformers' ``save_pretrained``.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder with a checkpoint")
+    folder = local_folder(path)
     file = inside(folder, "config.json")
     config = read_json_object(file)
     tensors = read_model_headers(folder)

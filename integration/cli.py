@@ -1,4 +1,4 @@
-"""The command line ``int4-lora``.
+"""The command line ``int4-lora``; each command has a module of its own.
 
 Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input.
 
@@ -7,17 +7,15 @@ Source: ``docs/commands.md``.
 
 from __future__ import annotations
 
-import json
-import warnings
-from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
 
 import int4_lora
+from int4_lora.integration.command_demo import demo
+from int4_lora.integration.command_doctor import doctor
+from int4_lora.integration.command_inspect import inspect
+from int4_lora.integration.command_verify import verify
 
 __all__ = ["app", "main"]
 
@@ -28,13 +26,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-class LowPrecision(str, Enum):
-    """The 16-bit dtypes a model can be run in."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,91 +43,8 @@ def _options(
     """INT4 base models with LoRA adapters."""
 
 
-@app.command()
-def demo(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="A compressed-tensors INT4 checkpoint; without it, one is made."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A PEFT adapter of --model; may be repeated."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of each row.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the tokens.")] = 0,
-    dtype: Annotated[LowPrecision, typer.Option(help="The low precision.")] = LowPrecision.bfloat16,
-    cache: Annotated[
-        Path | None, typer.Option(help="Where the made model is kept [~/.cache/int4-lora].")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
-) -> None:
-    """Run one mixed batch through the reference, and compare each row with transformers + PEFT.
-
-    Rows: base, then each adapter. The truth is transformers + PEFT in float64, on the weights
-    that compressed-tensors decompresses; --model needs memory for the model in float64.
-
-    Example: int4-lora demo --model ./llama-w4a16 --adapter sql=./sql-lora --adapter chat=./chat
-    """
-    errors = Console(stderr=True)
-    try:
-        folders = _named_folders(adapter or [])
-        if model is None and folders:
-            raise ValueError("--adapter needs --model: the made model has adapters of its own")
-        if model is not None and cache is not None:
-            raise ValueError("--cache is where a model is made: it has no effect with --model")
-        _quiet()
-        with errors.status("loading transformers and PEFT") as status:
-            from int4_lora.integration.demo import comparison, recipe, report
-
-            if model is None:
-                status.update("making the model and its adapters")
-                made = recipe.prepare(cache or recipe.cache_folder())
-                model, folders = made.model, dict(made.adapters)
-            found = comparison.compare(
-                model,
-                folders,
-                tokens=tokens,
-                seed=seed,
-                dtype=getattr(torch, dtype.value),
-                say=status.update,
-            )
-    except ImportError as error:
-        raise _unusable(f"{error}; the extras are missing: int4-lora[checkpoints,hf]") from error
-    except (OSError, TypeError, ValueError) as error:
-        raise _unusable(str(error)) from error
-    if as_json:
-        typer.echo(json.dumps(report.as_json(found), indent=2, allow_nan=False))
-    else:
-        report.print_comparison(Console(), found)
-    raise typer.Exit(0 if found.right else 1)
-
-
-def _unusable(message: str) -> typer.Exit:
-    """Print why the input cannot be used, in one line, and return the exit with code 2."""
-    typer.secho(f"int4-lora: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
-    return typer.Exit(2)
-
-
-def _named_folders(adapters: list[str]) -> dict[str, Path]:
-    """Return NAME=PATH options as folders by name."""
-    folders: dict[str, Path] = {}
-    for option in adapters:
-        name, equals, folder = option.partition("=")
-        if not (name and equals and folder):
-            raise ValueError(f"--adapter must be NAME=PATH, got {option!r}")
-        if name == "base" or name in folders:
-            raise ValueError(f"--adapter names must differ from each other and 'base': {name!r}")
-        folders[name] = Path(folder)
-    return folders
-
-
-def _quiet() -> None:
-    """Silence what transformers and PEFT print while they build models from local files."""
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|compressed_tensors)\b")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+for command in (inspect, verify, doctor, demo):
+    app.command()(command)
 
 
 def main() -> None:

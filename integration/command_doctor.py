@@ -1,0 +1,115 @@
+"""``int4-lora doctor``.
+
+Source: ``docs/commands.md``; the requirements are those of the installed package's metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Annotated
+
+import typer
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["Need", "doctor", "needs"]
+
+PARTS = {
+    "": "reference, unpacking and the cache",
+    "checkpoints": "checkpoints: open, inspect, verify",
+    "hf": "the demo (with checkpoints)",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """One package that a part of int4-lora needs.
+
+    Args:
+        part: the extra that asks for it, "" for the core.
+        package: its name.
+        specifier: the versions that are taken.
+        found: the version that is installed, or None.
+        fits: whether the found version is taken.
+    """
+
+    part: str
+    package: str
+    specifier: str
+    found: str | None
+    fits: bool
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+) -> None:
+    """Say which versions are installed, which parts work with them, and what to install.
+
+    Exit code 1 if the core, or a package that is installed, does not fit.
+
+    Example: int4-lora doctor
+    """
+    found = needs()
+    works = {part: all(one.fits for one in found if one.part == part) for part in PARTS}
+    right = works[""] and all(one.fits for one in found if one.found is not None)
+    if as_json:
+        plain = [dataclasses.asdict(one) for one in found]
+        parts = {PARTS[part]: fits for part, fits in works.items()}
+        whole = {"right": right, "python": platform.python_version(), "parts": parts}
+        typer.echo(json.dumps({**whole, "packages": plain}, indent=2))
+    else:
+        _print(Console(), found, works)
+    raise typer.Exit(0 if right else 1)
+
+
+def needs() -> list[Need]:
+    """Return what the installed package needs, and what is there of it.
+
+    Example:
+        >>> next(one.fits for one in needs() if one.package == "torch")
+        True
+    """
+    return [
+        _need(part, Requirement(text))
+        for part in PARTS
+        for text in requires("int4-lora") or []
+        if _is_of(part, Requirement(text))
+    ]
+
+
+def _is_of(part: str, requirement: Requirement) -> bool:
+    """Return whether an extra asks for a requirement, on this Python and platform."""
+    if requirement.marker is None:
+        return part == ""
+    if part and requirement.marker.evaluate({"extra": ""}):
+        return False  # the core asks for it already
+    return requirement.marker.evaluate({"extra": part})
+
+
+def _need(part: str, requirement: Requirement) -> Need:
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        found = None
+    fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+    return Need(part, requirement.name, str(requirement.specifier) or "any", found, fits)
+
+
+def _print(console: Console, found: list[Need], works: dict[str, bool]) -> None:
+    table = Table(title=f"Python {platform.python_version()}, int4-lora {version('int4-lora')}")
+    for title in ("package", "needed", "found", ""):
+        table.add_column(title)
+    for one in found:
+        verdict = "fits" if one.fits else "missing" if one.found is None else "does not fit"
+        style = None if one.fits else "yellow" if one.found is None else "red"
+        table.add_row(one.package, one.specifier, one.found or "-", verdict, style=style)
+    console.print(table)
+    for part, fits in works.items():
+        name = f"int4-lora[{part}]" if part else "int4-lora"
+        hint = "works" if fits else f"install {name}"
+        console.print(f"{PARTS[part]}: {hint}", markup=False)

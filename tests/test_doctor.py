@@ -1,0 +1,69 @@
+"""int4-lora doctor: versions, what works, what to install."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+from typer.testing import CliRunner
+
+from int4_lora.integration import cli, command_doctor
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["doctor", *arguments])
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Return a dict whose versions replace the installed ones; None is not installed."""
+    replaced = {}
+
+    def found(name):
+        if name not in replaced:
+            return version(name)
+        if replaced[name] is None:
+            raise PackageNotFoundError(name)
+        return replaced[name]
+
+    monkeypatch.setattr(command_doctor, "version", found)
+    return replaced
+
+
+def test_everything_fits_here():
+    result = run("--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert all(found["parts"].values())
+    packages = {one["package"]: one for one in found["packages"]}
+    assert packages["torch"]["found"] == version("torch")
+    assert packages["torch"]["part"] == ""
+    assert packages["compressed-tensors"]["part"] == "checkpoints"
+    assert packages["peft"]["part"] == "hf"
+    assert len(packages) == len(found["packages"])
+
+
+def test_what_is_missing_is_said_and_is_not_wrong(versions):
+    versions["peft"] = None
+    result = run()
+    assert result.exit_code == 0
+    assert "missing" in result.output
+    assert "the demo (with checkpoints): install int4-lora[hf]" in result.output
+
+
+@pytest.mark.parametrize(("package", "old"), [("torch", "2.7.1"), ("peft", "0.1.0")])
+def test_what_does_not_fit_is_wrong(versions, package, old):
+    versions[package] = old
+    result = run()
+    assert result.exit_code == 1
+    assert "does not fit" in result.output
+
+
+def test_a_core_that_is_missing_is_wrong(versions):
+    versions["safetensors"] = None
+    assert run().exit_code == 1
+
+
+def test_a_local_build_and_a_release_candidate_fit(versions):
+    versions["torch"] = "2.13.0+cpu"
+    versions["transformers"] = "5.24.0rc1"
+    assert run().exit_code == 0
