@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -83,7 +84,7 @@ def _print(console: Console, found: Inspection, every_module: bool) -> None:
 
 
 def _modules(found: Inspection, every_module: bool) -> Table:
-    table = Table(title=found.path)
+    table = Table(title=found.path, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", no_wrap=True)
     table.add_column("weights")
     for title in ("shape", "MiB", "vs bf16", "NaN, inf, 0 scales"):
