@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,4 +170,4 @@ def _is_finite(value: object) -> bool:
 
 
 def _is_list_of(value: object, kind: type) -> bool:
-    return isinstance(value, Iterable) and all(type(item) is kind for item in value)
+    return isinstance(value, list) and all(type(item) is kind for item in value)

@@ -112,6 +112,8 @@ def test_an_adapter_of_another_base_is_refused(demo_files):
         ("use_rslora must be true or false, got 'false'", {"use_rslora": "false"}),
         ("init_lora_weights = 'pissa_niter_4' changes", {"init_lora_weights": "pissa_niter_4"}),
         ("lora_alpha must be a finite number", {"lora_alpha": 10**400}),
+        ("layers_to_transform must be an int or ints, got ''", {"layers_to_transform": ""}),
+        ("target_modules must be a string or strings, got {}", {"target_modules": {}}),
         ("bias must be 'none', got 'all'", {"bias": "all"}),
         ("r must be a positive whole number, got None", {"r": None}),
         ("r must be a positive whole number, got 0", {"r": 0}),
