@@ -11,6 +11,7 @@ from int4_lora.integration.demo import comparison, findings, models
 from int4_lora.integration.demo.bound_check import BoundCheck
 from int4_lora.reference import LoRAStack, dequantize, int4_lora_linear, linear
 from support.tiny import VARIANTS
+from support.upstream_versions import IGNORES_G_IDX
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -18,6 +19,9 @@ from support.tiny import VARIANTS
 def test_every_variant_agrees(tiny_models, tiny_adapters, variant, dtype):
     found = comparison.compare(tiny_models[variant], tiny_adapters, tokens=8, dtype=dtype)
     assert [row.adapter for row in found.rows] == ["base", "a", "b", "c"]
+    if variant == "actorder-g128" and IGNORES_G_IDX:
+        assert not found.right  # the truth is upstream's, and upstream is wrong
+        return
     assert found.right, found
     assert found.linears == 14
     # q, o; k, v; gate, up; down in each of two layers, four rows of 8 tokens, in two dtypes

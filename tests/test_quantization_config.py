@@ -93,7 +93,7 @@ OTHER_SPELLINGS = {
     ),
     "strategy left out": weights(strategy=None),
     "fields left out": lambda c, q: [
-        q["config_groups"]["group_0"]["weights"].pop(field)
+        q["config_groups"]["group_0"]["weights"].pop(field, None)
         for field in ("actorder", "block_structure", "scale_dtype", "observer", "zp_dtype")
     ],
     "fields of another version": weights(a_field_of_the_future=1, observer=["x"]),

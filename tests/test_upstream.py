@@ -1,5 +1,6 @@
 """Bit for bit with compressed-tensors, which wrote the checkpoints: every variant, every scale."""
 
+import dataclasses
 import unittest
 
 import pytest
@@ -14,6 +15,7 @@ from int4_lora.integration import open_checkpoint
 from int4_lora.integration.upstream import decompress
 from int4_lora.reference import PackedWeight, dequantize, pack, quantize, unpack
 from support.tiny import VARIANTS
+from support.upstream_versions import CRASHES_ON_ONE_WORD, IGNORES_G_IDX
 from support.weights import bits_of, every_format, random_weight
 
 
@@ -44,6 +46,8 @@ def test_every_module_of_every_variant(tiny_models, variant):
         weight = checkpoint.packed_weight(name)
         assert (weight.g_idx is not None) == (variant == "actorder-g128")
         assert weight.symmetric == ("asym" not in variant)
+        if IGNORES_G_IDX:  # upstream's fault: then the rest must still be the same
+            weight = dataclasses.replace(weight, g_idx=None)
         ours, theirs = dequantize(weight), decompress(checkpoint, name)
         assert ours.dtype == theirs.dtype
         assert torch.equal(bits_of(ours), bits_of(theirs)), name
@@ -57,6 +61,8 @@ class EveryFormat(unittest.TestCase):
         weight = random_weight(**arguments)
         size = {"group_size": 11} if weight.strategy == "group" else {}
         theirs = upstream(weight, weight.strategy, **size)
+        if IGNORES_G_IDX:
+            weight = dataclasses.replace(weight, g_idx=None)
         assert torch.equal(bits_of(dequantize(weight)), bits_of(theirs))
 
     @parameterized.expand([case for case in every_format() if case[0].startswith("block")])
@@ -77,7 +83,8 @@ class EveryFormat(unittest.TestCase):
         packed = pack_to_int32(codes, bits, packed_dim=dim)
         assert torch.equal(pack(codes, bits=bits, dim=dim), packed)
         assert torch.equal(unpack(packed, size, bits=bits, dim=dim), codes)
-        assert torch.equal(unpack_from_int32(packed, bits, codes.shape, dim), codes)
+        if not (CRASHES_ON_ONE_WORD and packed.shape[0] == 1):
+            assert torch.equal(unpack_from_int32(packed, bits, codes.shape, dim), codes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

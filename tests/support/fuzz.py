@@ -109,7 +109,7 @@ def read(folder, kind):
 
 
 def watch():
-    """Return (watched, outside): while ``watched`` holds a folder, what is opened elsewhere is told.
+    """Return (watched, outside): what is opened outside the folders in ``watched``, if any.
 
     Python itself may open its own modules.
     """

@@ -1,4 +1,10 @@
-"""Tiny INT4 Llamas in every variant that compressed-tensors 0.17 writes."""
+"""Tiny INT4 Llamas in every variant that compressed-tensors has written."""
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.checkpoints import edit_config, weights
+from support.upstream_versions import IGNORES_G_IDX
 
 GROUP = {"strategy": "group", "group_size": 128}
 GROUP_32 = {"strategy": "group", "group_size": 32}
@@ -29,6 +35,25 @@ def make_tiny(folder, variant):
     """Make one variant and return its folder."""
     from int4_lora.integration.demo import recipe
 
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, **VARIANTS[variant]}
-    recipe.make_model(folder, LLAMA, weights)
+    settings = {"num_bits": 4, "type": "int", "symmetric": True, **VARIANTS[variant]}
+    by_hand = settings.get("actorder") == "group" and IGNORES_G_IDX
+    if by_hand:
+        del settings["actorder"]
+    recipe.make_model(folder, LLAMA, settings)
+    if by_hand:
+        add_g_idx(folder)
     return folder
+
+
+def add_g_idx(folder):
+    """Give every module groups of its own order, as compressed-tensors wrote them up to 0.18."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".weight_packed")]:
+        module = name.removesuffix(".weight_packed")
+        columns = int(tensors[f"{module}.weight_shape"][1])
+        generator = torch.Generator().manual_seed(len(tensors))
+        order = torch.randperm(columns, generator=generator)
+        tensors[f"{module}.weight_g_idx"] = (order // 128).to(torch.int32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    edit_config(folder, weights(actorder="group"))
