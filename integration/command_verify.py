@@ -48,7 +48,7 @@ def verify(
         for finding in verify_checkpoint(checkpoint):
             findings.append(finding)
             progress.advance(task)
-    counts = Counter(finding.verdict for finding in findings)
+    counts: Counter[str] = Counter(finding.verdict for finding in findings)
     right = set(counts) <= {"same", "not_int4"}
     if as_json:
         plain = [dataclasses.asdict(finding) for finding in findings]

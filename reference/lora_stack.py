@@ -22,8 +22,6 @@ from int4_lora.reference.checks import (
 
 __all__ = ["LoRASlice", "LoRAStack"]
 
-SCALING_DTYPES = (torch.float32, torch.float64)
-
 
 @dataclass(frozen=True, eq=False)
 class LoRAStack:
@@ -32,7 +30,7 @@ class LoRAStack:
     Args:
         a: ``[adapters, rank, in_features]``, float16, bfloat16, float32 or float64.
         b: ``[adapters, out_features, rank]``, of the same dtype.
-        scaling: ``[adapters]``, alpha / rank of each, float32 or float64.
+        scaling: ``[adapters]``, alpha / rank of each, in any of these dtypes.
 
     Raises:
         TypeError: a field of the wrong dtype.
@@ -56,7 +54,7 @@ class LoRAStack:
     def __post_init__(self) -> None:
         check_dtype("a", self.a, X_DTYPES)
         check_dtype("b", self.b, (self.a.dtype,))
-        check_dtype("scaling", self.scaling, SCALING_DTYPES)
+        check_dtype("scaling", self.scaling, X_DTYPES)
         check_shape("a", self.a, (None, None, None), "[adapters, rank, in_features]")
         if 0 in self.a.shape[1:]:
             raise ValueError(
