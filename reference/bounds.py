@@ -101,7 +101,8 @@ def error_bound(
         lora: adapters, slices, or None.
         adapter_ids: ``[tokens]``, or None without adapters.
         bias: ``[out_features]``, or None.
-        accumulate: the dtype that sums are kept in; float64 if x is float64. For float16 or
+        accumulate: the dtype that sums are kept in; float64 if x is float64. Operands that are
+            wider than it are taken as they are: rounding them to it is not covered. For float16 or
             bfloat16 operands on a CUDA device float32 has u = 2^-23, since tensor cores truncate:
             pass the operands where the backend had them.
         weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
@@ -127,6 +128,9 @@ def error_bound(
     """
     if accumulate not in X_DTYPES:
         raise TypeError(f"accumulate must be a float dtype, got {accumulate}")
+    for name, flag in (("weight_rounded", weight_rounded), ("base_rounded", base_rounded)):
+        if type(flag) is not bool:
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     slices, ids = check_operands(x, weight, lora, adapter_ids, bias)
     exact = int4_lora_linear(x.to(torch.float64), weight, lora, adapter_ids, bias)
     inside_dtype = torch.float64 if x.dtype == torch.float64 else accumulate
@@ -138,19 +142,17 @@ def error_bound(
     size = x.abs().to(torch.float64)
     used = dequantize(weight, torch.float64) if weight_rounded else _unrounded(weight)
     base = size @ used.abs().T  # [tokens, out_features]
-    largest = base
-    if not weight_rounded:  # the scale may be applied to a sum of x (q - z)
-        largest = torch.maximum(base, size @ centred_codes(weight).abs().to(torch.float64).T)
+    largest, lost = (base, torch.zeros_like(base)) if weight_rounded else _unscaled(size, weight)
     if bias is not None:
         base = base + bias.abs().to(torch.float64)
     delta = _delta_magnitudes(size, slices, ids, exact)
-    largest = torch.maximum(largest, torch.maximum(base + delta.sum, delta.largest))
+    largest = torch.stack([largest, base + delta.sum, delta.largest]).amax(dim=0)
 
     n = weight.in_features + delta.rank + (delta.rank > 0) + (bias is not None)
     n = n + (0 if weight_rounded else 2)
     error = _gamma(n, u) * base + _gamma(n + 2, u) * delta.sum
     error = error + _gamma(n + 2, FORMATS[torch.float64].u) * (base + delta.sum)
-    error = error + inside.product_underflow * (n + delta.underflows)
+    error = error + inside.product_underflow * (n + delta.underflows + lost)
     if not weight_rounded:
         distance = x.to(torch.float64) @ (used - dequantize(weight, torch.float64)).T
         error = error + distance.abs()
@@ -171,6 +173,18 @@ def _gamma(n: Tensor, u: float) -> Tensor:
 def _unrounded(weight: PackedWeight) -> Tensor:
     """Return (q - z) * s exactly: float64 ``[out_features, in_features]``."""
     return centred_codes(weight).to(torch.float64) * scale_of_each_weight(weight).to(torch.float64)
+
+
+def _unscaled(size: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Return the largest number on the way, and how much underflow can reach the output, summed.
+
+    W' may be held in the accumulator, or the scale multiply a sum of x (q - z) instead.
+    """
+    scale = scale_of_each_weight(weight).abs().to(torch.float64).amax(dim=1)  # [out_features]
+    sums = size @ centred_codes(weight).abs().to(torch.float64).T
+    held = torch.maximum(_unrounded(weight).abs().amax(dim=1), scale)
+    lost = size.sum(dim=1, keepdim=True) + 2 * weight.in_features * scale
+    return torch.maximum(sums, held), lost
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ __all__ = [
     "ID_DTYPES",
     "SCALE_DTYPES",
     "X_DTYPES",
+    "as_device",
     "check_adapter_ids",
     "check_dtype",
     "check_one_device",
@@ -67,6 +68,21 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meanin
     if not fits:
         shape = ", ".join("*" if length is None else str(length) for length in expected)
         raise ValueError(f"{name} must be {meaning} = [{shape}], got {list(value.shape)}")
+
+
+def as_device(device: object) -> torch.device:
+    """Return a device given as such or by name.
+
+    Raises:
+        TypeError: neither a device nor a string, a dtype for one.
+        ValueError: no device of that name.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or its name, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that torch knows, got {device!r}") from error
 
 
 def check_one_device(**tensors: Tensor | None) -> None:

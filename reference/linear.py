@@ -127,7 +127,7 @@ def _as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice,
         return ()
     if isinstance(lora, LoRAStack):
         return (LoRASlice(lora, start=0),)
-    if not isinstance(lora, Sequence) or isinstance(lora, str):
+    if not isinstance(lora, (list, tuple)):
         raise TypeError(f"lora must be a LoRAStack or LoRASlices, got {type(lora).__name__}")
     for index, part in enumerate(lora):
         if not isinstance(part, LoRASlice):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference.checks import (
+    ID_DTYPES,
     X_DTYPES,
     check_adapter_ids,
     check_dtype,
@@ -128,6 +129,7 @@ def _check_one_layer(
     if not isinstance(lora, LoRAStack):
         raise TypeError(f"lora must be a LoRAStack, got {type(lora).__name__}")
     check_dtype(name, x, X_DTYPES)
+    check_dtype("adapter_ids", adapter_ids, ID_DTYPES)
     width = lora.in_features if width_name == "in_features" else lora.rank
     check_shape(name, x, (None, width), f"[tokens, {width_name}]")
     check_accumulates("a and b of lora", lora.a, x)

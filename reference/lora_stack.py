@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from int4_lora.reference.checks import (
     X_DTYPES,
+    as_device,
     check_dtype,
     check_one_device,
     check_shape,
@@ -128,6 +129,7 @@ class LoRAStack:
 
     def to(self, device: torch.device | str) -> LoRAStack:
         """Return the same adapters with every tensor on ``device``."""
+        device = as_device(device)
         return dataclasses.replace(
             self, a=self.a.to(device), b=self.b.to(device), scaling=self.scaling.to(device)
         )

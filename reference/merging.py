@@ -36,6 +36,7 @@ class MergeCost:
     relative_error: float
 
 
+@torch.no_grad()
 def merge(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: int) -> Tensor:
     """Return the dense weight ``RN(W + scaling * B A)`` of one adapter.
 
@@ -45,7 +46,8 @@ def merge(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: 
         adapter: which adapter, in ``[0, adapters)``.
 
     Returns:
-        ``[out_features, in_features]`` in the scale's dtype, rounded once from float64.
+        ``[out_features, in_features]`` in the scale's dtype, rounded once from float64; no
+        gradient.
 
     Raises:
         TypeError: an argument of the wrong type.

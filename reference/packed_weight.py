@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from int4_lora.reference.checks import (
     SCALE_DTYPES,
+    as_device,
     check_dtype,
     check_one_device,
     check_shape,
@@ -125,6 +125,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the same weight with every tensor on ``device``."""
+        device = as_device(device)
         moved = dataclasses.replace(
             self,
             packed=self.packed.to(device),
@@ -140,7 +141,7 @@ def _as_shape(shape: object) -> tuple[int, int]:
     if isinstance(shape, Tensor):
         check_dtype("shape", shape, (torch.int64,))
         shape = tuple(shape.tolist()) if shape.ndim == 1 else shape
-    if not isinstance(shape, Sequence) or len(shape) != 2:
+    if not isinstance(shape, (list, tuple)) or len(shape) != 2:
         raise ValueError(f"shape must be (out_features, in_features), got {shape!r}")
     if any(isinstance(length, bool) for length in shape):
         raise TypeError(f"shape must hold two ints, got {shape!r}")

@@ -157,6 +157,32 @@ def test_a_sum_without_its_scale_overflows():
     assert error_bound(x, weight, accumulate=torch.float16).isfinite().all()
 
 
+def test_a_weight_held_in_the_accumulator_may_overflow():
+    weight, x = one_weight(code=7, scale=12000.0, columns=8), torch.full((1, 8), 0.01).half()
+    declared = {"accumulate": torch.float16, "weight_rounded": False}
+    assert error_bound(x, weight, **declared).isinf().all()
+    assert error_bound(x, weight, accumulate=torch.float16).isfinite().all()
+
+
+def test_a_weight_held_in_the_accumulator_may_underflow():
+    weight, x = one_weight(code=4, scale=1.1e-8, columns=8), torch.full((1, 8), 1000.0).half()
+    y = (x * (torch.tensor(4.0) * 1.1e-8).half()).sum(dim=1, keepdim=True)
+    declared = {"accumulate": torch.float16, "weight_rounded": False}
+    assert 0.001 < ratio(y, x, weight, **declared) <= 1
+
+
+def test_a_weight_that_is_flushed():
+    weight, x = one_weight(code=7, scale=2.0**-130, columns=8), torch.full((1, 8), 1e30)
+    assert ratio(torch.zeros(1, 1), x, weight, weight_rounded=False) <= 1
+    assert ratio(torch.zeros(1, 1), x, weight) > 1  # rounded to float32 it is subnormal, not zero
+
+
+def test_a_sum_that_is_flushed_before_its_scale():
+    weight = one_weight(scale=1e30, columns=2)
+    x = torch.tensor([[1.5 * 2.0**-126, -(2.0**-126)]])
+    assert ratio(torch.zeros(1, 1), x, weight, weight_rounded=False) <= 1
+
+
 def test_a_rounded_base_may_overflow():
     x, weight = torch.full((1, 1), 60000.0).half(), one_weight(scale=1.5)
     lora = one_adapter(-1.0, dtype=torch.float16)
@@ -176,6 +202,8 @@ def test_operands_that_the_layer_refuses_have_no_bound():
     x, weight = torch.ones(1, 1), one_weight()
     with pytest.raises(TypeError, match="bias must not be float64"):
         error_bound(x, weight, bias=torch.ones(1).double())
+    with pytest.raises(TypeError, match="weight_rounded must be a bool, got str"):
+        error_bound(x, weight, weight_rounded="no")
     with pytest.raises(TypeError, match="must not be float64"):
         error_bound(x, weight, one_adapter(dtype=torch.float64), ZERO_IDS)
 

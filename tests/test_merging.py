@@ -136,6 +136,7 @@ def test_quantising_again_takes_no_gradient():
     lora = LoRAStack(STACK.a.clone().requires_grad_(), STACK.b, STACK.scaling)
     merged, _ = merge_quantized(random_weight(), lora, 0)
     assert not merged.scale.requires_grad
+    assert not merge(random_weight(), lora, 0).requires_grad
 
 
 WEIGHT = random_weight()

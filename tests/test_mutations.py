@@ -133,7 +133,7 @@ MUTANTS = {
         BOUNDS,
     ),
     "bound_without_scale_on_sums": ("bounds", {"(0 if weight_rounded else 2)": "0"}, BOUNDS),
-    "bound_without_underflow": ("bounds", {"(n + delta.underflows)": "n"}, BOUNDS),
+    "bound_without_underflow": ("bounds", {"(n + delta.underflows + lost)": "n"}, BOUNDS),
     "bound_without_output_underflow": (
         "bounds",
         {"(exact.abs() + error) + output.output_underflow": "(exact.abs() + error)"},

@@ -125,6 +125,8 @@ def replaced(weight, **fields):
         (ValueError, "group_size must make 4 groups of 44 columns, as scale has, got 999",
          replaced(G_IDX, group_size=999)),
         (TypeError, "shape must hold two ints", replaced(GROUP, shape=(True, True))),
+        (ValueError, "shape must be .out_features", replaced(GROUP, shape=b"\x0d\x2c")),
+        (TypeError, "device must be a torch.device", lambda: GROUP.to(torch.float16)),
         (ValueError, "group_size of blocks", replaced(BLOCK, group_size=(5, 8, 1))),
         (ValueError, "scale must be one per block", replaced(BLOCK, group_size=(5, 11))),
         (ValueError, "one device: packed is on cpu, scale is on meta",
