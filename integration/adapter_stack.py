@@ -39,9 +39,6 @@ def stack_adapters(
     present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
     if not present:
         return None
-    for adapter in adapters:
-        if name in adapter.modules:
-            _check_shape(adapter, name, out_features, in_features)
     dtype = present[0].a.dtype
     for module in present:
         dtype = torch.promote_types(dtype, module.a.dtype)
@@ -50,6 +47,8 @@ def stack_adapters(
     )
     stacked = []
     for adapter in adapters:
+        if name in adapter.modules:
+            _check_shape(adapter, name, out_features, in_features)
         module = adapter.modules.get(name, none)
         stacked.append((module.a.to(dtype), module.b.to(dtype), module.scaling))
     return LoRAStack.stack(stacked)

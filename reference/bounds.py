@@ -210,10 +210,12 @@ def _delta_magnitudes(
     total, rank, largest, underflows = (torch.zeros_like(like) for _ in range(4))
     for part in slices:
         columns = slice(part.start, part.stop)
-        a, b, scaling = (one.abs().to(torch.float64) for one in _fields(part.stack))
+        stack = part.stack
+        a, b, scaling = (one.abs().double() for one in (stack.a, stack.b, stack.scaling))
         plain = LoRAStack(a, b, torch.ones_like(scaling))
         mine = (ids >= 0)[:, None]  # [tokens, 1]
-        own = torch.where(mine, scaling[ids.clamp(min=0)][:, None], 0)  # [tokens, 1]
+        chosen = ids[:, None] == torch.arange(stack.adapters, device=ids.device)
+        own = torch.where(chosen, scaling, 0).sum(dim=1, keepdim=True)  # [tokens, 1]
         h = shrink(size, plain, ids)  # [tokens, rank]
         unscaled = expand(h, plain, ids)  # [tokens, part]
         b_sum = expand(torch.where(mine, torch.ones_like(h), 0), plain, ids)
@@ -226,7 +228,3 @@ def _delta_magnitudes(
         folded = unscaled + h.sum(dim=1, keepdim=True) + b_sum  # in the scaling or a product by it
         underflows[:, columns] = own * lost + folded
     return _Delta(total, rank, largest, underflows)
-
-
-def _fields(stack: LoRAStack) -> tuple[Tensor, Tensor, Tensor]:
-    return stack.a, stack.b, stack.scaling

@@ -198,6 +198,13 @@ def test_tokens_without_adapter_are_charged_the_base_only():
     assert (bound[1] > 5 * bound[0]).all()
 
 
+def test_a_stack_of_no_adapters_is_charged_the_base_only():
+    x, weight, one = torch.ones(2, 1), one_weight(), one_adapter()
+    none = LoRAStack(one.a[:0], one.b[:0], one.scaling[:0])
+    bound = error_bound(x, weight, none, torch.tensor([-1, -1]))
+    assert torch.equal(bound, error_bound(x, weight))
+
+
 def test_operands_that_the_layer_refuses_have_no_bound():
     x, weight = torch.ones(1, 1), one_weight()
     with pytest.raises(TypeError, match="bias must not be float64"):

@@ -7,22 +7,17 @@ from parameterized import parameterized
 
 from int4_lora.reference import (
     LoRASlice,
-    LoRAStack,
     error_bound,
     int4_linear,
     int4_lora_linear,
 )
-from support.weights import random_stack, random_weight, random_x
+from support.weights import narrow, random_stack, random_weight, random_x
 
 WEIGHT = random_weight(symmetric=False)
 STACK = random_stack()
 X = random_x()
 IDS = torch.tensor([0, -1, 2, 1, 2, -1])
 BIAS = torch.linspace(-1, 1, 13)
-
-
-def narrow(stack, rows, start=0):
-    return LoRAStack(stack.a, stack.b[:, start : start + rows], stack.scaling)
 
 
 SLICES = [LoRASlice(narrow(STACK, 5), 0), LoRASlice(narrow(STACK, 8, 5), 5)]

@@ -19,7 +19,7 @@ from int4_lora.reference import (
     int4_lora_linear,
 )
 from support import scalar
-from support.weights import every_format, random_stack, random_weight, random_x
+from support.weights import every_format, narrow, random_stack, random_weight, random_x
 
 WEIGHT = random_weight(symmetric=False)
 STACK = random_stack()
@@ -100,10 +100,6 @@ def test_operands_are_not_modified():
     before = [operand.clone() for operand in operands]
     int4_lora_linear(X, WEIGHT, STACK, IDS, BIAS)
     assert all(torch.equal(one, other) for one, other in zip(operands, before, strict=True))
-
-
-def narrow(stack, rows, start=0):
-    return LoRAStack(stack.a, stack.b[:, start : start + rows], stack.scaling)
 
 
 def test_slices_write_their_own_outputs():

@@ -86,6 +86,11 @@ def random_stack(
     return LoRAStack.stack(pairs)
 
 
+def narrow(stack, rows, start=0):
+    """Return the adapters of ``rows`` outputs of a stack, from ``start``."""
+    return LoRAStack(stack.a, stack.b[:, start : start + rows], stack.scaling)
+
+
 def random_x(tokens=6, columns=44, dtype=torch.float32, seed=2):
     """Return random activations."""
     generator = torch.Generator().manual_seed(seed)
