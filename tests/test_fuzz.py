@@ -9,15 +9,18 @@ import pytest
 
 from support.checkpoints import shard
 
-SCRIPT = Path(__file__).parent / "support" / "fuzz.py"
+TESTS = Path(__file__).parent
+COMMAND = [sys.executable, "-m", "support.fuzz"]
 
 
 @pytest.mark.parametrize("layout", ["one file", "shards"])
 def test_spoiled_files_are_read_or_refused_in_words(copied_model, demo_files, layout):
     if layout == "shards":
         shard(copied_model)
-    command = [sys.executable, SCRIPT, copied_model, demo_files.adapters["c"], "1000", layout]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    command = [*COMMAND, copied_model, demo_files.adapters["c"], "1000", layout]
+    result = subprocess.run(
+        command, cwd=TESTS, capture_output=True, text=True, check=False, timeout=120
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["peak_bytes"] < 2**30

@@ -3,36 +3,38 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from support.sparse import make_sparse
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.inspection import inspect
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from support.memory import peak_bytes
 
 open_checkpoint(sys.argv[2])  # imports what there is to import
-before = peak()
+before = peak_bytes()
 large = open_checkpoint(sys.argv[1])
-opened = peak() - before
+opened = peak_bytes() - before
 report = inspect(open_checkpoint(sys.argv[2]))
 print(json.dumps({
-    "large_modules": len(large.modules()), "open_bytes": opened, "peak": peak(),
+    "large_modules": len(large.modules()), "open_bytes": opened, "peak": peak_bytes(),
     "modules": len(report.modules), "bytes": sum(one.nbytes for one in report.modules),
     "zero_scales": sum(one.zero_scales for one in report.modules),
 }))
 """
+TESTS = Path(__file__).parent
 SIZE = 11776
 
 
 def test_large_checkpoints_take_little_memory(tmp_path):
     assert make_sparse(tmp_path / "large", layers=84, size=SIZE) > 40e9
     total = make_sparse(tmp_path / "small", layers=2, size=SIZE)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(tmp_path / "small")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    command = [sys.executable, "-c", MEASURE, tmp_path / "large", tmp_path / "small"]
+    result = subprocess.run(
+        command, cwd=TESTS, capture_output=True, text=True, check=True, timeout=300
+    )
     found = json.loads(result.stdout)
     assert found["large_modules"] == 84 * 7
     assert found["open_bytes"] < 300 * 2**20

@@ -1,14 +1,13 @@
 """Spoil a checkpoint and an adapter in many ways, and watch what the readers make of it.
 
-Run as a script: ``python fuzz.py CHECKPOINT ADAPTER CASES SEED``. It exits with 0 and prints a
-summary as JSON if every case is either read or refused with a message that names the folder,
+Run from ``tests/``: ``python -m support.fuzz CHECKPOINT ADAPTER CASES SEED``. It exits with 0 and
+prints a summary as JSON if every case is either read or refused with a message naming the folder,
 within 10 seconds, with no file outside the folder opened; otherwise it prints the case.
 """
 
 import copy
 import json
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -16,6 +15,8 @@ import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
+
+from support.memory import peak_bytes
 
 STRANGE = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**400, 1.5, float("nan"), "", "x", "re:(", "..",
            "/etc/passwd", "F64", "I64", "U8", "group", [], [0], [1, 2, 3], [-1, 5], [2**62, 4], {},
@@ -158,8 +159,7 @@ def main(checkpoint, adapter, cases, seed):
             if outside:
                 sys.exit(f"case {what}: opened {outside}")
             shutil.rmtree(folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"cases": cases, "peak_bytes": peak, **counts}))
+    print(json.dumps({"cases": cases, "peak_bytes": peak_bytes(), **counts}))
 
 
 if __name__ == "__main__":
