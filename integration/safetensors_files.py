@@ -5,12 +5,15 @@ Source: the safetensors format, https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,6 +23,22 @@ __all__ = ["StoredTensor", "inside", "read_headers", "read_model_headers", "read
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -57,15 +76,33 @@ def read_headers(file: Path) -> dict[str, StoredTensor]:
 def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     """Read one tensor, to the CPU.
 
+    The bytes are read, not mapped: page faults can cost far more (docs/commands/inspect.md).
+
     Args:
         stored: where it is.
         name: its name there.
 
     Raises:
-        ValueError: the file is no readable safetensors file, or no longer holds the tensor.
+        ValueError: torch has no such dtype, or the file no longer holds the tensor as described.
     """
-    with _opened(stored.file) as opened:
-        tensor: Tensor = opened.get_tensor(name)
+    if stored.dtype not in DTYPES:
+        raise ValueError(f"{stored.file}: {name}: torch cannot hold the dtype {stored.dtype}")
+    tensor = torch.empty(tuple(stored.shape), dtype=DTYPES[stored.dtype])
+    target = tensor.reshape(-1).view(torch.uint8).numpy().data
+    with stored.file.open("rb", buffering=0) as opened:
+        try:
+            length = int.from_bytes(opened.read(8), "little")
+            entry = json.loads(opened.read(min(length, MOST_HEADER_BYTES)))[name]
+            first, last = entry["data_offsets"]
+            same = (entry["dtype"], entry["shape"]) == (stored.dtype, list(stored.shape))
+            same = same and 0 <= first == last - len(target)
+            if same:
+                opened.seek(8 + length + first)
+                same = _fill(opened, target)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{stored.file}: {name}: changed since it was opened") from error
+    if not same:
+        raise ValueError(f"{stored.file}: {name}: changed since it was opened")
     return tensor
 
 
@@ -127,6 +164,17 @@ def _shard_file(index: Path, folder: Path, shard: str) -> Path:
     if not there:
         raise FileNotFoundError(f"{index} names {shard}, which is not there")
     return file
+
+
+def _fill(opened: io.RawIOBase, target: memoryview) -> bool:
+    """Read until ``target`` is full; return whether the file had that much."""
+    done = 0
+    while done < len(target):
+        count = opened.readinto(target[done:])  # Linux reads at most 2 GiB at once
+        if not count:
+            return False
+        done += count
+    return True
 
 
 @contextmanager

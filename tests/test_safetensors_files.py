@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import open_checkpoint
+from int4_lora.integration.safetensors_files import read_headers, read_tensor
 from support.checkpoints import shard
 
 
@@ -94,3 +95,60 @@ def test_an_index_that_lies_is_refused(copied_model):
     (copied_model / second).unlink()
     with pytest.raises(FileNotFoundError, match=f"names {second}, which is not there"):
         open_checkpoint(copied_model)
+
+
+TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+         torch.float8_e5m2, torch.float8_e8m0fnu, torch.int64, torch.int32, torch.int16,
+         torch.int8, torch.uint8, torch.bool]  # fmt: skip
+
+
+def test_every_dtype_and_shape_is_read_as_the_library_reads_it(tmp_path):
+    torch.manual_seed(0)
+    shapes = [(), (0,), (3, 0), (1,), (5, 7)]
+    written = {
+        f"{dtype}{shape}": torch.randint(0, 2, shape).to(dtype)
+        for dtype in TYPES
+        for shape in shapes
+    }
+    save_file(written, tmp_path / "all.safetensors")
+    headers = read_headers(tmp_path / "all.safetensors")
+    library = load_file(tmp_path / "all.safetensors")
+    assert sorted(headers) == sorted(library) == sorted(written)
+    for name, tensor in library.items():
+        found = read_tensor(headers[name], name)
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert found.reshape(-1).view(torch.uint8).tolist() == (
+            tensor.reshape(-1).view(torch.uint8).tolist()
+        )
+
+
+def test_a_dtype_that_torch_lacks_is_refused(tmp_path):
+    save_file({"x": torch.zeros(2, dtype=torch.uint16)}, tmp_path / "x.safetensors")
+    stored = read_headers(tmp_path / "x.safetensors")["x"]
+    with pytest.raises(ValueError, match=r"x\.safetensors: x: torch cannot hold the dtype U16"):
+        read_tensor(stored, "x")
+
+
+@pytest.mark.parametrize(
+    "after",
+    [b"", b"\xff" * 9, {"y": torch.ones(3)}, {"x": torch.ones(4)}, {"x": torch.ones(3).half()}],
+)
+def test_a_file_that_changed_since_it_was_opened_is_refused(tmp_path, after):
+    file = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(3)}, file)
+    stored = read_headers(file)["x"]
+    if isinstance(after, bytes):
+        file.write_bytes(after)
+    else:
+        save_file(after, file)
+    with pytest.raises(ValueError, match=r"x\.safetensors: x: changed since it was opened"):
+        read_tensor(stored, "x")
+
+
+def test_a_file_that_became_shorter_is_refused(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(3)}, file)
+    stored = read_headers(file)["x"]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="x: changed since it was opened"):
+        read_tensor(stored, "x")
