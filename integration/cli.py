@@ -2,7 +2,7 @@
 
 Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input.
 
-Source: ``docs/commands.md``.
+Source: ``docs/commands/README.md``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``int4-lora demo``.
 
-Source: ``docs/commands.md``.
+Source: ``docs/commands/demo.md``.
 """
 
 from __future__ import annotations

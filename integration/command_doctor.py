@@ -1,6 +1,6 @@
 """``int4-lora doctor``.
 
-Source: ``docs/commands.md``; the requirements are those of the installed package's metadata.
+Source: ``docs/commands/doctor.md``; the requirements are those of the installed package's metadata.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``int4-lora inspect``.
 
-Source: ``docs/commands.md``.
+Source: ``docs/commands/inspect.md``.
 """
 
 from __future__ import annotations

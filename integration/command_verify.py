@@ -1,6 +1,6 @@
 """``int4-lora verify``.
 
-Source: ``docs/commands.md``.
+Source: ``docs/commands/verify.md``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a command says that its input cannot be used.
 
-Source: ``docs/commands.md``.
+Source: ``docs/commands/README.md``.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspect
         ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
 
     Source:
-        ``docs/commands.md``.
+        ``docs/commands/inspect.md``.
     """
     modules = [_module(checkpoint, name) for name in checkpoint.modules()]
     own = {f"{name}.{part}" for name in checkpoint.modules() for part in (*PARTS, "weight_shape")}

@@ -1,12 +1,15 @@
 """Real checkpoints and adapters, made once a session by compressed-tensors and PEFT."""
 
 import shutil
+from importlib.util import find_spec
 
 import hypothesis
 import pytest
 from typer.testing import CliRunner
 
 from support.tiny import LLAMA, VARIANTS, make_tiny
+
+collect_ignore = [] if find_spec("llmcompressor") else ["oneshot"]
 
 hypothesis.settings.register_profile(
     "house", derandomize=True, deadline=None, max_examples=60, print_blob=True

@@ -203,7 +203,8 @@ TARGETING = [
     },
     {"target_modules": r".*_proj", "exclude_modules": r".*\.layers\.0\..*"},
     {"target_modules": ["v_proj", "k_proj"], "layers_to_transform": [1, 3]},
-    {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    {"target_modules": ["v_proj"], "layers_to_transform": 0},
+    {"target_modules": ["v_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
     {
         "target_modules": ["v_proj"],
         "layers_to_transform": [0, 1],

@@ -3,6 +3,7 @@
 import unittest
 
 import torch
+from packaging.version import Version
 from parameterized import parameterized
 
 from int4_lora.reference import (
@@ -18,7 +19,8 @@ STACK = random_stack()
 X = random_x()
 IDS = torch.tensor([0, -1, 2, 1, 2, -1])
 BIAS = torch.linspace(-1, 1, 13)
-
+# before 2.9 Inductor's C++ leaves the rounding out even when it is told not to
+EMULATES_CASTS = Version("2.9") <= Version(torch.__version__)
 
 SLICES = [LoRASlice(narrow(STACK, 5), 0), LoRASlice(narrow(STACK, 8, 5), 5)]
 COMPILED = [
@@ -56,7 +58,8 @@ class Compiled(unittest.TestCase):
                     torch.compiler.reset()
                     options = {"emulate_precision_casts": emulate}
                     compiled = torch.compile(int4_lora_linear, fullgraph=True, options=options)
-                    bound = error_bound(x, weight, STACK, IDS, BIAS, weight_rounded=emulate)
+                    rounded = emulate and EMULATES_CASTS
+                    bound = error_bound(x, weight, STACK, IDS, BIAS, weight_rounded=rounded)
                     y = compiled(x, weight, STACK, IDS, BIAS)
                     assert ((y.double() - exact).abs() <= bound).all(), (dtype, emulate)
 

@@ -1,0 +1,56 @@
+"""Install the core beside an existing torch: pip must change nothing that is there.
+
+Run by ``tox run -e core211`` in an environment that holds torch and what torch needs.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import distributions
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PIP = [sys.executable, "-m", "pip", "install"]
+WORKS = """
+import torch
+from int4_lora.integration import unpack_int4_weights
+from int4_lora.reference import dequantize, int4_linear, quantize
+weight = quantize(torch.randn(8, 128, dtype=torch.float16), group_size=32)
+dense = unpack_int4_weights(weight.packed, weight.scale, shape=weight.shape)
+assert torch.equal(dense, dequantize(weight))
+assert int4_linear(torch.ones(2, 128, dtype=torch.float16), weight).shape == (2, 8)
+"""
+
+
+def changed(report, installed):
+    """Return what pip would change, as ``name old -> new``, of what is installed."""
+    wanted = {one["metadata"]["name"].lower(): one["metadata"] for one in report["install"]}
+    return [
+        f"{name} {installed[name]} -> {wanted[name]['version']}"
+        for name in sorted(wanted.keys() & installed.keys())
+    ]
+
+
+def main():
+    """Ask pip, then install, then use it; exit with a message where one of them fails."""
+    installed = {one.metadata["Name"].lower(): one.version for one in distributions()}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        asked = ["--dry-run", "--quiet", "--report", str(report), str(ROOT)]
+        subprocess.run([*PIP, *asked], check=True)
+        plan = json.loads(report.read_text())
+    found = changed(plan, installed)
+    if found:
+        sys.exit(f"installing the core would change {', '.join(found)}")
+    print("would install", ", ".join(one["metadata"]["name"] for one in plan["install"]))
+    subprocess.run([*PIP, "--quiet", str(ROOT)], check=True)
+    after = {one.metadata["Name"].lower(): one.version for one in distributions()}
+    assert after.items() >= installed.items(), "pip changed a package after all"
+    subprocess.run([sys.executable, "-c", WORKS], check=True, cwd="/")
+    doctor = str(Path(sys.executable).with_name("int4-lora"))
+    subprocess.run([doctor, "doctor"], check=True, cwd="/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The documentation: what it names exists, what it shows runs, what it lists is complete."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from int4_lora.integration.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+COMMANDS = get_command(app).commands
+CITED = re.compile(r"`(test_\w+\.py)::(\w+)`")
+
+
+def test_every_statement_of_the_format_has_a_test_that_exists():
+    text = (DOCS / "format.md").read_text()
+    statements = re.findall(r"^- (.*?)(?=^- |^\|?$|\Z)", text, flags=re.M | re.S)
+    assert len(statements) > 40
+    files = {file.name: file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
+    for statement in statements:
+        cited = CITED.findall(statement)
+        assert statement.rstrip().endswith(")"), statement
+        assert cited, statement
+        for file, name in cited:
+            assert re.search(rf"^\s*(def|class) {name}\(", files[file], flags=re.M), (file, name)
+
+
+def test_links_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_page_with_its_options_and_an_example(name):
+    page = (DOCS / "commands" / f"{name}.md").read_text()
+    options = {
+        option for each in COMMANDS[name].params for option in each.opts if option.startswith("--")
+    }
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", page, flags=re.M))
+    assert documented == options
+    assert f"$ int4-lora {name}" in page
+    assert f"({name}.md)" in (DOCS / "commands" / "README.md").read_text()
+    assert "Example: int4-lora" in COMMANDS[name].help
+
+
+@pytest.fixture
+def desk(tmp_path, demo_files):
+    """Return a folder laid out as the quickstart says."""
+    (tmp_path / "model").symlink_to(demo_files.model)
+    (tmp_path / "sql-lora").symlink_to(demo_files.adapters["a"])
+    return tmp_path
+
+
+def test_the_quickstart_runs(desk):
+    text = (DOCS / "quickstart.md").read_text()
+    programs = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.S))
+    subprocess.run([sys.executable, "-c", programs], check=True, cwd=desk)
+    lines = re.findall(r"^\$ (int4-lora .*)$", text, flags=re.M)
+    assert len(lines) == 3
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for line in lines:
+        subprocess.run(line.split(), check=True, cwd=desk, env={**os.environ, "PATH": path})
