@@ -4,11 +4,14 @@ Run by ``tox run -e core211`` in an environment that holds torch and what torch 
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import distributions
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PIP = [sys.executable, "-m", "pip", "install"]
@@ -25,28 +28,40 @@ assert int4_linear(torch.ones(2, 128, dtype=torch.float16), weight).shape == (2,
 
 def changed(report, installed):
     """Return what pip would change, as ``name old -> new``, of what is installed."""
-    wanted = {one["metadata"]["name"].lower(): one["metadata"] for one in report["install"]}
+    wanted = {
+        canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"]
+        for one in report["install"]
+    }
     return [
-        f"{name} {installed[name]} -> {wanted[name]['version']}"
+        f"{name} {installed[name]} -> {wanted[name]}"
         for name in sorted(wanted.keys() & installed.keys())
     ]
 
 
+def found_now():
+    """Return the versions of everything that is installed."""
+    return {canonicalize_name(one.metadata["Name"]): one.version for one in distributions()}
+
+
 def main():
     """Ask pip, then install, then use it; exit with a message where one of them fails."""
-    installed = {one.metadata["Name"].lower(): one.version for one in distributions()}
+    installed = found_now()
     with tempfile.TemporaryDirectory() as folder:
+        copied = Path(folder) / "source"  # a build leaves its traces where it ran
+        shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
         report = Path(folder) / "report.json"
-        asked = ["--dry-run", "--quiet", "--report", str(report), str(ROOT)]
+        asked = ["--dry-run", "--quiet", "--report", str(report), str(copied)]
         subprocess.run([*PIP, *asked], check=True)
         plan = json.loads(report.read_text())
-    found = changed(plan, installed)
-    if found:
-        sys.exit(f"installing the core would change {', '.join(found)}")
-    print("would install", ", ".join(one["metadata"]["name"] for one in plan["install"]))
-    subprocess.run([*PIP, "--quiet", str(ROOT)], check=True)
-    after = {one.metadata["Name"].lower(): one.version for one in distributions()}
-    assert after.items() >= installed.items(), "pip changed a package after all"
+        conflicts = changed(plan, installed)
+        if conflicts:
+            sys.exit(f"installing the core would change {', '.join(conflicts)}")
+        print("would install", ", ".join(one["metadata"]["name"] for one in plan["install"]))
+        subprocess.run([*PIP, "--quiet", str(copied)], check=True)
+    after = found_now()
+    touched = [name for name, old in installed.items() if after.get(name) != old]
+    if touched:
+        sys.exit(f"pip changed {', '.join(touched)} after all")
     subprocess.run([sys.executable, "-c", WORKS], check=True, cwd="/")
     doctor = str(Path(sys.executable).with_name("int4-lora"))
     subprocess.run([doctor, "doctor"], check=True, cwd="/")

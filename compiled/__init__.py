@@ -1,6 +1,23 @@
-"""The reference's definition through ``torch.compile``; empty in this release.
+"""The reference's definition through ``torch.compile``: fused kernels on prepared operands.
 
-``torch.compile(int4_lora.reference.int4_lora_linear, fullgraph=True)`` works meanwhile.
+Start at ``linear.py``; ``formulations/`` holds the identities, each with the roundings that it
+declares. The reference is imported, never the other way round.
+
+Source: ``docs/compiled.md``.
 """
 
-__all__: list[str] = []
+from int4_lora.compiled.linear import formulation_for, int4_linear, int4_lora_linear
+from int4_lora.compiled.preparation import layouts, prepare, prepare_lora
+from int4_lora.compiled.prepared_lora import PreparedLoRA
+from int4_lora.compiled.prepared_weight import PreparedWeight
+
+__all__ = [
+    "PreparedLoRA",
+    "PreparedWeight",
+    "formulation_for",
+    "int4_linear",
+    "int4_lora_linear",
+    "layouts",
+    "prepare",
+    "prepare_lora",
+]

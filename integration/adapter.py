@@ -22,7 +22,8 @@ from int4_lora.integration.adapter_config import (
     scaling_of,
 )
 from int4_lora.integration.json_files import read_json_object
-from int4_lora.integration.safetensors_files import inside, read_headers, read_tensor
+from int4_lora.integration.safetensors_files import inside, read_tensor
+from int4_lora.integration.safetensors_header import read_headers
 
 __all__ = ["Adapter", "AdapterModule", "read_adapter"]
 

@@ -15,6 +15,8 @@ from typing import Any
 __all__ = ["check_plain_lora", "is_targeted", "rank_of", "scaling_of"]
 
 ALL_LINEAR = "all-linear"
+LAYER = r".*\.{}\.(\d+)\."  # PEFT puts layers_pattern into this,
+ENDING = r"(.*\.)?({})$"  # and the keys of rank_pattern and alpha_pattern into this
 
 # What changes the formula: y = W x + scaling * B A x is not what such an adapter means.
 REFUSED_WHEN_SET = (
@@ -68,8 +70,13 @@ def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
     _check_numbers(file, config, "lora_alpha", "alpha_pattern", _is_finite, "a finite number")
     for option in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(option)
-        if isinstance(value, str):
-            _check_pattern(f"{file}: {option}", value if option != "layers_pattern" else "")
+        if isinstance(value, str) and option != "layers_pattern":
+            _check_pattern(f"{file}: {option}", value, value)
+        elif isinstance(value, str):
+            _check_layers_pattern(file, value)
+        elif value is not None and option == "layers_pattern" and _is_list_of(value, str):
+            for pattern in value:
+                _check_layers_pattern(file, pattern)
         elif value is not None and not _is_list_of(value, str):
             raise ValueError(f"{file}: {option} must be a string or strings, got {value!r}")
     layers = config.get("layers_to_transform")
@@ -95,7 +102,7 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or "[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", name)
+        found = re.match(LAYER.format(pattern), name)
         if found:
             return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
@@ -131,7 +138,7 @@ def _names(targets: Any, name: str) -> bool:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(ENDING.format(pattern), name):
             return value
     return default
 
@@ -147,16 +154,23 @@ def _check_numbers(
         raise ValueError(f"{file}: {patterns} must be an object, got {by_pattern!r}")
     for pattern, value in by_pattern.items():
         where = f"{file}: {patterns}[{pattern!r}]"
-        _check_pattern(where, pattern)
+        _check_pattern(where, pattern, ENDING.format(pattern))
         if not right(value):
             raise ValueError(f"{where} must be {rule}, got {value!r}")
 
 
-def _check_pattern(where: str, pattern: str) -> None:
+def _check_pattern(where: str, pattern: str, used: str) -> re.Pattern[str]:
+    """Return what PEFT makes of a pattern, compiled."""
     try:
-        re.compile(pattern)
+        return re.compile(used)
     except re.error as error:
         raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _check_layers_pattern(file: Path, pattern: str) -> None:
+    where = f"{file}: layers_pattern"
+    if _check_pattern(where, pattern, LAYER.format(pattern)).groups != 1:
+        raise ValueError(f"{where}: {pattern!r} must have no groups: PEFT takes the first")
 
 
 def _is_rank(value: object) -> bool:

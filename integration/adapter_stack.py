@@ -62,12 +62,12 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
         checkpoint: the base it is to be used with.
 
     Raises:
-        ValueError: a layer the base does not have quantised, or of other shapes.
+        ValueError: a layer the base does not have packed in INT4, or of other shapes.
     """
-    quantised = set(checkpoint.modules())
+    quantised = {name for name in checkpoint.modules() if checkpoint.is_packed(name)}
     for name in adapter.modules:
         if name not in quantised:
-            raise ValueError(f"{adapter.path}: {name} is no quantised module of {checkpoint.path}")
+            raise ValueError(f"{adapter.path}: {name} is no INT4 module of {checkpoint.path}")
         _check_shape(adapter, name, *checkpoint.shape_of(name))
 
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from int4_lora.integration.adapter import (
     CONFIG_FILE,
+    FLOATS,
     TENSOR_FILE,
     Adapter,
     AdapterModule,
@@ -36,7 +38,11 @@ def write_adapter(
     *,
     base_model: str | None = None,
 ) -> Adapter:
-    """Write an adapter in PEFT's folder format; ``read_adapter`` gives the same back, bit for bit.
+    """Write an adapter in PEFT's folder format; ``read_adapter`` gives the same back.
+
+    Tensors come back bit for bit. So does the scaling if some alpha / rank, or for all layers
+    alpha / sqrt(rank) with ``use_rslora``, is that number in float64; else the nearest one does,
+    within a relative 2^-52.
 
     Rank and alpha that most layers have become ``r`` and ``lora_alpha``; layers that differ are
     named in ``rank_pattern`` and ``alpha_pattern``. The folder is made beside its place and
@@ -52,7 +58,7 @@ def write_adapter(
 
     Raises:
         FileExistsError: ``path`` is there already.
-        TypeError: a tensor of the wrong dtype.
+        TypeError: a tensor of the wrong dtype, or a scaling that is no number.
         ValueError: no modules, shapes that contradict each other, or a scaling that is not finite.
 
     Example:
@@ -68,13 +74,12 @@ def write_adapter(
         ``peft/tuners/lora/config.py``.
     """
     folder = Path(path)
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FileExistsError(f"{folder} is there already")
     if not modules:
         raise ValueError("modules must not be empty")
     for name, module in modules.items():
-        if not math.isfinite(module.scaling):
-            raise ValueError(f"{name}: scaling must be finite, got {module.scaling}")
+        _check(name, module)
     config = _config(modules, base_model)
     tensors = {}
     for name, module in modules.items():
@@ -91,9 +96,29 @@ def write_adapter(
     return read_adapter(folder)
 
 
+def _check(name: str, module: AdapterModule) -> None:
+    """Check one layer before anything is written."""
+    for matrix, tensor in (("a", module.a), ("b", module.b)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+            found = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name}: {matrix} must be a float tensor, got {found}")
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise ValueError(f"{name}: {matrix} must be 2-D and not empty, got {[*tensor.shape]}")
+    if module.a.dtype != module.b.dtype:
+        found = f"{module.a.dtype} and {module.b.dtype}"
+        raise TypeError(f"{name}: a and b must have one dtype, got {found}")
+    if module.a.shape[0] != module.b.shape[1]:
+        shapes = f"{list(module.a.shape)} and {list(module.b.shape)}"
+        raise ValueError(f"{name}: a must be [rank, in] and b [out, rank], got {shapes}")
+    if isinstance(module.scaling, bool) or not isinstance(module.scaling, (int, float)):
+        raise TypeError(f"{name}: scaling must be a number, got {type(module.scaling).__name__}")
+    if not math.isfinite(module.scaling):
+        raise ValueError(f"{name}: scaling must be finite, got {module.scaling}")
+
+
 def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dict[str, Any]:
     ranks = {name: int(module.a.shape[0]) for name, module in modules.items()}
-    alphas = {name: _alpha(module.scaling, ranks[name]) for name, module in modules.items()}
+    use_rslora, alphas = _alphas(modules, ranks)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -102,7 +127,7 @@ def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dic
         "inference_mode": True,
         "bias": "none",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
         "lora_dropout": 0.0,
         "r": rank,
         "lora_alpha": alpha,
@@ -112,11 +137,24 @@ def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dic
     }
 
 
-def _alpha(scaling: float, rank: int) -> int | float:
-    """Return the alpha whose quotient by the rank is exactly ``scaling``."""
-    near = scaling * rank
+def _alphas(
+    modules: Mapping[str, AdapterModule], ranks: Mapping[str, int]
+) -> tuple[bool, dict[str, int | float]]:
+    """Return use_rslora, and the alpha of each layer: plain if no choice gives every scaling."""
+    plain = {name: _alpha(float(one.scaling), ranks[name]) for name, one in modules.items()}
+    roots = {name: math.sqrt(rank) for name, rank in ranks.items()}
+    stabilised = {name: _alpha(float(one.scaling), roots[name]) for name, one in modules.items()}
+    for use_rslora, alphas, divisors in ((False, plain, ranks), (True, stabilised, roots)):
+        if all(alphas[name] / divisors[name] == one.scaling for name, one in modules.items()):
+            return use_rslora, alphas
+    return False, plain
+
+
+def _alpha(scaling: float, divisor: float) -> int | float:
+    """Return the alpha whose quotient by ``divisor`` is ``scaling``, or nearest to it."""
+    near = scaling * divisor
     candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
-    alpha = next((alpha for alpha in candidates if alpha / rank == scaling), near)
+    alpha = next((alpha for alpha in candidates if alpha / divisor == scaling), near)
     return int(alpha) if alpha.is_integer() else alpha
 
 

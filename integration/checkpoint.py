@@ -6,11 +6,12 @@ Source: the ``pack-quantized`` format of compressed-tensors; ``docs/format.md``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from int4_lora.integration.hub import local_folder
@@ -23,11 +24,12 @@ from int4_lora.integration.quantization_config import (
     read_schemes,
 )
 from int4_lora.integration.safetensors_files import (
-    StoredTensor,
+    DTYPES,
     inside,
     read_model_headers,
     read_tensor,
 )
+from int4_lora.integration.safetensors_header import StoredTensor
 from int4_lora.reference import PackedWeight
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -80,6 +82,7 @@ class Checkpoint:
         """
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor named {name!r}")
+        inside(self.path, self.tensors[name].file.name)  # it may have become a link since
         return read_tensor(self.tensors[name], name)
 
     def shape_of(self, name: str) -> tuple[int, int]:
@@ -118,6 +121,19 @@ class Checkpoint:
                 one that contradicts the others or the config; the message names file, module and
                 rule.
         """
+        return self._packed_weight(name, self.tensor)
+
+    def check(self, name: str) -> None:
+        """Check a quantised module by the headers alone, and by its ``weight_shape``.
+
+        Raises:
+            TypeError: a tensor of the wrong dtype.
+            ValueError: as ``packed_weight`` for what shapes and dtypes show.
+        """
+        self._packed_weight(name, self._described)
+
+    def _packed_weight(self, name: str, get: Callable[[str], Tensor]) -> PackedWeight:
+        """Return a packed weight whose tensors come from ``get``."""
         if name not in self.schemes:
             raise ValueError(f"{self.path}: no quantised module named {name!r}")
         scheme = self.schemes[name]
@@ -129,13 +145,19 @@ class Checkpoint:
                 f"not {PACKED_FORMAT} of int, 4 or 8 bits"
             )
         self._check_parts(where, name, scheme)
+        shape = self.shape_of(name)
+        tensors = {
+            part: get(f"{name}.{part}")
+            for part in ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
+            if f"{name}.{part}" in self.tensors
+        }
         try:
             weight = PackedWeight(
-                packed=self.tensor(f"{name}.weight_packed"),
-                scale=self.tensor(f"{name}.weight_scale"),
-                shape=self.shape_of(name),
-                zero_point=self._optional(f"{name}.weight_zero_point"),
-                g_idx=self._optional(f"{name}.weight_g_idx"),
+                packed=tensors["weight_packed"],
+                scale=tensors["weight_scale"],
+                shape=shape,
+                zero_point=tensors.get("weight_zero_point"),
+                g_idx=tensors.get("weight_g_idx"),
                 group_size=scheme.group_size,
                 bits=scheme.bits,
             )
@@ -143,6 +165,13 @@ class Checkpoint:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
         return weight
+
+    def _described(self, name: str) -> Tensor:
+        """Return a tensor without values, as its header describes it."""
+        stored = self.tensors[name]
+        if stored.dtype not in DTYPES:
+            raise ValueError(f"{stored.file}: {name}: torch cannot hold the dtype {stored.dtype}")
+        return torch.empty(tuple(stored.shape), dtype=DTYPES[stored.dtype], device="meta")
 
     def _check_parts(self, where: str, name: str, scheme: Scheme) -> None:
         needed = {"weight_packed": "a packed", "weight_scale": "a quantised"}
@@ -157,9 +186,6 @@ class Checkpoint:
         if scheme.actorder in ("group", "dynamic") and f"{name}.weight_g_idx" not in self.tensors:
             rule = f"with actorder {scheme.actorder!r}"
             raise ValueError(f"{where}: weight_g_idx of a module {rule} is missing")
-
-    def _optional(self, name: str) -> Tensor | None:
-        return self.tensor(name) if name in self.tensors else None
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

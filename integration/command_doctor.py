@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Annotated
 
 import typer
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +39,7 @@ class Need:
         specifier: the versions that are taken.
         found: the version that is installed, or None.
         fits: whether the found version is taken.
+        by: who needs it: "int4-lora", or an installed package that does not go with it.
     """
 
     part: str
@@ -43,6 +47,7 @@ class Need:
     specifier: str
     found: str | None
     fits: bool
+    by: str = "int4-lora"
 
 
 def doctor(
@@ -55,7 +60,9 @@ def doctor(
     Example: int4-lora doctor
     """
     found = needs()
-    works = {part: all(one.fits for one in found if one.part == part) for part in PARTS}
+    works = {
+        part: all(one.fits for one in found if one.part in ("", *_before(part))) for part in PARTS
+    }
     right = works[""] and all(one.fits for one in found if one.found is not None)
     if as_json:
         plain = [dataclasses.asdict(one) for one in found]
@@ -74,18 +81,39 @@ def needs() -> list[Need]:
         >>> next(one.fits for one in needs() if one.package == "torch")
         True
     """
-    return [
+    own = [
         _need(part, Requirement(text))
         for part in PARTS
         for text in requires("int4-lora") or []
         if _is_of(part, Requirement(text))
     ]
+    return [*own, *_conflicts(own)]
+
+
+def _before(part: str) -> tuple[str, ...]:
+    """Return the parts that a part stands on, and itself."""
+    return tuple(PARTS)[: tuple(PARTS).index(part) + 1]
+
+
+def _conflicts(own: list[Need]) -> Iterator[Need]:
+    """Yield what installed packages of the list need of each other and do not find."""
+    parts = {canonicalize_name(one.package): one.part for one in own}
+    for one in own:
+        for text in requires(one.package) or [] if one.found is not None else []:
+            requirement = Requirement(text)
+            known = canonicalize_name(requirement.name) in parts
+            if known and _is_of("", requirement):
+                need = _need(one.part, requirement)
+                if need.found is not None and not need.fits:
+                    yield dataclasses.replace(need, by=one.package)
 
 
 def _is_of(part: str, requirement: Requirement) -> bool:
     """Return whether an extra asks for a requirement, on this Python and platform."""
     if requirement.marker is None:
         return part == ""
+    if part == "":
+        return requirement.marker.evaluate({"extra": ""})
     if part and requirement.marker.evaluate({"extra": ""}):
         return False  # the core asks for it already
     return requirement.marker.evaluate({"extra": part})
@@ -96,18 +124,26 @@ def _need(part: str, requirement: Requirement) -> Need:
         found = version(requirement.name)
     except PackageNotFoundError:
         found = None
-    fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+    fits = found is not None and _contains(requirement, found)
     return Need(part, requirement.name, str(requirement.specifier) or "any", found, fits)
+
+
+def _contains(requirement: Requirement, found: str) -> bool:
+    """Return whether a version is taken; a source build may have one that is none."""
+    try:
+        return requirement.specifier.contains(found, prereleases=True)
+    except InvalidVersion:
+        return not requirement.specifier
 
 
 def _print(console: Console, found: list[Need], works: dict[str, bool]) -> None:
     table = Table(title=f"Python {platform.python_version()}, int4-lora {version('int4-lora')}")
-    for title in ("package", "needed", "found", ""):
+    for title in ("package", "needed", "by", "found", ""):
         table.add_column(title)
     for one in found:
         verdict = "fits" if one.fits else "missing" if one.found is None else "does not fit"
         style = None if one.fits else "yellow" if one.found is None else "red"
-        table.add_row(one.package, one.specifier, one.found or "-", verdict, style=style)
+        table.add_row(one.package, one.specifier, one.by, one.found or "-", verdict, style=style)
     console.print(table)
     for part, fits in works.items():
         name = f"int4-lora[{part}]" if part else "int4-lora"

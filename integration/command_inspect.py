@@ -16,6 +16,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from int4_lora.integration.adapter import read_adapter
 from int4_lora.integration.checkpoint import open_checkpoint
@@ -73,18 +74,20 @@ def _print(console: Console, found: Inspection, every_module: bool) -> None:
         f"{dense / packed:.2f}x smaller than bfloat16; {found.dense_tensors} other tensors, "
         f"{found.dense_bytes / MEBIBYTE:.1f} MiB"
     )
-    console.print(f"LoRA can target: {', '.join(found.lora_targets) or 'nothing'}")
+    targets = ", ".join(found.lora_targets) or "nothing"
+    console.print(f"LoRA can target: {targets}", markup=False)
     for one in found.adapters:
         targets = ", ".join(f"{name} x{count}" for name, count in one.targets.items())
         ranks = ", ".join(str(rank) for rank in one.ranks)
         scalings = ", ".join(f"{scaling:.4g}" for scaling in one.scalings)
         console.print(f"{one.path}: rank {ranks}, scaling {scalings}, on {targets}", markup=False)
+        console.print(f"  made for {one.base or 'no base that it names'}", markup=False)
         verdict = "fits" if one.fault is None else f"does not fit: {one.fault}"
         console.print(f"  {verdict}", markup=False, style="green" if one.fault is None else "red")
 
 
 def _modules(found: Inspection, every_module: bool) -> Table:
-    table = Table(title=found.path, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(found.path), box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", no_wrap=True)
     table.add_column("weights")
     for title in ("shape", "MiB", "vs bf16", "NaN, inf, 0 scales"):
@@ -98,7 +101,7 @@ def _modules(found: Inspection, every_module: bool) -> Table:
         ]
         nbytes = sum(one.nbytes for one in modules)
         table.add_row(
-            (first.name if len(modules) == 1 else first.kind) + many,
+            Text((first.name if len(modules) == 1 else first.kind) + many),
             ("" if first.packed else f"{first.format}, ") + f"{first.bits} bit, {_strategy(first)}",
             " x ".join(str(length) for length in first.shape),
             f"{nbytes / MEBIBYTE:.2f}",

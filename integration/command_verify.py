@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from int4_lora.integration.checkpoint import open_checkpoint
 from int4_lora.integration.exits import unusable
@@ -32,7 +33,7 @@ def verify(
     """Hold every module against compressed-tensors' own decompression, bit for bit.
 
     A module that the installed compressed-tensors gets wrong is named with its mistake. Exit code
-    1 unless every INT4 module is the same.
+    1 unless every INT4 module is the same; 2 if one cannot be read, or there is none.
 
     Example: int4-lora verify ./llama-w4a16
     """
@@ -49,14 +50,15 @@ def verify(
             findings.append(finding)
             progress.advance(task)
     counts: Counter[str] = Counter(finding.verdict for finding in findings)
-    right = set(counts) <= {"same", "not_int4"}
+    right = set(counts) <= {"same", "not_int4"} and counts["same"] > 0
+    unread = counts["unreadable"] > 0 or set(counts) == {"not_int4"}
     if as_json:
         plain = [dataclasses.asdict(finding) for finding in findings]
         found = {"right": right, "compressed_tensors": upstream, "modules": plain}
         typer.echo(json.dumps(found, indent=2))
     else:
         _print(Console(), findings, counts, upstream)
-    raise typer.Exit(0 if right else 1)
+    raise typer.Exit(0 if right else 2 if unread else 1)
 
 
 def _print(console: Console, findings: list[Finding], counts: Counter[str], upstream: str) -> None:
@@ -65,7 +67,7 @@ def _print(console: Console, findings: list[Finding], counts: Counter[str], upst
         table.add_column(title, overflow="fold")
     for finding in findings:
         if finding.verdict != "same":
-            table.add_row(finding.name, finding.verdict, finding.detail)
+            table.add_row(Text(finding.name), finding.verdict, Text(finding.detail))
     if table.row_count:
         console.print(table)
     summary = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))

@@ -10,6 +10,9 @@ import os
 import re
 from pathlib import Path
 
+from int4_lora.integration.json_files import read_json_object
+from int4_lora.integration.safetensors_files import INDEX_FILE, SINGLE_FILE
+
 __all__ = ["local_folder"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,8 +56,10 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
             f"{name} is no folder; huggingface_hub is needed to look it up on the hub"
         ) from error
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=NEEDED, local_files_only=True))
-    except Exception:  # not in the cache, or not whole
+        cached = Path(hub.snapshot_download(name, allow_patterns=NEEDED, local_files_only=True))
+        if _is_whole(cached):
+            return cached
+    except Exception:  # not in the cache
         pass
     try:
         return Path(hub.snapshot_download(name, allow_patterns=NEEDED))
@@ -63,3 +68,15 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"{name} is no folder, not in the hub's cache, and cannot be downloaded: {detail}"
         ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a snapshot has what a model needs; other tools fetch config.json alone."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return (folder / SINGLE_FILE).is_file()
+    weight_map = read_json_object(index).get("weight_map")
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    return all(isinstance(shard, str) and (folder / shard).is_file() for shard in shards)

@@ -80,6 +80,7 @@ class AdapterReport:
 
     Args:
         path: its folder.
+        base: the model it says it was made for, or None.
         targets: how many layers it targets, by the last part of their name.
         ranks: the ranks that occur.
         scalings: the scalings that occur.
@@ -87,6 +88,7 @@ class AdapterReport:
     """
 
     path: str
+    base: str | None
     targets: Mapping[str, int]
     ranks: Sequence[int]
     scalings: Sequence[float]
@@ -157,10 +159,13 @@ def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspect
 def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
     scheme = checkpoint.schemes[name]
     present = [part for part in PARTS if f"{name}.{part}" in checkpoint.tensors]
-    for part in ("weight_scale", "weight_packed", "weight_shape"):
-        needed = part == "weight_scale" or checkpoint.is_packed(name)
-        if needed and f"{name}.{part}" not in checkpoint.tensors:
-            raise ValueError(f"{checkpoint.path}: {name}: {part} is missing")
+    if checkpoint.is_packed(name):
+        checkpoint.check(name)
+    elif "weight_scale" not in present or not {"weight", "weight_packed"} & {*present}:
+        raise ValueError(
+            f"{checkpoint.path}: {name}: a {scheme.format} module needs weight_scale, and weight "
+            f"or weight_packed, got {present}"
+        )
     nan, infinite, zero = _special_scales(checkpoint.tensor(f"{name}.weight_scale"))
     return ModuleReport(
         name=name,
@@ -223,6 +228,7 @@ def _adapter(checkpoint: Checkpoint, adapter: Adapter) -> AdapterReport:
     parts = adapter.modules.values()
     return AdapterReport(
         path=str(adapter.path),
+        base=adapter.config.get("base_model_name_or_path"),
         targets=dict(sorted(Counter(name.rpartition(".")[2] for name in adapter.modules).items())),
         ranks=sorted({int(part.a.shape[0]) for part in parts}),
         scalings=sorted({part.scaling for part in parts}),

@@ -11,12 +11,12 @@ Source: ``compressed_tensors/quantization/quant_config.py`` and ``quant_scheme.p
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from int4_lora.integration.target_matching import compile_targets, group_of
 from int4_lora.reference import PackedWeight
 
 __all__ = ["PACKED_FORMAT", "Scheme", "check_strategy", "read_quantization", "read_schemes"]
@@ -25,7 +25,21 @@ PACKED_FORMAT = "pack-quantized"
 METHOD = "compressed-tensors"
 CONFIG_KEYS = ("quantization_config", "compression_config")  # the second up to 0.9
 MEANING = ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic")
-CLASS_TARGETS = ("Linear", "Embedding")
+FORMATS = (
+    "dense",
+    "float-quantized",
+    "int-quantized",
+    "marlin-24",
+    "mixed-precision",
+    "mxfp4-pack-quantized",
+    "mxfp6-pack-quantized",
+    "mxfp8-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    PACKED_FORMAT,
+    "sparse-24-bitmask",
+    "sparse-bitmask",
+)
 CONVERTERS = {
     "awq": "convert it with AutoAWQConverter of compressed_tensors.entrypoints.convert",
     "gptq": "quantise the dense model again with llm-compressor's GPTQModifier",
@@ -80,6 +94,12 @@ def read_schemes(
             a module that no group targets.
     """
     raw = read_quantization(file, config)
+    transforms = raw.get("transform_config")
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
+        raise ValueError(
+            f"{file}: transform_config rotates weights and activations, which this package "
+            f"does not do, got config_groups {list(transforms['config_groups'])}"
+        )
     groups = raw.get("config_groups")
     if not isinstance(groups, dict):
         raise ValueError(f"{file}: config_groups must be an object, got {groups!r}")
@@ -91,8 +111,8 @@ def read_schemes(
         if scheme is not None:
             schemes[name] = scheme
             targets[name] = list(scheme.upstream.targets)
-    matches = _compiled(file, targets)
-    return {module: schemes[_group_of(file, module, matches)] for module in modules}
+    matches = compile_targets(file, targets)
+    return {module: schemes[group_of(file, module, matches)] for module in modules}
 
 
 def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -149,8 +169,11 @@ def _as_scheme(where: str, name: str, group: object, raw: Mapping[str, Any]) -> 
     else:
         raise ValueError(f"{where} must be an object or a list of targets, got {group!r}")
     strategy = _plain(weights.strategy)
+    form = stored or raw.get("format")
+    if form not in FORMATS:
+        raise ValueError(f"{where}: format must be one of compressed-tensors', got {form!r}")
     return Scheme(
-        format=str(stored or raw.get("format")),
+        format=str(form),
         kind=_plain(weights.type),
         bits=int(weights.num_bits),
         symmetric=bool(weights.symmetric),
@@ -198,33 +221,6 @@ def _in_one_line(error: Exception) -> str:
         return str(error)
     first = findings()[0]
     return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
-
-
-def _compiled(file: Path, targets: Mapping[str, list[str]]) -> list[tuple[str, re.Pattern[str]]]:
-    """Return (group, pattern of a module's name) in the order in which they are to be tried."""
-    exact: list[tuple[str, re.Pattern[str]]] = []
-    patterns: list[tuple[str, re.Pattern[str]]] = []
-    classes: list[tuple[str, re.Pattern[str]]] = []
-    for name, wanted in targets.items():
-        for target in wanted:
-            if target.startswith("re:"):
-                try:
-                    patterns.append((name, re.compile(target.removeprefix("re:"))))
-                except re.error as error:
-                    where = f"{file}: config_groups.{name}"
-                    raise ValueError(f"{where}: target {target!r}: {error}") from error
-            elif target in CLASS_TARGETS:
-                classes.append((name, re.compile("")))
-            else:
-                exact.append((name, re.compile(re.escape(target) + r"\Z")))
-    return [*exact, *patterns, *classes]
-
-
-def _group_of(file: Path, module: str, matches: Iterable[tuple[str, re.Pattern[str]]]) -> str:
-    for name, pattern in matches:
-        if pattern.match(module):
-            return name
-    raise ValueError(f"{file}: {module} is quantised, but no config group targets it")
 
 
 def check_strategy(scheme: Scheme, weight: PackedWeight) -> None:

@@ -6,24 +6,18 @@ Source: the safetensors format, https://github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from int4_lora.integration.json_files import read_json_object
+from int4_lora.integration.safetensors_header import StoredTensor, identity_of, read_headers
 
-__all__ = ["StoredTensor", "inside", "read_headers", "read_model_headers", "read_tensor"]
+__all__ = ["inside", "read_model_headers", "read_tensor"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MOST_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,38 +35,6 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as its file's header describes it.
-
-    Args:
-        file: the safetensors file.
-        dtype: the format's name of the dtype, for example "BF16" or "I32".
-        shape: the shape.
-    """
-
-    file: Path
-    dtype: str
-    shape: Sequence[int]
-
-
-def read_headers(file: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of one file by name; only the header is read.
-
-    Args:
-        file: a safetensors file.
-
-    Raises:
-        ValueError: the file is no readable safetensors file.
-    """
-    with _opened(file) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {
-            name: StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
-
-
 def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     """Read one tensor, to the CPU.
 
@@ -83,26 +45,22 @@ def read_tensor(stored: StoredTensor, name: str) -> Tensor:
         name: its name there.
 
     Raises:
-        ValueError: torch has no such dtype, or the file no longer holds the tensor as described.
+        ValueError: torch has no such dtype, or the file changed since its header was read.
     """
+    where = f"{stored.file}: {name}"
     if stored.dtype not in DTYPES:
-        raise ValueError(f"{stored.file}: {name}: torch cannot hold the dtype {stored.dtype}")
-    tensor = torch.empty(tuple(stored.shape), dtype=DTYPES[stored.dtype])
-    target = tensor.reshape(-1).view(torch.uint8).numpy().data
-    with stored.file.open("rb", buffering=0) as opened:
-        try:
-            length = int.from_bytes(opened.read(8), "little")
-            entry = json.loads(opened.read(min(length, MOST_HEADER_BYTES)))[name]
-            first, last = entry["data_offsets"]
-            same = (entry["dtype"], entry["shape"]) == (stored.dtype, list(stored.shape))
-            same = same and 0 <= first == last - len(target)
-            if same:
-                opened.seek(8 + length + first)
-                same = _fill(opened, target)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{stored.file}: {name}: changed since it was opened") from error
-    if not same:
-        raise ValueError(f"{stored.file}: {name}: changed since it was opened")
+        raise ValueError(f"{where}: torch cannot hold the dtype {stored.dtype}")
+    try:
+        with stored.file.open("rb", buffering=0) as opened:
+            if identity_of(opened.fileno()) != stored.identity:
+                raise ValueError(f"{where}: the file changed since it was opened")
+            tensor = torch.empty(tuple(stored.shape), dtype=DTYPES[stored.dtype])
+            target = tensor.reshape(-1).view(torch.uint8).numpy().data
+            opened.seek(stored.start)
+            if not _fill(opened, target):
+                raise ValueError(f"{where}: the file changed since it was opened")
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read: {error}") from error
     return tensor
 
 
@@ -144,11 +102,15 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         ValueError: the file is elsewhere.
     """
-    file, home = folder / name, folder.resolve()
+    file = folder / name
+    try:
+        home, place = folder.resolve(), file.resolve()
+    except (OSError, RuntimeError) as error:  # the second up to Python 3.12
+        raise ValueError(f"{file} is a link that leads nowhere: {error}") from error
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
-    if not any(file.resolve().is_relative_to(root) for root in allowed):
+    if not any(place.is_relative_to(root) for root in allowed):
         raise ValueError(f"{file} is a link that leaves the folder")
     return file
 
@@ -175,13 +137,3 @@ def _fill(opened: io.RawIOBase, target: memoryview) -> bool:
             return False
         done += count
     return True
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; what it cannot give becomes a ValueError."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error

@@ -37,8 +37,9 @@ class UnpackedWeightCache:
     An entry is served only for the very object it was made from, while neither that weight's
     tensors nor the dense tensor have been written to since: PyTorch counts the writes. Writes it
     cannot count (through ``.data``, NumPy or another process) call for ``discard``. A dense
-    tensor that the budget cannot hold is returned and not kept; tensors made in inference mode,
-    whose writes PyTorch does not count, are never kept. What is evicted or cleared is freed as
+    tensor that the budget cannot hold is returned and not kept; weights with tensors made in
+    inference mode, or that want gradients, are never kept, since PyTorch does not count all
+    writes to them (fused optimizers). What is evicted or cleared is freed as
     soon as no caller holds it. All methods may be called from any thread.
 
     Args:
@@ -181,6 +182,6 @@ def _fingerprint(weight: PackedWeight) -> tuple[int, ...] | None:
     """Return where the weight's tensors are and how often they were written; None if unknown."""
     tensors = (weight.packed, weight.scale, weight.zero_point, weight.g_idx)
     present = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.is_inference() for tensor in present):
-        return None
+    if any(tensor.is_inference() or tensor.requires_grad for tensor in present):
+        return None  # inference mode and fused optimizers write without counting
     return tuple(number for tensor in present for number in (tensor.data_ptr(), tensor._version))

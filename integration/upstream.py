@@ -6,12 +6,14 @@ Source: ``compressed_tensors/compressors/pack_quantized/base.py``.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from int4_lora.integration.checkpoint import Checkpoint
 
-__all__ = ["decompress"]
+__all__ = ["decompress", "decompress_tensors", "stored_tensors"]
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
@@ -28,14 +30,24 @@ def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
 
     Raises:
         ImportError: compressed-tensors is not installed.
-        ValueError: no such module or tensor.
+        ValueError: no such module or tensor, or a file that cannot be read.
+        Exception: whatever compressed-tensors raises.
     """
-    compressors = importlib.import_module("compressed_tensors.compressors.pack_quantized.base")
-    tensors = {
+    return decompress_tensors(stored_tensors(checkpoint, name), checkpoint.schemes[name].upstream)
+
+
+def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Return the tensors of one module by their name within it."""
+    return {
         part: checkpoint.tensor(f"{name}.{part}")
         for part in PARTS
         if f"{name}.{part}" in checkpoint.tensors
     }
+
+
+def decompress_tensors(tensors: Mapping[str, Tensor], scheme: Any) -> Tensor:
+    """Return what compressed-tensors makes of one module's tensors under its own scheme."""
+    compressors = importlib.import_module("compressed_tensors.compressors.pack_quantized.base")
     compressor = compressors.PackedQuantizationCompressor
-    dense: Tensor = compressor.decompress(tensors, checkpoint.schemes[name].upstream)["weight"]
+    dense: Tensor = compressor.decompress(dict(tensors), scheme)["weight"]
     return dense

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.checkpoint import Checkpoint
-from int4_lora.integration.upstream import decompress
+from int4_lora.integration.upstream import decompress_tensors, stored_tensors
 from int4_lora.reference import PackedWeight, dequantize
 
 __all__ = ["Finding", "Verdict", "verify"]
@@ -62,11 +62,12 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
         return Finding(name, "not_int4", f"{scheme.format}, {scheme.kind}, {scheme.bits} bits")
     try:
         weight = checkpoint.packed_weight(name)
-    except (TypeError, ValueError) as error:
+        tensors = stored_tensors(checkpoint, name)
+    except (OSError, TypeError, ValueError) as error:
         return Finding(name, "unreadable", str(error))
     ours = dequantize(weight)
     try:
-        theirs = decompress(checkpoint, name)
+        theirs = decompress_tensors(tensors, checkpoint.schemes[name].upstream)
     except Exception as error:  # upstream raises whatever its tensor code raises
         detail = f"compressed-tensors cannot decompress it: {type(error).__name__}: {error}"
         return Finding(name, "upstream_wrong", detail.partition("\n")[0])

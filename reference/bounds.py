@@ -20,7 +20,8 @@ declares:
   |x (W' - W)^T| between the two exact results, and two more roundings of each product (the
   weight in the accumulation dtype, or the scale applied to a partial sum);
 - ``base_rounded=True``, the base is rounded to the dtype of x before the delta is added: one
-  rounding of x W^T + bias;
+  rounding of x W^T, and one of x W^T + bias, since opaque kernels round before or after the bias
+  or both;
 
 then the last rounding to the dtype of x, and underflow: a product may lose the smallest normal
 number of a wide-range format (results may be flushed to zero) or half the smallest subnormal of
@@ -106,7 +107,7 @@ def error_bound(
             bfloat16 operands on a CUDA device float32 has u = 2^-23, since tensor cores truncate:
             pass the operands where the backend had them.
         weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
-        base_rounded: whether the base is rounded to the dtype of x before the delta is added.
+        base_rounded: whether the base is rounded to the dtype of x before bias or delta is added.
 
     Returns:
         float64 ``[tokens, out_features]``, in the units of y: infinite where an overflow or a
@@ -157,9 +158,10 @@ def error_bound(
         distance = x.to(torch.float64) @ (used - dequantize(weight, torch.float64)).T
         error = error + distance.abs()
     if base_rounded:
-        rounded = int4_lora_linear(x.to(torch.float64), weight, bias=bias).abs() + error
-        error = error + output.u * rounded + output.output_underflow
-        largest = torch.where(rounded >= output.overflow, torch.inf, largest)
+        for added in (None, bias) if bias is not None else (None,):
+            rounded = int4_lora_linear(x.to(torch.float64), weight, bias=added).abs() + error
+            error = error + output.u * rounded + output.output_underflow
+            largest = torch.where(rounded >= output.overflow, torch.inf, largest)
     if inside_dtype != x.dtype:
         error = error + output.u * (exact.abs() + error) + output.output_underflow
     unbounded = (largest + error >= inside.overflow) | (exact.abs() + error >= output.overflow)

@@ -36,7 +36,7 @@ from int4_lora.reference.lora import (
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
 
-__all__ = ["check_operands", "check_slices", "int4_linear", "int4_lora_linear"]
+__all__ = ["as_slices", "check_operands", "check_slices", "int4_linear", "int4_lora_linear"]
 
 
 def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -116,7 +116,7 @@ def int4_lora_linear(
     return y.to(x.dtype)
 
 
-def _as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, ...]:
+def as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, ...]:
     """Return ``lora`` as slices: none, one that starts at 0, or those given.
 
     Raises:
@@ -152,7 +152,7 @@ def check_slices(
     """
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
-    slices = _as_slices(lora)
+    slices = as_slices(lora)
     for part in slices:
         check_one_device(weight=weight.packed, lora=part.stack.a)
         if part.stack.in_features != weight.in_features:

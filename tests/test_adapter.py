@@ -123,6 +123,9 @@ def test_an_adapter_of_another_base_is_refused(demo_files):
         (r"rank_pattern\['q'\] must be a positive whole number", {"rank_pattern": {"q": "8"}}),
         (r"alpha_pattern\['\('\]: '\(' is no regular expression", {"alpha_pattern": {"(": 1}}),
         ("rank_pattern must be an object", {"rank_pattern": [1]}),
+        (r"rank_pattern\['\(\?i\)q'\]: .* is no regular", {"rank_pattern": {"(?i)q": 8}}),
+        (r"layers_pattern: '\(' is no regular expression", {"layers_pattern": "("}),
+        (r"layers_pattern: '\(h\|layers\)' must have no", {"layers_pattern": ["(h|layers)"]}),
         (r"lora_A must be \[4, in_features\] .* got \[8, 512\]", {"r": 4}),
     ],
 )
@@ -149,6 +152,14 @@ def test_refuses_configs(copied, message, changes):
 def test_refuses_tensors(copied, error, message, change):
     edit_tensors(copied, change)
     with pytest.raises(error, match=message):
+        read_adapter(copied)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_links_that_leave_the_folder_are_refused(copied, tmp_path, name):
+    (copied / name).rename(tmp_path / "elsewhere")
+    (copied / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{name} is a link that leaves the folder"):
         read_adapter(copied)
 
 

@@ -39,6 +39,24 @@ def test_a_name_that_is_the_end_of_another_does_not_speak_for_it(tmp_path):
     assert_equal(write_adapter(tmp_path / "out", modules).modules, modules)
 
 
+@pytest.mark.parametrize("rank", [2, 3, 5, 7, 12, 48, 200])
+def test_stabilised_scalings_are_written_exactly(tmp_path, rank):
+    modules = {
+        f"model.layers.{layer}.q_proj": AdapterModule(
+            torch.ones(rank, 4), torch.ones(3, rank), alpha / math.sqrt(rank)
+        )
+        for layer, alpha in enumerate((1, 8, 16, 100))
+    }
+    back = write_adapter(tmp_path / "out", modules)
+    for name, module in modules.items():
+        assert back.modules[name].scaling == module.scaling
+
+
+def test_a_whole_number_is_a_scaling(tmp_path):
+    module = AdapterModule(torch.ones(2, 4), torch.ones(3, 2), scaling=2)
+    assert write_adapter(tmp_path / "out", {"q_proj": module}).modules["q_proj"].scaling == 2.0
+
+
 @hypothesis.given(st.floats(1e-3, 1e3), st.integers(1, 512))
 def test_any_scaling_survives_to_the_last_place(scaling, rank):
     assert _alpha(scaling, rank) / rank == pytest.approx(scaling, rel=2.0**-52)
@@ -67,15 +85,27 @@ def test_writing_refuses_and_leaves_nothing(demo_files, tmp_path):
         (ValueError, "modules must not be empty", {}),
         (ValueError, "scaling must be finite, got nan",
          {Q_PROJ: dataclasses.replace(first, scaling=math.nan)}),
-        (ValueError, r"lora_A must be \[8,",
+        (ValueError, r"q_proj: a must be \[rank, in\] and b \[out, rank\], got",
          {Q_PROJ: dataclasses.replace(first, b=first.b[:, 1:])}),
-        (TypeError, "must be float of one dtype, got float32 and float16",
+        (TypeError, "a and b must have one dtype, got torch.float32 and torch.float16",
          {Q_PROJ: dataclasses.replace(first, b=first.b.half())}),
+        (TypeError, "a must be a float tensor, got torch.int64",
+         {Q_PROJ: dataclasses.replace(first, a=first.a.long())}),
+        (TypeError, "b must be a float tensor, got list",
+         {Q_PROJ: dataclasses.replace(first, b=[1.0])}),
+        (ValueError, r"a must be 2-D and not empty, got \[0, ",
+         {Q_PROJ: dataclasses.replace(first, a=first.a[:0], b=first.b[:, :0])}),
+        (ValueError, r"a must be 2-D and not empty, got \[\]",
+         {Q_PROJ: dataclasses.replace(first, a=torch.tensor(1.0))}),
+        (TypeError, "scaling must be a number, got Tensor",
+         {Q_PROJ: dataclasses.replace(first, scaling=torch.tensor(1.0))}),
     ]  # fmt: skip
     for error, message, wrong in cases:
         with pytest.raises(error, match=message):
-            write_adapter(tmp_path / "out", wrong)
+            write_adapter(tmp_path / "new" / "out", wrong)
         assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="is there already"):
-        write_adapter(tmp_path / "out", modules)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for taken in ("out", "dangling"):
+        with pytest.raises(FileExistsError, match="is there already"):
+            write_adapter(tmp_path / taken, modules)

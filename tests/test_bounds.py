@@ -105,10 +105,12 @@ def test_an_unrounded_weight_is_within_the_bound_only_when_declared(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_rounded_base_is_within_the_bound_only_when_declared(dtype):
     x, weight, stack, ids, bias = operands = problem(64, dtype)
-    base = int4_linear(x, weight, bias).double()
     delta = int4_lora_linear(x.double(), weight, stack, ids) - int4_linear(x.double(), weight)
-    y = (base + delta).to(dtype)
-    assert worst(y, operands, base_rounded=True) <= 1 < worst(y, operands)
+    with_bias, without = int4_linear(x, weight, bias).double(), int4_linear(x, weight).double()
+    twice = (without + bias.double()).to(dtype).double()
+    for base in (with_bias, without + bias.double(), twice):
+        y = (base + delta).to(dtype)
+        assert worst(y, operands, base_rounded=True) <= 1 < worst(y, operands)
     assert worst(int4_lora_linear(*operands), operands, base_rounded=True) <= 1
 
 

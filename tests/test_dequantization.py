@@ -99,6 +99,14 @@ def test_g_idx_of_positions_equals_none():
     assert torch.equal(dequantize(dataclasses.replace(weight, g_idx=g_idx)), dequantize(weight))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_group_for_the_whole_row_is_a_channel(symmetric):
+    channel = random_weight("channel", symmetric=symmetric)
+    group = dataclasses.replace(channel, group_size=channel.in_features)
+    assert (channel.strategy, group.strategy) == ("channel", "channel")
+    assert torch.equal(dequantize(group), dequantize(channel))
+
+
 def test_unbalanced_groups_need_not_divide():
     weight = random_weight("group", columns=44)
     g_idx = torch.tensor([0] * 30 + [2] * 14, dtype=torch.int32)

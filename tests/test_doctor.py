@@ -1,9 +1,10 @@
 """int4-lora doctor: versions, what works, what to install."""
 
 import json
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from int4_lora.integration import cli, command_doctor
@@ -67,3 +68,25 @@ def test_a_local_build_and_a_release_candidate_fit(versions):
     versions["torch"] = "2.13.0+cpu"
     versions["transformers"] = "5.24.0rc1"
     assert run().exit_code == 0
+
+
+def test_packages_that_do_not_go_together_are_wrong(versions):
+    """compressed-tensors 0.16 and later need torch 2.10, whatever int4-lora takes."""
+    needed = next(
+        text for text in requires("compressed-tensors") if text.startswith("torch") and ">=" in text
+    )
+    versions["torch"] = "2.8.0"
+    fits = Requirement(needed).specifier.contains("2.8.0")
+    result = run("--json")
+    found = json.loads(result.stdout)
+    conflicts = [one for one in found["packages"] if one["by"] == "compressed-tensors"]
+    assert result.exit_code == (0 if fits else 1)
+    assert [one["package"] for one in conflicts] == ([] if fits else ["torch"])
+    assert found["parts"]["checkpoints: open, inspect, verify"] == fits
+
+
+def test_a_part_needs_the_core(versions):
+    versions["torch"] = "unknown"
+    result = run("--json")
+    assert result.exit_code == 1
+    assert not any(json.loads(result.stdout)["parts"].values())

@@ -93,6 +93,20 @@ def test_a_model_is_downloaded_once(hub_server, tmp_path, monkeypatch):
     assert requests == []
 
 
+def test_a_cache_that_holds_a_part_of_a_model_is_filled(hub_server, tmp_path, monkeypatch):
+    """Other tools fetch config.json alone."""
+    endpoint, requests = hub_server
+    assert run("made/tiny", tmp_path, endpoint, monkeypatch).returncode == 0
+    (snapshot,) = tmp_path.glob("hub/models--made--tiny/snapshots/*")
+    weights = snapshot / "model.safetensors"
+    weights.resolve().unlink()
+    weights.unlink()
+    requests.clear()
+    again = run("made/tiny", tmp_path, endpoint, monkeypatch)
+    assert again.stdout.split()[0] == "14", again.stderr
+    assert any("model.safetensors" in request for request in requests)
+
+
 def test_a_model_that_is_not_there(hub_server, tmp_path, monkeypatch):
     endpoint, _ = hub_server
     result = run("made/other", tmp_path, endpoint, monkeypatch)

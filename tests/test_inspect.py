@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from int4_lora.integration import cli, open_checkpoint
+from int4_lora.integration.checkpoint import Checkpoint
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard, weights
 from support.tiny import VARIANTS
 
@@ -116,6 +117,59 @@ def test_refuses(tmp_path, copied_model):
     save_file(tensors, broken / "model.safetensors")
     result = run(broken)
     assert result.exit_code == 2
-    assert f"{Q_PROJ}: weight_scale is missing" in result.output
+    assert f"{Q_PROJ}: weight_scale of a quantised module is missing" in result.output
     edit_config(copied_model, weights(strategy="nonsense"))
     assert run(copied_model).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "spoil"),
+    [
+        ("packed must be", {"weight_shape": lambda _: torch.tensor([4, 10**12])}),
+        ("scale must be", {"weight_scale": lambda scale: scale[1:]}),
+        ("scale must be float16", {"weight_scale": lambda scale: scale.double()}),
+        ("zero_point must be", {"weight_zero_point": lambda zero_point: zero_point[:, 1:]}),
+        ("packed must be", {"weight_packed": lambda packed: packed[:, 1:]}),
+    ],
+)
+def test_headers_that_contradict_each_other_are_refused_without_values(
+    copied_model, monkeypatch, message, spoil
+):
+    edit_tensors(copied_model, **spoil)
+    read = Checkpoint.tensor
+
+    def reading(checkpoint, name):
+        assert not name.startswith(Q_PROJ) or name.endswith("weight_shape")
+        return read(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", reading)
+    result = run(copied_model)
+    assert result.exit_code == 2, result.output
+    assert Q_PROJ in result.output
+    assert message in result.output
+
+
+def test_the_configs_group_size_must_be_the_tensors(copied_model):
+    edit_config(copied_model, weights(group_size=64))
+    result = run(copied_model)
+    assert result.exit_code == 2
+    assert "group_size must be in_features / groups = 512 / 16, got 64" in result.output
+
+
+def test_brackets_in_names_are_text(copied_model):
+    odd = shutil.copytree(copied_model, copied_model.parent / "x[red]" / "y]")
+    tensors = load_file(odd / "model.safetensors")
+    renamed = {name.replace(Q_PROJ, "model.[/red].q"): value for name, value in tensors.items()}
+    save_file(renamed, odd / "model.safetensors")
+    result = run(odd, "--all")
+    assert result.exit_code == 0, result.output
+    assert "model.[/red].q" in result.output
+
+
+def test_an_adapter_does_not_fit_what_is_not_int4(copied_model, tiny_adapters):
+    edit_config(copied_model, lambda c, q: q["config_groups"]["group_0"].update(format="dense"))
+    result = run(copied_model, f"--adapter={tiny_adapters['a']}", "--json")
+    assert result.exit_code == 1
+    (adapter,) = json.loads(result.stdout)["adapters"]
+    assert "is no INT4 module" in adapter["fault"]
+    assert "base" in adapter

@@ -2,14 +2,19 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.utils.match import match_targets
 
 from int4_lora.integration import open_checkpoint
+from int4_lora.integration.quantization_config import read_schemes
 from int4_lora.reference import dequantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, weights
 from support.weights import random_weight
+
+GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 
 def test_exact_name_beats_pattern_beats_class(copied_model):
@@ -27,7 +32,38 @@ def test_exact_name_beats_pattern_beats_class(copied_model):
     assert schemes[Q_PROJ.replace("q_proj", "v_proj")].group_size == 32
 
 
+def schemes_of(groups, names):
+    """Return the group size by which each module was matched; every group has its own."""
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            str(size): {"targets": [target], "weights": {**GROUP, "group_size": size}}
+            for target, size in groups.items()
+        },
+    }
+    found = read_schemes(Path("config.json"), {"quantization_config": quantization}, names)
+    return [scheme.group_size for scheme in found.values()]
+
+
+def test_targets_are_tried_in_upstreams_order():
+    q_proj, embed = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
+    assert schemes_of({"re:.*q_proj": 4, "re:.*attn.*": 8}, [q_proj]) == [8]
+    assert schemes_of({"re:.*attn.*": 8, "re:.*q_proj": 4}, [q_proj]) == [8]
+    assert schemes_of({"Linear": 4, "Embedding": 8}, [q_proj, embed, "lm_head"]) == [4, 8, 4]
+    assert schemes_of({"Embedding": 8}, [embed]) == [8]
+    assert schemes_of({"q_proj": 8, "Linear": 4}, [q_proj]) == [4]  # an exact name is whole
+    theirs = match_targets(q_proj, torch.nn.Linear(1, 1), ["re:.*q_proj", "re:.*attn.*", "Linear"])
+    assert theirs[0] == "re:.*attn.*"
+
+
 BAD_CONFIGS = [
+    ("group_0: format must be one of compressed-tensors', got 'banana'",
+     lambda c, q: [q.update(format="banana"), q["config_groups"]["group_0"].pop("format")]),
+    ("group_0: format must be one of compressed-tensors', got None",
+     lambda c, q: [q.pop("format"), q["config_groups"]["group_0"].pop("format")]),
+    (r"transform_config rotates .* got config_groups \['R1'\]",
+     lambda c, q: q.update(transform_config={"config_groups": {"R1": {}}})),
     ("quantization_config is missing", lambda c, q: c.pop("quantization_config")),
     ("quantization_config must be an object", lambda c, q: c.update(quantization_config=[])),
     ("quant_method must be 'compressed-tensors', got 'gptq'",

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import open_checkpoint
-from int4_lora.integration.safetensors_files import read_headers, read_tensor
+from int4_lora.integration.safetensors_files import read_tensor
+from int4_lora.integration.safetensors_header import read_headers
 from support.checkpoints import shard
 
 
@@ -68,6 +69,44 @@ def test_a_link_that_leaves_the_folder_is_refused(copied_model, tmp_path):
     with pytest.raises(ValueError, match=r"00002-of-00003.* is a link that leaves"):
         open_checkpoint(copied_model)
     assert index.is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "model-00001-of-00003.safetensors"]
+)
+def test_links_of_every_kind_are_followed_within_the_folder_only(copied_model, tmp_path, name):
+    shard(copied_model)
+    file = copied_model / name
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is a link that leaves the folder"):
+        open_checkpoint(copied_model)
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(name)):
+        open_checkpoint(copied_model)
+
+
+def test_a_link_put_in_place_after_opening_is_not_followed(copied_model, tmp_path):
+    checkpoint = open_checkpoint(copied_model)
+    model = copied_model / "model.safetensors"
+    model.rename(tmp_path / "elsewhere.safetensors")
+    model.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match="is a link that leaves the folder"):
+        checkpoint.packed_weight(checkpoint.modules()[0])
+
+
+def test_only_the_blobs_of_the_hubs_cache_are_beside_a_snapshot(copied_model, tmp_path):
+    snapshot = tmp_path / "cache" / "models--a--b" / "snapshots" / "1"
+    snapshot.parent.mkdir(parents=True)
+    copied_model.rename(snapshot)
+    other = tmp_path / "cache" / "models--c--d" / "blobs"
+    other.mkdir(parents=True)
+    model = snapshot / "model.safetensors"
+    model.rename(other / "x")
+    model.symlink_to(other / "x")
+    with pytest.raises(ValueError, match="is a link that leaves the folder"):
+        open_checkpoint(snapshot)
 
 
 def test_the_links_of_the_hubs_cache_may_be_followed(copied_model, tmp_path):
@@ -141,7 +180,7 @@ def test_a_file_that_changed_since_it_was_opened_is_refused(tmp_path, after):
         file.write_bytes(after)
     else:
         save_file(after, file)
-    with pytest.raises(ValueError, match=r"x\.safetensors: x: changed since it was opened"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: x: the file changed since"):
         read_tensor(stored, "x")
 
 
@@ -150,5 +189,5 @@ def test_a_file_that_became_shorter_is_refused(tmp_path):
     save_file({"x": torch.ones(3)}, file)
     stored = read_headers(file)["x"]
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="x: changed since it was opened"):
+    with pytest.raises(ValueError, match="x: the file changed since it was opened"):
         read_tensor(stored, "x")

@@ -43,13 +43,11 @@ def test_the_summary(tiny_models):
 
 
 def test_an_upstream_that_ignores_g_idx_is_named(tiny_models, monkeypatch):
-    def forgetful(checkpoint, name):
-        tensors = dict(checkpoint.tensors)
-        tensors.pop(f"{name}.weight_g_idx")
-        return decompress(type(checkpoint)(checkpoint.path, {}, tensors, checkpoint.schemes), name)
+    def forgetful(tensors, scheme):
+        return decompress({k: v for k, v in tensors.items() if k != "weight_g_idx"}, scheme)
 
-    decompress = verification.decompress
-    monkeypatch.setattr(verification, "decompress", forgetful)
+    decompress = verification.decompress_tensors
+    monkeypatch.setattr(verification, "decompress_tensors", forgetful)
     result = run(tiny_models["actorder-g128"])
     assert result.exit_code == 1
     assert "upstream_wrong" in result.output
@@ -74,20 +72,26 @@ def test_an_upstream_that_guesses_blocks_is_named(tiny_models, tmp_path):
 
 
 def test_what_nothing_explains_is_different(tiny_models, monkeypatch):
-    decompress = verification.decompress
-    monkeypatch.setattr(
-        verification, "decompress", lambda checkpoint, name: -decompress(checkpoint, name)
-    )
-    finding = q_proj_of(tiny_models["g32"])
-    assert finding.verdict == "different"
-    assert "of 65536 weights differ" in finding.detail
+    decompress = verification.decompress_tensors
+    last_place = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+    for change in (
+        lambda dense: -dense,
+        lambda dense: dense + dense.abs() * last_place[dense.dtype] * 1.5,  # one bit
+        lambda dense: torch.where(dense == 0, -dense, dense),  # the sign of zero
+    ):
+        monkeypatch.setattr(
+            verification, "decompress_tensors", lambda *given, by=change: by(decompress(*given))
+        )
+        finding = q_proj_of(tiny_models["g32"])
+        assert finding.verdict == "different"
+        assert "of 65536 weights differ" in finding.detail
 
 
 def test_an_upstream_that_raises_is_named(tiny_models, monkeypatch):
-    def broken(checkpoint, name):
+    def broken(tensors, scheme):
         raise RuntimeError("size mismatch\nand more")
 
-    monkeypatch.setattr(verification, "decompress", broken)
+    monkeypatch.setattr(verification, "decompress_tensors", broken)
     finding = q_proj_of(tiny_models["g32"])
     assert finding.detail == "compressed-tensors cannot decompress it: RuntimeError: size mismatch"
 
@@ -95,15 +99,23 @@ def test_an_upstream_that_raises_is_named(tiny_models, monkeypatch):
 def test_a_module_that_cannot_be_read_does_not_stop_the_others(copied_model):
     edit_tensors(copied_model, weight_scale=lambda scale: scale[1:])
     result = run(copied_model, "--json")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     verdicts = [module["verdict"] for module in json.loads(result.stdout)["modules"]]
     assert sorted(verdicts) == ["same"] * 13 + ["unreadable"]
+    table = " ".join(run(copied_model).output.replace("│", " ").replace("┃", " ").split())
+    assert "[out_features, groups]" in table  # nothing of a message is taken for markup
+
+
+def test_a_file_that_goes_away_meanwhile_is_not_upstreams_fault(copied_model):
+    checkpoint = open_checkpoint(copied_model)
+    (copied_model / "model.safetensors").unlink()
+    assert {finding.verdict for finding in verify(checkpoint)} == {"unreadable"}
 
 
 def test_other_formats_are_left_out(copied_model):
     edit_config(copied_model, weights(num_bits=3))
     assert {finding.verdict for finding in verify(open_checkpoint(copied_model))} == {"not_int4"}
-    assert run(copied_model).exit_code == 0
+    assert run(copied_model).exit_code == 2  # nothing was compared
 
 
 def test_refuses(tmp_path):

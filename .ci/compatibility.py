@@ -1,0 +1,68 @@
+"""Write the table of docs/compatibility.md from tox's own record of a run.
+
+``tox run -m matrix --result-json matrix.json && python .ci/compatibility.py matrix.json``
+replaces what stands between the two marks of the page; the explanations below it stay.
+"""
+
+import datetime
+import json
+import re
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
+MARKS = ("<!-- table: written by .ci/compatibility.py -->", "<!-- end of the table -->")
+PACKAGES = ("torch", "compressed-tensors", "transformers", "peft")
+COLUMNS = ("environment", *PACKAGES, "tests", "minutes", "result")
+
+
+def row(name, record):
+    """Return the cells of one environment."""
+    packages = record.get("installed_packages", [])
+    versions = dict(re.split(r"==| @ ", package, maxsplit=1) for package in packages)
+    outputs = "".join(test["output"] for test in record.get("test", []))
+    counts = re.findall(r"(\d+) (passed|failed|error|skipped)", outputs)
+    tests = ", ".join(f"{count} {what}" for count, what in counts)
+    tests = tests or ("its own script" if packages else "not installed")
+    result = record["result"]
+    return [
+        f"`{name}`",
+        *(versions.get(package, "") for package in PACKAGES),
+        tests,
+        f"{result['duration'] / 60:.1f}",
+        "passed" if result["success"] else "**failed**",
+    ]
+
+
+def table(record, today):
+    """Return the table of every environment that ran, with the day and the machine in words."""
+    ran = {
+        name: environment
+        for name, environment in record["testenvs"].items()
+        if environment.get("result")
+    }
+    known = [environment["python"] for environment in ran.values() if environment.get("python")]
+    pythons = {python["version"].split()[0] for python in known}
+    machines = {python["machine"] for python in known}
+    lines = [
+        f"Run on {today}: {record['platform']} {', '.join(sorted(machines))}, CPU only, "
+        f"Python {', '.join(sorted(pythons))}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(row(name, environment)) + " |" for name, environment in ran.items()),
+    ]
+    return "\n".join(lines)
+
+
+def main(result):
+    """Rewrite the page."""
+    record = json.loads(Path(result).read_text())
+    before, rest = PAGE.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    written = table(record, datetime.date.today().isoformat())
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{written}\n\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,44 @@
+"""What a formulation is: a pure function for the layer, and what it declares of itself.
+
+Source: ``docs/numerics.md`` for the roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.prepared_weight import PreparedWeight
+
+__all__ = ["Formulation", "Layer"]
+
+Layer = Callable[
+    [Tensor, PreparedWeight, Sequence[PreparedSlice], Tensor | None, Tensor | None], Tensor
+]
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """One way to compute the layer.
+
+    Args:
+        name: what tables and logs call it.
+        layer: ``layer(x, weight, slices, adapter_ids, bias)`` in pure PyTorch: no check, no value
+            looked at, so that it traces into one graph. An id outside ``[0, adapters)``
+            contributes nothing.
+        weight_rounded: whether ``(q - z) * s`` is rounded to the scale's dtype, as declared.
+        base_rounded: whether the base is rounded to x's dtype before a delta or bias is added.
+        refuses: ``refuses(weight, dtype of x, tokens)``, why it cannot take them, or None.
+        compiles: whether it gains from ``torch.compile``; what is one opaque call does not.
+    """
+
+    name: str
+    layer: Layer
+    weight_rounded: bool
+    base_rounded: bool
+    refuses: Callable[[PreparedWeight, torch.dtype, int], str | None]
+    compiles: bool = True

@@ -1,0 +1,67 @@
+"""Many tokens: some rows of W are dequantised, multiplied by the library, and forgotten.
+
+y[:, rows] = RN_x( x W[rows]^T ),  tile of rows by tile of rows
+
+Where x has the scale's dtype the product is one of that dtype and W is rounded as declared; else
+both are widened to the dtype of sums, which holds every weight exactly as rounded. The library
+rounds its result to x's dtype: ``weight_rounded=True, base_rounded=True``. torch.compile may leave
+the rounding of W out where it fuses: ``weight_rounded=False`` is what is declared.
+
+Source: ``int4_lora.reference.dequantize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.formulations.formulation import Formulation
+from int4_lora.compiled.int4pack_weight import Int4PackWeight
+from int4_lora.compiled.lora_terms import accumulator, add_terms
+from int4_lora.compiled.planes_weight import PlanesWeight
+from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.prepared_weight import PreparedWeight
+
+__all__ = ["TILES", "WORKSPACE_BYTES", "base"]
+
+WORKSPACE_BYTES = 4 * 2**20  # of one tile; measured on a CPU with 1 MiB L2 and 32 MiB L3
+
+
+def base(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """Return ``x W^T`` in x's dtype, or in that of sums where x has not the scale's dtype."""
+    same = x.dtype == weight.scale_dtype
+    dtype = x.dtype if same else accumulator(x.dtype)
+    x = x.to(dtype)
+    if isinstance(weight, PlanesWeight):
+        x = weight.arrange(x)
+    rows = max(1, WORKSPACE_BYTES // (dtype.itemsize * weight.in_features) // weight.tile)
+    step = rows * weight.tile
+    parts = []
+    for start in range(0, weight.out_features, step):
+        stop = min(start + step, weight.out_features)
+        if isinstance(weight, Int4PackWeight):
+            parts.append(x @ weight.columns(start, stop, dtype))
+        else:
+            parts.append(x @ weight.rows(start, stop, dtype).T)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _layer(
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    return add_terms(base(x, weight), x, slices, adapter_ids, bias)
+
+
+def _refuses(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | None:
+    return None
+
+
+TILES = Formulation(
+    name="tiles", layer=_layer, weight_rounded=False, base_rounded=True, refuses=_refuses
+)

@@ -1,0 +1,80 @@
+"""Compiled layers: one graph per formulation, layer shape and bucket of tokens.
+
+Every graph gets a code object of its own, because torch counts recompiles per code object: forty
+layer shapes in one process are forty graphs, not forty recompiles of one.
+
+Source: ``torch._dynamo``'s documentation of ``recompile_limit`` and ``mark_dynamic``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.formulations.formulation import Formulation
+from int4_lora.compiled.lora_terms import GATHERED_TOKENS
+from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.prepared_weight import PreparedWeight
+
+__all__ = ["BUCKETS", "bucket_of", "run"]
+
+MOST_TOKENS = 2**31 - 1
+BUCKETS = ((1, 1), (2, GATHERED_TOKENS), (GATHERED_TOKENS + 1, MOST_TOKENS))  # first and last
+
+_graphs: dict[Hashable, Callable[..., Tensor]] = {}
+_lock = threading.Lock()
+
+
+def bucket_of(tokens: int) -> tuple[int, int]:
+    """Return the bucket that a number of tokens falls in.
+
+    Example:
+        >>> bucket_of(5)
+        (2, 16)
+    """
+    return next(one for one in BUCKETS if tokens <= one[1])
+
+
+def run(
+    formulation: Formulation,
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Run a formulation's graph, compiled at the first call of its kind."""
+    bucket = bucket_of(x.shape[0])
+    adapters = tuple((one.a.shape, one.a.dtype, one.start, one.finite) for one in slices)
+    optional = tuple(None if one is None else one.dtype for one in (adapter_ids, bias))
+    kind = (x.dtype, x.is_inference())
+    key = (formulation.name, weight.signature, kind, adapters, optional, bucket)
+    graph = _graphs.get(key)
+    if graph is None:
+        with _lock:
+            graph = _graphs.setdefault(key, torch.compile(_own_code(formulation.layer)))
+    x = x.contiguous().as_strided(x.shape, (x.shape[1], 1))  # one row has one stride, too
+    if bucket[0] > 1:
+        torch._dynamo.mark_dynamic(x, 0, min=bucket[0], max=bucket[1])
+        if adapter_ids is not None:
+            adapter_ids = adapter_ids.contiguous().view(adapter_ids.shape)
+            torch._dynamo.mark_dynamic(adapter_ids, 0, min=bucket[0], max=bucket[1])
+    return graph(x, weight, tuple(slices), adapter_ids, bias)
+
+
+def _own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the same function with a code object of its own."""
+    assert isinstance(function, FunctionType)
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -1,0 +1,152 @@
+"""The layer, compiled: the same function as the reference's, on prepared operands.
+
+y = RN_x( x W^T + scaling * (x A^T) B^T + bias )
+
+The operands are checked here, outside the graphs; the core is arithmetic. Values are not looked
+at: an adapter id outside ``[0, adapters)`` contributes nothing.
+
+Source: ``int4_lora.reference.int4_lora_linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled import graphs
+from int4_lora.compiled.formulations import DEFINITION, GEMV, INT4PACK, TILES
+from int4_lora.compiled.formulations.formulation import Formulation
+from int4_lora.compiled.gradients import differentiable, needs_gradients
+from int4_lora.compiled.operands import check_operands
+from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
+from int4_lora.compiled.prepared_weight import PreparedWeight
+
+__all__ = ["formulation_for", "int4_linear", "int4_lora_linear"]
+
+CROSSOVER = {"int4pack": 16, "gemv": 4}  # the most tokens each is chosen for, unmeasured
+
+
+def int4_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
+    """Apply an INT4 linear layer: ``y = RN_x(x W^T + bias)``.
+
+    Args:
+        x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
+        weight: what ``prepare`` returned.
+        bias: ``[out_features]``, float, or None.
+
+    Returns:
+        ``[tokens, out_features]`` in the dtype of x.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape or device does not fit.
+
+    Example:
+        >>> from int4_lora.compiled import prepare
+        >>> from int4_lora.reference import quantize
+        >>> weight = quantize(torch.randn(32, 256), group_size=128)
+        >>> int4_linear(torch.randn(3, 256), prepare(weight)).shape
+        torch.Size([3, 32])
+
+    Source:
+        ``int4_lora.reference.int4_linear``.
+    """
+    return int4_lora_linear(x, weight, bias=bias)
+
+
+def int4_lora_linear(
+    x: Tensor,
+    weight: PreparedWeight,
+    lora: PreparedLoRA | None = None,
+    adapter_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply an INT4 linear layer with an adapter for each token.
+
+    Differentiable in x, in the adapters and in the bias. May be called within another
+    ``torch.compile``, which then takes it into its own graph.
+
+    Args:
+        x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
+        weight: what ``prepare`` returned.
+        lora: what ``prepare_lora`` returned, or None.
+        adapter_ids: int32 or int64 ``[tokens]``; an id outside ``[0, adapters)`` means no
+            adapter. Needed with ``lora``.
+        bias: ``[out_features]``, float, or None.
+
+    Returns:
+        ``[tokens, out_features]`` in the dtype of x. ``formulation_for`` says which roundings
+        were made on the way.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape or device does not fit.
+
+    Example:
+        >>> from int4_lora.compiled import prepare, prepare_lora
+        >>> from int4_lora.reference import LoRAStack, quantize
+        >>> weight = prepare(quantize(torch.randn(32, 256), group_size=128))
+        >>> lora = prepare_lora(LoRAStack.stack([(torch.ones(2, 256), torch.ones(32, 2), 0.5)]))
+        >>> int4_lora_linear(torch.randn(3, 256), weight, lora, torch.tensor([0, -1, 0])).shape
+        torch.Size([3, 32])
+
+    Source:
+        ``int4_lora.reference.int4_lora_linear``.
+    """
+    slices = check_operands(x, weight, lora, adapter_ids, bias)
+    if not slices:
+        adapter_ids = None
+    with _without_autocast(x):
+        if needs_gradients(x, slices, bias):
+            return differentiable(_forward, x, weight, slices, adapter_ids, bias)
+        return _forward(x, weight, slices, adapter_ids, bias)
+
+
+def formulation_for(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> Formulation:
+    """Return the formulation that a layer is computed by, which declares its roundings.
+
+    Args:
+        weight: what ``prepare`` returned.
+        dtype: the dtype of x.
+        tokens: rows of x.
+
+    Example:
+        >>> from int4_lora.compiled import prepare
+        >>> from int4_lora.reference import quantize
+        >>> weight = prepare(quantize(torch.randn(8, 6), group_size=3))
+        >>> formulation_for(weight, torch.float32, 5).name
+        'definition'
+    """
+    for one in (INT4PACK, GEMV, DEFINITION):
+        few = one.name not in CROSSOVER or tokens <= CROSSOVER[one.name]
+        if few and one.refuses(weight, dtype, tokens) is None:
+            return one
+    return TILES
+
+
+def _forward(
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    formulation = formulation_for(weight, x.dtype, x.shape[0])
+    if torch.compiler.is_compiling():
+        return formulation.layer(x, weight, slices, adapter_ids, bias)
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.out_features)
+    with torch.no_grad():
+        if formulation is INT4PACK and not slices and bias is None:
+            return INT4PACK.layer(x, weight, slices, None, None)
+        return graphs.run(formulation, x, weight, slices, adapter_ids, bias)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
+    """Return a context in which products are of the dtypes that they are given."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,134 @@
+"""A weight in the one layout that it is computed in, from which the checkpoint's tensors come back.
+
+Three layouts exist, each a class with its own file: ``Int4PackWeight`` (torch's CPU operator),
+``PlanesWeight`` (every word's codes belong to eight contiguous planes of x), and
+``CheckpointWeight`` (the checkpoint's own tensors, for everything else). A weight is held once.
+
+Source: the contract of ``int4_lora.compiled``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference import PackedWeight, dequantize
+
+__all__ = ["CheckpointWeight", "PreparedWeight"]
+
+
+class PreparedWeight(ABC):
+    """An INT4 weight as ``prepare`` laid it out; the formulations take it.
+
+    Source:
+        The contract of ``int4_lora.compiled``.
+    """
+
+    shape: tuple[int, int]
+    scale_dtype: torch.dtype
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.shape[1]
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all its tensors together."""
+
+    @abstractmethod
+    def packed_weight(self) -> PackedWeight:
+        """Return the checkpoint's tensors, bit for bit."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the dense weight: ``RN_scale((q - z) * s)``, then cast.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: what to cast to.
+
+        Returns:
+            ``[stop - start, in_features]``.
+        """
+
+    @cached_property
+    def signature(self) -> tuple[object, ...]:
+        """What a graph is specialised on: shapes, dtypes and static fields, no values."""
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return (type(self), *(_described(field) for field in fields))
+
+    @property
+    @abstractmethod
+    def tile(self) -> int:
+        """The number of rows that ``rows`` should be asked for at multiples of."""
+
+
+def _described(value: object) -> object:
+    """Return a field as part of a signature."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype, value.device)
+    if isinstance(value, PackedWeight):
+        return tuple(_described(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointWeight(PreparedWeight):
+    """The checkpoint's own tensors, for what the other layouts cannot take.
+
+    Args:
+        weight: those tensors.
+    """
+
+    weight: PackedWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """Rows and columns."""
+        return self.weight.shape
+
+    @property
+    def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype that weights are rounded in."""
+        return self.weight.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.weight.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors together."""
+        return self.weight.nbytes
+
+    @property
+    def tile(self) -> int:
+        """All rows at once: blocks of rows share scales, zero-points share words."""
+        return self.out_features
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the checkpoint's tensors."""
+        return self.weight
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the dense weight."""
+        return dequantize(self.weight, dtype)[start:stop]

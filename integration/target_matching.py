@@ -1,0 +1,65 @@
+"""Which config group targets which module, in the order that compressed-tensors tries targets.
+
+Upstream's function needs the model itself to see classes; a checkpoint has names only.
+
+Source: ``match_targets`` in ``compressed_tensors/utils/match.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+__all__ = ["compile_targets", "group_of"]
+
+CLASS_TARGETS = ("Linear", "Embedding")
+EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|\w*embed\w*)")  # names of modules of that class
+
+
+def compile_targets(
+    file: Path, targets: Mapping[str, list[str]]
+) -> list[tuple[str, re.Pattern[str]]]:
+    """Return (group, pattern of a module's name) in the order in which they are to be tried.
+
+    That is upstream's: exact names, then patterns in the order of their text, then classes.
+
+    Args:
+        file: config.json, for the messages.
+        targets: the targets of each config group.
+
+    Raises:
+        ValueError: a target that is no regular expression.
+    """
+    by_kind: dict[str, list[tuple[str, str, re.Pattern[str]]]] = {"": [], "re:": [], "class": []}
+    classes = {target for wanted in targets.values() for target in wanted} & {*CLASS_TARGETS}
+    for name, wanted in targets.items():
+        for target in wanted:
+            if target.startswith("re:"):
+                try:
+                    pattern = re.compile(target.removeprefix("re:"))
+                except re.error as error:
+                    where = f"{file}: config_groups.{name}"
+                    raise ValueError(f"{where}: target {target!r}: {error}") from error
+                by_kind["re:"].append((target, name, pattern))
+            elif target in CLASS_TARGETS:
+                pattern = (
+                    EMBEDDING if target == "Embedding" and len(classes) > 1 else re.compile("")
+                )
+                by_kind["class"].append((target, name, pattern))  # Embedding before Linear
+            else:
+                by_kind[""].append((target, name, re.compile(re.escape(target) + r"\Z")))
+    ordered = [sorted(by_kind[kind], key=lambda one: one[0]) for kind in ("", "re:", "class")]
+    return [(name, pattern) for kind in ordered for _, name, pattern in kind]
+
+
+def group_of(file: Path, module: str, matches: Iterable[tuple[str, re.Pattern[str]]]) -> str:
+    """Return the config group of a module.
+
+    Raises:
+        ValueError: no group targets it.
+    """
+    for name, pattern in matches:
+        if pattern.match(module):
+            return name
+    raise ValueError(f"{file}: {module} is quantised, but no config group targets it")

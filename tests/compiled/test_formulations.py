@@ -1,0 +1,124 @@
+"""Every formulation is an identity of the reference, within the bound of the roundings it declares.
+
+The layers are pure functions and are called as such here; ``test_linear.py`` compiles them.
+"""
+
+import itertools
+import unittest
+
+import pytest
+import torch
+from parameterized import parameterized
+
+from int4_lora.compiled import layouts, prepare, prepare_lora
+from int4_lora.compiled.formulations import FORMULATIONS
+from int4_lora.reference import LoRASlice, error_bound, int4_lora_linear
+from support.weights import every_format, narrow, random_stack, random_weight, random_x
+
+SHAPES = [{"rows": 13, "columns": 64}, {"rows": 48, "columns": 128}, {"rows": 13, "columns": 44}]
+CASES = [
+    (f"{index}_{name}", {**arguments, **shape})
+    for (index, shape), (name, arguments) in itertools.product(enumerate(SHAPES), every_format())
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def within(name, layout, weight, x, lora=None, ids=None, bias=None):
+    """Return whether a formulation's result is within its bound, or None if it refuses."""
+    formulation = FORMULATIONS[name]
+    prepared = prepare(weight, layout=layout)
+    if formulation.refuses(prepared, x.dtype, x.shape[0]) is not None:
+        return None
+    slices = () if lora is None else prepare_lora(lora).slices
+    y = formulation.layer(x, prepared, slices, ids, bias)
+    assert y.dtype == x.dtype
+    exact = int4_lora_linear(x.double(), weight, lora, ids, bias)
+    flags = (formulation.weight_rounded, formulation.base_rounded)
+    bound = error_bound(x, weight, lora, ids, bias, weight_rounded=flags[0], base_rounded=flags[1])
+    assert y.shape == exact.shape
+    return bool(((y.double() - exact).abs() <= bound).all())
+
+
+def each(weight, x, *operands):
+    """Hold every formulation that takes a weight, in every layout, against its bound."""
+    ran = set()
+    for name, layout in itertools.product(FORMULATIONS, layouts(weight)):
+        right = within(name, layout, weight, x, *operands)
+        assert right in (True, None), (name, layout, x.dtype)
+        ran |= {name} if right else set()
+    return ran
+
+
+class EveryFormulation(unittest.TestCase):
+    @parameterized.expand(CASES)
+    def test_every_format(self, name, arguments):
+        weight = random_weight(**arguments)
+        shape = {"rows": weight.out_features, "columns": weight.in_features}
+        stack = random_stack(**shape)
+        ids, bias = torch.tensor([0, -1, 2, 1]), torch.linspace(-1, 1, weight.out_features)
+        for dtype in (weight.scale.dtype, torch.float32):
+            x = random_x(4, weight.in_features, dtype)
+            each(weight, x, stack, ids, bias)
+            each(weight, x)
+
+    def test_each_runs_somewhere(self):
+        weight = random_weight(rows=48, columns=128)
+        assert each(weight, random_x(1, 128)) == set(FORMULATIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 4, 17])
+def test_tokens_and_dtypes(dtype, tokens):
+    weight = random_weight(rows=48, columns=128, dtype=torch.bfloat16)
+    stack = random_stack(rows=48, columns=128)
+    ids = torch.arange(tokens) % 4 - 1
+    slices = [LoRASlice(narrow(stack, 16), 0), LoRASlice(narrow(stack, 32, 16), 16)]
+    x = random_x(tokens, 128, dtype)
+    for lora, chosen in ((None, None), (stack, ids), (slices, ids), (slices[1:], ids)):
+        for bias in (None, torch.linspace(-2, 2, 48)):
+            each(weight, x, lora, chosen, bias)
+
+
+@pytest.mark.parametrize(("adapters", "rank"), [(1, 1), (1, 65), (3, 64), (9, 7), (64, 2)])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_ranks_and_adapters(adapters, rank, tokens):
+    weight = random_weight(rows=48, columns=128, symmetric=False)
+    stack = random_stack(adapters=adapters, rank=rank, rows=48, columns=128)
+    ids = torch.arange(tokens) % (adapters + 1) - 1
+    assert each(weight, random_x(tokens, 128), stack, ids) == (
+        {"gemv", "tiles", "definition"} if tokens <= 4 else {"tiles", "definition"}
+    )
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_ids_of_no_adapter_contribute_nothing(tokens):
+    weight = random_weight(rows=48, columns=128)
+    slices = prepare_lora(random_stack(rows=48, columns=128)).slices
+    x = random_x(tokens, 128)
+    ids = torch.tensor([3, -2, 2**31, -(2**40)]).repeat(tokens // 4)
+    for name, layout in itertools.product(FORMULATIONS, layouts(weight)):
+        formulation, prepared = FORMULATIONS[name], prepare(weight, layout=layout)
+        if formulation.refuses(prepared, x.dtype, tokens) or name == "definition":
+            continue  # the definition looks at the values of ids unless it is compiled
+        alone = formulation.layer(x, prepared, (), None, None)
+        assert torch.equal(formulation.layer(x, prepared, slices, ids, None), alone), name
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("spoiled", ["a", "b", "scaling", "x"])
+def test_a_nan_stays_with_its_own_tokens(tokens, spoiled):
+    weight = random_weight(rows=48, columns=128)
+    stack = random_stack(rows=48, columns=128)
+    x, ids = random_x(tokens, 128), torch.arange(tokens) % 3
+    bad = ids == 1
+    if spoiled == "x":
+        x[bad] = torch.nan
+    else:
+        getattr(stack, spoiled)[1] = torch.nan
+    slices = prepare_lora(stack).slices
+    for name, layout in itertools.product(FORMULATIONS, layouts(weight)):
+        formulation, prepared = FORMULATIONS[name], prepare(weight, layout=layout)
+        if formulation.refuses(prepared, x.dtype, tokens) is None:
+            y = formulation.layer(x, prepared, slices, ids, None)
+            assert y[bad].isnan().all(), name
+            assert y[~bad].isfinite().all(), name

@@ -1,0 +1,102 @@
+"""Gradients of the compiled layer: those of the reference, and nothing dense is kept for them."""
+
+import weakref
+
+import pytest
+import torch
+
+from int4_lora.compiled import int4_lora_linear, prepare, prepare_lora
+from int4_lora.reference import LoRASlice, LoRAStack
+from int4_lora.reference import int4_lora_linear as reference
+from support.weights import random_stack, random_weight, random_x
+
+SHAPE = {"rows": 48, "columns": 128}
+
+
+def leaves(dtype, tokens):
+    """Return x, a, b, scaling and bias, each wanting a gradient."""
+    stack = random_stack(**SHAPE, dtype=dtype)
+    tensors = (random_x(tokens, 128, dtype), stack.a, stack.b, stack.scaling.to(dtype),
+               torch.linspace(-1, 1, 48, dtype=dtype))  # fmt: skip
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("layout", ["planes", "checkpoint"])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_gradients_are_the_references(layout, tokens):
+    weight = random_weight("g_idx", **SHAPE, symmetric=False)
+    ids = torch.arange(tokens) % 4 - 1
+    target = random_x(tokens, 48, torch.float64, seed=5)
+    found = []
+    for compiled in (True, False):
+        x, a, b, scaling, bias = leaves(torch.float64, tokens)
+        stack = LoRAStack(a, b, scaling)
+        if compiled:
+            prepared = prepare(weight, layout=layout)
+            y = int4_lora_linear(x, prepared, prepare_lora(stack), ids, bias)
+        else:
+            y = reference(x, weight, stack, ids, bias)
+        (y * target).sum().backward()
+        found.append((x.grad, a.grad, b.grad, scaling.grad, bias.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_slices_and_a_frozen_x():
+    weight = random_weight(**SHAPE)
+    _, a, b, scaling, _ = leaves(torch.float32, 3)
+    ids = torch.tensor([0, -1, 2])
+    x = random_x(3, 128)
+    found = []
+    for compiled in (True, False):
+        for leaf in (a, b, scaling):
+            leaf.grad = None
+        lora = [LoRASlice(LoRAStack(a, b[:, :16], scaling), 0),
+                LoRASlice(LoRAStack(a, b[:, 16:], scaling), 16)]  # fmt: skip
+        if compiled:
+            y = int4_lora_linear(x, prepare(weight), prepare_lora(lora), ids)
+        else:
+            y = reference(x, weight, lora, ids)
+        y.square().sum().backward()
+        found.append((a.grad, b.grad, scaling.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_no_gradient_leaks_between_adapters():
+    weight = random_weight(**SHAPE)
+    x, a, b, scaling, _ = leaves(torch.float32, 4)
+    with torch.no_grad():
+        a[1] = torch.nan
+    lora = prepare_lora(LoRAStack(a, b, scaling))
+    int4_lora_linear(x, prepare(weight), lora, torch.tensor([0, 1, 2, -1])).sum().backward()
+    assert x.grad[1].isnan().all()
+    assert x.grad[[0, 2, 3]].isfinite().all()
+    assert b.grad[[0, 2]].isfinite().all()
+
+
+def test_nothing_of_the_weights_size_is_kept_for_the_backward():
+    weight = prepare(random_weight(**SHAPE))
+    x, a, b, scaling, bias = leaves(torch.float32, 4)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lora = prepare_lora(LoRAStack(a, b, scaling))
+        y = int4_lora_linear(x, weight, lora, torch.tensor([0, 1, 2, -1]), bias)
+    assert kept
+    assert max(kept) < 48 * 128
+    node = weakref.ref(y.grad_fn)
+    del y
+    assert node() is None
+
+
+def test_no_gradients_where_none_are_wanted():
+    weight = prepare(random_weight(**SHAPE))
+    x, *_ = leaves(torch.float32, 3)
+    with torch.no_grad():
+        assert not int4_lora_linear(x, weight).requires_grad
+    assert not int4_lora_linear(x.detach(), weight).requires_grad

@@ -1,0 +1,196 @@
+"""The compiled layer: its door, its graphs, and what it is to other people's graphs."""
+
+import itertools
+import threading
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+
+from int4_lora.compiled import (
+    formulation_for,
+    graphs,
+    int4_linear,
+    int4_lora_linear,
+    layouts,
+    prepare,
+    prepare_lora,
+)
+from int4_lora.compiled.graphs import BUCKETS, bucket_of
+from int4_lora.reference import LoRASlice, LoRAStack, error_bound
+from int4_lora.reference import int4_lora_linear as reference
+from support.weights import narrow, random_stack, random_weight, random_x
+
+ROWS, COLUMNS = 48, 128
+SHAPE = {"rows": ROWS, "columns": COLUMNS}
+WEIGHT = random_weight(**SHAPE)
+STACK = random_stack(**SHAPE)
+LORA = prepare_lora(STACK)
+BIAS = torch.linspace(-1, 1, ROWS)
+
+
+def ids_of(tokens):
+    return torch.arange(tokens) % 4 - 1
+
+
+def check(x, weight, lora, ids, bias, *, layout, y=None):
+    """Hold a result against the reference's bound at the declared roundings."""
+    prepared = prepare(weight, layout=layout)
+    adapters = None if lora is None else prepare_lora(lora)
+    if y is None:
+        y = int4_lora_linear(x, prepared, adapters, ids, bias)
+    used = formulation_for(prepared, x.dtype, x.shape[0])
+    exact = reference(x.double(), weight, lora, ids, bias)
+    bound = error_bound(
+        x, weight, lora, ids, bias,
+        weight_rounded=used.weight_rounded, base_rounded=used.base_rounded,
+    )  # fmt: skip
+    assert y.dtype == x.dtype
+    assert ((y.double() - exact).abs() <= bound).all(), (layout, used.name, x.dtype, x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["int4pack", "planes", "checkpoint"])
+def test_every_layout_in_every_bucket(layout, dtype):
+    weight = random_weight(**SHAPE, dtype=dtype)
+    for tokens in (1, 5, 40):
+        x = random_x(tokens, COLUMNS, dtype)
+        check(x, weight, STACK, ids_of(tokens), BIAS, layout=layout)
+        check(x, weight, None, None, None, layout=layout)
+
+
+def test_asymmetric_weights_and_slices():
+    weight = random_weight(**SHAPE, symmetric=False)
+    slices = [LoRASlice(narrow(STACK, 16), 0), LoRASlice(narrow(STACK, 24, 16), 24)]
+    for tokens in (1, 3, 17):
+        x = random_x(tokens, COLUMNS)
+        check(x, weight, slices, ids_of(tokens), None, layout="planes")
+
+
+def test_no_tokens():
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.empty(0, COLUMNS, dtype=dtype)
+        y = int4_lora_linear(x, prepare(WEIGHT), LORA, ids_of(0), BIAS)
+        assert y.shape == (0, ROWS)
+        assert y.dtype == dtype
+
+
+def test_buckets_hold_every_number_of_tokens():
+    assert BUCKETS[0][0] == 1
+    for one, other in itertools.pairwise(BUCKETS):
+        assert other[0] == one[1] + 1
+    for tokens in (1, 2, 16, 17, 8192):
+        first, last = bucket_of(tokens)
+        assert first <= tokens <= last
+
+
+@pytest.mark.parametrize("layout", ["int4pack", "planes"])
+def test_nothing_is_compiled_again_after_the_first_call_of_each_bucket(layout):
+    weight, lora = prepare(random_weight(**SHAPE, seed=7), layout=layout), prepare_lora(STACK)
+    several = (1, 2, 3, 4, 5, 15, 16, 17, 18, 64, 100, 1000, 8192)
+    for mode in (torch.no_grad, torch.inference_mode):  # serving is in either of them
+        with mode():
+            for tokens in (1, 3, 5, 17):  # 3 and 5: formulations change within a bucket
+                int4_lora_linear(random_x(tokens, COLUMNS), weight, lora, ids_of(tokens), BIAS)
+    lora.update(1, [(torch.ones(1, COLUMNS), torch.ones(ROWS, 1), 0.5)])
+    with mock.patch.object(torch._inductor.compile_fx, "compile_fx", side_effect=AssertionError):
+        for tokens in several:
+            x = random_x(tokens, 2 * COLUMNS)[:, ::2]  # not contiguous
+            for ids in (ids_of(tokens), torch.full((tokens,), -1), torch.full((tokens,), 2)):
+                int4_lora_linear(x, weight, lora, ids, BIAS)
+            with torch.inference_mode():
+                int4_lora_linear(x.clone(), weight, lora, ids_of(tokens), BIAS)
+
+
+def test_forty_shapes_in_one_process(monkeypatch):
+    monkeypatch.setattr(graphs.torch, "compile", partial(torch.compile, backend="eager"))
+    for index in range(40):
+        shape = {"rows": 16 + index, "columns": 64}
+        weight = random_weight(**shape, groups=2)
+        x = random_x(2, 64)
+        check(x, weight, None, None, None, layout="planes")
+
+
+def test_a_row_alone_and_in_a_batch():
+    weight = prepare(WEIGHT)
+    x, ids = random_x(20, COLUMNS), ids_of(20)
+    batch = int4_lora_linear(x, weight, LORA, ids, BIAS)
+    bound = error_bound(x, WEIGHT, STACK, ids, BIAS, weight_rounded=False, base_rounded=True)
+    for row in range(0, 20, 7):
+        alone = int4_lora_linear(x[row : row + 1], weight, LORA, ids[row : row + 1], BIAS)
+        assert ((alone - batch[row]).abs() <= 2 * bound[row]).all()
+
+
+@pytest.mark.parametrize("layout", ["int4pack", "planes", "checkpoint"])
+def test_another_graph_takes_it_in(layout):
+    weight = prepare(WEIGHT, layout=layout)
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def block(x, ids):
+        return int4_lora_linear(torch.relu(x), weight, LORA, ids, BIAS) * 2
+
+    for tokens in (5, 6):
+        x = random_x(tokens, COLUMNS)
+        y = block(x, ids_of(tokens)) / 2
+        check(x.relu(), WEIGHT, STACK, ids_of(tokens), BIAS, layout=layout, y=y)
+
+
+def test_autocast_changes_nothing():
+    weight = prepare(WEIGHT, layout="planes")
+    x = random_x(17, COLUMNS)
+    plain = int4_lora_linear(x, weight, LORA, ids_of(17), BIAS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(int4_lora_linear(x, weight, LORA, ids_of(17), BIAS), plain)
+
+
+def test_threads_share_graphs():
+    weight = random_weight(rows=32, columns=64, seed=3)
+    prepared, x = prepare(weight), random_x(3, 64)
+    found, threads = [], []
+    for _ in range(4):
+        threads.append(threading.Thread(target=lambda: found.append(int4_linear(x, prepared))))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+X, IDS = random_x(4, COLUMNS), ids_of(4)
+GOOD = prepare(WEIGHT)
+OTHER = prepare_lora(LoRAStack(STACK.a[:, :, :64], STACK.b, STACK.scaling))
+WIDE = prepare_lora([LoRASlice(STACK, 1)])
+TWICE = prepare_lora([LoRASlice(narrow(STACK, 30), 0), LoRASlice(narrow(STACK, 30), 16)])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, r"got PackedWeight: call prepare\(\)", (X, WEIGHT)),
+        (TypeError, "weight must be a PreparedWeight, got Tensor", (X, X)),
+        (TypeError, r"got LoRAStack: call prepare_lora\(\)", (X, GOOD, STACK, IDS)),
+        (TypeError, r"got list: call prepare_lora\(\)", (X, GOOD, [LoRASlice(STACK, 0)], IDS)),
+        (TypeError, "lora must be a PreparedLoRA, got int", (X, GOOD, 3, IDS)),
+        (TypeError, "x must be float16, .* got int64", (X.long(), GOOD)),
+        (ValueError, r"x must be \[tokens, in_features\] = \[\*, 128\]", (X[:, :5], GOOD)),
+        (ValueError, "x must be", (X[0], GOOD)),
+        (ValueError, "adapter_ids must be given with lora", (X, GOOD, LORA)),
+        (ValueError, "adapter_ids must be", (X, GOOD, LORA, IDS[:2])),
+        (TypeError, "adapter_ids must be int32 or int64", (X, GOOD, LORA, IDS.short())),
+        (ValueError, "in_features of weight, 128", (X, GOOD, OTHER, IDS)),
+        (ValueError, r"outputs of \[0, 48\), got \[1, 49\)", (X, GOOD, WIDE, IDS)),
+        (ValueError, "slices must not overlap", (X, GOOD, TWICE, IDS)),
+        (ValueError, "bias must be", (X, GOOD, None, None, BIAS[:3])),
+        (TypeError, "bias must not be float64", (X, GOOD, None, None, BIAS.double())),
+        (ValueError, "all operands must be on one device", (X.to("meta"), GOOD)),
+    ],
+)  # fmt: skip
+def test_refuses(error, message, call):
+    with pytest.raises(error, match=message):
+        int4_lora_linear(*call)
+
+
+def test_layouts_are_listed():
+    assert layouts(WEIGHT)[-1] == "checkpoint"

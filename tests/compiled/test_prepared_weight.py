@@ -1,0 +1,96 @@
+"""Layouts: the checkpoint's tensors come back bit for bit, and rows mean what they meant."""
+
+import dataclasses
+import unittest
+
+import pytest
+import torch
+from parameterized import parameterized
+
+from int4_lora.compiled import PreparedWeight, layouts, prepare
+from int4_lora.reference import PackedWeight, dequantize
+from support.weights import bits_of, every_format, random_weight
+
+SHAPES = {
+    "ragged": {"rows": 13, "columns": 44},
+    "whole_words": {"rows": 13, "columns": 64},
+    "int4pack": {"rows": 48, "columns": 128},
+    "int4pack_blocks": {"rows": 144, "columns": 256},
+    "int4pack_channel": {"rows": 64, "columns": 544, "layout": "channel"},
+}
+CASES = [
+    (f"{shape}_{name}", {**arguments, **SHAPES[shape]})
+    for shape in SHAPES
+    for name, arguments in every_format()
+    if shape != "int4pack_channel" or arguments["layout"] == "channel"
+]
+
+
+class EveryLayout(unittest.TestCase):
+    @parameterized.expand(CASES)
+    def test_tensors_come_back_and_rows_are_the_same(self, name, arguments):
+        weight = random_weight(**arguments)
+        dense = dequantize(weight)
+        for layout in layouts(weight):
+            prepared = prepare(weight, layout=layout)
+            assert isinstance(prepared, PreparedWeight)
+            assert prepared.shape == weight.shape
+            assert prepared.scale_dtype == weight.scale.dtype
+            back = prepared.packed_weight()
+            for field in dataclasses.fields(PackedWeight):
+                mine, theirs = getattr(back, field.name), getattr(weight, field.name)
+                if isinstance(theirs, torch.Tensor):
+                    assert mine.dtype == theirs.dtype
+                    mine, theirs = (one.flatten().view(torch.uint8) for one in (mine, theirs))
+                    assert torch.equal(mine, theirs), (layout, field.name)
+                else:
+                    assert mine == theirs, (layout, field.name)
+            order = getattr(prepared, "order", None)
+            expected = dense if order is None else dense[:, order]
+            for start in range(0, weight.out_features, prepared.tile):
+                stop = min(start + prepared.tile, weight.out_features)
+                rows = prepared.rows(start, stop, dense.dtype)
+                assert torch.equal(bits_of(rows), bits_of(expected[start:stop])), layout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"rows": 48, "columns": 128}, ["int4pack", "planes", "checkpoint"]),
+        ({"rows": 48, "columns": 128, "layout": "g_idx_minus_one"},
+         ["int4pack", "planes", "checkpoint"]),
+        ({"rows": 48, "columns": 128, "symmetric": False}, ["planes", "checkpoint"]),
+        ({"rows": 48, "columns": 128, "layout": "g_idx"}, ["planes", "checkpoint"]),
+        ({"rows": 47, "columns": 128}, ["planes", "checkpoint"]),
+        ({"rows": 48, "columns": 64}, ["planes", "checkpoint"]),  # groups of 16
+        ({"rows": 48, "columns": 128, "layout": "g_idx_unbalanced"}, ["checkpoint"]),
+        ({"rows": 48, "columns": 128, "layout": "block"}, ["checkpoint"]),
+        ({"rows": 48, "columns": 128, "layout": "tensor"}, ["checkpoint"]),
+        ({"rows": 48, "columns": 128, "bits": 8}, ["checkpoint"]),
+        ({"rows": 48, "columns": 44}, ["checkpoint"]),  # groups of 11
+    ],
+)  # fmt: skip
+def test_which_layouts_hold_a_weight(arguments, expected):
+    assert layouts(random_weight(**arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("group_size", "layout", "most"),
+    [(128, "int4pack", 0.12), (32, "int4pack", 0.12), (128, "planes", 0.0), (32, "planes", 0.0)],
+)
+def test_what_a_layout_costs(group_size, layout, most):
+    weight = random_weight(rows=256, columns=1024, groups=1024 // group_size, dtype=torch.bfloat16)
+    prepared = prepare(weight, layout=layout)
+    assert weight.nbytes <= prepared.nbytes <= weight.nbytes * (1 + most)
+
+
+def test_refuses():
+    weight = random_weight(rows=48, columns=128, symmetric=False)
+    with pytest.raises(TypeError, match="weight must be a PackedWeight, got Tensor"):
+        prepare(torch.ones(2))
+    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'marlin'"):
+        prepare(weight, layout="marlin")
+    with pytest.raises(ValueError, match="'int4pack' cannot hold this weight: zero-points"):
+        prepare(weight, layout="int4pack")
+    with pytest.raises(ValueError, match="'planes' cannot hold this weight: unbalanced groups"):
+        prepare(random_weight("g_idx_unbalanced", columns=64), layout="planes")
