@@ -11,7 +11,6 @@ Source: ``int4_lora.reference.int4_lora_linear``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -99,10 +98,10 @@ def int4_lora_linear(
     slices = check_operands(x, weight, lora, adapter_ids, bias)
     if not slices:
         adapter_ids = None
-    with _without_autocast(x):
-        if needs_gradients(x, slices, bias):
-            return differentiable(_forward, x, weight, slices, adapter_ids, bias)
-        return _forward(x, weight, slices, adapter_ids, bias)
+    forward = _without_autocast if torch.is_autocast_enabled(x.device.type) else _forward
+    if needs_gradients(x, slices, bias):
+        return differentiable(forward, x, weight, slices, adapter_ids, bias)
+    return forward(x, weight, slices, adapter_ids, bias)
 
 
 def formulation_for(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> Formulation:
@@ -139,14 +138,19 @@ def _forward(
         return formulation.layer(x, weight, slices, adapter_ids, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
+    if formulation is INT4PACK and not slices and bias is None:
+        return INT4PACK.layer(x, weight, slices, None, None)  # one call: nothing to compile
     with torch.no_grad():
-        if formulation is INT4PACK and not slices and bias is None:
-            return INT4PACK.layer(x, weight, slices, None, None)
         return graphs.run(formulation, x, weight, slices, adapter_ids, bias)
 
 
-def _without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
-    """Return a context in which products are of the dtypes that they are given."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+def _without_autocast(
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return the layer with products of the dtypes that they are given."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(x, weight, slices, adapter_ids, bias)

@@ -33,6 +33,8 @@ def check_operands(
         TypeError: an operand of the wrong type or dtype.
         ValueError: an operand whose shape or device does not fit.
     """
+    if lora is None and adapter_ids is None and bias is None and _plainly_fits(x, weight):
+        return ()
     slices = _slices(weight, lora)
     check_dtype("x", x, X_DTYPES)
     check_shape("x", x, (None, weight.in_features), "[tokens, in_features]")
@@ -55,6 +57,18 @@ def check_operands(
         found = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"all operands must be on one device, got {found}")
     return slices
+
+
+def _plainly_fits(x: Tensor, weight: PreparedWeight) -> bool:
+    """Return whether x and weight alone are right, at the cost of a few comparisons."""
+    return (
+        isinstance(weight, PreparedWeight)
+        and isinstance(x, Tensor)
+        and x.dtype in X_DTYPES
+        and x.ndim == 2
+        and x.shape[1] == weight.shape[1]
+        and x.device == weight.device
+    )
 
 
 def _slices(weight: PreparedWeight, lora: PreparedLoRA | None) -> tuple[PreparedSlice, ...]:

@@ -72,11 +72,11 @@ def _refusals(weight: PackedWeight) -> dict[str, str | None]:
     """Return why each layout cannot hold a weight, or None, the preferred layout first."""
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
-    return {
-        "int4pack": int4pack_weight.refuses(weight),
-        "planes": planes_weight.refuses(weight),
-        "checkpoint": None,
-    }
+    int4pack = {"int4pack": int4pack_weight.refuses(weight)}
+    planes = {"planes": planes_weight.refuses(weight)}
+    if weight.scale.dtype == torch.float32:  # for which torch's operator has no fast code
+        return {**planes, **int4pack, "checkpoint": None}
+    return {**int4pack, **planes, "checkpoint": None}
 
 
 def prepare_lora(lora: LoRAStack | Sequence[LoRASlice]) -> PreparedLoRA:

@@ -71,7 +71,13 @@ class EveryLayout(unittest.TestCase):
     ],
 )  # fmt: skip
 def test_which_layouts_hold_a_weight(arguments, expected):
-    assert layouts(random_weight(**arguments)) == expected
+    weight = random_weight(**arguments, dtype=torch.bfloat16)
+    assert layouts(weight) == expected
+    assert type(prepare(weight)) is type(prepare(weight, layout=expected[0]))
+    wide = dataclasses.replace(weight, scale=weight.scale.float())
+    first = "planes" if "planes" in expected else "checkpoint"
+    assert layouts(wide)[0] == first
+    assert sorted(layouts(wide)) == sorted(expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Times of several callables, side by side: interleaved, shuffled, on operands beyond the cache.
+
+Source: the rules of ``benchmarks/results/README.md``.
+"""
+
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Times of one callable in one run.
+
+    Args:
+        seconds: one a round, in the order of the rounds.
+    """
+
+    seconds: list
+
+    @property
+    def median(self):
+        """The median, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self):
+        """Half the distance of the quartiles over the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def measure(callables, *, rounds, budget, seed=0):
+    """Time each callable once a round, in an order shuffled anew in each round.
+
+    Args:
+        callables: by name, functions of the number of the round, which choose their operands by
+            it so that none is in the cache.
+        rounds: how many rounds at most.
+        budget: how many seconds at most; 5 rounds are run in any case.
+        seed: of the shuffling.
+
+    Returns:
+        The ``Times`` by name.
+    """
+    rng = random.Random(seed)
+    names = list(callables)
+    for name in names:
+        for warm_up in range(3):
+            callables[name](warm_up)
+    seconds = {name: [] for name in names}
+    started = time.perf_counter()
+    for number in range(rounds):
+        if number >= 5 and time.perf_counter() - started > budget:
+            break
+        rng.shuffle(names)
+        for name in names:
+            _synchronise()
+            before = time.perf_counter()
+            callables[name](number)
+            _synchronise()
+            seconds[name].append(time.perf_counter() - before)
+    return {name: Times(seconds[name]) for name in callables}
+
+
+def copy_bandwidth(nbytes=2**28):
+    """Return the bytes a second that a copy reads and writes together, the best of several."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        _synchronise()
+        before = time.perf_counter()
+        target.copy_(source)
+        _synchronise()
+        best = min(best, time.perf_counter() - before)
+    return 2 * nbytes / best
+
+
+def _synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
