@@ -1,7 +1,8 @@
 """Write the table of docs/compatibility.md from tox's own record of a run.
 
 ``tox run -m matrix --result-json matrix.json && python .ci/compatibility.py matrix.json``
-replaces what stands between the two marks of the page; the explanations below it stay.
+replaces what stands between the two marks of the page; the explanations below it stay. Of several
+records the later ones replace environments of the earlier.
 """
 
 import datetime
@@ -21,8 +22,7 @@ def row(name, record):
     packages = record.get("installed_packages", [])
     versions = dict(re.split(r"==| @ ", package, maxsplit=1) for package in packages)
     outputs = "".join(test["output"] for test in record.get("test", []))
-    counts = re.findall(r"(\d+) (passed|failed|error|skipped)", outputs)
-    tests = ", ".join(f"{count} {what}" for count, what in counts)
+    tests = ", ".join(re.findall(r"^=+ (.*) in [\d.]+s", outputs, flags=re.M))
     tests = tests or ("its own script" if packages else "not installed")
     result = record["result"]
     return [
@@ -55,9 +55,12 @@ def table(record, today):
     return "\n".join(lines)
 
 
-def main(result):
+def main(results):
     """Rewrite the page."""
-    record = json.loads(Path(result).read_text())
+    record, *later = [json.loads(Path(result).read_text()) for result in results]
+    for one in later:
+        ran = {name: env for name, env in one["testenvs"].items() if env.get("result")}
+        record["testenvs"].update(ran)
     before, rest = PAGE.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     written = table(record, datetime.date.today().isoformat())
@@ -65,4 +68,4 @@ def main(result):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

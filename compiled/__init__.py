@@ -6,6 +6,7 @@ declares. The reference is imported, never the other way round.
 Source: ``docs/compiled.md``.
 """
 
+from int4_lora.compiled.artifacts import load_artifacts, save_artifacts
 from int4_lora.compiled.linear import formulation_for, int4_linear, int4_lora_linear
 from int4_lora.compiled.preparation import layouts, prepare, prepare_lora
 from int4_lora.compiled.prepared_lora import PreparedLoRA
@@ -18,6 +19,8 @@ __all__ = [
     "int4_linear",
     "int4_lora_linear",
     "layouts",
+    "load_artifacts",
     "prepare",
     "prepare_lora",
+    "save_artifacts",
 ]

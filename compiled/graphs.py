@@ -49,10 +49,11 @@ def run(
 ) -> Tensor:
     """Run a formulation's graph, compiled at the first call of its kind."""
     bucket = bucket_of(x.shape[0])
-    adapters = tuple((one.a.shape, one.a.dtype, one.start, one.finite) for one in slices)
+    adapters = tuple((one.a.shape, one.a.dtype, one.start) for one in slices)
+    unfinite = tuple(not one.finite for one in slices)
     optional = tuple(None if one is None else one.dtype for one in (adapter_ids, bias))
     kind = (x.dtype, x.is_inference())
-    key = (formulation.name, weight.signature, kind, adapters, optional, bucket)
+    key = (formulation.name, weight.signature, kind, adapters, unfinite, optional, bucket)
     graph = _graphs.get(key)
     if graph is None:
         with _lock:

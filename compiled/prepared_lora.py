@@ -27,7 +27,7 @@ class PreparedSlice:
         bt: ``[adapters, rank, out]``, of the same dtype: b transposed.
         scaling: float32 or float64 ``[adapters]``.
         start: the first output that the slice writes.
-        finite: whether ``bt`` holds neither NaN nor infinity.
+        finite: whether ``bt`` holds neither NaN nor infinity; ``PreparedLoRA.update`` looks.
     """
 
     a: Tensor
@@ -90,7 +90,10 @@ class PreparedLoRA:
 
     @torch.no_grad()
     def update(self, adapter: int, given: Sequence[tuple[Tensor, Tensor, float] | None]) -> None:
-        """Replace one adapter in place: no graph is compiled again, no captured graph goes stale.
+        """Replace one adapter in place; no graph is compiled again while all B are finite.
+
+        Change adapters only through it: it looks for NaN and infinities in B, which call for
+        another graph that keeps them from other adapters' tokens.
 
         Args:
             adapter: which, in ``[0, adapters)``.
@@ -124,8 +127,7 @@ class PreparedLoRA:
                 rank = entry[0].shape[0]
                 one.a[adapter, :rank].copy_(entry[0])
                 one.bt[adapter, :rank].copy_(entry[1].T)
-                if not bool(entry[1].isfinite().all()):
-                    object.__setattr__(one, "finite", False)
+            object.__setattr__(one, "finite", bool(one.bt.isfinite().all()))
 
 
 def _check_entry(index: int, one: PreparedSlice, entry: tuple[Tensor, Tensor, float]) -> None:

@@ -66,6 +66,11 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
     """
     quantised = {name for name in checkpoint.modules() if checkpoint.is_packed(name)}
     for name in adapter.modules:
+        if name not in quantised and f"{name}.weight" in checkpoint.tensors:
+            raise ValueError(
+                f"{adapter.path}: {name} is not packed in INT4 in {checkpoint.path}, and adapters "
+                "on other layers are not computed here"
+            )
         if name not in quantised:
             raise ValueError(f"{adapter.path}: {name} is no INT4 module of {checkpoint.path}")
         _check_shape(adapter, name, *checkpoint.shape_of(name))

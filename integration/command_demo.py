@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from int4_lora.integration.exits import unusable
+from int4_lora.integration.wide_console import wide_console
 
 __all__ = ["demo"]
 
@@ -74,14 +75,16 @@ def demo(
                 dtype=getattr(torch, dtype.value),
                 say=status.update,
             )
+    except ModuleNotFoundError as error:
+        raise unusable(f"{error}; it comes with int4-lora[checkpoints,hf]") from error
     except ImportError as error:
-        raise unusable(f"{error}; the extras are missing: int4-lora[checkpoints,hf]") from error
+        raise unusable(f"a package does not load: {error}") from error
     except (OSError, TypeError, ValueError) as error:
         raise unusable(str(error)) from error
     if as_json:
         typer.echo(json.dumps(report.as_json(found), indent=2, allow_nan=False))
     else:
-        report.print_comparison(Console(), found)
+        report.print_comparison(wide_console(), found)
     raise typer.Exit(0 if found.right else 1)
 
 

@@ -20,6 +20,8 @@ from packaging.version import InvalidVersion
 from rich.console import Console
 from rich.table import Table
 
+from int4_lora.integration.wide_console import wide_console
+
 __all__ = ["Need", "doctor", "needs"]
 
 PARTS = {
@@ -70,7 +72,7 @@ def doctor(
         whole = {"right": right, "python": platform.python_version(), "parts": parts}
         typer.echo(json.dumps({**whole, "packages": plain}, indent=2))
     else:
-        _print(Console(), found, works)
+        _print(wide_console(), found, works)
     raise typer.Exit(0 if right else 1)
 
 

@@ -23,6 +23,7 @@ from int4_lora.integration.checkpoint import open_checkpoint
 from int4_lora.integration.exits import unusable
 from int4_lora.integration.inspection import Inspection, ModuleReport
 from int4_lora.integration.inspection import inspect as inspect_checkpoint
+from int4_lora.integration.wide_console import wide_console
 
 __all__ = ["inspect"]
 
@@ -54,7 +55,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(_as_json(found), indent=2))
     else:
-        _print(Console(), found, every_module)
+        _print(wide_console(), found, every_module)
     raise typer.Exit(0 if found.right else 1)
 
 
@@ -81,7 +82,7 @@ def _print(console: Console, found: Inspection, every_module: bool) -> None:
         ranks = ", ".join(str(rank) for rank in one.ranks)
         scalings = ", ".join(f"{scaling:.4g}" for scaling in one.scalings)
         console.print(f"{one.path}: rank {ranks}, scaling {scalings}, on {targets}", markup=False)
-        console.print(f"  made for {one.base or 'no base that it names'}", markup=False)
+        console.print(f"  made for: {one.base or 'it does not say'}", markup=False)
         verdict = "fits" if one.fault is None else f"does not fit: {one.fault}"
         console.print(f"  {verdict}", markup=False, style="green" if one.fault is None else "red")
 

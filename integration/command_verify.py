@@ -22,6 +22,7 @@ from int4_lora.integration.checkpoint import open_checkpoint
 from int4_lora.integration.exits import unusable
 from int4_lora.integration.verification import Finding
 from int4_lora.integration.verification import verify as verify_checkpoint
+from int4_lora.integration.wide_console import wide_console
 
 __all__ = ["verify"]
 
@@ -57,7 +58,7 @@ def verify(
         found = {"right": right, "compressed_tensors": upstream, "modules": plain}
         typer.echo(json.dumps(found, indent=2))
     else:
-        _print(Console(), findings, counts, upstream)
+        _print(wide_console(), findings, counts, upstream)
     raise typer.Exit(0 if right else 2 if unread else 1)
 
 

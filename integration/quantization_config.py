@@ -188,9 +188,9 @@ def _as_scheme(where: str, name: str, group: object, raw: Mapping[str, Any]) -> 
 def _upstream() -> Any:
     try:
         return importlib.import_module("compressed_tensors.quantization")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
-            "compressed-tensors is needed to read checkpoints: pip install 'int4-lora[checkpoints]'"
+            f"{error.name} is needed to read checkpoints: pip install 'int4-lora[checkpoints]'"
         ) from error
 
 

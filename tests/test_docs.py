@@ -1,5 +1,6 @@
 """The documentation: what it names exists, what it shows runs, what it lists is complete."""
 
+import configparser
 import os
 import re
 import subprocess
@@ -28,6 +29,15 @@ def test_every_statement_of_the_format_has_a_test_that_exists():
         assert cited, statement
         for file, name in cited:
             assert re.search(rf"^\s*(def|class) {name}\(", files[file], flags=re.M), (file, name)
+
+
+def test_every_environment_of_the_matrix_has_its_row():
+    tox = configparser.ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    label = tox["tox"]["labels"].replace("\\", "").strip().removeprefix("matrix =")
+    page = (DOCS / "compatibility.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .*\| (?:passed|\*\*failed\*\*) \|$", page, flags=re.M)
+    assert sorted(rows) == sorted(name.strip() for name in label.split(","))
 
 
 def test_links_lead_somewhere():
@@ -59,6 +69,7 @@ def desk(tmp_path, demo_files):
 
 def test_the_quickstart_runs(desk):
     text = (DOCS / "quickstart.md").read_text()
+    text += (DOCS / "compiled.md").read_text()  # which goes on with the same names
     programs = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.S))
     subprocess.run([sys.executable, "-c", programs], check=True, cwd=desk)
     lines = re.findall(r"^\$ (int4-lora .*)$", text, flags=re.M)

@@ -4,17 +4,11 @@ The faults are those that INT4 + LoRA code in the field has had. A fault that no
 a hole in the suite, whatever its coverage says.
 """
 
-import importlib
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-PACKAGES = ["int4_lora", "int4_lora.reference"]
+from support.planting import check_noticed, plant, run, run_tests
 
 BOUNDS = ["test_bounds_constructed.py"]
 DEQUANTIZATION = ["test_dequantization.py", "lora/test_int4_unpacking.py"]
@@ -152,43 +146,10 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def plant(folder, module="", changes=None):
-    """Copy the installed package into ``folder`` and change one module of its reference."""
-    for package in PACKAGES:
-        source = Path(importlib.import_module(package).__file__).parent
-        target = folder.joinpath(*package.split("."))
-        target.mkdir(parents=True)
-        for file in source.glob("*.py"):
-            shutil.copy(file, target)
-    for right, wrong in (changes or {}).items():
-        file = folder / "int4_lora" / "reference" / f"{module}.py"
-        text = file.read_text()
-        assert right in text, f"{module}.py no longer holds {right!r}: mend this mutant"
-        file.write_text(text.replace(right, wrong))
-
-
-def run(folder, *arguments):
-    """Run Python with the planted package in front of the installed one."""
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
-    )
-
-
-def run_tests(folder, files):
-    options = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    return run(folder, *options, *(str(TESTS / file) for file in files))
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_fault_fails_a_test(tmp_path, name):
     module, changes, files = MUTANTS[name]
-    plant(tmp_path, module, changes)
-    result = run_tests(tmp_path, files)
-    assert result.returncode == 1, f"no test noticed {name}:\n{result.stdout}{result.stderr}"
-    assert "SyntaxError" not in result.stdout
-    assert "NameError" not in result.stdout
+    check_noticed(tmp_path, f"reference.{module}", changes, files)
 
 
 def test_the_copy_is_what_runs_and_passes_when_nothing_is_planted(tmp_path):

@@ -69,13 +69,13 @@ class EveryFormulation(unittest.TestCase):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 17])
 def test_tokens_and_dtypes(dtype, tokens):
-    weight = random_weight(rows=48, columns=128, dtype=torch.bfloat16)
-    stack = random_stack(rows=48, columns=128)
+    weight = random_weight(rows=144, columns=128, dtype=torch.bfloat16)  # blocks of 64 and a rest
+    stack = random_stack(rows=144, columns=128)
     ids = torch.arange(tokens) % 4 - 1
-    slices = [LoRASlice(narrow(stack, 16), 0), LoRASlice(narrow(stack, 32, 16), 16)]
+    slices = [LoRASlice(narrow(stack, 16), 0), LoRASlice(narrow(stack, 128, 16), 16)]
     x = random_x(tokens, 128, dtype)
     for lora, chosen in ((None, None), (stack, ids), (slices, ids), (slices[1:], ids)):
-        for bias in (None, torch.linspace(-2, 2, 48)):
+        for bias in (None, torch.linspace(-2, 2, 144)):
             each(weight, x, lora, chosen, bias)
 
 

@@ -50,6 +50,8 @@ def test_an_adapter_that_is_not_finite_is_noticed():
     b = torch.full((STACK.out_features, 1), torch.nan)
     lora.update(0, [(torch.ones(1, STACK.in_features), b, 1.0)])
     assert not lora.slices[0].finite
+    lora.update(0, [(torch.ones(1, STACK.in_features), torch.ones(STACK.out_features, 1), 1.0)])
+    assert lora.slices[0].finite
     spoiled = LoRAStack(STACK.a, STACK.b.index_fill(0, torch.tensor([1]), torch.inf), STACK.scaling)
     assert not prepare_lora(spoiled).slices[0].finite
 

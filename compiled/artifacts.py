@@ -1,0 +1,73 @@
+"""Compiled graphs kept in a file, so that another process compiles nothing.
+
+Source: ``torch.compiler.save_cache_artifacts`` and ``load_cache_artifacts``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+__all__ = ["load_artifacts", "save_artifacts"]
+
+
+def save_artifacts(path: str | os.PathLike[str]) -> int:
+    """Write what this process has compiled to a file, whole or not at all.
+
+    Args:
+        path: the file; one that is there is replaced.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        ValueError: nothing was compiled by this process.
+
+    Example:
+        >>> save_artifacts("layers.artifacts")  # doctest: +SKIP
+        216532
+
+    Source:
+        ``torch.compiler.save_cache_artifacts``.
+    """
+    found = torch.compiler.save_cache_artifacts()
+    if found is None:
+        raise ValueError(f"{path}: nothing was compiled that could be saved")
+    content, _ = found
+    file = Path(path)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside:
+        made = Path(beside) / file.name
+        made.write_bytes(content)
+        os.replace(made, file)
+    return len(content)
+
+
+def load_artifacts(path: str | os.PathLike[str]) -> None:
+    """Take what another process compiled; call it before the first layer.
+
+    A file of another torch, or of another machine, does no harm: its graphs are not found, and are
+    compiled again. The file is trusted like code.
+
+    Args:
+        path: what ``save_artifacts`` wrote.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not such a file.
+
+    Example:
+        >>> load_artifacts("layers.artifacts")  # doctest: +SKIP
+
+    Source:
+        ``torch.compiler.load_cache_artifacts``.
+    """
+    content = Path(path).read_bytes()
+    try:
+        found = torch.compiler.load_cache_artifacts(content)
+    except Exception as error:  # whatever deserialising raises
+        raise ValueError(f"{path}: not a file of compiled graphs: {error}") from error
+    if found is None:
+        raise ValueError(f"{path}: not a file of compiled graphs")

@@ -1,0 +1,52 @@
+"""Faults planted in a copy of the compiled path: each must make a test of this suite fail."""
+
+import pytest
+
+from support.planting import check_noticed
+
+FORMULATIONS = ["compiled/test_formulations.py"]
+WEIGHTS = ["compiled/test_prepared_weight.py"]
+
+# name: (module, {right: wrong}, test files that must notice)
+MUTANTS = {
+    "ids_of_no_adapter_use_the_first": (
+        "lora_terms",
+        {"    h = torch.where(own.unsqueeze(1), h, 0)\n": "",
+         "return torch.where(own.unsqueeze(1), delta, 0)": "return delta"},
+        FORMULATIONS,
+    ),
+    "nan_of_b_reaches_others": (
+        "lora_terms", {"return masked if one.finite else apart": "return masked"}, FORMULATIONS,
+    ),
+    "masked_by_the_wrong_owner": (
+        "lora_terms", {"repeat_interleave(one.rank)\n    own": "repeat(one.rank)\n    own"},
+        FORMULATIONS,
+    ),
+    "slices_at_the_start": (
+        "lora_terms",
+        {"(one.start, base.shape[1] - one.stop)": "(0, base.shape[1] - one.stop + one.start)"},
+        FORMULATIONS,
+    ),
+    "columns_not_arranged": (
+        "formulations.tiles", {"x = weight.arrange(x)": "pass"}, FORMULATIONS,
+    ),
+    "zero_points_of_the_wrong_row": (
+        "planes_weight", {"(4 * (row % NIBBLES))": "(4 * ((row + 1) % NIBBLES))"}, WEIGHTS,
+    ),
+    "halves_swapped": (
+        "int4pack_weight", {"enumerate((first, second))": "enumerate((second, first))"},
+        FORMULATIONS,
+    ),
+    "rows_after_the_blocks_lost": (
+        "int4pack_weight", {"[pairs & 15, pairs >> 4]": "[pairs >> 4, pairs & 15]"}, WEIGHTS,
+    ),
+    "gradient_of_columns_not_arranged": (
+        "gradients", {"weight.order is not None": "False"}, ["compiled/test_gradients.py"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_fault_fails_a_test(tmp_path, name):
+    module, changes, files = MUTANTS[name]
+    check_noticed(tmp_path, f"compiled.{module}", changes, files)

@@ -1,0 +1,55 @@
+"""Faults planted in a copy of the installed package, and tests run against the copy."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+PACKAGES = [
+    "int4_lora",
+    "int4_lora.reference",
+    "int4_lora.compiled",
+    "int4_lora.compiled.formulations",
+]
+
+
+def plant(folder, module="", changes=None):
+    """Copy the installed package into ``folder`` and change one module of it."""
+    for package in PACKAGES:
+        source = Path(importlib.import_module(package).__file__).parent
+        target = folder.joinpath(*package.split("."))
+        target.mkdir(parents=True)
+        for file in source.glob("*.py"):
+            shutil.copy(file, target)
+    for right, wrong in (changes or {}).items():
+        file = folder.joinpath("int4_lora", *module.split(".")).with_suffix(".py")
+        text = file.read_text()
+        assert right in text, f"{module} no longer holds {right!r}: mend this mutant"
+        file.write_text(text.replace(right, wrong))
+
+
+def run(folder, *arguments):
+    """Run Python with the planted package in front of the installed one."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+
+
+def run_tests(folder, files):
+    """Run test files against the planted package, until one fails."""
+    options = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return run(folder, *options, *(str(TESTS / file) for file in files))
+
+
+def check_noticed(folder, module, changes, files):
+    """Check that a fault makes a test fail, and not because it is no Python."""
+    plant(folder, module, changes)
+    result = run_tests(folder, files)
+    assert result.returncode == 1, f"no test noticed {changes}:\n{result.stdout}{result.stderr}"
+    assert "SyntaxError" not in result.stdout
+    assert "NameError" not in result.stdout
