@@ -24,15 +24,11 @@ if what == "load":
     load_artifacts(file)
 weight = prepare(random_weight(rows=48, columns=128, dtype=torch.bfloat16))
 lora = prepare_lora(random_stack(rows=48, columns=128))
-sums = []
-for tokens in (1, 3):
-    x = random_x(tokens, 128, torch.bfloat16)
-    y = int4_lora_linear(x, weight, lora, torch.arange(tokens) % 4 - 1)
-    sums.append(y.double().sum().item())
+y = int4_lora_linear(random_x(3, 128, torch.bfloat16), weight, lora, torch.tensor([0, -1, 2]))
 if what == "save":
     save_artifacts(file)
 found = counters["inductor"]
-print(json.dumps({"sums": sums, "hits": found["fxgraph_cache_hit"],
+print(json.dumps({"sum": y.double().sum().item(), "hits": found["fxgraph_cache_hit"],
                   "misses": found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"]}))
 """
 
@@ -50,9 +46,9 @@ def run(what, file, cache, monkeypatch):
 def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
     file = tmp_path / "layers.artifacts"
     first = run("save", file, tmp_path / "one", monkeypatch)
-    assert first["misses"] == 2
+    assert first["misses"] == 1
     second = run("load", file, tmp_path / "two", monkeypatch)
-    assert second == {"sums": first["sums"], "hits": 2, "misses": 0}
+    assert second == {"sum": first["sum"], "hits": 1, "misses": 0}
 
 
 def test_what_is_no_such_file_is_refused(tmp_path):
