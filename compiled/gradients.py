@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.lora_terms import accumulator
 from int4_lora.compiled.planes_weight import PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["differentiable", "needs_gradients"]
 
@@ -78,7 +78,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, adapter_ids, *flat = ctx.saved_tensors
-        sums = accumulator(x.dtype)
+        sums = accumulation_dtype(x)
         g = grads[0].to(sums)
         dx = _through_base(g, ctx.weight) if ctx.needs_input_grad[3] else None
         of_adapters: list[Tensor | None] = []

@@ -25,7 +25,7 @@ from int4_lora.compiled.prepared_weight import PreparedWeight
 
 __all__ = ["formulation_for", "int4_linear", "int4_lora_linear"]
 
-CROSSOVER = {"int4pack": 16, "gemv": 4}  # the most tokens each is chosen for, unmeasured
+INT4PACK_TOKENS = 16  # the most that torch's operator is chosen for: see benchmarks/results
 
 
 def int4_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -120,8 +120,8 @@ def formulation_for(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> 
         'definition'
     """
     for one in (INT4PACK, GEMV, DEFINITION):
-        few = one.name not in CROSSOVER or tokens <= CROSSOVER[one.name]
-        if few and one.refuses(weight, dtype, tokens) is None:
+        many = one is INT4PACK and tokens > INT4PACK_TOKENS
+        if not many and one.refuses(weight, dtype, tokens) is None:
             return one
     return TILES
 

@@ -23,11 +23,11 @@ from torch.nn.functional import pad
 
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.reference import expand, shrink
+from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = [
     "GATHERED_TOKENS",
     "UNROLLED_RANK",
-    "accumulator",
     "add_terms",
     "apart",
     "gathered",
@@ -54,7 +54,7 @@ def add_terms(
         adapter_ids: int ``[tokens]``; needed with slices.
         bias: ``[out_features]`` or None.
     """
-    total = base.to(accumulator(x.dtype))
+    total = base.to(accumulation_dtype(x))
     if adapter_ids is not None:
         for one in slices:
             delta = _term(x, one)(x, one, adapter_ids)
@@ -71,14 +71,9 @@ def _term(x: Tensor, one: PreparedSlice) -> Callable[[Tensor, PreparedSlice, Ten
     return masked if one.finite else apart
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums: float64 for float64 operands, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     """Return the term as sums written out: ``[tokens, out]`` in the dtype of sums."""
-    sums = accumulator(x.dtype)
+    sums = accumulation_dtype(x)
     own = (adapter_ids >= 0) & (adapter_ids < one.adapters)
     index = torch.where(own, adapter_ids, 0)
     a, bt = one.a.index_select(0, index), one.bt.index_select(0, index)  # fused, never in memory
@@ -93,7 +88,7 @@ def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
 
 def masked(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     """Return the term as two products with all adapters side by side: ``[tokens, out]``."""
-    sums = accumulator(x.dtype)
+    sums = accumulation_dtype(x)
     h = x.to(sums) @ one.a.to(sums).flatten(0, 1).T  # [tokens, adapters * rank]
     owner = torch.arange(one.adapters, device=x.device).repeat_interleave(one.rank)
     own = adapter_ids.unsqueeze(1) == owner  # false everywhere for an id of no adapter

@@ -33,7 +33,6 @@ class Formulation:
         weight_rounded: whether ``(q - z) * s`` is rounded to the scale's dtype, as declared.
         base_rounded: whether the base is rounded to x's dtype before a delta or bias is added.
         refuses: ``refuses(weight, dtype of x, tokens)``, why it cannot take them, or None.
-        compiles: whether it gains from ``torch.compile``; what is one opaque call does not.
     """
 
     name: str
@@ -41,4 +40,3 @@ class Formulation:
     weight_rounded: bool
     base_rounded: bool
     refuses: Callable[[PreparedWeight, torch.dtype, int], str | None]
-    compiles: bool = True

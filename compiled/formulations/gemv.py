@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.formulations.formulation import Formulation
-from int4_lora.compiled.lora_terms import accumulator, add_terms
+from int4_lora.compiled.lora_terms import add_terms
 from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["GEMV", "base"]
 
@@ -29,7 +30,7 @@ MOST_TOKENS = 4  # each is unrolled
 
 def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     """Return ``x W^T`` in the dtype of sums."""
-    sums = accumulator(x.dtype)
+    sums = accumulation_dtype(x)
     tokens, groups = x.shape[0], weight.groups
     planes = weight.arrange(x).view(tokens, 1, groups, NIBBLES, -1).to(sums)
     words = weight.words.view(1, weight.out_features, groups, -1)

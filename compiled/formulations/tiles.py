@@ -19,10 +19,11 @@ from torch import Tensor
 
 from int4_lora.compiled.formulations.formulation import Formulation
 from int4_lora.compiled.int4pack_weight import Int4PackWeight
-from int4_lora.compiled.lora_terms import accumulator, add_terms
+from int4_lora.compiled.lora_terms import add_terms
 from int4_lora.compiled.planes_weight import PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["TILES", "WORKSPACE_BYTES", "base"]
 
@@ -32,7 +33,7 @@ WORKSPACE_BYTES = 4 * 2**20  # of one tile; measured on a CPU with 1 MiB L2 and 
 def base(x: Tensor, weight: PreparedWeight) -> Tensor:
     """Return ``x W^T`` in x's dtype, or in that of sums where x has not the scale's dtype."""
     same = x.dtype == weight.scale_dtype
-    dtype = x.dtype if same else accumulator(x.dtype)
+    dtype = x.dtype if same else accumulation_dtype(x)
     x = x.to(dtype)
     if isinstance(weight, PlanesWeight):
         x = weight.arrange(x)
