@@ -15,6 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
+from int4_lora.compiled.disk_cache import cache_folder
 from int4_lora.integration.exits import unusable
 from int4_lora.integration.wide_console import wide_console
 
@@ -65,7 +66,7 @@ def demo(
 
             if model is None:
                 status.update("making the model and its adapters")
-                made = recipe.prepare(cache or recipe.cache_folder())
+                made = recipe.prepare(cache or cache_folder())
                 model, folders = made.model, dict(made.adapters)
             found = comparison.compare(
                 model,

@@ -1,21 +1,19 @@
 """How each module is quantised, from ``quantization_config`` in a checkpoint's config.json.
 
 What a weight's numbers mean has been written the same way since compressed-tensors 0.9; what
-surrounds it comes and goes. So only those fields are read, through compressed-tensors' own
-classes, and fields that the installed version does not know yet, or no longer takes, do not
-matter: an old version reads a new config, and a new one an old config.
+surrounds it comes and goes: only those fields are read.
 
 Source: ``compressed_tensors/quantization/quant_config.py`` and ``quant_scheme.py``, 0.9 to 0.20.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from int4_lora.integration.config_groups import ConfigGroup, parse_group, upstream_scheme
 from int4_lora.integration.target_matching import compile_targets, group_of
 from int4_lora.reference import PackedWeight
 
@@ -24,7 +22,6 @@ __all__ = ["PACKED_FORMAT", "Scheme", "check_strategy", "read_quantization", "re
 PACKED_FORMAT = "pack-quantized"
 METHOD = "compressed-tensors"
 CONFIG_KEYS = ("quantization_config", "compression_config")  # the second up to 0.9
-MEANING = ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic")
 FORMATS = (
     "dense",
     "float-quantized",
@@ -59,7 +56,7 @@ class Scheme:
         group_size: as in ``PackedWeight``: columns, (rows, columns) of a block, or None.
         actorder: what config.json says of the order of columns, "group" for one with g_idx.
         activations: whether inputs or outputs are quantised too, which this package does not do.
-        upstream: compressed-tensors' own ``QuantizationScheme``, for its own functions.
+        config_group: the name and content of the config group that says so.
     """
 
     format: str
@@ -70,7 +67,12 @@ class Scheme:
     group_size: int | tuple[int, int] | None
     actorder: str | None
     activations: bool
-    upstream: Any
+    config_group: tuple[str, Any]
+
+    @property
+    def upstream(self) -> Any:
+        """compressed-tensors' own ``QuantizationScheme``, for its own functions."""
+        return upstream_scheme(*self.config_group)
 
 
 def read_schemes(
@@ -107,10 +109,9 @@ def read_schemes(
     targets: dict[str, list[str]] = {}
     for name, group in groups.items():
         where = f"{file}: config_groups.{name}"
-        scheme = _as_scheme(where, name, group, raw)
-        if scheme is not None:
-            schemes[name] = scheme
-            targets[name] = list(scheme.upstream.targets)
+        found = _as_scheme(where, name, group, raw)
+        if found is not None:
+            schemes[name], targets[name] = found
     matches = compile_targets(file, targets)
     return {module: schemes[group_of(file, module, matches)] for module in modules}
 
@@ -142,85 +143,52 @@ def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any
     raise ValueError(f"{file}: quantization_config is missing: not a quantised checkpoint")
 
 
-def _as_scheme(where: str, name: str, group: object, raw: Mapping[str, Any]) -> Scheme | None:
-    """Return a config group as a scheme, or None if it leaves weights alone."""
-    upstream = _upstream()
-    if isinstance(group, list):  # targets under the name of a preset
-        try:
-            parsed = upstream.preset_name_to_scheme(name, group)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{where}: no such preset: {_in_one_line(error)}") from error
-        weights, stored, actorder = parsed.weights, None, None
-        activations = bool(parsed.input_activations or parsed.output_activations)
-    elif isinstance(group, dict):
-        given = group.get("weights")
-        if given is None:
-            return None
-        if not isinstance(given, dict):
-            raise ValueError(f"{where}: weights must be an object, got {given!r}")
-        try:
-            meaning = {key: given[key] for key in MEANING if given.get(key) is not None}
-            weights = upstream.QuantizationArgs(**meaning)
-            parsed = upstream.QuantizationScheme(targets=group.get("targets"), weights=weights)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {_in_one_line(error)}") from error
-        stored, actorder = group.get("format"), given.get("actorder")
-        activations = bool(group.get("input_activations") or group.get("output_activations"))
-    else:
+def _as_scheme(
+    where: str, name: str, group: object, raw: Mapping[str, Any]
+) -> tuple[Scheme, list[str]] | None:
+    """Return a config group as a scheme and its targets, or None if it leaves weights alone."""
+    if not isinstance(group, dict | list):
         raise ValueError(f"{where} must be an object or a list of targets, got {group!r}")
-    strategy = _plain(weights.strategy)
+    try:
+        parsed = parse_group(name, group)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if parsed is None:
+        return None
+    stored, actorder = None, None
+    if isinstance(group, dict):
+        stored, actorder = group.get("format"), group["weights"].get("actorder")
     form = stored or raw.get("format")
     if form not in FORMATS:
         raise ValueError(f"{where}: format must be one of compressed-tensors', got {form!r}")
-    return Scheme(
+    scheme = Scheme(
         format=str(form),
-        kind=_plain(weights.type),
-        bits=int(weights.num_bits),
-        symmetric=bool(weights.symmetric),
-        strategy=strategy,
-        group_size=_group_size(where, strategy, weights),
+        kind=parsed.kind,
+        bits=parsed.bits,
+        symmetric=parsed.symmetric,
+        strategy=parsed.strategy,
+        group_size=_group_size(where, parsed),
         actorder={"True": "group", "False": None, "None": None}.get(str(actorder), str(actorder)),
-        activations=activations,
-        upstream=parsed,
+        activations=parsed.activations,
+        config_group=(name, group),
     )
+    return scheme, parsed.targets
 
 
-def _upstream() -> Any:
-    try:
-        return importlib.import_module("compressed_tensors.quantization")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error.name} is needed to read checkpoints: pip install 'int4-lora[checkpoints]'"
-        ) from error
-
-
-def _plain(value: Any) -> str:
-    return str(getattr(value, "value", value))
-
-
-def _group_size(where: str, strategy: str, weights: Any) -> int | tuple[int, int] | None:
+def _group_size(where: str, group: ConfigGroup) -> int | tuple[int, int] | None:
     """Return columns of a group, or the (rows, columns) of "128x128" or [128, 128]."""
-    if strategy == "group":
-        return int(weights.group_size)
-    if strategy != "block":
+    if group.strategy == "group":
+        return group.group_size
+    if group.strategy != "block":
         return None
-    structure = weights.block_structure
+    structure = group.block_structure
     parts = structure.split("x") if isinstance(structure, str) else structure
     try:
-        rows, columns = (int(part) for part in parts)
+        rows, columns = (int(part) for part in parts or ())
     except (TypeError, ValueError):
         rule = "block_structure must be two lengths"
         raise ValueError(f"{where}: {rule}, got {structure!r}") from None
     return rows, columns
-
-
-def _in_one_line(error: Exception) -> str:
-    """Return the first of pydantic's findings, or any other error as it is."""
-    findings = getattr(error, "errors", None)
-    if findings is None:
-        return str(error)
-    first = findings()[0]
-    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
 def check_strategy(scheme: Scheme, weight: PackedWeight) -> None:

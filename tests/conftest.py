@@ -17,6 +17,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep what the tests find out away from the user's own cache, for child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INT4_LORA_CACHE", str(tmp_path_factory.mktemp("int4-lora-cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Return the folder of a tiny INT4 Llama of every variant, by name."""

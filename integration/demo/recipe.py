@@ -8,7 +8,6 @@ Source: ``ModelCompressor`` of compressed-tensors, ``get_peft_model`` of PEFT.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -34,7 +33,6 @@ __all__ = [
     "ADAPTERS",
     "LLAMA",
     "DemoFiles",
-    "cache_folder",
     "make_adapter",
     "make_model",
     "prepare",
@@ -78,11 +76,6 @@ class DemoFiles:
 
     model: Path
     adapters: Mapping[str, Path]
-
-
-def cache_folder() -> Path:
-    """Return where the demo keeps its files: ``$XDG_CACHE_HOME/int4-lora`` or ``~/.cache/...``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int4-lora"
 
 
 def prepare(cache: Path) -> DemoFiles:
