@@ -5,9 +5,11 @@ import pytest
 from support.planting import check_noticed
 
 FORMULATIONS = ["compiled/test_formulations.py"]
+NAN = [f"{FORMULATIONS[0]}::test_a_nan_stays_with_its_own_tokens"]
+TOKENS = [f"{FORMULATIONS[0]}::test_tokens_and_dtypes"]
 WEIGHTS = ["compiled/test_prepared_weight.py"]
 
-# name: (module, {right: wrong}, test files that must notice)
+# name: (module, {right: wrong}, tests that must notice)
 MUTANTS = {
     "ids_of_no_adapter_use_the_first": (
         "lora_terms",
@@ -16,16 +18,16 @@ MUTANTS = {
         FORMULATIONS,
     ),
     "nan_of_b_reaches_others": (
-        "lora_terms", {"return masked if one.finite else apart": "return masked"}, FORMULATIONS,
+        "lora_terms", {"return masked if one.finite else apart": "return masked"}, NAN,
     ),
     "masked_by_the_wrong_owner": (
         "lora_terms", {"repeat_interleave(one.rank)\n    own": "repeat(one.rank)\n    own"},
-        FORMULATIONS,
+        TOKENS,
     ),
     "slices_at_the_start": (
         "lora_terms",
         {"(one.start, base.shape[1] - one.stop)": "(0, base.shape[1] - one.stop + one.start)"},
-        FORMULATIONS,
+        TOKENS,
     ),
     "columns_not_arranged": (
         "formulations.tiles", {"x = weight.arrange(x)": "pass"}, FORMULATIONS,
@@ -35,7 +37,7 @@ MUTANTS = {
     ),
     "halves_swapped": (
         "int4pack_weight", {"enumerate((first, second))": "enumerate((second, first))"},
-        FORMULATIONS,
+        TOKENS,
     ),
     "rows_after_the_blocks_lost": (
         "int4pack_weight", {"[pairs & 15, pairs >> 4]": "[pairs >> 4, pairs & 15]"}, WEIGHTS,
