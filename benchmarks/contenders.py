@@ -10,15 +10,10 @@ from int4_lora import reference
 from int4_lora.compiled import graphs, int4_linear, int4_lora_linear, prepare, prepare_lora
 from int4_lora.compiled.formulations import FORMULATIONS, int4pack
 from int4_lora.compiled.int4pack_weight import Int4PackWeight
+from int4_lora.compiled.timing import copies_beyond_the_cache
 
-CACHE_BYTES = 64 * 2**20  # operands of a contender are cycled through more than this
 ADAPTERS, RANK = 4, 16
 PEERS = ("dense", "aten int4pack")
-
-
-def copies_of(nbytes):
-    """Return how many copies of an operand go beyond the cache."""
-    return max(2, -(-CACHE_BYTES // nbytes))
 
 
 class Layer:
@@ -48,7 +43,7 @@ class Layer:
     def in_layout(self, layout):
         """Return copies of the weight in one layout."""
         if layout not in self.prepared:
-            count = copies_of(self.weight.nbytes)
+            count = copies_beyond_the_cache(self.weight.nbytes)
             copied = [prepare(self.weight, layout=layout) for _ in range(count)]
             self.prepared[layout] = copied
         return self.prepared[layout]
@@ -87,7 +82,7 @@ class Layer:
 
     def dense_copies(self):
         """Return copies of the dense weight."""
-        return [self.dense.clone() for _ in range(copies_of(self.dense.nbytes))]
+        return [self.dense.clone() for _ in range(copies_beyond_the_cache(self.dense.nbytes))]
 
     def _formulation(self, formulation, weights):
         return lambda n: graphs.run(formulation, self.x, weights[n % len(weights)], (), None, None)

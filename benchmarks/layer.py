@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import PEERS, Layer
-from benchmarks.timing import copy_bandwidth, measure
+from int4_lora.compiled.timing import copy_bandwidth, measure
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((4096, 4096), (11008, 4096))

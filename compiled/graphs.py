@@ -20,23 +20,28 @@ from int4_lora.compiled.lora_terms import GATHERED_TOKENS
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
-__all__ = ["BUCKETS", "bucket_of", "run"]
+__all__ = ["bucket_of", "run"]
 
 MOST_TOKENS = 2**31 - 1
-BUCKETS = ((1, 1), (2, GATHERED_TOKENS), (GATHERED_TOKENS + 1, MOST_TOKENS))  # first and last
+LAST_TOKENS = {"cpu": (1, GATHERED_TOKENS["cpu"]), "cuda": (1, 16, GATHERED_TOKENS["cuda"])}
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}
 _lock = threading.Lock()
 
 
-def bucket_of(tokens: int) -> tuple[int, int]:
-    """Return the bucket that a number of tokens falls in.
+def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
+    """Return the bucket that a number of tokens falls in: the first and the last of it.
 
     Example:
         >>> bucket_of(5)
         (2, 16)
     """
-    return next(one for one in BUCKETS if tokens <= one[1])
+    first = 1
+    for last in LAST_TOKENS.get(device, LAST_TOKENS["cuda"]):
+        if tokens <= last:
+            return first, last
+        first = last + 1
+    return first, MOST_TOKENS
 
 
 def run(
@@ -48,7 +53,7 @@ def run(
     bias: Tensor | None,
 ) -> Tensor:
     """Run a formulation's graph, compiled at the first call of its kind."""
-    bucket = bucket_of(x.shape[0])
+    bucket = bucket_of(x.shape[0], x.device.type)
     adapters = tuple((one.a.shape, one.a.dtype, one.start) for one in slices)
     unfinite = tuple(not one.finite for one in slices)
     optional = tuple(None if one is None else one.dtype for one in (adapter_ids, bias))
@@ -57,7 +62,9 @@ def run(
     graph = _graphs.get(key)
     if graph is None:
         with _lock:
-            graph = _graphs.setdefault(key, torch.compile(_own_code(formulation.layer)))
+            backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
+            made = torch.compile(_own_code(formulation.layer), backend=backend)
+            graph = _graphs.setdefault(key, made)
     x = x.contiguous().as_strided(x.shape, (x.shape[1], 1))  # one row has one stride, too
     if bucket[0] > 1:
         torch._dynamo.mark_dynamic(x, 0, min=bucket[0], max=bucket[1])

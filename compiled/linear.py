@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import graphs
-from int4_lora.compiled.formulations import DEFINITION, GEMV, INT4PACK, TILES
-from int4_lora.compiled.formulations.formulation import Formulation
+from int4_lora.compiled.choice import choose
+from int4_lora.compiled.formulations import INT4PACK, Formulation
 from int4_lora.compiled.gradients import differentiable, needs_gradients
 from int4_lora.compiled.operands import check_operands
 from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
 __all__ = ["formulation_for", "int4_linear", "int4_lora_linear"]
-
-INT4PACK_TOKENS = 16  # the most that torch's operator is chosen for: see benchmarks/results
 
 
 def int4_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -104,13 +102,16 @@ def int4_lora_linear(
     return forward(x, weight, slices, adapter_ids, bias)
 
 
-def formulation_for(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> Formulation:
+def formulation_for(
+    weight: PreparedWeight, dtype: torch.dtype, tokens: int, lora: PreparedLoRA | None = None
+) -> Formulation:
     """Return the formulation that a layer is computed by, which declares its roundings.
 
     Args:
         weight: what ``prepare`` returned.
         dtype: the dtype of x.
         tokens: rows of x.
+        lora: what ``prepare_lora`` returned, or None.
 
     Example:
         >>> from int4_lora.compiled import prepare
@@ -119,11 +120,7 @@ def formulation_for(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> 
         >>> formulation_for(weight, torch.float32, 5).name
         'definition'
     """
-    for one in (INT4PACK, GEMV, DEFINITION):
-        many = one is INT4PACK and tokens > INT4PACK_TOKENS
-        if not many and one.refuses(weight, dtype, tokens) is None:
-            return one
-    return TILES
+    return choose(weight, dtype, tokens, () if lora is None else lora.slices)
 
 
 def _forward(
@@ -133,7 +130,7 @@ def _forward(
     adapter_ids: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    formulation = formulation_for(weight, x.dtype, x.shape[0])
+    formulation = choose(weight, x.dtype, x.shape[0], slices)
     if torch.compiler.is_compiling():
         return formulation.layer(x, weight, slices, adapter_ids, bias)
     if x.shape[0] == 0:

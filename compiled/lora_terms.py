@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.products import product
 from int4_lora.reference import expand, shrink
 from int4_lora.reference.lora import accumulation_dtype
 
@@ -34,7 +35,7 @@ __all__ = [
     "masked",
 ]
 
-GATHERED_TOKENS = 16  # up to which gathering wins; see benchmarks/results
+GATHERED_TOKENS = {"cpu": 16, "cuda": 64}  # up to which gathering is used
 UNROLLED_RANK = 64  # the most steps of the sum over the rank that are written out
 
 
@@ -66,7 +67,8 @@ def add_terms(
 
 def _term(x: Tensor, one: PreparedSlice) -> Callable[[Tensor, PreparedSlice, Tensor], Tensor]:
     """Return the identity to use."""
-    if x.shape[0] <= GATHERED_TOKENS and one.rank <= UNROLLED_RANK:
+    most = GATHERED_TOKENS.get(x.device.type, GATHERED_TOKENS["cuda"])
+    if x.shape[0] <= most and one.rank <= UNROLLED_RANK:
         return gathered
     return masked if one.finite else apart
 
@@ -75,7 +77,7 @@ def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     """Return the term as sums written out: ``[tokens, out]`` in the dtype of sums."""
     sums = accumulation_dtype(x)
     own = (adapter_ids >= 0) & (adapter_ids < one.adapters)
-    index = torch.where(own, adapter_ids, 0)
+    index = adapter_ids.clamp(0, one.adapters - 1)
     a, bt = one.a.index_select(0, index), one.bt.index_select(0, index)  # fused, never in memory
     h = (a.to(sums) * x.to(sums).unsqueeze(1)).sum(-1)  # [tokens, rank]
     h = h * one.scaling.to(sums).index_select(0, index).unsqueeze(1)
@@ -83,13 +85,13 @@ def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     delta = h[:, 0:1] * bt[:, 0].to(sums)
     for step in range(1, one.rank):
         delta = delta + h[:, step : step + 1] * bt[:, step].to(sums)
-    return torch.where(own.unsqueeze(1), delta, 0)
+    return delta if one.finite else torch.where(own.unsqueeze(1), delta, 0)
 
 
 def masked(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     """Return the term as two products with all adapters side by side: ``[tokens, out]``."""
     sums = accumulation_dtype(x)
-    h = x.to(sums) @ one.a.to(sums).flatten(0, 1).T  # [tokens, adapters * rank]
+    h = product(x, one.a.flatten(0, 1).T, sums)  # [tokens, adapters * rank]
     owner = torch.arange(one.adapters, device=x.device).repeat_interleave(one.rank)
     own = adapter_ids.unsqueeze(1) == owner  # false everywhere for an id of no adapter
     h = torch.where(own, h * one.scaling.to(sums).repeat_interleave(one.rank), 0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from int4_lora.compiled.magic_numbers import EXPONENT_OF_ONE
 from int4_lora.compiled.prepared_weight import PreparedWeight
 from int4_lora.reference import PackedWeight, pack, unpack
 
@@ -36,6 +37,7 @@ class PlanesWeight(PreparedWeight):
         g_idx: as in the checkpoint, or None.
         order: int32 ``[in_features]``, the column of x that meets each column here, or None.
         group_size: what the checkpoint's ``PackedWeight`` says.
+        exponent: on a GPU int32 ``[out_features]``, all ``EXPONENT_OF_ONE``, or None.
 
     Source:
         This module.
@@ -48,6 +50,7 @@ class PlanesWeight(PreparedWeight):
     g_idx: Tensor | None
     order: Tensor | None
     group_size: int | tuple[int, int] | None
+    exponent: Tensor | None = None
 
     @classmethod
     def from_packed(cls, weight: PackedWeight) -> PlanesWeight:
@@ -67,6 +70,7 @@ class PlanesWeight(PreparedWeight):
             g_idx=weight.g_idx,
             order=None if order is None else order.to(torch.int32),
             group_size=weight.group_size,
+            exponent=_exponents(weight.out_features, codes.device) if codes.is_cuda else None,
         )
 
     @property
@@ -87,7 +91,7 @@ class PlanesWeight(PreparedWeight):
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors together."""
-        tensors = (self.words, self.scale, self.zero_point, self.g_idx, self.order)
+        tensors = (self.words, self.scale, self.zero_point, self.g_idx, self.order, self.exponent)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
@@ -123,6 +127,12 @@ class PlanesWeight(PreparedWeight):
         words = self.zero_point.index_select(0, row // NIBBLES)
         return ((words >> (4 * (row % NIBBLES))[:, None]) & 15) - 8
 
+    def exponents(self) -> Tensor:
+        """Return int32 ``[out_features]``, all ``EXPONENT_OF_ONE``."""
+        if self.exponent is not None:
+            return self.exponent
+        return _exponents(self.out_features, self.device)
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight, columns in this weight's order."""
         words = self.words[start:stop].view(stop - start, self.groups, 1, -1)
@@ -133,6 +143,10 @@ class PlanesWeight(PreparedWeight):
             codes = codes - zeros[:, :, None, None]
         dense = codes.to(self.scale.dtype) * self.scale[start:stop, :, None, None]
         return dense.to(dtype).reshape(stop - start, self.in_features)
+
+
+def _exponents(rows: int, device: torch.device) -> Tensor:
+    return torch.full((rows,), EXPONENT_OF_ONE, dtype=torch.int32, device=device)
 
 
 def refuses(weight: PackedWeight) -> str | None:

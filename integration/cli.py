@@ -15,6 +15,7 @@ import int4_lora
 from int4_lora.integration.command_demo import demo
 from int4_lora.integration.command_doctor import doctor
 from int4_lora.integration.command_inspect import inspect
+from int4_lora.integration.command_tune import tune
 from int4_lora.integration.command_verify import verify
 
 __all__ = ["app", "main"]
@@ -43,7 +44,7 @@ def _options(
     """INT4 base models with LoRA adapters."""
 
 
-for command in (inspect, verify, doctor, demo):
+for command in (inspect, verify, tune, doctor, demo):
     app.command()(command)
 
 

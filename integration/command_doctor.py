@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Annotated
 
+import torch
 import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -20,9 +23,11 @@ from packaging.version import InvalidVersion
 from rich.console import Console
 from rich.table import Table
 
+from int4_lora.compiled.formulations import FORMULATIONS
+from int4_lora.compiled.kernel_launches import native_matmul_is_missing
 from int4_lora.integration.wide_console import wide_console
 
-__all__ = ["Need", "doctor", "needs"]
+__all__ = ["Need", "doctor", "formulations", "needs"]
 
 PARTS = {
     "": "reference, unpacking and the cache",
@@ -57,7 +62,9 @@ def doctor(
 ) -> None:
     """Say which versions are installed, which parts work with them, and what to install.
 
-    Exit code 1 if the core, or a package that is installed, does not fit.
+    Also which formulations of the compiled layer can run here, and why the others cannot: layers
+    are computed by those that can. Exit code 1 if the core, or a package that is installed, does
+    not fit.
 
     Example: int4-lora doctor
     """
@@ -70,7 +77,8 @@ def doctor(
         plain = [dataclasses.asdict(one) for one in found]
         parts = {PARTS[part]: fits for part, fits in works.items()}
         whole = {"right": right, "python": platform.python_version(), "parts": parts}
-        typer.echo(json.dumps({**whole, "packages": plain}, indent=2))
+        rest = {"packages": plain, "formulations": formulations()}
+        typer.echo(json.dumps({**whole, **rest}, indent=2))
     else:
         _print(wide_console(), found, works)
     raise typer.Exit(0 if right else 1)
@@ -90,6 +98,27 @@ def needs() -> list[Need]:
         if _is_of(part, Requirement(text))
     ]
     return [*own, *_conflicts(own)]
+
+
+def formulations() -> dict[str, str | None]:
+    """Return why each formulation of the compiled layer cannot run here, or None where it can.
+
+    Example:
+        >>> formulations()["definition"] is None
+        True
+    """
+    return {name: _missing(one.devices, name) for name, one in FORMULATIONS.items()}
+
+
+def _missing(devices: tuple[str, ...], name: str) -> str | None:
+    if "cpu" not in devices and not torch.cuda.is_available():
+        return "meant for a GPU, and torch finds none"
+    if name == "planes":
+        return native_matmul_is_missing()
+    compiler = os.environ.get("CXX", "g++")
+    if name != "int4pack" and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        return f"Inductor needs a C++ compiler: {compiler} is not there"
+    return None
 
 
 def _before(part: str) -> tuple[str, ...]:
@@ -151,3 +180,5 @@ def _print(console: Console, found: list[Need], works: dict[str, bool]) -> None:
         name = f"int4-lora[{part}]" if part else "int4-lora"
         hint = "works" if fits else f"install {name}"
         console.print(f"{PARTS[part]}: {hint}", markup=False)
+    for name, why in formulations().items():
+        console.print(f"formulation {name}: {why or 'can run'}", markup=False)

@@ -4,9 +4,11 @@ import json
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
+from int4_lora.compiled.formulations import FORMULATIONS
 from int4_lora.integration import cli, command_doctor
 
 
@@ -90,3 +92,19 @@ def test_a_part_needs_the_core(versions):
     result = run("--json")
     assert result.exit_code == 1
     assert not any(json.loads(result.stdout)["parts"].values())
+
+
+def test_formulations_that_cannot_run_say_why(monkeypatch):
+    found = json.loads(run("--json").stdout)["formulations"]
+    assert set(found) == set(FORMULATIONS)
+    assert found["tiles"] is None
+    if not torch.cuda.is_available():
+        assert found["planes"] == "meant for a GPU, and torch finds none"
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        found = json.loads(run("--json").stdout)["formulations"]
+        assert found["tiles"] == "Inductor needs a C++ compiler: no-such-compiler is not there"
+        assert found["int4pack"] is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command_doctor, "native_matmul_is_missing", lambda: "too old")
+    assert json.loads(run("--json").stdout)["formulations"]["planes"] == "too old"
+    assert "formulation planes: too old" in run().stdout

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch import Tensor
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
-__all__ = ["Formulation", "Layer"]
+__all__ = ["Backend", "Formulation", "Layer"]
 
+Backend = Callable[..., Any] | str  # what torch.compile takes as one
 Layer = Callable[
     [Tensor, PreparedWeight, Sequence[PreparedSlice], Tensor | None, Tensor | None], Tensor
 ]
@@ -33,6 +35,11 @@ class Formulation:
         weight_rounded: whether ``(q - z) * s`` is rounded to the scale's dtype, as declared.
         base_rounded: whether the base is rounded to x's dtype before a delta or bias is added.
         refuses: ``refuses(weight, dtype of x, tokens)``, why it cannot take them, or None.
+        devices: the types of devices that it is meant for; it is right on every one.
+        cancellation: what its sums may be off by beyond the bound of its roundings, as a factor of
+            the sum of |x| |s| over a row.
+        backend: ``backend(weight, bucket)``, what compiles it; None for Inductor as it is, which
+            also lets others' graphs take it in.
     """
 
     name: str
@@ -40,3 +47,6 @@ class Formulation:
     weight_rounded: bool
     base_rounded: bool
     refuses: Callable[[PreparedWeight, torch.dtype, int], str | None]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    cancellation: float = 0.0
+    backend: Callable[[PreparedWeight, tuple[int, int]], Backend] | None = None

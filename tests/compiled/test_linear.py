@@ -17,7 +17,7 @@ from int4_lora.compiled import (
     prepare,
     prepare_lora,
 )
-from int4_lora.compiled.graphs import BUCKETS, bucket_of
+from int4_lora.compiled.graphs import bucket_of
 from int4_lora.reference import LoRASlice, LoRAStack, error_bound
 from int4_lora.reference import int4_lora_linear as reference
 from support.weights import narrow, random_stack, random_weight, random_x
@@ -86,13 +86,14 @@ def test_no_tokens():
         assert y.dtype == dtype
 
 
-def test_buckets_hold_every_number_of_tokens():
-    assert BUCKETS[0][0] == 1
-    for one, other in itertools.pairwise(BUCKETS):
-        assert other[0] == one[1] + 1
-    for tokens in (1, 2, 16, 17, 8192):
-        first, last = bucket_of(tokens)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_buckets_hold_every_number_of_tokens(device):
+    buckets = [bucket_of(tokens, device) for tokens in range(1, 9000)]
+    assert buckets[0] == (1, 1)
+    for tokens, (first, last) in enumerate(buckets, start=1):
         assert first <= tokens <= last
+    for (_, last), (first, _) in itertools.pairwise(dict.fromkeys(buckets)):
+        assert first == last + 1
 
 
 @pytest.mark.parametrize("layout", ["int4pack", "planes"])

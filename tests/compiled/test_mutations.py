@@ -7,15 +7,34 @@ from support.planting import check_noticed
 FORMULATIONS = ["compiled/test_formulations.py"]
 NAN = [f"{FORMULATIONS[0]}::test_a_nan_stays_with_its_own_tokens"]
 TOKENS = [f"{FORMULATIONS[0]}::test_tokens_and_dtypes"]
+RANKS = [f"{FORMULATIONS[0]}::EveryFormulation"]
 WEIGHTS = ["compiled/test_prepared_weight.py"]
 
 # name: (module, {right: wrong}, tests that must notice)
 MUTANTS = {
     "ids_of_no_adapter_use_the_first": (
         "lora_terms",
-        {"    h = torch.where(own.unsqueeze(1), h, 0)\n": "",
-         "return torch.where(own.unsqueeze(1), delta, 0)": "return delta"},
+        {"    h = torch.where(own.unsqueeze(1), h, 0)\n": ""},
         FORMULATIONS,
+    ),
+    "nan_of_b_reaches_others_gathered": (
+        "lora_terms", {"return delta if one.finite else": "return delta if True else"}, NAN,
+    ),
+    "a_nibble_of_another_place": (
+        "magic_numbers", {"LEFT_SHIFTS = (15, 7, -1, -9)": "LEFT_SHIFTS = (15, 7, -9, -1)"},
+        ["compiled/test_magic_numbers.py"],
+    ),
+    "zero_points_forgotten_by_planes": (
+        "formulations.planes", {"if weight.zero_point is not None:": "if False:"}, RANKS,
+    ),
+    "sums_of_planes_swapped": (
+        "formulations.magic_gemv",
+        {'total = sums[256.0] * -264.0 + sums[16.0] * -24.0':
+         'total = sums[16.0] * -264.0 + sums[256.0] * -24.0'},
+        TOKENS,
+    ),
+    "kept_for_any_dtype": (
+        "choice", {'        "x": str(dtype),\n': ""}, ["compiled/test_choice.py"],
     ),
     "nan_of_b_reaches_others": (
         "lora_terms", {"return masked if one.finite else apart": "return masked"}, NAN,

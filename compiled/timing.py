@@ -3,12 +3,20 @@
 Source: the rules of ``benchmarks/results/README.md``.
 """
 
+from __future__ import annotations
+
 import random
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+__all__ = ["Times", "copies_beyond_the_cache", "copy_bandwidth", "measure"]
+
+CACHE_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}  # operands are cycled through more than this
 
 
 @dataclass(frozen=True)
@@ -19,21 +27,28 @@ class Times:
         seconds: one a round, in the order of the rounds.
     """
 
-    seconds: list
+    seconds: list[float]
 
     @property
-    def median(self):
+    def median(self) -> float:
         """The median, in seconds."""
         return statistics.median(self.seconds)
 
     @property
-    def spread(self):
+    def spread(self) -> float:
         """Half the distance of the quartiles over the median."""
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 
 
-def measure(callables, *, rounds, budget, seed=0):
+def copies_beyond_the_cache(nbytes: int, device: str = "cpu") -> int:
+    """Return how many copies of an operand are larger than the cache together, 64 at most."""
+    return min(64, max(2, -(-CACHE_BYTES[device] // nbytes)))
+
+
+def measure(
+    callables: Mapping[str, Callable[[int], Any]], *, rounds: int, budget: float, seed: int = 0
+) -> dict[str, Times]:
     """Time each callable once a round, in an order shuffled anew in each round.
 
     Args:
@@ -51,7 +66,7 @@ def measure(callables, *, rounds, budget, seed=0):
     for name in names:
         for warm_up in range(3):
             callables[name](warm_up)
-    seconds = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     for number in range(rounds):
         if number >= 5 and time.perf_counter() - started > budget:
@@ -66,7 +81,7 @@ def measure(callables, *, rounds, budget, seed=0):
     return {name: Times(seconds[name]) for name in callables}
 
 
-def copy_bandwidth(nbytes=2**28):
+def copy_bandwidth(nbytes: int = 2**28) -> float:
     """Return the bytes a second that a copy reads and writes together, the best of several."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -81,6 +96,6 @@ def copy_bandwidth(nbytes=2**28):
     return 2 * nbytes / best
 
 
-def _synchronise():
+def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

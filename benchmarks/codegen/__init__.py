@@ -1,0 +1,1 @@
+"""What Inductor makes of the GPU formulations, read where no GPU is."""

@@ -1,0 +1,167 @@
+"""Which formulation computes a layer: what was measured on this machine, else a stated default.
+
+Source: the defaults are those of ``benchmarks/results``; ``int4_lora.compiled.tuning`` measures.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from int4_lora.compiled.disk_cache import recall, remember
+from int4_lora.compiled.formulations import (
+    DEFINITION,
+    FORMULATIONS,
+    GEMV,
+    INT4PACK,
+    MAGIC_GEMV,
+    PLANES,
+    TILES,
+    Formulation,
+)
+from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.prepared_weight import PreparedWeight
+
+__all__ = ["candidates", "choose", "default", "keep_crossovers", "kept_crossovers"]
+
+KIND = "crossovers"
+FORMAT = 1  # counts up when a formulation changes so that old measurements say nothing
+INT4PACK_TOKENS = 16  # the most that torch's operator is the default for
+Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), the last for all above
+
+_tables: dict[Hashable, Crossovers | None] = {}
+
+
+def choose(
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+) -> Formulation:
+    """Return the formulation of a layer: the measured one, or the default.
+
+    Within somebody else's torch.compile it is a default that needs no options of its own.
+
+    Args:
+        weight: what ``prepare`` returned.
+        dtype: the dtype of x.
+        tokens: rows of x.
+        slices: the adapters, by slice of the outputs.
+    """
+    if torch.compiler.is_compiling():
+        return default(weight, dtype, tokens, inlined=True)
+    for most, name in kept_crossovers(weight, dtype, slices) or ():
+        if tokens <= most:
+            return FORMULATIONS[name]
+    return default(weight, dtype, tokens)
+
+
+def default(
+    weight: PreparedWeight, dtype: torch.dtype, tokens: int, *, inlined: bool = False
+) -> Formulation:
+    """Return the formulation of a layer where nothing was measured.
+
+    Args:
+        weight: what ``prepare`` returned.
+        dtype: the dtype of x.
+        tokens: rows of x.
+        inlined: whether it is to be part of somebody else's graph.
+    """
+    for one in (INT4PACK, MAGIC_GEMV, GEMV, PLANES, DEFINITION):
+        many = one is INT4PACK and tokens > INT4PACK_TOKENS
+        needs_options = inlined and one.backend is not None
+        if many or needs_options or weight.device.type not in one.devices:
+            continue
+        if one.refuses(weight, dtype, tokens) is None:
+            return one
+    return TILES
+
+
+def candidates(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> list[Formulation]:
+    """Return every formulation that is meant for the weight's device and takes the operands."""
+    return [
+        one
+        for one in FORMULATIONS.values()
+        if weight.device.type in one.devices and one.refuses(weight, dtype, tokens) is None
+    ]
+
+
+def kept_crossovers(
+    weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice] = ()
+) -> Crossovers | None:
+    """Return what was measured for a kind of layer on this machine, or None.
+
+    The disk is read once a process for each kind of layer.
+    """
+    kind = (weight.signature, dtype, tuple((one.a.shape, one.a.dtype, one.start) for one in slices))
+    try:
+        return _tables[kind]
+    except KeyError:
+        _tables[kind] = _checked(recall(KIND, _key(weight, dtype, slices)), weight, dtype)
+        return _tables[kind]
+
+
+def keep_crossovers(
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    slices: Sequence[PreparedSlice],
+    crossovers: Crossovers,
+) -> bool:
+    """Keep what was measured for a kind of layer, on disk; return whether it could be written."""
+    written = remember(KIND, _key(weight, dtype, slices), crossovers)
+    _tables.clear()
+    return written
+
+
+def _checked(kept: Any, weight: PreparedWeight, dtype: torch.dtype) -> Crossovers | None:
+    """Return kept crossovers if every formulation takes the tokens it was kept for."""
+    try:
+        found = [(int(most), str(name)) for most, name in kept]
+        first = 1
+        for most, name in found:
+            for tokens in {first, most}:
+                if FORMULATIONS[name] not in candidates(weight, dtype, tokens):
+                    return None
+            first = most + 1
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found or None
+
+
+def _key(
+    weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]
+) -> dict[str, Any]:
+    signature = [part for part in weight.signature if part != weight.device]
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "device": _device_name(weight.device.type),
+        "threads": torch.get_num_threads() if weight.device.type == "cpu" else 0,
+        "weight": [type(weight).__name__, *map(_plain, signature[1:])],
+        "x": str(dtype),
+        "adapters": [[list(one.a.shape), str(one.a.dtype), one.start] for one in slices],
+    }
+
+
+def _plain(value: object) -> Any:
+    """Return a part of a signature as JSON has it, without devices: the key names the device."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value if not isinstance(part, torch.device)]
+    return value if isinstance(value, (int, str, type(None))) else str(value)
+
+
+@functools.cache
+def _device_name(kind: str) -> str:
+    if kind == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} sm_{major}{minor}"
+    lines = Path("/proc/cpuinfo")
+    text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

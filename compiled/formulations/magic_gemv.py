@@ -1,0 +1,100 @@
+"""One token on a GPU: one reduction over interleaved words, decoded by magic numbers.
+
+y[o] = sum over groups of s[o] * sum over words of
+           ( -sum over nibbles of (c + z) x  +  sum over nibbles of (1 + q/c) * (c x) )
+
+The first inner sum is shared by all outputs of a symmetric weight. The two inner sums cancel: each
+is up to 264 sum |x|, so the sums in float32 are off by up to ``CANCELLATION`` times sum |x| |s|,
+which no rounding flag says. Nothing else is rounded: ``weight_rounded=False, base_rounded=False``.
+
+Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.formulations.formulation import Backend, Formulation
+from int4_lora.compiled.kernel_launches import Launch, launching
+from int4_lora.compiled.lora_terms import add_terms
+from int4_lora.compiled.magic_numbers import CODE_SCALES, decoded, decoded_rows
+from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
+from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.prepared_weight import PreparedWeight
+
+__all__ = ["MAGIC_GEMV", "base"]
+
+CANCELLATION = 20 * 288 * 2.0**-24  # roundings of sums of up to 272 sum |x|, and some to spare
+LAUNCHES = {  # by whether there are no zero-points, whose decoding is shared by more outputs
+    True: Launch(outputs=8, words=256, warps=2, stages=1),
+    False: Launch(outputs=16, words=128, warps=1, stages=1),
+}
+
+
+def base(x: Tensor, weight: PlanesWeight) -> Tensor:
+    """Return ``x W^T`` in float32."""
+    tokens, groups = x.shape[0], weight.groups
+    planes = weight.arrange(x).view(tokens, 1, groups, NIBBLES, -1).float()
+    each = [planes[:, :, :, nibble] for nibble in range(NIBBLES)]
+    words = weight.words.view(1, weight.out_features, groups, -1)
+    sums = {c: _sum_of(each, c) for c in (256.0, 16.0)}
+    exponent = weight.exponents()[:1]
+    total = sums[256.0] * -256.0 + sums[16.0] * -16.0
+    if weight.zero_point is None:
+        total = sums[256.0] * -264.0 + sums[16.0] * -24.0
+    for fraction, plane, scale in zip(decoded(words, exponent), each, CODE_SCALES, strict=True):
+        total = total + fraction * (plane * scale)
+    if weight.zero_point is not None:
+        zeros = decoded_rows(weight.zero_point, weight.out_features, exponent)  # 1 + (8 + z) / 256
+        total = total + (sums[256.0] + sums[16.0]) * (256.0 - 256.0 * zeros)[None, :, :, None]
+    scaled = total * weight.scale.float()[None, :, :, None]
+    return scaled.sum((-1, -2))
+
+
+def _sum_of(each: Sequence[Tensor], code_scale: float) -> Tensor:
+    """Return the sum of the planes that meet nibbles of one c."""
+    own = [plane for plane, c in zip(each, CODE_SCALES, strict=True) if c == code_scale]
+    return own[0] + own[1] + own[2] + own[3]
+
+
+def _layer(
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    assert isinstance(weight, PlanesWeight)
+    return add_terms(base(x, weight), x, slices, adapter_ids, bias)
+
+
+def _refuses(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | None:
+    if not isinstance(weight, PlanesWeight):
+        return "words that are not interleaved"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"x in {dtype}, which the magic numbers' cancellation would spoil"
+    if tokens > 1:
+        return f"{tokens} tokens, more than 1"
+    return None
+
+
+def _backend(weight: PreparedWeight, bucket: tuple[int, int]) -> Backend:
+    assert isinstance(weight, PlanesWeight)
+    words = weight.in_features // NIBBLES
+    narrow = words % LAUNCHES[False].words == 0  # else the last words would be masked and spill
+    return launching(LAUNCHES[weight.zero_point is None or not narrow], words)
+
+
+MAGIC_GEMV = Formulation(
+    name="magic_gemv",
+    layer=_layer,
+    weight_rounded=False,
+    base_rounded=False,
+    refuses=_refuses,
+    devices=("cuda",),
+    cancellation=CANCELLATION,
+    backend=_backend,
+)
