@@ -8,7 +8,8 @@ from torch.nn.functional import linear
 
 from int4_lora import reference
 from int4_lora.compiled import graphs, int4_linear, int4_lora_linear, prepare, prepare_lora
-from int4_lora.compiled.formulations import FORMULATIONS, int4pack
+from int4_lora.compiled.choice import candidates
+from int4_lora.compiled.formulations import int4pack
 from int4_lora.compiled.int4pack_weight import Int4PackWeight
 from int4_lora.compiled.timing import copies_beyond_the_cache
 
@@ -61,10 +62,9 @@ class Layer:
         }
         if isinstance(ours[0], Int4PackWeight):
             found["aten int4pack"] = lambda n: int4pack.base(self.x, ours[n % len(ours)])
-        for name, formulation in FORMULATIONS.items():
-            weights = self.in_layout("planes") if name == "gemv" else ours
-            if formulation.refuses(weights[0], self.dtype, self.x.shape[0]) is None:
-                found[f"formulation {name}"] = self._formulation(formulation, weights)
+        for weights in (self.in_layout("planes"), ours):
+            for one in candidates(weights[0], self.dtype, self.x.shape[0]):
+                found[f"formulation {one.name}"] = self._formulation(one, weights)
         return found
 
     def compiled_contenders(self):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import threading
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from int4_lora.compiled.formulations import (
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
-__all__ = ["candidates", "choose", "default", "keep_crossovers", "kept_crossovers"]
+__all__ = ["candidates", "choose", "default", "keep_crossovers", "kept_crossovers", "takes"]
 
 KIND = "crossovers"
 FORMAT = 1  # counts up when a formulation changes so that old measurements say nothing
 INT4PACK_TOKENS = 16  # the most that torch's operator is the default for
 Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), the last for all above
 
+_UNREAD = "not looked for yet"
 _tables: dict[Hashable, Crossovers | None] = {}
+_lock = threading.Lock()
 
 
 def choose(
@@ -98,12 +101,13 @@ def kept_crossovers(
 
     The disk is read once a process for each kind of layer.
     """
-    kind = (weight.signature, dtype, tuple((one.a.shape, one.a.dtype, one.start) for one in slices))
-    try:
-        return _tables[kind]
-    except KeyError:
-        _tables[kind] = _checked(recall(KIND, _key(weight, dtype, slices)), weight, dtype)
-        return _tables[kind]
+    kind = _kind(weight, dtype, slices)
+    found = _tables.get(kind, _UNREAD)
+    if isinstance(found, str):
+        with _lock:
+            found = _checked(recall(KIND, _key(weight, dtype, slices)), weight, dtype)
+            _tables[kind] = found
+    return found
 
 
 def keep_crossovers(
@@ -112,39 +116,56 @@ def keep_crossovers(
     slices: Sequence[PreparedSlice],
     crossovers: Crossovers,
 ) -> bool:
-    """Keep what was measured for a kind of layer, on disk; return whether it could be written."""
-    written = remember(KIND, _key(weight, dtype, slices), crossovers)
-    _tables.clear()
-    return written
+    """Keep what was measured for a kind of layer, for this process and on disk.
+
+    Returns:
+        Whether it could be written.
+    """
+    with _lock:
+        _tables[_kind(weight, dtype, slices)] = crossovers
+        return remember(KIND, _key(weight, dtype, slices), crossovers)
+
+
+def _kind(weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]) -> Hashable:
+    """Return what ``_key`` holds, fast enough to be asked at each call."""
+    adapters = tuple((one.a.shape, one.bt.shape[2], one.a.dtype, one.start) for one in slices)
+    threads = torch.get_num_threads() if weight.device.type == "cpu" else 0
+    return weight.signature, dtype, adapters, threads
 
 
 def _checked(kept: Any, weight: PreparedWeight, dtype: torch.dtype) -> Crossovers | None:
     """Return kept crossovers if every formulation takes the tokens it was kept for."""
-    try:
-        found = [(int(most), str(name)) for most, name in kept]
-        first = 1
-        for most, name in found:
-            for tokens in {first, most}:
-                if FORMULATIONS[name] not in candidates(weight, dtype, tokens):
-                    return None
-            first = most + 1
-    except (KeyError, TypeError, ValueError):
-        return None
+    found: Crossovers = []
+    first = 1
+    for entry in kept if isinstance(kept, list) else ():
+        if not isinstance(entry, list) or [type(part) for part in entry] != [int, str]:
+            return None
+        most, name = entry
+        if most < first or not all(takes(name, weight, dtype, one) for one in (first, most)):
+            return None
+        found.append((most, name))
+        first = most + 1
     return found or None
+
+
+def takes(name: str, weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> bool:
+    """Return whether a formulation of that name is a candidate."""
+    return any(one.name == name for one in candidates(weight, dtype, tokens))
 
 
 def _key(
     weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]
 ) -> dict[str, Any]:
-    signature = [part for part in weight.signature if part != weight.device]
     return {
         "format": FORMAT,
         "torch": torch.__version__,
-        "device": _device_name(weight.device.type),
+        "device": _device_name(weight.device),
         "threads": torch.get_num_threads() if weight.device.type == "cpu" else 0,
-        "weight": [type(weight).__name__, *map(_plain, signature[1:])],
+        "weight": [type(weight).__name__, *map(_plain, weight.signature[1:])],
         "x": str(dtype),
-        "adapters": [[list(one.a.shape), str(one.a.dtype), one.start] for one in slices],
+        "adapters": [
+            [list(one.a.shape), one.bt.shape[2], str(one.a.dtype), one.start] for one in slices
+        ],
     }
 
 
@@ -156,10 +177,10 @@ def _plain(value: object) -> Any:
 
 
 @functools.cache
-def _device_name(kind: str) -> str:
-    if kind == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        return f"{torch.cuda.get_device_name()} sm_{major}{minor}"
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
     lines = Path("/proc/cpuinfo")
     text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]

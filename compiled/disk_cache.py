@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_folder", "recall", "remember"]
+__all__ = ["cache_folder", "check_writable", "recall", "remember"]
 
 
 def cache_folder() -> Path:
@@ -67,6 +67,16 @@ def remember(kind: str, key: Mapping[str, Any], value: Any) -> bool:
                 os.unlink(beside)
         return False
     return True
+
+
+def check_writable() -> None:
+    """Check that something can be remembered.
+
+    Raises:
+        OSError: it cannot; the message names the folder.
+    """
+    if not remember("trials", {}, None):
+        raise OSError(f"{cache_folder()} cannot be written")
 
 
 def _file(kind: str, key: Mapping[str, Any]) -> Path:

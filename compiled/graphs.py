@@ -52,7 +52,9 @@ def run(
     adapter_ids: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Run a formulation's graph, compiled at the first call of its kind."""
+    """Run a formulation: its graph, compiled at the first call of its kind, or its one call."""
+    if formulation.one_call and not slices and bias is None:
+        return formulation.layer(x, weight, slices, None, None)
     bucket = bucket_of(x.shape[0], x.device.type)
     adapters = tuple((one.a.shape, one.a.dtype, one.start) for one in slices)
     unfinite = tuple(not one.finite for one in slices)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from int4_lora.compiled import graphs
 from int4_lora.compiled.choice import choose
-from int4_lora.compiled.formulations import INT4PACK, Formulation
+from int4_lora.compiled.formulations import Formulation
 from int4_lora.compiled.gradients import differentiable, needs_gradients
 from int4_lora.compiled.operands import check_operands
 from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
@@ -135,8 +135,6 @@ def _forward(
         return formulation.layer(x, weight, slices, adapter_ids, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
-    if formulation is INT4PACK and not slices and bias is None:
-        return INT4PACK.layer(x, weight, slices, None, None)  # one call: nothing to compile
     with torch.no_grad():
         return graphs.run(formulation, x, weight, slices, adapter_ids, bias)
 

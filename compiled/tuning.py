@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import graphs
-from int4_lora.compiled.choice import candidates, default, keep_crossovers
+from int4_lora.compiled.choice import candidates, default, keep_crossovers, takes
+from int4_lora.compiled.disk_cache import check_writable
 from int4_lora.compiled.formulations import Formulation
 from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
@@ -70,6 +71,7 @@ def tune(
         What was measured.
 
     Raises:
+        OSError: what is found could not be kept on disk; nothing is measured.
         ValueError: no tokens, or tokens that do not ascend from 1 or more.
 
     Example:
@@ -84,6 +86,7 @@ def tune(
     """
     if not tokens or list(tokens) != sorted(set(tokens)) or tokens[0] < 1:
         raise ValueError(f"tokens must ascend from 1 or more, got {list(tokens)}")
+    check_writable()
     slices = () if lora is None else lora.slices
     copies = list(_copies(weight))
     points = []
@@ -151,15 +154,11 @@ def _crossovers(
     found: list[tuple[int, str]] = []
     first = 1
     for point in points:
-        takes = all(
-            any(one.name == point.chosen for one in candidates(weight, dtype, tokens))
-            for tokens in range(first, point.tokens + 1)
-        )
-        found.append((point.tokens, point.chosen if takes else default(weight, dtype, first).name))
+        own = all(takes(point.chosen, weight, dtype, one) for one in (first, point.tokens))
+        found.append((point.tokens, point.chosen if own else default(weight, dtype, first).name))
         first = point.tokens + 1
-    most = graphs.MOST_TOKENS
-    last = found[-1][1]
-    if not any(one.name == last for one in candidates(weight, dtype, most)):
+    most, last = graphs.MOST_TOKENS, found[-1][1]
+    if not takes(last, weight, dtype, most):
         last = default(weight, dtype, most).name
     merged = [
         one for one, after in zip(found, [*found[1:], (most, last)], strict=True)

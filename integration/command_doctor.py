@@ -62,9 +62,8 @@ def doctor(
 ) -> None:
     """Say which versions are installed, which parts work with them, and what to install.
 
-    Also which formulations of the compiled layer can run here, and why the others cannot: layers
-    are computed by those that can. Exit code 1 if the core, or a package that is installed, does
-    not fit.
+    Also which formulations of the compiled layer can run here, and why the others cannot. Exit code
+    1 if the core, or a package that is installed, does not fit.
 
     Example: int4-lora doctor
     """

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -80,8 +81,7 @@ def tune(
     Example: int4-lora tune ./llama-w4a16 --rank 16 --adapters 4
     """
     try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
+        where = _device(device)
         checkpoint = open_checkpoint(path)
         kinds = _kinds(checkpoint)
         asked = sorted(set(tokens or TOKENS))
@@ -114,15 +114,30 @@ def tune(
         _print(wide_console(), found)
 
 
+def _device(name: str) -> torch.device:
+    """Return a device that layers can run on here.
+
+    Raises:
+        ValueError: it is none, or is not there.
+    """
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"--device {name} is not there: torch finds {found} GPUs")
+    return device
+
+
 def _kinds(checkpoint: Checkpoint) -> list[list[str]]:
-    """Return the INT4 modules, those whose tensors have the same shapes and dtypes together."""
+    """Return the packed modules, those whose tensors have the same shapes and dtypes together."""
     kinds: dict[object, list[str]] = {}
     for name in checkpoint.modules():
         if checkpoint.is_packed(name):
             scheme = dataclasses.replace(checkpoint.schemes[name], config_group=("", None))
             kinds.setdefault((str(scheme), *_headers(checkpoint, name)), []).append(name)
     if not kinds:
-        raise ValueError(f"{checkpoint.path}: no module is packed in INT4")
+        raise ValueError(f"{checkpoint.path}: no module is packed in 4 or 8 bits")
     return list(kinds.values())
 
 
@@ -141,16 +156,16 @@ def _measure(
     adapters: int,
     rank: int,
     tokens: Sequence[int],
-    progress: object,
+    progress: Callable[[int], None],
 ) -> list[Point]:
     lora = None
     if adapters:
-        given = {"dtype": dtype, "device": packed.packed.device}
-        a = torch.randn(adapters, rank, packed.in_features, **given)  # type: ignore[call-overload]
-        b = torch.randn(adapters, packed.out_features, rank, **given)  # type: ignore[call-overload]
-        scaling = torch.ones(adapters, device=packed.packed.device)
+        device = packed.packed.device
+        a = torch.randn(adapters, rank, packed.in_features, dtype=dtype, device=device)
+        b = torch.randn(adapters, packed.out_features, rank, dtype=dtype, device=device)
+        scaling = torch.ones(adapters, device=device)
         lora = prepare_lora(LoRAStack(a, b, scaling))
-    return tune_layer(weight, dtype, lora, tokens=tokens, progress=progress)  # type: ignore[arg-type]
+    return tune_layer(weight, dtype, lora, tokens=tokens, progress=progress)
 
 
 def _print(console: Console, found: list[Kind]) -> None:

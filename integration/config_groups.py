@@ -9,7 +9,7 @@ Source: ``compressed_tensors/quantization/quant_config.py`` and ``quant_scheme.p
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,6 +18,16 @@ from int4_lora.compiled.disk_cache import recall, remember
 __all__ = ["ConfigGroup", "parse_group", "upstream_scheme"]
 
 MEANING = ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic")
+TYPES = {  # of the fields of a ConfigGroup, as JSON has them
+    "targets": (list,),
+    "kind": (str,),
+    "bits": (int,),
+    "symmetric": (bool,),
+    "strategy": (str,),
+    "group_size": (int, type(None)),
+    "block_structure": (str, list, type(None)),
+    "activations": (bool,),
+}
 READER = 1  # counts up when this file reads something else out of a group
 
 
@@ -65,10 +75,12 @@ def parse_group(name: str, group: dict[str, Any] | list[Any]) -> ConfigGroup | N
         raise _missing("compressed-tensors") from error
     key = {"reader": READER, "compressed-tensors": installed, "name": name, "group": group}
     kept = recall("config-groups", key)
-    if isinstance(kept, dict) and kept.keys() == {field.name for field in fields(ConfigGroup)}:
+    if _is_one(kept):
         return ConfigGroup(**kept)
     parsed = upstream_scheme(name, group)
     weights = parsed.weights
+    if weights is None:
+        return None
     both = [getattr(parsed, f"{side}_activations") for side in ("input", "output")]
     if isinstance(group, dict):
         both = [group.get(f"{side}_activations") for side in ("input", "output")]
@@ -118,6 +130,14 @@ def upstream_scheme(name: str, group: dict[str, Any] | list[Any]) -> Any:
         return upstream.QuantizationScheme(targets=group.get("targets"), weights=weights)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{_in_one_line(error)}, got weights {meaning}") from error
+
+
+def _is_one(kept: Any) -> bool:
+    """Return whether what was kept has the fields of a ConfigGroup, of their types."""
+    if not isinstance(kept, dict) or kept.keys() != TYPES.keys():
+        return False
+    right = all(type(kept[name]) in types for name, types in TYPES.items())
+    return right and all(isinstance(target, str) for target in kept["targets"])
 
 
 def _missing(package: str | None) -> ImportError:

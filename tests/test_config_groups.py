@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from compressed_tensors.quantization import preset_name_to_scheme
@@ -67,11 +68,22 @@ def test_a_preset_is_remembered_as_upstream_means_it(asked):
     assert not first.activations
 
 
-def test_fields_of_another_time_are_parsed_again(asked, monkeypatch):
-    parse_group("group_0", GROUP)
-    monkeypatch.setattr(config_groups, "recall", lambda *_: {"targets": ["Linear"]})
-    assert parse_group("group_0", GROUP).bits == 4
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"targets": 5}, {"targets": [5]}, {"bits": "4"}, {"bits": True}, {"kind": None},
+        {"symmetric": "no"}, {"group_size": "32"}, {"more": 1}, {"block_structure": 3},
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_parsed_again(asked, monkeypatch, change):
+    right = parse_group("group_0", GROUP)
+    monkeypatch.setattr(config_groups, "recall", lambda *_: {**asdict(right), **change})
+    assert parse_group("group_0", GROUP) == right
     assert asked == ["group_0", "group_0"]
+
+
+def test_a_preset_that_leaves_weights_alone():
+    assert parse_group("UNQUANTIZED", ["Linear"]) is None
 
 
 PROGRAM = """

@@ -53,7 +53,9 @@ def test_the_base_alone_in_another_dtype(tiny_models, asked):
     ("options", "message"),
     [
         (["--tokens=0"], "--tokens must be 1 or more, got 0"),
-        (["--device=nonsense"], "nonsense"),
+        (["--device=nonsense"], "--device must be cpu, cuda or cuda:N, got 'nonsense'"),
+        (["--device=meta"], "--device must be cpu"),
+        (["--device=cuda:99"], "--device cuda:99 is not there"),
         (["--rank=0"], "--rank"),
         (["--dtype=int8"], "--dtype"),
     ],

@@ -38,6 +38,7 @@ class Formulation:
         devices: the types of devices that it is meant for; it is right on every one.
         cancellation: what its sums may be off by beyond the bound of its roundings, as a factor of
             the sum of |x| |s| over a row.
+        one_call: whether the base alone is one call of an operator, with nothing to compile.
         backend: ``backend(weight, bucket)``, what compiles it; None for Inductor as it is, which
             also lets others' graphs take it in.
     """
@@ -49,4 +50,5 @@ class Formulation:
     refuses: Callable[[PreparedWeight, torch.dtype, int], str | None]
     devices: tuple[str, ...] = ("cpu", "cuda")
     cancellation: float = 0.0
+    one_call: bool = False
     backend: Callable[[PreparedWeight, tuple[int, int]], Backend] | None = None

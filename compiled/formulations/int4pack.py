@@ -54,5 +54,11 @@ def _refuses(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | N
 
 
 INT4PACK = Formulation(
-    name="int4pack", layer=_layer, weight_rounded=False, base_rounded=True, refuses=_refuses
+    name="int4pack",
+    layer=_layer,
+    weight_rounded=False,
+    base_rounded=True,
+    refuses=_refuses,
+    devices=("cpu",),
+    one_call=True,
 )

@@ -5,7 +5,8 @@ y[o] = sum over groups of s[o] * sum over words of
 
 The first inner sum is shared by all outputs of a symmetric weight. The two inner sums cancel: each
 is up to 264 sum |x|, so the sums in float32 are off by up to ``CANCELLATION`` times sum |x| |s|,
-which no rounding flag says. Nothing else is rounded: ``weight_rounded=False, base_rounded=False``.
+which no rounding flag says. They must be finite: an x that is infinite, or 2^119 and more, gives
+NaN. Nothing else is rounded: ``weight_rounded=False, base_rounded=False``.
 
 Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeight``.
 """
@@ -84,8 +85,8 @@ def _refuses(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | N
 def _backend(weight: PreparedWeight, bucket: tuple[int, int]) -> Backend:
     assert isinstance(weight, PlanesWeight)
     words = weight.in_features // NIBBLES
-    narrow = words % LAUNCHES[False].words == 0  # else the last words would be masked and spill
-    return launching(LAUNCHES[weight.zero_point is None or not narrow], words)
+    masked = words % LAUNCHES[False].words != 0  # where it would spill
+    return launching(LAUNCHES[weight.zero_point is None or masked], words)
 
 
 MAGIC_GEMV = Formulation(

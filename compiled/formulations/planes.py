@@ -3,9 +3,9 @@
 y = RN_x( sum over nibbles of x[:, plane] (s (c (1 + q/c) - (c + z)))^T )
 
 With Inductor's ``triton.native_matmul`` the products are one loop of eight ``tl.dot``, each word
-loaded once. Every factor is exact until s (q - z) is rounded to the dtype of x, which must be
-the scale's: float32 holds s c, s (c + z) and their difference for scales of 16 bits. The products
-are summed in float32 and rounded once: ``weight_rounded=True, base_rounded=False``.
+loaded once. Every factor is exact until s (q - z) is rounded to the dtype of x, which must be the
+scale's: float32 holds s c, s (c + z) and their difference for scales of 16 bits below 2^119. The
+products are summed in float32 and rounded once: ``weight_rounded=True, base_rounded=False``.
 
 Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeight``.
 """

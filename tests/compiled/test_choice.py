@@ -50,9 +50,15 @@ def test_it_is_kept_for_one_kind_of_layer_only(weight):
     assert names(weight, lora) == ["tiles"] * 4
 
 
+def test_it_is_kept_for_this_process_where_the_disk_takes_nothing(weight, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("INT4_LORA_CACHE", str(tmp_path / "file"))
+    assert not choice.keep_crossovers(weight, torch.bfloat16, (), [(MANY, "tiles")])
+    assert names(weight) == ["tiles"] * 4
+
+
 def test_another_number_of_threads_is_another_machine(weight, monkeypatch):
     choice.keep_crossovers(weight, torch.bfloat16, (), [(MANY, "tiles")])
-    monkeypatch.setattr(choice, "_tables", {})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert names(weight)[0] == "gemv"
 
@@ -64,6 +70,11 @@ def test_another_number_of_threads_is_another_machine(weight, monkeypatch):
         7,
         [[1]],
         [["x", "tiles"]],
+        [[float("inf"), "tiles"]],
+        [["4", "tiles"]],
+        [[True, "tiles"]],
+        [[-5, "gemv"], [MANY, "tiles"]],
+        [[4, "gemv"], [3, "gemv"], [MANY, "tiles"]],
         [[MANY, "no such formulation"]],
         [[MANY, "gemv"]],  # takes 4 tokens at most
         [[MANY, "int4pack"]],  # another layout
@@ -90,17 +101,18 @@ def test_the_layer_runs_what_was_chosen(weight, monkeypatch):
 
 def test_within_another_graph_the_default_is_taken(weight):
     choice.keep_crossovers(weight, torch.float32, (), [(MANY, "tiles")])
-    x = random_x(2, 128)
-    seen = []
+    products = []
 
     def backend(graph, _):
-        seen.append("bitwise_and" in graph.code or "__and__" in graph.code or " & " in graph.code)
+        products.append("matmul" in graph.code)  # of tiles; gemv sums
         return graph.forward
 
-    y = torch.compile(int4_linear, backend=backend, fullgraph=True)(x, weight)
-    expected = reference_linear(x.double(), weight.packed_weight())
+    y = torch.compile(int4_linear, backend=backend, fullgraph=True)(random_x(2, 128), weight)
+    assert products == [False]
+    torch.compile(int4_linear, backend=backend, fullgraph=True)(random_x(5, 128), weight)
+    assert products == [False, True]
+    expected = reference_linear(random_x(2, 128).double(), weight.packed_weight())
     assert torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-5)
-    assert seen
 
 
 def test_the_disk_is_read_once_a_kind(weight, monkeypatch):

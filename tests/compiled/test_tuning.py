@@ -1,5 +1,7 @@
 """Tuning: what is fastest by the clock is kept; noise decides nothing."""
 
+import time
+
 import pytest
 import torch
 
@@ -93,6 +95,31 @@ def test_it_measures_what_runs(weight):
 def test_bad_tokens(weight, tokens):
     with pytest.raises(ValueError, match="tokens must ascend from 1 or more"):
         tune(weight, torch.bfloat16, tokens=tokens)
+
+
+def test_nothing_is_measured_where_nothing_can_be_kept(weight, clock, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("INT4_LORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file cannot be written"):
+        tune(weight, torch.bfloat16, tokens=[1])
+
+
+def test_the_operator_is_timed_as_it_is_called(monkeypatch):
+    weight = prepare(random_weight(rows=48, columns=128, dtype=torch.bfloat16))
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda layer, **_: compiled.append(layer) or layer)
+    tune(weight, torch.bfloat16, tokens=[16])
+    assert [layer.__globals__["__name__"].split(".")[-1] for layer in compiled] == ["tiles"]
+
+
+def test_rounds_are_shuffled_and_end_with_the_budget():
+    order = []
+    calls = {name: lambda _, name=name: order.append(name) for name in "abcdef"}
+    measure(calls, rounds=20, budget=100)
+    rounds = [tuple(order[at : at + 6]) for at in range(18, len(order), 6)]
+    assert len(set(rounds)) > 10
+    slow = {"one": lambda _: time.sleep(0.02)}
+    assert len(measure(slow, rounds=1000, budget=0.2)["one"].seconds) < 20
 
 
 def test_copies_leave_the_cache_behind():
