@@ -120,45 +120,6 @@ class Int4PackWeight(PreparedWeight):
         dense = codes.to(self.table.dtype) * self.table[:, None, start:stop, 0]
         return dense.to(dtype).reshape(self.in_features, stop - start)
 
-    def scales(self) -> Tensor:
-        """Return the scales out of the table, side by side: ``[groups, out_features]``.
-
-        They are the product of the table with (1, 0), which is exact. A product is kept in memory
-        by Inductor; a slice would be fused into every use, and gather each scale for each weight.
-        """
-        flat = self.table.view(-1, 2)
-        first = torch.tensor([[1.0], [0.0]], dtype=flat.dtype, device=flat.device)
-        return (flat @ first).view(self.table.shape[:2])
-
-    def halves(
-        self, start: int, stop: int, scales: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Return the first and the second half of the rows of some whole blocks, transposed.
-
-        Bytes become floats before anything else, and each half is a tensor of its own: so the
-        loops that Inductor makes of it load, mask and store vectors without a shuffle.
-
-        Args:
-            start: the first row of a block.
-            stop: the row after the last of a block.
-            scales: what ``scales`` returned.
-            dtype: what to cast to.
-
-        Returns:
-            Two ``[in_features, (stop - start) / 2]``, block by block.
-        """
-        groups, half = self.table.shape[0], self.block // 2
-        blocks = self.data[start:stop].view(-1, groups, self.columns_of_a_scale, half)
-        bytes_ = blocks.permute(1, 2, 0, 3)  # [groups, columns, blocks, half]
-        scale = scales[:, start:stop].reshape(groups, 1, -1, 2, half)
-        first, second = (bytes_ & 15).float() - 8, (bytes_ >> 4).float() - 8
-        dense = [
-            (codes * scale[:, :, :, index].float()).to(self.table.dtype).to(dtype)
-            for index, codes in enumerate((first, second))
-        ]
-        shape = (self.in_features, (stop - start) // 2)
-        return dense[0].reshape(shape), dense[1].reshape(shape)
-
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes of rows, transposed: int8 ``[in_features, stop - start]``."""
         whole = min(stop, self.out_features // self.block * self.block)

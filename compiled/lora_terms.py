@@ -1,16 +1,19 @@
 """The adapters' term of the layer, ``scaling * (x A^T) B^T`` with each token's own A and B.
 
-Two identities of the reference's ``expand(shrink(x))``, neither of which copies an adapter for a
+Three identities of the reference's ``expand(shrink(x))``, none of which copies an adapter for a
 token when compiled:
 
 - ``gathered``: the sums over in_features and over the rank are written out, with the token's
-  adapter as an index into A and B. Few tokens.
+  adapter as an index into A and B. Ranks up to 64; on a CPU any number of tokens, for it costs the
+  rank of the token's adapter and needs no buffer; on a GPU few, for it leaves matrix units idle.
 - ``masked``: all adapters side by side are one matrix of adapters x rank rows; between the two
-  products every number that belongs to another adapter than the token's is replaced by 0. Many
-  tokens; costs the rank of all adapters, not of the token's. Where a B holds a NaN or an infinity,
-  0 times it would reach other adapters' tokens: then the reference's own loop is used.
+  products every number that belongs to another adapter than the token's is replaced by 0. It costs
+  the rank of all adapters: few of them.
+- ``grouped``: tokens are brought together by adapter, and every block of them is multiplied by its
+  own adapter. It costs the rank of the token's adapter: many adapters, and where a B holds a NaN or
+  an infinity, of which 0 times would reach other adapters' tokens.
 
-Source: ``int4_lora.reference.lora``; arXiv:2310.18547.
+Source: ``int4_lora.reference.lora``; arXiv:2310.18547 for the grouping.
 """
 
 from __future__ import annotations
@@ -22,21 +25,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.products import product
-from int4_lora.reference import expand, shrink
+from int4_lora.compiled.products import batched_product, product
+from int4_lora.compiled.token_blocks import bring_together
 from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = [
     "GATHERED_TOKENS",
     "UNROLLED_RANK",
     "add_terms",
-    "apart",
     "gathered",
+    "grouped",
     "masked",
 ]
 
-GATHERED_TOKENS = {"cpu": 16, "cuda": 64}  # up to which gathering is used
+GATHERED_TOKENS = {"cpu": 2**31, "cuda": 64}  # up to which gathering is used
 UNROLLED_RANK = 64  # the most steps of the sum over the rank that are written out
+MASKED_RANKS = 256  # the most rows of all adapters' A side by side that masking is used for
+BLOCK_TOKENS = {"cpu": 16, "cuda": 32}  # of one adapter; not measured on a GPU
 
 
 def add_terms(
@@ -70,7 +75,8 @@ def _term(x: Tensor, one: PreparedSlice) -> Callable[[Tensor, PreparedSlice, Ten
     most = GATHERED_TOKENS.get(x.device.type, GATHERED_TOKENS["cuda"])
     if x.shape[0] <= most and one.rank <= UNROLLED_RANK:
         return gathered
-    return masked if one.finite else apart
+    few = one.adapters == 1 or one.adapters * one.rank <= MASKED_RANKS
+    return masked if few and one.finite else grouped
 
 
 def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
@@ -89,16 +95,27 @@ def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
 
 
 def masked(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
-    """Return the term as two products with all adapters side by side: ``[tokens, out]``."""
+    """Return the term as two products with all adapters side by side: ``[tokens, out]``.
+
+    The scaling comes last, as in the reference. That also keeps Inductor from making the second
+    product and the sum with the base one ``addmm``, which copies the base first.
+    """
     sums = accumulation_dtype(x)
     h = product(x, one.a.flatten(0, 1).T, sums)  # [tokens, adapters * rank]
     owner = torch.arange(one.adapters, device=x.device).repeat_interleave(one.rank)
-    own = adapter_ids.unsqueeze(1) == owner  # false everywhere for an id of no adapter
-    h = torch.where(own, h * one.scaling.to(sums).repeat_interleave(one.rank), 0)
-    return h @ one.bt.to(sums).flatten(0, 1)
+    h = torch.where(adapter_ids.unsqueeze(1) == owner, h, 0)  # nothing for an id of no adapter
+    own = (adapter_ids >= 0) & (adapter_ids < one.adapters)
+    scaling = one.scaling.to(sums).index_select(0, adapter_ids.clamp(0, one.adapters - 1))
+    delta = h @ one.bt.to(sums).flatten(0, 1)
+    return delta * torch.where(own, scaling, 0).unsqueeze(1)
 
 
-def apart(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
-    """Return the term as the reference defines it, one adapter after the other."""
-    stack = one.lora_slice().stack
-    return expand(shrink(x, stack, adapter_ids), stack, adapter_ids)
+def grouped(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
+    """Return the term as products of blocks of tokens, each with its own adapter's A and B."""
+    sums = accumulation_dtype(x)
+    size = BLOCK_TOKENS.get(x.device.type, BLOCK_TOKENS["cuda"])
+    blocks = bring_together(adapter_ids, one.adapters, size)
+    a, bt = one.a.index_select(0, blocks.adapter), one.bt.index_select(0, blocks.adapter)
+    h = batched_product(blocks.gather(x), a.transpose(1, 2), sums)  # [blocks, size, rank]
+    h = h * one.scaling.to(sums).index_select(0, blocks.adapter)[:, None, None]
+    return blocks.scatter(h @ bt.to(sums))

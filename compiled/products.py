@@ -1,6 +1,7 @@
 """Matrix products in the dtype of sums, of factors as they are stored.
 
-Source: ``torch.mm(..., out_dtype=torch.float32)``, which CUDA has and a CPU has not.
+Source: ``torch.mm`` and ``torch.bmm`` with ``out_dtype=torch.float32``, which CUDA has and a CPU
+has not.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["product"]
+__all__ = ["batched_product", "product"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -21,7 +22,24 @@ def product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
         right: ``[k, n]``.
         sums: float32 or float64.
     """
-    same = left.dtype == right.dtype and left.dtype in HALVES
-    if left.is_cuda and same and sums == torch.float32:
+    if _out_dtype_is_known(left, right, sums):
         return torch.mm(left, right, out_dtype=sums)
     return left.to(sums) @ right.to(sums)
+
+
+def batched_product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
+    """Return ``left @ right`` of batches as ``product`` does.
+
+    Args:
+        left: ``[batches, m, k]``.
+        right: ``[batches, k, n]``.
+        sums: float32 or float64.
+    """
+    if _out_dtype_is_known(left, right, sums):
+        return torch.bmm(left, right, out_dtype=sums)
+    return left.to(sums) @ right.to(sums)
+
+
+def _out_dtype_is_known(left: Tensor, right: Tensor, sums: torch.dtype) -> bool:
+    same = left.dtype == right.dtype and left.dtype in HALVES
+    return left.is_cuda and same and sums == torch.float32

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from int4_lora.compiled import int4pack_tiles
 from int4_lora.compiled.formulations.formulation import Formulation
 from int4_lora.compiled.int4pack_weight import Int4PackWeight
 from int4_lora.compiled.lora_terms import add_terms
@@ -43,30 +44,13 @@ def base(x: Tensor, weight: PreparedWeight) -> Tensor:
     workspace = WORKSPACE_BYTES.get(x.device.type, WORKSPACE_BYTES["cuda"])
     rows = max(1, workspace // (dtype.itemsize * weight.in_features) // weight.tile)
     step = rows * weight.tile
-    scales = weight.scales() if isinstance(weight, Int4PackWeight) else None
+    if isinstance(weight, Int4PackWeight):
+        return int4pack_tiles.base(x, weight, step)
     parts = []
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
-        if isinstance(weight, Int4PackWeight) and scales is not None:
-            parts += _of_blocks(x, weight, start, stop, scales)
-        else:
-            parts.append(x @ weight.rows(start, stop, dtype).T)
+        parts.append(x @ weight.rows(start, stop, dtype).T)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _of_blocks(
-    x: Tensor, weight: Int4PackWeight, start: int, stop: int, scales: Tensor
-) -> list[Tensor]:
-    """Return the outputs of some rows: of whole blocks by halves, and of the rows after them."""
-    whole = stop - stop % weight.block
-    parts = []
-    if whole > start:
-        products = [x @ half for half in weight.halves(start, whole, scales, x.dtype)]
-        halves = [product.view(x.shape[0], -1, weight.block // 2) for product in products]
-        parts.append(torch.stack(halves, dim=2).flatten(1))  # [tokens, blocks, half, row]
-    if whole < stop:
-        parts.append(x @ weight.columns(whole, stop, x.dtype))
-    return parts
 
 
 def _layer(

@@ -94,7 +94,9 @@ def test_tokens_and_dtypes(dtype, tokens):
             each(weight, x, lora, chosen, bias)
 
 
-@pytest.mark.parametrize(("adapters", "rank"), [(1, 1), (1, 65), (3, 64), (9, 7), (64, 2)])
+@pytest.mark.parametrize(
+    ("adapters", "rank"), [(1, 1), (1, 512), (3, 64), (3, 65), (9, 65), (9, 7), (64, 2)]
+)
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_ranks_and_adapters(adapters, rank, tokens):
     weight = random_weight(rows=48, columns=128, symmetric=False)
@@ -122,11 +124,11 @@ def test_ids_of_no_adapter_contribute_nothing(tokens):
 @pytest.mark.parametrize("tokens", [4, 40])
 @pytest.mark.parametrize("spoiled", ["a", "b", "scaling", "x"])
 @pytest.mark.parametrize("adapter", [0, 2])  # which tokens without an adapter might be led to
-def test_a_nan_stays_with_its_own_tokens(tokens, spoiled, adapter):
+@pytest.mark.parametrize("rank", [4, 65])  # written out, or products
+def test_a_nan_stays_with_its_own_tokens(tokens, spoiled, adapter, rank):
     weight = random_weight(rows=48, columns=128)
-    stack = random_stack(rows=48, columns=128)
-    beyond = 3 if tokens == 4 else -1  # many tokens: the reference's loop, which looks at values
-    x, ids = random_x(tokens, 128), torch.tensor([0, 2, -1, beyond]).repeat(tokens // 4)
+    stack = random_stack(rows=48, columns=128, rank=rank)
+    x, ids = random_x(tokens, 128), torch.tensor([0, 2, -1, 3]).repeat(tokens // 4)
     bad = ids == adapter
     if spoiled == "x":
         x[bad] = torch.nan

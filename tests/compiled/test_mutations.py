@@ -37,11 +37,22 @@ MUTANTS = {
         "choice", {'        "x": str(dtype),\n': ""}, ["compiled/test_choice.py"],
     ),
     "nan_of_b_reaches_others": (
-        "lora_terms", {"return masked if one.finite else apart": "return masked"}, NAN,
+        "lora_terms", {"return masked if few and one.finite": "return masked if few"}, NAN,
+    ),
+    "grouped_by_the_next_adapter": (
+        "token_blocks", {"(block >= ends).sum(1)": "(block > ends).sum(1)"},
+        ["compiled/test_token_blocks.py"],
+    ),
+    "too_few_blocks": (
+        "token_blocks", {"+ size - 1) // size + adapters)": "+ size - 1) // size)"},
+        ["compiled/test_token_blocks.py"],
+    ),
+    "ties_rounded_up": (
+        "int4pack_tiles", {" + ((bits >> 16) & 1)": " + 1"}, ["compiled/test_int4pack_tiles.py"],
     ),
     "masked_by_the_wrong_owner": (
-        "lora_terms", {"repeat_interleave(one.rank)\n    own": "repeat(one.rank)\n    own"},
-        TOKENS,
+        "lora_terms", {"repeat_interleave(one.rank)": "repeat(one.rank)"},
+        [f"{FORMULATIONS[0]}::test_ranks_and_adapters"],
     ),
     "slices_at_the_start": (
         "lora_terms",
@@ -55,8 +66,7 @@ MUTANTS = {
         "planes_weight", {"(4 * (row % NIBBLES))": "(4 * ((row + 1) % NIBBLES))"}, WEIGHTS,
     ),
     "halves_swapped": (
-        "int4pack_weight", {"enumerate((first, second))": "enumerate((second, first))"},
-        TOKENS,
+        "int4pack_tiles", {"low, high = (words & 15)": "high, low = (words & 15)"}, TOKENS,
     ),
     "rows_after_the_blocks_lost": (
         "int4pack_weight", {"[pairs & 15, pairs >> 4]": "[pairs >> 4, pairs & 15]"}, WEIGHTS,

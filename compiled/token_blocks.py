@@ -1,0 +1,78 @@
+"""Tokens brought together by adapter, in blocks that belong to one adapter each.
+
+Every token of an adapter gets a place in that adapter's blocks of ``size`` rows; the last block of
+an adapter is filled up with rows of nobody. How many blocks there are depends on the values of the
+ids, which are not looked at: as many are laid out as could be needed, ``min(tokens,
+ceil(tokens / size) + adapters)``.
+
+Source: ``moe_align_block_size`` of vLLM brings tokens together by expert in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["TokenBlocks", "bring_together"]
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Where each token is, and whose each block is.
+
+    Args:
+        own: bool ``[tokens]``, whether a token has an adapter.
+        place: int64 ``[tokens]``, the row of a token; 0 for a token without an adapter.
+        token: int64 ``[blocks * size]``, the token of each row; ``tokens`` for a row of nobody.
+        adapter: int64 ``[blocks]``, the adapter of each block.
+        size: rows of a block.
+    """
+
+    own: Tensor
+    place: Tensor
+    token: Tensor
+    adapter: Tensor
+    size: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the rows of ``x`` ``[tokens, n]`` as ``[blocks, size, n]``, nobody's are 0."""
+        rows = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.token)
+        return rows.view(-1, self.size, x.shape[1])
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Return ``[blocks, size, n]`` as ``[tokens, n]``, 0 for tokens without an adapter."""
+        found = rows.flatten(0, 1).index_select(0, self.place)
+        return torch.where(self.own.unsqueeze(1), found, 0)
+
+
+def bring_together(adapter_ids: Tensor, adapters: int, size: int) -> TokenBlocks:
+    """Lay tokens out in blocks of one adapter each.
+
+    Args:
+        adapter_ids: int32 or int64 ``[tokens]``; an id outside ``[0, adapters)`` means none.
+        adapters: how many adapters there are.
+        size: rows of a block.
+
+    Example:
+        >>> blocks = bring_together(torch.tensor([1, -1, 0, 1, 1]), adapters=2, size=2)
+        >>> blocks.token.tolist(), blocks.adapter.tolist()
+        ([2, 5, 0, 3, 4, 5, 5, 5, 5, 5], [0, 1, 1, 1, 1])
+    """
+    tokens, device = adapter_ids.shape[0], adapter_ids.device
+    own = (adapter_ids >= 0) & (adapter_ids < adapters)
+    theirs = adapter_ids.unsqueeze(1) == torch.arange(adapters, device=device)
+    counted = theirs.to(torch.int64)
+    before = (counted.cumsum(0) * counted).sum(1) - 1  # tokens of the same adapter before this one
+    blocks = (counted.sum(0) + size - 1) // size
+    ends = blocks.cumsum(0)  # [adapters], in blocks
+    start = (ends - blocks).index_select(0, adapter_ids.clamp(0, adapters - 1).to(torch.int64))
+    place = torch.where(own, start * size + before, 0)
+    most = torch.sym_min(tokens, (tokens + size - 1) // size + adapters)
+    token = torch.full((most * size + 1,), tokens, device=device)
+    to = torch.where(own, place, most * size)  # who has no adapter shares the row that is cut off
+    token = token.index_copy(0, to, torch.arange(tokens, device=device))[:-1]
+    block = torch.arange(most, device=device).unsqueeze(1)
+    adapter = (block >= ends).sum(1).clamp(max=adapters - 1)
+    return TokenBlocks(own=own, place=place, token=token, adapter=adapter, size=size)
