@@ -1,0 +1,107 @@
+"""One layer's operands on one device, as many times as it takes to leave the cache behind.
+
+Every group holds the smallest and the largest code, so that whoever quantises the dense weight
+anew, symmetric or not, by its least and its largest value, finds the same sixteen levels. Base
+and adapters contribute alike, so that an error in either of them shows in the result.
+
+Source: ``benchmarks/results/README.md``.
+"""
+
+import dataclasses
+
+import torch
+
+from int4_lora import reference
+from int4_lora.compiled import prepare
+from int4_lora.compiled.timing import copies_beyond_the_cache
+
+ADAPTERS, RANK = 4, 16
+RMS_OF_CODES = 4.6  # of integers spread evenly over [-8, 7]
+
+
+class Layer:
+    """One layer's operands.
+
+    Args:
+        rows: out_features.
+        columns: in_features.
+        tokens: rows of x.
+        dtype: of x, scales and adapters.
+        group_size: of the scales.
+        device: where everything is.
+    """
+
+    def __init__(self, rows, columns, tokens, dtype, group_size, device="cpu"):
+        generator = torch.Generator().manual_seed(0)
+        weight = _random_weight(rows, columns, dtype, group_size, generator)
+        x = torch.randn(tokens, columns, generator=generator).to(dtype)
+        a = torch.randn(ADAPTERS, RANK, columns, generator=generator) / columns**0.5
+        b = torch.randn(ADAPTERS, rows, RANK, generator=generator)
+        scaling = 2.0 ** (torch.arange(ADAPTERS) - 2)  # powers of 2: exact wherever they are folded
+        stack = reference.LoRAStack(a.to(dtype), b.to(dtype), scaling)
+        self.rows, self.columns, self.tokens = rows, columns, tokens
+        self.dtype, self.group_size = dtype, group_size
+        self.weight = weight.to(device)
+        self.dense = reference.dequantize(self.weight, dtype)
+        self.x = x.to(device)
+        self.ids = (torch.arange(tokens) % ADAPTERS).to(device)
+        self.stack = stack.to(device)
+        self._prepared = {}
+
+    @property
+    def device(self):
+        """Where everything is."""
+        return self.x.device
+
+    @property
+    def copies(self):
+        """How many copies of an INT4 weight leave the cache behind."""
+        return copies_beyond_the_cache(self.weight.nbytes, self.device.type)
+
+    @property
+    def active_adapters(self):
+        """How many adapters the tokens use."""
+        return min(self.tokens, ADAPTERS)
+
+    def in_layout(self, layout):
+        """Return copies of the weight in one layout; they share no tensor."""
+        if layout not in self._prepared:
+            fresh = [_copied(self.weight) for _ in range(self.copies)]
+            self._prepared[layout] = [prepare(weight, layout=layout) for weight in fresh]
+        return self._prepared[layout]
+
+    def dense_copies(self):
+        """Return copies of the dense weight."""
+        count = copies_beyond_the_cache(self.dense.nbytes, self.device.type)
+        return [self.dense.clone() for _ in range(count)]
+
+    def bytes_to_move(self, *, dense, lora):
+        """Return the bytes of weight, active adapters, x and y that one call cannot avoid."""
+        weight = self.dense.nbytes if dense else self.weight.nbytes
+        adapters = self.active_adapters * RANK * (self.rows + self.columns) if lora else 0
+        outputs = self.tokens * self.rows
+        return weight + self.x.nbytes + (adapters + outputs) * self.dtype.itemsize
+
+    def lora_share(self):
+        """Return the share of bytes, or of operations, that the active adapters are."""
+        widths = RANK * (self.rows + self.columns)
+        if self.tokens <= 16:
+            return self.active_adapters * widths * self.dtype.itemsize / self.weight.nbytes
+        return widths / (self.rows * self.columns)
+
+
+def _random_weight(rows, columns, dtype, group_size, generator):
+    codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    codes[:, ::group_size] = -8
+    codes[:, 1::group_size] = 7
+    scale = torch.rand(rows, columns // group_size, generator=generator) + 0.5
+    return reference.PackedWeight(
+        packed=reference.pack(codes),
+        scale=(scale / (RMS_OF_CODES * columns**0.5)).to(dtype),
+        shape=(rows, columns),
+        group_size=group_size,
+    )
+
+
+def _copied(weight):
+    return dataclasses.replace(weight, packed=weight.packed.clone(), scale=weight.scale.clone())

@@ -1,0 +1,98 @@
+"""What a peer is: a name, why it cannot run, and how it is made.
+
+Source: ``benchmarks/results/README.md``.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.contenders import Contender
+from benchmarks.judgement import reason
+from benchmarks.operands import Layer
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What adds the adapters' term after a peer's base.
+
+    Args:
+        name: what tables call it, after the peer's name.
+        refuses: why it cannot run on this machine or take these operands, or None.
+        make: returns a function that adds the term to the base, in place or not.
+    """
+
+    name: str
+    refuses: Callable[[Layer], str | None]
+    make: Callable[[Layer], Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another INT4 layer.
+
+    Args:
+        name: what tables call it.
+        refuses: why it cannot run on this machine or take these operands, or None.
+        make: returns a function of one copy of the weight, and the copies.
+        adapters: what adds adapters to it.
+    """
+
+    name: str
+    refuses: Callable[[Layer], str | None]
+    make: Callable[[Layer], tuple[Callable[[Any], Tensor], list[Any]]]
+    adapters: Adapters
+
+
+def contenders(layer, peers):
+    """Return those of the peers that can run, alone and with adapters, and why others cannot.
+
+    Args:
+        layer: the operands.
+        peers: some Peers.
+
+    Returns:
+        A list of Contenders, and reasons by name.
+    """
+    found, refused = [], {}
+    for peer in peers:
+        both = f"{peer.name} + {peer.adapters.name}"
+        why_not = peer.refuses(layer)
+        if why_not is None:
+            try:
+                base, weights = peer.make(layer)
+            except Exception as error:  # whatever a peer raises, the others are measured
+                why_not = reason(error)
+        if why_not is not None:
+            refused[peer.name] = refused[both] = why_not
+            continue
+        found.append(Contender(peer.name, "peer", base, weights))
+        try:
+            why_not = peer.adapters.refuses(layer)
+            add = None if why_not else peer.adapters.make(layer)
+        except Exception as error:
+            why_not = reason(error)
+        if why_not is None:
+            layer_of = functools.partial(_both, base, add)
+            found.append(Contender(both, "peer", layer_of, weights, lora=True))
+        else:
+            refused[both] = why_not
+    return found, refused
+
+
+def not_importable(*modules):
+    """Return why one of some modules cannot be imported, or None; what is there is imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a package built for another torch raises anything
+            return f"{module} cannot be imported: {reason(error)}"
+    return None
+
+
+def _both(base, add, weight):
+    return add(base(weight))
