@@ -31,7 +31,7 @@ from int4_lora.compiled.prepared_weight import PreparedWeight
 __all__ = ["candidates", "choose", "default", "keep_crossovers", "kept_crossovers", "takes"]
 
 KIND = "crossovers"
-FORMAT = 1  # counts up when a formulation changes so that old measurements say nothing
+FORMAT = 2  # counts up when a formulation changes so that old measurements say nothing
 INT4PACK_TOKENS = 16  # the most that torch's operator is the default for
 Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), the last for all above
 
