@@ -28,12 +28,21 @@ from int4_lora.compiled.formulations import (
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
-__all__ = ["candidates", "choose", "default", "keep_crossovers", "kept_crossovers", "takes"]
+__all__ = [
+    "AS_USUAL",
+    "candidates",
+    "choose",
+    "default",
+    "keep_crossovers",
+    "kept_crossovers",
+    "takes",
+]
 
 KIND = "crossovers"
 FORMAT = 2  # counts up when a formulation changes so that old measurements say nothing
 INT4PACK_TOKENS = 16  # the most that torch's operator is the default for
-Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), the last for all above
+AS_USUAL = "default"  # in the place of a formulation's name: what is chosen without measurements
+Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), in order
 
 _UNREAD = "not looked for yet"
 _tables: dict[Hashable, Crossovers | None] = {}
@@ -57,15 +66,22 @@ def choose(
         slices: the adapters, by slice of the outputs.
     """
     if torch.compiler.is_compiling():
-        return default(weight, dtype, tokens, inlined=True)
+        return default(weight, dtype, tokens, slices, inlined=True)
     for most, name in kept_crossovers(weight, dtype, slices) or ():
-        if tokens <= most:
+        if tokens <= most and name != AS_USUAL:
             return FORMULATIONS[name]
-    return default(weight, dtype, tokens)
+        if tokens <= most:
+            break
+    return default(weight, dtype, tokens, slices)
 
 
 def default(
-    weight: PreparedWeight, dtype: torch.dtype, tokens: int, *, inlined: bool = False
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+    *,
+    inlined: bool = False,
 ) -> Formulation:
     """Return the formulation of a layer where nothing was measured.
 
@@ -73,25 +89,25 @@ def default(
         weight: what ``prepare`` returned.
         dtype: the dtype of x.
         tokens: rows of x.
+        slices: the adapters, by slice of the outputs.
         inlined: whether it is to be part of somebody else's graph.
     """
     for one in (INT4PACK, MAGIC_GEMV, GEMV, PLANES, DEFINITION):
         many = one is INT4PACK and tokens > INT4PACK_TOKENS
         needs_options = inlined and one.backend is not None
-        if many or needs_options or weight.device.type not in one.devices:
-            continue
-        if one.refuses(weight, dtype, tokens) is None:
+        if not many and not needs_options and one.takes(weight, dtype, tokens, slices):
             return one
     return TILES
 
 
-def candidates(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> list[Formulation]:
+def candidates(
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+) -> list[Formulation]:
     """Return every formulation that is meant for the weight's device and takes the operands."""
-    return [
-        one
-        for one in FORMULATIONS.values()
-        if weight.device.type in one.devices and one.refuses(weight, dtype, tokens) is None
-    ]
+    return [one for one in FORMULATIONS.values() if one.takes(weight, dtype, tokens, slices)]
 
 
 def kept_crossovers(
@@ -99,13 +115,16 @@ def kept_crossovers(
 ) -> Crossovers | None:
     """Return what was measured for a kind of layer on this machine, or None.
 
+    Adapters are of one kind where they have the same ranks and write the same outputs: how many
+    they are and their dtype hardly change which formulation is fastest.
+
     The disk is read once a process for each kind of layer.
     """
     kind = _kind(weight, dtype, slices)
     found = _tables.get(kind, _UNREAD)
     if isinstance(found, str):
         with _lock:
-            found = _checked(recall(KIND, _key(weight, dtype, slices)), weight, dtype)
+            found = _checked(recall(KIND, _key(weight, dtype, slices)), weight, dtype, slices)
             _tables[kind] = found
     return found
 
@@ -128,12 +147,14 @@ def keep_crossovers(
 
 def _kind(weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]) -> Hashable:
     """Return what ``_key`` holds, fast enough to be asked at each call."""
-    adapters = tuple((one.a.shape, one.bt.shape[2], one.a.dtype, one.start) for one in slices)
+    adapters = tuple((one.rank, one.start, one.stop) for one in slices)
     threads = torch.get_num_threads() if weight.device.type == "cpu" else 0
     return weight.signature, dtype, adapters, threads
 
 
-def _checked(kept: Any, weight: PreparedWeight, dtype: torch.dtype) -> Crossovers | None:
+def _checked(
+    kept: Any, weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]
+) -> Crossovers | None:
     """Return kept crossovers if every formulation takes the tokens it was kept for."""
     found: Crossovers = []
     first = 1
@@ -141,16 +162,24 @@ def _checked(kept: Any, weight: PreparedWeight, dtype: torch.dtype) -> Crossover
         if not isinstance(entry, list) or [type(part) for part in entry] != [int, str]:
             return None
         most, name = entry
-        if most < first or not all(takes(name, weight, dtype, one) for one in (first, most)):
+        ends = (first, most)
+        known = name == AS_USUAL or all(takes(name, weight, dtype, one, slices) for one in ends)
+        if most < first or not known:
             return None
         found.append((most, name))
         first = most + 1
     return found or None
 
 
-def takes(name: str, weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> bool:
-    """Return whether a formulation of that name is a candidate."""
-    return any(one.name == name for one in candidates(weight, dtype, tokens))
+def takes(
+    name: str,
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+) -> bool:
+    """Return whether there is a formulation of that name, and it is a candidate."""
+    return name in FORMULATIONS and FORMULATIONS[name].takes(weight, dtype, tokens, slices)
 
 
 def _key(
@@ -163,9 +192,7 @@ def _key(
         "threads": torch.get_num_threads() if weight.device.type == "cpu" else 0,
         "weight": [type(weight).__name__, *map(_plain, weight.signature[1:])],
         "x": str(dtype),
-        "adapters": [
-            [list(one.a.shape), one.bt.shape[2], str(one.a.dtype), one.start] for one in slices
-        ],
+        "adapters": [[one.rank, one.start, one.stop] for one in slices],
     }
 
 

@@ -23,7 +23,7 @@ from int4_lora.compiled.prepared_weight import PreparedWeight
 __all__ = ["bucket_of", "run"]
 
 MOST_TOKENS = 2**31 - 1
-LAST_TOKENS = {"cpu": (1, 16), "cuda": (1, 16, GATHERED_TOKENS["cuda"])}
+LAST_TOKENS = {"cpu": (1, 16), "cuda": (1, 16, GATHERED_TOKENS["cuda"][0])}
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}
 _lock = threading.Lock()

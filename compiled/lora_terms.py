@@ -4,8 +4,8 @@ Three identities of the reference's ``expand(shrink(x))``, none of which copies 
 token when compiled:
 
 - ``gathered``: the sums over in_features and over the rank are written out, with the token's
-  adapter as an index into A and B. Ranks up to 64; on a CPU any number of tokens, for it costs the
-  rank of the token's adapter and needs no buffer; on a GPU few, for it leaves matrix units idle.
+  adapter as an index into A and B. Few tokens; on a CPU any number of them up to rank 64, for it
+  costs the rank of the token's adapter and needs no buffer, while on a GPU matrix units are idle.
 - ``masked``: all adapters side by side are one matrix of adapters x rank rows; between the two
   products every number that belongs to another adapter than the token's is replaced by 0. It costs
   the rank of all adapters: few of them.
@@ -38,7 +38,10 @@ __all__ = [
     "masked",
 ]
 
-GATHERED_TOKENS = {"cpu": 2**31, "cuda": 64}  # up to which gathering is used
+GATHERED_TOKENS = {  # up to which gathering is used: for any rank, and for ranks that are unrolled
+    "cpu": (16, 2**31),
+    "cuda": (64, 64),
+}
 UNROLLED_RANK = 64  # the most steps of the sum over the rank that are written out
 MASKED_RANKS = 256  # the most rows of all adapters' A side by side that masking is used for
 BLOCK_TOKENS = {"cpu": 16, "cuda": 32}  # of one adapter; not measured on a GPU
@@ -72,11 +75,11 @@ def add_terms(
 
 def _term(x: Tensor, one: PreparedSlice) -> Callable[[Tensor, PreparedSlice, Tensor], Tensor]:
     """Return the identity to use."""
-    most = GATHERED_TOKENS.get(x.device.type, GATHERED_TOKENS["cuda"])
-    if x.shape[0] <= most and one.rank <= UNROLLED_RANK:
+    few, most = GATHERED_TOKENS.get(x.device.type, GATHERED_TOKENS["cuda"])
+    if x.shape[0] <= (most if one.rank <= UNROLLED_RANK else few):
         return gathered
-    few = one.adapters == 1 or one.adapters * one.rank <= MASKED_RANKS
-    return masked if few and one.finite else grouped
+    narrow = one.adapters == 1 or one.adapters * one.rank <= MASKED_RANKS
+    return masked if narrow and one.finite else grouped
 
 
 def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
@@ -88,9 +91,12 @@ def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     h = (a.to(sums) * x.to(sums).unsqueeze(1)).sum(-1)  # [tokens, rank]
     h = h * one.scaling.to(sums).index_select(0, index).unsqueeze(1)
     h = torch.where(own.unsqueeze(1), h, 0)
-    delta = h[:, 0:1] * bt[:, 0].to(sums)
-    for step in range(1, one.rank):
-        delta = delta + h[:, step : step + 1] * bt[:, step].to(sums)
+    if one.rank > UNROLLED_RANK:
+        delta = (h.unsqueeze(2) * bt.to(sums)).sum(1)
+    else:
+        delta = h[:, 0:1] * bt[:, 0].to(sums)
+        for step in range(1, one.rank):
+            delta = delta + h[:, step : step + 1] * bt[:, step].to(sums)
     return delta if one.finite else torch.where(own.unsqueeze(1), delta, 0)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import graphs
-from int4_lora.compiled.choice import candidates, default, keep_crossovers, takes
+from int4_lora.compiled.choice import AS_USUAL, candidates, default, keep_crossovers, takes
 from int4_lora.compiled.disk_cache import check_writable
 from int4_lora.compiled.formulations import Formulation
 from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
@@ -64,7 +65,7 @@ def tune(
         weight: one of the kind: its shape, layout and dtypes matter, its values do not.
         dtype: the dtype of x.
         lora: adapters of the kind that will be used, or None for the base alone.
-        tokens: the numbers of rows of x to measure at, ascending; above the last its winner stays.
+        tokens: the numbers of rows of x to measure at, ascending; above the last, defaults stand.
         progress: called with each number of tokens when it was measured.
 
     Returns:
@@ -93,7 +94,7 @@ def tune(
     for count in tokens:
         points.append(_measured(copies, dtype, count, slices))
         progress(count)
-    keep_crossovers(weight, dtype, slices, _crossovers(points, weight, dtype))
+    keep_crossovers(weight, dtype, slices, _crossovers(points, weight, dtype, slices))
     return points
 
 
@@ -106,10 +107,10 @@ def _measured(
     ids = None
     if slices:
         ids = (torch.arange(tokens) % slices[0].adapters).to(weight.device)
-    taken = candidates(weight, dtype, tokens)
+    taken = candidates(weight, dtype, tokens, slices)
     callables = {one.name: _call(one, x, copies, slices, ids) for one in taken}
     times = measure(callables, rounds=ROUNDS, budget=BUDGET, seed=tokens)
-    usual = default(weight, dtype, tokens).name
+    usual = default(weight, dtype, tokens, slices).name
     fastest = min(times, key=lambda name: times[name].median)
     better = times[fastest].median < (1 - MARGIN) * times[usual].median
     return Point(
@@ -145,23 +146,23 @@ def _copies(weight: PreparedWeight) -> Iterator[PreparedWeight]:
 
 
 def _crossovers(
-    points: list[Point], weight: PreparedWeight, dtype: torch.dtype
+    points: list[Point],
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    slices: Sequence[PreparedSlice],
 ) -> list[tuple[int, str]]:
     """Return (the most tokens, the formulation): each point speaks for those up to it.
 
-    A formulation that would not take all tokens that it would stand for is not made to.
+    Where the default was not beaten it stays, as it does above the last point, whichever it is for
+    each number of tokens; so it does where the winner would not take all that it would stand for.
     """
     found: list[tuple[int, str]] = []
     first = 1
     for point in points:
-        own = all(takes(point.chosen, weight, dtype, one) for one in (first, point.tokens))
-        found.append((point.tokens, point.chosen if own else default(weight, dtype, first).name))
+        ends = (first, point.tokens)
+        beaten = point.chosen != default(weight, dtype, point.tokens, slices).name
+        own = beaten and all(takes(point.chosen, weight, dtype, one, slices) for one in ends)
+        found.append((point.tokens, point.chosen if own else AS_USUAL))
         first = point.tokens + 1
-    most, last = graphs.MOST_TOKENS, found[-1][1]
-    if not takes(last, weight, dtype, most):
-        last = default(weight, dtype, most).name
-    merged = [
-        one for one, after in zip(found, [*found[1:], (most, last)], strict=True)
-        if one[1] != after[1]
-    ]  # fmt: skip
-    return [*merged, (most, last)]
+    last = [one for one, after in itertools.pairwise(found) if one[1] != after[1]]
+    return [*last, found[-1]]

@@ -38,6 +38,7 @@ class Formulation:
         devices: the types of devices that it is meant for; it is right on every one.
         cancellation: what its sums may be off by beyond the bound of its roundings, as a factor of
             the sum of |x| |s| over a row.
+        most_rank: the largest rank of adapters that it takes, or None for any.
         one_call: whether the base alone is one call of an operator, with nothing to compile.
         backend: ``backend(weight, bucket)``, what compiles it; None for Inductor as it is, which
             also lets others' graphs take it in.
@@ -50,5 +51,18 @@ class Formulation:
     refuses: Callable[[PreparedWeight, torch.dtype, int], str | None]
     devices: tuple[str, ...] = ("cpu", "cuda")
     cancellation: float = 0.0
+    most_rank: int | None = None
     one_call: bool = False
     backend: Callable[[PreparedWeight, tuple[int, int]], Backend] | None = None
+
+    def takes(
+        self,
+        weight: PreparedWeight,
+        dtype: torch.dtype,
+        tokens: int,
+        slices: Sequence[PreparedSlice] = (),
+    ) -> bool:
+        """Return whether it is meant for the weight's device and takes the operands."""
+        narrow = self.most_rank is None or all(one.rank <= self.most_rank for one in slices)
+        here = weight.device.type in self.devices
+        return narrow and here and self.refuses(weight, dtype, tokens) is None

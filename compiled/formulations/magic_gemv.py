@@ -20,7 +20,7 @@ from torch import Tensor
 
 from int4_lora.compiled.formulations.formulation import Backend, Formulation
 from int4_lora.compiled.kernel_launches import Launch, launching
-from int4_lora.compiled.lora_terms import add_terms
+from int4_lora.compiled.lora_terms import UNROLLED_RANK, add_terms
 from int4_lora.compiled.magic_numbers import CODE_SCALES, decoded, decoded_rows
 from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
@@ -97,5 +97,6 @@ MAGIC_GEMV = Formulation(
     refuses=_refuses,
     devices=("cuda",),
     cancellation=CANCELLATION,
+    most_rank=UNROLLED_RANK,
     backend=_backend,
 )

@@ -5,7 +5,9 @@ y = RN_x( sum over nibbles of x[:, plane] (s (c (1 + q/c) - (c + z)))^T )
 With Inductor's ``triton.native_matmul`` the products are one loop of eight ``tl.dot``, each word
 loaded once. Every factor is exact until s (q - z) is rounded to the dtype of x, which must be the
 scale's: float32 holds s c, s (c + z) and their difference for scales of 16 bits below 2^119. The
-products are summed in float32 and rounded once: ``weight_rounded=True, base_rounded=False``.
+products are summed in float32 and rounded once: ``weight_rounded=True, base_rounded=False``. That
+holds as long as the kernel has no other reduction: Inductor keeps a product that it has to write
+down in 16 bits, whatever ``out_dtype`` says. So only adapters whose sums are written out are taken.
 
 Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeight``.
 """
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from int4_lora.compiled.formulations.formulation import Backend, Formulation
 from int4_lora.compiled.kernel_launches import Launch, launching, native_matmul_is_missing
-from int4_lora.compiled.lora_terms import add_terms
+from int4_lora.compiled.lora_terms import UNROLLED_RANK, add_terms
 from int4_lora.compiled.magic_numbers import CODE_SCALES, decoded, decoded_rows
 from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
@@ -103,5 +105,6 @@ PLANES = Formulation(
     base_rounded=False,
     refuses=_refuses,
     devices=("cuda",),
+    most_rank=UNROLLED_RANK,
     backend=_backend,
 )

@@ -50,6 +50,12 @@ def test_it_is_kept_for_one_kind_of_layer_only(weight):
     assert names(weight, lora) == ["tiles"] * 4
 
 
+def test_the_default_can_be_kept_and_stands_above_the_last(weight):
+    choice.keep_crossovers(weight, torch.bfloat16, (), [(1, "tiles"), (2, "default"), (3, "tiles")])
+    found = [formulation_for(weight, torch.bfloat16, tokens).name for tokens in range(1, 6)]
+    assert found == ["tiles", "gemv", "tiles", "gemv", "tiles"]
+
+
 def test_it_is_kept_for_this_process_where_the_disk_takes_nothing(weight, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("INT4_LORA_CACHE", str(tmp_path / "file"))
@@ -79,6 +85,7 @@ def test_another_number_of_threads_is_another_machine(weight, monkeypatch):
         [[MANY, "gemv"]],  # takes 4 tokens at most
         [[MANY, "int4pack"]],  # another layout
         {"tiles": 1},
+        [[4, "default"], [4, "default"]],
     ],
 )
 def test_what_cannot_be_is_not_believed(weight, kept):
@@ -128,13 +135,15 @@ def test_defaults_of_a_gpu_are_those_meant_for_one(monkeypatch):
     weight = prepare(random_weight(rows=48, columns=128, dtype=torch.bfloat16), layout="planes")
     monkeypatch.setattr(type(weight), "device", torch.device("cuda"))
 
-    def chosen(dtype, tokens, inlined=False):
-        return choice.default(weight, dtype, tokens, inlined=inlined).name
+    def chosen(dtype, tokens, slices=(), inlined=False):
+        return choice.default(weight, dtype, tokens, slices, inlined=inlined).name
 
     fused = native_matmul_is_missing() is None
     assert chosen(torch.bfloat16, 1) == "magic_gemv"
     assert chosen(torch.bfloat16, 64) == ("planes" if fused else "tiles")
     assert chosen(torch.bfloat16, 65) == "tiles"
+    wide = prepare_lora(random_stack(rows=48, columns=128, rank=65)).slices
+    assert [chosen(torch.bfloat16, tokens, wide) for tokens in (1, 16)] == ["gemv", "tiles"]
     assert chosen(torch.float32, 1) == "gemv"
     assert chosen(torch.float32, 5) == "tiles"
     assert chosen(torch.bfloat16, 1, inlined=True) == "gemv"  # others' graphs have no options

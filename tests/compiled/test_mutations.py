@@ -37,7 +37,7 @@ MUTANTS = {
         "choice", {'        "x": str(dtype),\n': ""}, ["compiled/test_choice.py"],
     ),
     "nan_of_b_reaches_others": (
-        "lora_terms", {"return masked if few and one.finite": "return masked if few"}, NAN,
+        "lora_terms", {"return masked if narrow and one.finite": "return masked if narrow"}, NAN,
     ),
     "grouped_by_the_next_adapter": (
         "token_blocks", {"(block >= ends).sum(1)": "(block > ends).sum(1)"},

@@ -10,8 +10,6 @@ from int4_lora.compiled.timing import Times, copies_beyond_the_cache, measure
 from int4_lora.compiled.tuning import tune
 from support.weights import random_stack, random_weight
 
-MANY = 2**31 - 1
-
 
 @pytest.fixture(autouse=True)
 def _nothing_kept(tmp_path, monkeypatch):
@@ -46,14 +44,16 @@ def test_the_fastest_is_kept(weight, clock):
     points = tune(weight, torch.bfloat16, tokens=[1, 4, 8])
     assert [point.chosen for point in points] == ["tiles"] * 3
     assert set(points[0].milliseconds) == {"gemv", "tiles"}
-    assert kept(weight) == [(MANY, "tiles")]
+    assert kept(weight) == [(4, "tiles"), (8, "default")]
     assert formulation_for(weight, torch.bfloat16, 1).name == "tiles"
 
 
 def test_the_default_stays_where_another_is_hardly_faster(weight, clock):
     clock["tiles"] = 0.98
     tune(weight, torch.bfloat16, tokens=[1, 4])
-    assert kept(weight) == [(4, "gemv"), (MANY, "tiles")]  # gemv takes 4 tokens at most
+    assert kept(weight) == [(4, "default")]
+    names = [formulation_for(weight, torch.bfloat16, tokens).name for tokens in (1, 4, 5)]
+    assert names == ["gemv", "gemv", "tiles"]
 
 
 def test_each_point_speaks_for_those_up_to_it(weight, monkeypatch):
@@ -65,7 +65,7 @@ def test_each_point_speaks_for_those_up_to_it(weight, monkeypatch):
     monkeypatch.setattr(tuning, "measure", measured)
     seen = []
     tune(weight, torch.bfloat16, tokens=[1, 2, 4, 8], progress=seen.append)
-    assert kept(weight) == [(1, "tiles"), (2, "gemv"), (MANY, "tiles")]
+    assert kept(weight) == [(1, "tiles"), (2, "default"), (4, "tiles"), (8, "default")]
     assert seen == [1, 2, 4, 8]
 
 
@@ -73,7 +73,17 @@ def test_a_point_does_not_speak_for_tokens_that_its_formulation_refuses(clock):
     weight = prepare(random_weight(rows=48, columns=128), layout="planes")
     clock["gemv"] = 0.5
     tune(weight, torch.bfloat16, tokens=[1, 3])
-    assert kept(weight) == [(3, "gemv"), (MANY, "tiles")]
+    assert kept(weight) == [(3, "default")]
+
+
+def test_what_was_not_measured_is_as_usual():
+    """A quick run that finds the default the fastest of one token must say nothing of 4096."""
+    weight = prepare(random_weight(rows=48, columns=128, dtype=torch.bfloat16))
+    usual = [formulation_for(weight, torch.bfloat16, n).name for n in (1, 16, 17, 4096)]
+    tune(weight, torch.bfloat16, tokens=[1])
+    assert [formulation_for(weight, torch.bfloat16, n).name for n in (1, 16, 17, 4096)] == usual
+    tune(weight, torch.bfloat16, tokens=[64])
+    assert formulation_for(weight, torch.bfloat16, 8).name == usual[1]
 
 
 def test_adapters_are_kept_apart(weight, clock):
@@ -81,7 +91,11 @@ def test_adapters_are_kept_apart(weight, clock):
     clock["tiles"] = 0.5
     tune(weight, torch.bfloat16, lora, tokens=[1])
     assert kept(weight) is None
-    assert kept(weight, lora) == [(MANY, "tiles")]
+    assert kept(weight, lora) == [(1, "tiles")]
+    more = random_stack(adapters=5, rank=4, rows=48, columns=128, dtype=torch.bfloat16)
+    assert kept(weight, prepare_lora(more)) == [(1, "tiles")]
+    wider = random_stack(rank=5, rows=48, columns=128)
+    assert kept(weight, prepare_lora(wider)) is None
 
 
 def test_it_measures_what_runs(weight):
