@@ -20,6 +20,7 @@ from benchmarks.report import bars, plot, report
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # out_features, in_features
+DTYPES = ("bfloat16", "float16", "float32")
 SHAPES_OF = {"cpu": (0, 1), "cuda": (0, 1, 2)}
 TOKENS_OF = {
     "cpu": (1, 4, 16, 64, 256),
@@ -34,7 +35,7 @@ def options_of(arguments):
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--shapes", type=int, nargs="+", help=f"indices into {SHAPES}")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument(
         "--in-a-graph",
@@ -45,6 +46,10 @@ def options_of(arguments):
     parser.add_argument("--budget", type=float, default=15, help="seconds a cell")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
+    if options.shapes and not set(options.shapes) <= set(range(len(SHAPES))):
+        parser.error(f"--shapes: indices of 0 to {len(SHAPES) - 1}, got {options.shapes}")
+    if options.group_size < 1 or options.rounds < 2 or min(options.tokens or [1]) < 1:
+        parser.error("--group-size and --tokens must be 1 or more, --rounds 2 or more")
     there = torch.cuda.is_available()
     options.device = options.device or ("cuda" if there else "cpu")
     if options.device == "cuda" and not there:

@@ -21,7 +21,7 @@ from torch import Tensor
 from int4_lora.compiled.planes_weight import PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
-from int4_lora.reference.lora import accumulation_dtype
+from int4_lora.reference.lora import accumulation_dtype, without_autocast
 
 __all__ = ["differentiable", "needs_gradients"]
 
@@ -77,9 +77,14 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grads[0]):
+            return _Layer._backward(ctx, grads[0])
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, adapter_ids, *flat = ctx.saved_tensors
         sums = accumulation_dtype(x)
-        g = grads[0].to(sums)
+        g = grad.to(sums)
         dx = _through_base(g, ctx.weight) if ctx.needs_input_grad[3] else None
         of_adapters: list[Tensor | None] = []
         for index, one in enumerate(ctx.slices):

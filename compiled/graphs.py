@@ -8,6 +8,7 @@ Source: ``torch._dynamo``'s documentation of ``recompile_limit`` and ``mark_dyna
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
@@ -56,24 +57,31 @@ def run(
     if formulation.one_call and not slices and bias is None:
         return formulation.layer(x, weight, slices, None, None)
     bucket = bucket_of(x.shape[0], x.device.type)
-    adapters = tuple((one.a.shape, one.a.dtype, one.start) for one in slices)
-    unfinite = tuple(not one.finite for one in slices)
-    optional = tuple(None if one is None else one.dtype for one in (adapter_ids, bias))
-    kind = (x.dtype, x.is_inference())
-    key = (formulation.name, weight.signature, kind, adapters, unfinite, optional, bucket)
+    slices = tuple(dataclasses.replace(one) for one in slices)  # as they are now: update() may come
+    adapters = tuple((one.start, one.stop, one.finite, *_described(one.a)) for one in slices)
+    others = tuple(_described(one) for one in (x, adapter_ids, bias))
+    dtype = torch.get_default_dtype()
+    key = (formulation.name, weight.signature, bucket, adapters, x.dtype, others, dtype)
     graph = _graphs.get(key)
     if graph is None:
         with _lock:
             backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
             made = torch.compile(_own_code(formulation.layer), backend=backend)
             graph = _graphs.setdefault(key, made)
-    x = x.contiguous().as_strided(x.shape, (x.shape[1], 1))  # one row has one stride, too
+    x = x.detach().contiguous().as_strided(x.shape, (x.shape[1], 1))  # one row has one stride, too
     if bucket[0] > 1:
         torch._dynamo.mark_dynamic(x, 0, min=bucket[0], max=bucket[1])
         if adapter_ids is not None:
             adapter_ids = adapter_ids.contiguous().view(adapter_ids.shape)
             torch._dynamo.mark_dynamic(adapter_ids, 0, min=bucket[0], max=bucket[1])
-    return graph(x, weight, tuple(slices), adapter_ids, bias)
+    return graph(x, weight, slices, adapter_ids, bias)
+
+
+def _described(operand: Tensor | None) -> tuple[Hashable, ...]:
+    """Return what a graph is specialised on of an operand whose number of rows is not."""
+    if operand is None:
+        return ()
+    return operand.dtype, operand.shape[1:], operand.is_inference()
 
 
 def _own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

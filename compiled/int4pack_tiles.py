@@ -123,11 +123,13 @@ def _of_pairs(x: Tensor, weight: Int4PackWeight, start: int, stop: int, scales: 
 
 def _in_order(product: Tensor, block: int) -> Tensor:
     """Return the outputs of whole blocks in order, from pairs."""
-    pairs = product.view(product.shape[0], -1, block // 2, 2)
+    tokens, outputs = product.shape
+    pairs = product.view(tokens, outputs // block, block // 2, 2)
     return pairs.transpose(2, 3).reshape(product.shape)
 
 
 def _of_halves(x: Tensor, weight: Int4PackWeight, start: int, stop: int, scales: Tensor) -> Tensor:
     products = [x @ half for half in halves(weight, start, stop, scales, x.dtype)]
-    parts = [product.view(x.shape[0], -1, weight.block // 2) for product in products]
+    shape = (x.shape[0], (stop - start) // weight.block, weight.block // 2)
+    parts = [product.view(shape) for product in products]
     return torch.stack(parts, dim=2).flatten(1)  # [tokens, blocks, half, row]

@@ -1,7 +1,7 @@
 """The adapters' term of the layer, ``scaling * (x A^T) B^T`` with each token's own A and B.
 
-Three identities of the reference's ``expand(shrink(x))``, none of which copies an adapter for a
-token when compiled:
+Three identities of the reference's ``expand(shrink(x))``. Compiled, none copies an adapter for a
+token; ``grouped`` copies one for each block of tokens.
 
 - ``gathered``: the sums over in_features and over the rank are written out, with the token's
   adapter as an index into A and B. Few tokens; on a CPU any number of them up to rank 64, for it

@@ -84,6 +84,11 @@ class PlanesWeight(PreparedWeight):
         return self.scale.shape[1]
 
     @property
+    def words_of_a_group(self) -> int:
+        """Words that a group of a row fills."""
+        return self.words.shape[1] // self.groups
+
+    @property
     def device(self) -> torch.device:
         """Where its tensors are."""
         return self.words.device

@@ -102,7 +102,7 @@ class PreparedLoRA:
                 slice alone.
 
         Raises:
-            TypeError: a tensor of another dtype than the slice's.
+            TypeError: a tensor of another dtype than the slice's, or a scaling that is no number.
             ValueError: no such adapter, or shapes that do not fit.
 
         Example:
@@ -120,6 +120,8 @@ class PreparedLoRA:
             if entry is not None:
                 _check_entry(index, one, entry)
         for one, entry in zip(self.slices, given, strict=True):
+            if entry is not None and not bool(entry[1].isfinite().all()):
+                object.__setattr__(one, "finite", False)  # before anybody can read such a B
             one.a[adapter].zero_()
             one.bt[adapter].zero_()
             one.scaling[adapter] = 0.0 if entry is None else entry[2]
@@ -131,7 +133,10 @@ class PreparedLoRA:
 
 
 def _check_entry(index: int, one: PreparedSlice, entry: tuple[Tensor, Tensor, float]) -> None:
-    a, b, _ = entry
+    a, b, scaling = entry
+    if not isinstance(scaling, (int, float)):
+        found = type(scaling).__name__
+        raise TypeError(f"scaling of slice {index} must be a float, got {found}")
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype != one.a.dtype:
             raise TypeError(f"{name} of slice {index} must be {one.a.dtype}, got {tensor.dtype}")

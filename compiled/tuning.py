@@ -20,7 +20,7 @@ from torch import Tensor
 
 from int4_lora.compiled import graphs
 from int4_lora.compiled.choice import AS_USUAL, candidates, default, keep_crossovers, takes
-from int4_lora.compiled.disk_cache import check_writable
+from int4_lora.compiled.disk_cache import cache_folder, check_writable
 from int4_lora.compiled.formulations import Formulation
 from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
@@ -94,7 +94,8 @@ def tune(
     for count in tokens:
         points.append(_measured(copies, dtype, count, slices))
         progress(count)
-    keep_crossovers(weight, dtype, slices, _crossovers(points, weight, dtype, slices))
+    if not keep_crossovers(weight, dtype, slices, _crossovers(points, weight, dtype, slices)):
+        raise OSError(f"{cache_folder()} can no longer be written: kept for this process only")
     return points
 
 

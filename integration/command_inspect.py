@@ -31,7 +31,7 @@ MEBIBYTE = 2**20
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A compressed-tensors checkpoint.")],
+    path: Annotated[str, typer.Argument(help="A compressed-tensors checkpoint.")],
     adapter: Annotated[
         list[Path] | None, typer.Option(help="A PEFT adapter that is to fit; may be repeated.")
     ] = None,

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -63,7 +62,7 @@ class Kind:
 
 
 def tune(
-    path: Annotated[Path, typer.Argument(help="A compressed-tensors checkpoint.")],
+    path: Annotated[str, typer.Argument(help="A compressed-tensors checkpoint.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of x; the scales' if not given.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapters to measure with.")] = 16,
     adapters: Annotated[int, typer.Option(min=0, help="To choose from; 0: base alone.")] = 4,

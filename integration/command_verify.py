@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,7 +27,7 @@ __all__ = ["verify"]
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A compressed-tensors checkpoint.")],
+    path: Annotated[str, typer.Argument(help="A compressed-tensors checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
     """Hold every module against compressed-tensors' own decompression, bit for bit.

@@ -8,8 +8,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
-from int4_lora.integration import hub, open_checkpoint
+from int4_lora.integration import cli, hub, open_checkpoint
 
 COMMIT = "0" * 40
 OPEN = """
@@ -126,3 +127,13 @@ def test_what_is_no_name_is_never_looked_up(path, monkeypatch):
 
 def test_a_folder_is_taken_as_it_is(tiny_models):
     assert hub.local_folder(tiny_models["g32"]) == tiny_models["g32"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "tune"])
+def test_a_mistyped_folder_is_no_name(command, monkeypatch):
+    monkeypatch.setattr(
+        hub.importlib, "import_module", lambda name: pytest.fail(f"imported {name}")
+    )
+    result = CliRunner().invoke(cli.app, [command, "./nowhere/model"])
+    assert result.exit_code == 2
+    assert "nowhere/model is not a folder with a checkpoint" in result.output

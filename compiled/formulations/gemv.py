@@ -32,7 +32,8 @@ def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     """Return ``x W^T`` in the dtype of sums."""
     sums = accumulation_dtype(x)
     tokens, groups = x.shape[0], weight.groups
-    planes = weight.arrange(x).view(tokens, 1, groups, NIBBLES, -1).to(sums)
+    planes = weight.arrange(x).view(tokens, 1, groups, NIBBLES, weight.words_of_a_group)
+    planes = planes.to(sums)
     words = weight.words.view(1, weight.out_features, groups, -1)
     zeros = weight.zeros(0, weight.out_features)
     centre = 8 if zeros is None else 8 + zeros[None, :, :, None]

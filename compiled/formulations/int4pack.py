@@ -27,7 +27,8 @@ __all__ = ["INT4PACK", "base"]
 def base(x: Tensor, weight: Int4PackWeight) -> Tensor:
     """Return ``x W^T``, rounded to the dtype of x."""
     size = weight.columns_of_a_scale
-    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.data, size, weight.table)
+    operator = torch.ops.aten._weight_int4pack_mm_for_cpu
+    product: Tensor = operator(x.contiguous(), weight.data, size, weight.table)
     return product
 
 

@@ -43,7 +43,7 @@ LAUNCHES = {  # by the most tokens of a bucket, and whether there are no zero-po
 def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     """Return ``x W^T`` in float32."""
     tokens, groups = x.shape[0], weight.groups
-    planes = weight.arrange(x).view(tokens, groups, NIBBLES, -1)
+    planes = weight.arrange(x).view(tokens, groups, NIBBLES, weight.words_of_a_group)
     exponents = weight.exponents().unsqueeze(1)  # no scalar: that would depend on the tokens' mask
     scale = _for_each_word(weight.scale.float(), weight)
     factors = {c: scale * c for c in (256.0, 16.0)}
@@ -57,7 +57,9 @@ def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     for nibble in ORDER:
         c = CODE_SCALES[nibble]
         dense = (fractions[nibble] * factors[c] + shifts[c]).to(x.dtype)
-        term = product(planes[:, :, nibble].reshape(tokens, -1), dense.T, torch.float32)
+        term = product(
+            planes[:, :, nibble].reshape(tokens, weight.words.shape[1]), dense.T, torch.float32
+        )
         total = term if total is None else total + term
     assert total is not None
     return total
@@ -65,7 +67,7 @@ def base(x: Tensor, weight: PlanesWeight) -> Tensor:
 
 def _for_each_word(values: Tensor, weight: PlanesWeight) -> Tensor:
     """Return ``[out_features, groups]`` as ``[out_features, words of a row]``."""
-    shape = (*values.shape, weight.words.shape[1] // weight.groups)
+    shape = (*values.shape, weight.words_of_a_group)
     return values.unsqueeze(2).expand(shape).flatten(1)
 
 

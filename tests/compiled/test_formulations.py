@@ -108,11 +108,13 @@ def test_ranks_and_adapters(adapters, rank, tokens):
 
 
 @pytest.mark.parametrize("tokens", [4, 40])
-def test_ids_of_no_adapter_contribute_nothing(tokens):
+@pytest.mark.parametrize(("adapters", "rank"), [(3, 4), (3, 65), (9, 65)])
+def test_ids_of_no_adapter_contribute_nothing(tokens, adapters, rank):
     weight = random_weight(rows=48, columns=128)
-    slices = prepare_lora(random_stack(rows=48, columns=128)).slices
+    stack = random_stack(adapters=adapters, rank=rank, rows=48, columns=128)
+    slices = prepare_lora(stack).slices
     x = random_x(tokens, 128)
-    ids = torch.tensor([3, -2, 2**31, -(2**40)]).repeat(tokens // 4)
+    ids = torch.tensor([adapters, -2, 2**32, -(2**40)]).repeat(tokens // 4)
     for name, layout in itertools.product(FORMULATIONS, layouts(weight)):
         formulation, prepared = FORMULATIONS[name], prepare(weight, layout=layout)
         if formulation.refuses(prepared, x.dtype, tokens) or name == "definition":

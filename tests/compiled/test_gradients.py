@@ -100,3 +100,16 @@ def test_no_gradients_where_none_are_wanted():
     with torch.no_grad():
         assert not int4_lora_linear(x, weight).requires_grad
     assert not int4_lora_linear(x.detach(), weight).requires_grad
+
+
+def test_autocast_around_the_backward_changes_nothing():
+    weight = prepare(random_weight(**SHAPE))
+    found = []
+    for enabled in (False, True):
+        x, a, b, scaling, bias = leaves(torch.float32, 4)
+        lora = prepare_lora(LoRAStack(a, b, scaling))
+        y = int4_lora_linear(x, weight, lora, torch.tensor([0, 1, 2, -1]), bias)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(y, (x, a, b), torch.ones_like(y)))
+    for plain, within in zip(*found, strict=True):
+        assert torch.equal(plain, within)

@@ -149,6 +149,24 @@ def test_another_graph_takes_it_in(layout):
         check(x.relu(), WEIGHT, STACK, ids_of(tokens), BIAS, layout=layout, y=y)
 
 
+@pytest.mark.parametrize(
+    ("scales", "dtype", "symmetric"),
+    [
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, False),
+    ],
+)
+def test_another_graph_takes_no_tokens_and_any_strides(scales, dtype, symmetric):
+    weight = random_weight(**SHAPE, dtype=scales, symmetric=symmetric)
+    prepared = prepare(weight)
+    block = torch.compile(lambda x: int4_linear(x.T, prepared), fullgraph=True, backend="eager")
+    assert block(torch.empty(COLUMNS, 0, dtype=dtype)).shape == (0, ROWS)
+    x = random_x(5, COLUMNS, dtype).T.contiguous().T
+    check(x, weight, None, None, None, layout=layouts(weight)[0], y=block(x.T))
+
+
 def test_autocast_changes_nothing():
     weight = prepare(WEIGHT, layout="planes")
     x = random_x(17, COLUMNS)

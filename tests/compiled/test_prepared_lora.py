@@ -84,3 +84,27 @@ def test_refuses():
         prepare_lora([])
     with pytest.raises(TypeError, match="lora must be a LoRAStack or LoRASlices, got Tensor"):
         prepare_lora(torch.ones(2))
+
+
+def test_a_b_that_is_not_finite_is_known_before_it_can_be_read(monkeypatch):
+    lora = prepare_lora(STACK)
+    (one,) = lora.slices
+    seen, zero = [], torch.Tensor.zero_
+    monkeypatch.setattr(
+        torch.Tensor, "zero_", lambda tensor: seen.append(one.finite) or zero(tensor)
+    )
+    rank, columns = STACK.a.shape[1:]
+    spoilt = torch.full((STACK.out_features, rank), torch.nan)
+    lora.update(0, [(torch.ones(rank, columns), spoilt, 1.0)])
+    assert seen
+    assert not any(seen)
+    lora.update(0, [None])
+    assert one.finite
+
+
+@pytest.mark.parametrize("scaling", [None, "x", torch.ones(2)])
+def test_a_scaling_that_is_no_number_changes_nothing(scaling):
+    lora = prepare_lora(STACK)
+    with pytest.raises(TypeError, match="scaling of slice 0 must be a float, got"):
+        lora.update(0, [(STACK.a[0], STACK.b[0], scaling)])
+    assert torch.equal(lora.slices[0].a, STACK.a)
