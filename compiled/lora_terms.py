@@ -123,5 +123,5 @@ def grouped(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     blocks = bring_together(adapter_ids, one.adapters, size)
     a, bt = one.a.index_select(0, blocks.adapter), one.bt.index_select(0, blocks.adapter)
     h = batched_product(blocks.gather(x), a.transpose(1, 2), sums)  # [blocks, size, rank]
-    h = h * one.scaling.to(sums).index_select(0, blocks.adapter)[:, None, None]
-    return blocks.scatter(h @ bt.to(sums))
+    scaling = one.scaling.to(sums).index_select(0, blocks.adapter)
+    return blocks.scatter(h @ bt.to(sums) * scaling[:, None, None])

@@ -69,8 +69,7 @@ def bring_together(adapter_ids: Tensor, adapters: int, size: int) -> TokenBlocks
     ends = blocks.cumsum(0)  # [adapters], in blocks
     start = (ends - blocks).index_select(0, adapter_ids.clamp(0, adapters - 1).to(torch.int64))
     place = torch.where(own, start * size + before, 0)
-    needed = (tokens + size - 1) // size + adapters
-    most = torch.sym_min(tokens, needed)  # type: ignore[no-untyped-call]
+    most = min(tokens, (tokens + size - 1) // size + adapters)
     token = torch.full((most * size + 1,), tokens, device=device)
     to = torch.where(own, place, most * size)  # who has no adapter shares the row that is cut off
     token = token.index_copy(0, to, torch.arange(tokens, device=device))[:-1]

@@ -131,6 +131,7 @@ def check(case, code, weight_rounded, base_rounded):
 def main():
     """Check every case of the file."""
     for case, code, *flags in pickle.loads(Path(sys.argv[1]).read_bytes()):
+        print(f"interpreted: {case}", file=sys.stderr, flush=True)
         print(json.dumps(check(case, code, *flags)), flush=True)
 
 

@@ -44,7 +44,7 @@ MUTANTS = {
         ["compiled/test_token_blocks.py"],
     ),
     "too_few_blocks": (
-        "token_blocks", {"+ size - 1) // size + adapters\n": "+ size - 1) // size\n"},
+        "token_blocks", {"+ size - 1) // size + adapters)": "+ size - 1) // size)"},
         ["compiled/test_token_blocks.py"],
     ),
     "ties_rounded_up": (

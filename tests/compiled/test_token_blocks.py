@@ -48,3 +48,12 @@ def test_grouped_and_masked_agree(tokens):
     x = torch.randn(tokens, 32, generator=generator)
     ids = torch.randint(-1, 6, (tokens,), generator=generator)
     assert torch.allclose(grouped(x, one, ids), masked(x, one, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("term", [grouped, masked])
+def test_the_scaling_comes_last(term):
+    """As in the reference: scaled first, what is finite in the end would overflow on the way."""
+    a, bt = torch.ones(2, 3, 32), torch.full((2, 3, 8), 1e-37)
+    one = PreparedSlice(a, bt, torch.tensor([1e38, 1.0]), 0)
+    delta = term(torch.ones(5, 32), one, torch.zeros(5, dtype=torch.int64))
+    assert torch.allclose(delta, torch.full((5, 8), 960.0))
