@@ -33,10 +33,10 @@ __all__ = ["PLANES", "base"]
 MOST_TOKENS = 64
 ORDER = (7, 5, 3, 1, 6, 4, 2, 0)  # in which the compiler spills the fewest registers
 LAUNCHES = {  # by the most tokens of a bucket, and whether there are no zero-points
-    (16, True): Launch(outputs=32, tokens=16, words=64, warps=4, stages=3),
-    (16, False): Launch(outputs=32, tokens=16, words=32, warps=4, stages=3),
-    (MOST_TOKENS, True): Launch(outputs=32, tokens=64, words=32, warps=4, stages=3),
-    (MOST_TOKENS, False): Launch(outputs=32, tokens=64, words=32, warps=4, stages=3),
+    (16, True): Launch(outputs=32, tokens=16, words=64, warps=4, stages=2),
+    (16, False): Launch(outputs=32, tokens=16, words=32, warps=4, stages=2),
+    (MOST_TOKENS, True): Launch(outputs=64, tokens=64, words=32, warps=8, stages=2),
+    (MOST_TOKENS, False): Launch(outputs=64, tokens=64, words=32, warps=8, stages=2),
 }
 
 
