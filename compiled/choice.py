@@ -68,10 +68,9 @@ def choose(
     if torch.compiler.is_compiling():
         return default(weight, dtype, tokens, slices, inlined=True)
     for most, name in kept_crossovers(weight, dtype, slices) or ():
-        if tokens <= most and name != AS_USUAL:
-            return FORMULATIONS[name]
         if tokens <= most:
-            break
+            usual = name == AS_USUAL
+            return default(weight, dtype, tokens, slices) if usual else FORMULATIONS[name]
     return default(weight, dtype, tokens, slices)
 
 

@@ -58,10 +58,12 @@ def run(
         return formulation.layer(x, weight, slices, None, None)
     bucket = bucket_of(x.shape[0], x.device.type)
     slices = tuple(dataclasses.replace(one) for one in slices)  # as they are now: update() may come
-    adapters = tuple((one.start, one.stop, one.finite, *_described(one.a)) for one in slices)
+    adapters = tuple(
+        (one.adapters, one.start, one.stop, one.finite, *_described(one.a)) for one in slices
+    )
     others = tuple(_described(one) for one in (x, adapter_ids, bias))
     dtype = torch.get_default_dtype()
-    key = (formulation.name, weight.signature, bucket, adapters, x.dtype, others, dtype)
+    key = (formulation.name, weight.signature, bucket, adapters, others, dtype)
     graph = _graphs.get(key)
     if graph is None:
         with _lock:

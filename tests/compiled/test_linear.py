@@ -125,6 +125,17 @@ def test_any_number_of_shapes_in_one_process(monkeypatch):
             check(x, weight, None, None, None, layout="planes", y=y)
 
 
+def test_other_numbers_of_adapters_are_other_graphs(monkeypatch):
+    monkeypatch.setattr(graphs, "_graphs", {})
+    monkeypatch.setattr(graphs.torch, "compile", lambda layer, **_: layer)
+    weight, x = prepare(WEIGHT), random_x(3, COLUMNS)
+    for number in (1, 2, 3):
+        lora = prepare_lora(LoRAStack(STACK.a[:number], STACK.b[:number], STACK.scaling[:number]))
+        int4_lora_linear(x, weight, lora, ids_of(3))
+    int4_lora_linear(x, weight, lora, ids_of(3))
+    assert len(graphs._graphs) == 3
+
+
 def test_a_row_alone_and_in_a_batch():
     weight = prepare(WEIGHT)
     x, ids = random_x(20, COLUMNS), ids_of(20)
