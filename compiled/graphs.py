@@ -1,32 +1,38 @@
 """Compiled layers: one graph per formulation, layer shape and bucket of tokens.
 
 Every graph gets a code object of its own, because torch counts recompiles per code object: forty
-layer shapes in one process are forty graphs, not forty recompiles of one.
+layer shapes in one process are forty graphs, not forty recompiles of one, and none makes another's
+sizes dynamic.
 
-Source: ``torch._dynamo``'s documentation of ``recompile_limit`` and ``mark_dynamic``.
+Source: ``torch._dynamo``'s documentation of ``recompile_limit`` and ``mark_dynamic``;
+``torch._dynamo.pgo``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from int4_lora.compiled.formulations.formulation import Formulation
-from int4_lora.compiled.lora_terms import GATHERED_TOKENS
+from int4_lora.compiled.lora_terms import GATHERED_TOKENS, add_terms
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
-__all__ = ["bucket_of", "run"]
+__all__ = ["bucket_of", "run", "run_terms"]
 
 MOST_TOKENS = 2**31 - 1
 LAST_TOKENS = {"cpu": (1, 16), "cuda": (1, 16, GATHERED_TOKENS["cuda"][0])}
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}
+_GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2.8 and later
+_numbers = itertools.count()
 _lock = threading.Lock()
 
 
@@ -58,39 +64,98 @@ def run(
         return formulation.layer(x, weight, slices, None, None)
     bucket = bucket_of(x.shape[0], x.device.type)
     slices = tuple(dataclasses.replace(one) for one in slices)  # as they are now: update() may come
-    adapters = tuple(
-        (one.adapters, one.start, one.stop, one.finite, *_described(one.a)) for one in slices
-    )
-    others = tuple(_described(one) for one in (x, adapter_ids, bias))
-    dtype = torch.get_default_dtype()
-    key = (formulation.name, weight.signature, bucket, adapters, others, dtype)
+    operands = _operands((x, adapter_ids, bias), slices)
+    key = (formulation.name, weight.signature, bucket, operands, torch.get_default_dtype())
     graph = _graphs.get(key)
     if graph is None:
-        with _lock:
-            backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
-            made = torch.compile(_own_code(formulation.layer), backend=backend)
-            graph = _graphs.setdefault(key, made)
-    x = x.detach().contiguous().as_strided(x.shape, (x.shape[1], 1))  # one row has one stride, too
-    if bucket[0] > 1:
-        torch._dynamo.mark_dynamic(x, 0, min=bucket[0], max=bucket[1])
-        if adapter_ids is not None:
-            adapter_ids = adapter_ids.contiguous().view(adapter_ids.shape)
-            torch._dynamo.mark_dynamic(adapter_ids, 0, min=bucket[0], max=bucket[1])
+        backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
+        graph = _compiled(key, formulation.layer, backend)
+    x = _dynamic(x, bucket)
+    bias = None if bias is None else bias.detach().contiguous()
+    adapter_ids = None if adapter_ids is None else _dynamic(adapter_ids, bucket)
     return graph(x, weight, slices, adapter_ids, bias)
 
 
-def _described(operand: Tensor | None) -> tuple[Hashable, ...]:
+def run_terms(
+    base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor
+) -> Tensor:
+    """Run ``lora_terms.add_terms`` on a base that was computed elsewhere."""
+    bucket = bucket_of(x.shape[0], x.device.type)
+    slices = tuple(dataclasses.replace(one) for one in slices)
+    operands = _operands((base, x, adapter_ids), slices)
+    key = ("terms", x.device, bucket, operands, torch.get_default_dtype())
+    graph = _graphs.get(key) or _compiled(key, _terms, "inductor")
+    base, x, adapter_ids = (_dynamic(one, bucket) for one in (base, x, adapter_ids))
+    return graph(base, x, slices, adapter_ids)
+
+
+def _terms(base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor) -> Tensor:
+    return add_terms(base, x, slices, adapter_ids, None)
+
+
+def _compiled(
+    key: Hashable, function: Callable[..., Tensor], backend: Any
+) -> Callable[..., Tensor]:
+    """Return the graph of a key, which another thread may have made first.
+
+    Its key says all that Dynamo's guards on the operands would; they cost more than a small layer.
+    """
+    guards: dict[str, Any] | None = None
+    if _GUARDS_CAN_GO:
+        guards = {"guard_filter_fn": _kept_guards}
+    with _lock:
+        made = torch.compile(_own_code(function), backend=backend, options=guards)
+        return _graphs.setdefault(key, made)
+
+
+def _kept_guards(guards: Sequence[Any]) -> list[bool]:
+    """Return which guards stay: those of torch's settings, and of sizes that indices depend on."""
+    return [one.guard_type in ("GLOBAL_STATE", "SHAPE_ENV") for one in guards]
+
+
+def _dynamic(operand: Tensor, bucket: tuple[int, int]) -> Tensor:
+    """Return an operand by tokens as graphs expect it: contiguous, any number of a bucket."""
+    strides = (operand.shape[1], 1) if operand.ndim == 2 else (1,)  # one row has one stride, too
+    operand = operand.detach().contiguous().as_strided(operand.shape, strides)
+    if bucket[0] > 1:
+        torch._dynamo.mark_dynamic(operand, 0, min=bucket[0], max=bucket[1])
+    return operand
+
+
+def _operands(
+    tensors: Sequence[Tensor | None], slices: Sequence[PreparedSlice]
+) -> tuple[Hashable, ...]:
+    """Return what a graph is specialised on of the operands, the number of tokens left out."""
+    adapters = tuple(
+        (one.start, one.finite, *(_whole(tensor) for tensor in (one.a, one.bt, one.scaling)))
+        for one in slices
+    )
+    identities = [id(tensor) for one in slices for tensor in (one.a, one.bt, one.scaling)]
+    shared = len(set(identities)) < len(identities)  # then the graph has fewer inputs
+    pattern = tuple(identities.index(one) for one in identities) if shared else ()
+    return (*(_by_tokens(one) for one in tensors), adapters, pattern)
+
+
+def _by_tokens(operand: Tensor | None) -> tuple[Hashable, ...]:
     """Return what a graph is specialised on of an operand whose number of rows is not."""
     if operand is None:
         return ()
-    return operand.dtype, operand.shape[1:], operand.is_inference()
+    return operand.dtype, operand.shape[1:], type(operand), operand.is_inference(), operand.is_neg()
+
+
+def _whole(operand: Tensor) -> tuple[Hashable, ...]:
+    return operand.dtype, operand.shape, operand.stride(), type(operand), operand.is_inference()
 
 
 def _own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the same function with a code object of its own."""
+    """Return the same function with a code object of its own, under a name of its own.
+
+    Dynamo remembers by file, line and name which sizes it has seen change. Under one name a second
+    layer's sizes would all be symbols: other kernels, compiled in minutes.
+    """
     assert isinstance(function, FunctionType)
     copy = FunctionType(
-        function.__code__.replace(),
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,
