@@ -33,6 +33,7 @@ __all__ = [
     "candidates",
     "choose",
     "default",
+    "device_name",
     "keep_crossovers",
     "kept_crossovers",
     "takes",
@@ -187,7 +188,7 @@ def _key(
     return {
         "format": FORMAT,
         "torch": torch.__version__,
-        "device": _device_name(weight.device),
+        "device": device_name(weight.device),
         "threads": torch.get_num_threads() if weight.device.type == "cpu" else 0,
         "weight": [type(weight).__name__, *map(_plain, weight.signature[1:])],
         "x": str(dtype),
@@ -203,7 +204,8 @@ def _plain(value: object) -> Any:
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name that measurements on a device are kept under."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"

@@ -51,6 +51,10 @@ class PreparedSlice:
         """The output after the last that the slice writes."""
         return self.start + self.bt.shape[2]
 
+    def look_again(self) -> None:
+        """Look whether ``bt`` is finite: for those who wrote to it themselves."""
+        object.__setattr__(self, "finite", bool(self.bt.isfinite().all()))
+
     def detach(self) -> PreparedSlice:
         """Return it with tensors that want no gradient."""
         return dataclasses.replace(
@@ -129,7 +133,7 @@ class PreparedLoRA:
                 rank = entry[0].shape[0]
                 one.a[adapter, :rank].copy_(entry[0])
                 one.bt[adapter, :rank].copy_(entry[1].T)
-            object.__setattr__(one, "finite", bool(one.bt.isfinite().all()))
+            one.look_again()
 
 
 def _check_entry(index: int, one: PreparedSlice, entry: tuple[Tensor, Tensor, float]) -> None:

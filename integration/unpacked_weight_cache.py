@@ -83,6 +83,12 @@ class UnpackedWeightCache:
             self._bury()
             return len(self._entries)
 
+    def __contains__(self, weight: object) -> bool:
+        """Return whether a dense tensor of that very weight is kept, of whatever dtype."""
+        with self._lock:
+            self._bury()
+            return any(key[0] == id(weight) for key in self._entries)
+
     def get(self, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight, unpacked now or kept from an earlier call.
 
