@@ -1,0 +1,169 @@
+"""What ``--quantization int4_lora`` selects: vLLM's configuration with our INT4 scheme.
+
+Source: vLLM's ``CompressedTensorsConfig``.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsWNA16,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
+from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
+from int4_lora.integration.vllm_plugin.scheme import Int4Scheme
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
+from int4_lora.integration.vllm_plugin.session import Session, logger
+from int4_lora.integration.vllm_plugin.upstream import missing, untested
+
+__all__ = ["NAME", "Int4LoRAConfig"]
+
+NAME = "int4_lora"
+METHOD = "compressed-tensors"
+ACTIVATION_ORDERS = ("group", "dynamic")
+
+
+class Int4LoRAConfig(CompressedTensorsConfig):
+    """compressed-tensors' configuration, its INT4 linears computed by ``int4_lora.compiled``.
+
+    Source:
+        The request this project began with names ``lora_compatible``, ``lora_target_modules`` and
+        ``is_lora_compatible``.
+    """
+
+    metadata = LoRAMetadata()
+    _session: Session | None = None
+
+    @property
+    def lora_compatible(self) -> bool | None:
+        """What the checkpoint says of itself, or None."""
+        return self.metadata.compatible
+
+    @property
+    def lora_target_modules(self) -> tuple[str, ...] | None:
+        """The modules that the checkpoint means adapters for, or None."""
+        return self.metadata.target_modules
+
+    def is_lora_compatible(self) -> bool:
+        """Return whether the model takes adapters on INT4 layers.
+
+        What the checkpoint says holds; where it says nothing, whether there is an INT4 layer, once
+        the layers are there, or a group of INT4 weights in its config before.
+        """
+        if self.metadata.compatible is not None:
+            return self.metadata.compatible
+        if self._session is not None:
+            return any(layer.int4 for layer in self._session.layers)
+        groups = (scheme.get("weights") for scheme in self.target_scheme_map.values() if scheme)
+        return any(getattr(weights, "num_bits", None) == 4 for weights in groups)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Answer where the operator asked for it, and say that it exists where the model does."""
+        if hf_quant_cfg.get("quant_method") != METHOD:
+            if user_quant == NAME:
+                found = hf_quant_cfg.get("quant_method")
+                raise ValueError(f"int4_lora takes {METHOD} checkpoints, and this one is {found!r}")
+            return None
+        if user_quant == NAME:
+            return NAME
+        if hf_quant_cfg.get("lora_compatible") or getattr(hf_config, "lora_compatible", False):
+            logger.info_once(
+                "int4_lora: the model says lora_compatible; --quantization int4_lora serves its "
+                "INT4 linears and adapters in one kernel"
+            )
+        return None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Int4LoRAConfig:
+        """Read a checkpoint's quantisation.
+
+        Raises:
+            ValueError: vLLM's version, or something of the checkpoint, is refused.
+        """
+        refusal = untested() or "; ".join(missing())
+        if refusal:
+            raise ValueError(f"int4_lora: {refusal}")
+        if config.get("transform_config"):
+            raise ValueError("int4_lora does not take transforms (transform_config of config.json)")
+        for name, group in config.get("config_groups", {}).items():
+            order = (group.get("weights") or {}).get("actorder")
+            if order in ACTIVATION_ORDERS:
+                raise ValueError(
+                    f"int4_lora in vLLM does not take activation order {order!r} ({name}): "
+                    "quantise with actorder static or none"
+                )
+        made = super().from_config(config)
+        assert isinstance(made, Int4LoRAConfig)
+        return made
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Read what the checkpoint says about adapters."""
+        super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
+        whole = {} if hf_config is None else hf_config.to_dict()
+        folder = Path(model_name)
+        self.metadata = read_metadata(whole, folder if folder.is_dir() else None)
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        """Return what vLLM would, after noting the layer and refusing what would go wrong.
+
+        Raises:
+            ValueError: a quantised lm_head or embedding with adapters.
+        """
+        session = self._of_this_process()
+        if isinstance(layer, LinearBase):
+            layer.int4_lora = ServedLayer(prefix, int4=False, stock_because="no INT4 weights")
+            session.layers.append(layer.int4_lora)
+        method = super().get_quant_method(layer, prefix)
+        quantised = isinstance(layer, (ParallelLMHead, VocabParallelEmbedding)) and method
+        if quantised and session.adapters and hasattr(layer, "scheme"):
+            raise ValueError(
+                f"int4_lora: {prefix} is quantised, and vLLM cannot put adapters beside it: add it "
+                "to the ignore list of the recipe, or serve without --enable-lora"
+            )
+        return method
+
+    def get_scheme(self, layer: Any, layer_name: str | None = None) -> Any:
+        """Return our scheme for the INT4 weights of linear layers, and vLLM's for others."""
+        scheme = super().get_scheme(layer, layer_name)
+        if not isinstance(layer, LinearBase) or scheme is None:
+            return scheme
+        served = layer.int4_lora
+        if type(scheme) is not CompressedTensorsWNA16:
+            served.stock_because = type(scheme).__name__
+            return scheme
+        if scheme.num_bits != 4:
+            served.stock_because = f"of {scheme.num_bits} bits"
+            return scheme
+        served.int4, served.stock_because = True, None
+        return Int4Scheme(scheme, self._of_this_process())
+
+    def _of_this_process(self) -> Session:
+        """Return the session, made when the first layer is."""
+        if self._session is None:
+            self._session = Session(get_current_vllm_config(), self.metadata)
+            self._session.packed_modules = self.packed_modules_mapping
+            install_lora_layers()
+        return self._session
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the session behind: it belongs to the process that runs the layers."""
+        return {name: value for name, value in self.__dict__.items() if name != "_session"}

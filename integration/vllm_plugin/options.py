@@ -1,0 +1,84 @@
+"""What an operator can choose: ``additional_config={"int4_lora": {...}}``.
+
+It enters vLLM's hash of the configuration, so that a compiled model is not taken from another one.
+
+Source: ``docs/vllm.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["KEY", "Options", "read_options"]
+
+KEY = "int4_lora"
+CHOICES = {
+    "backend": ("auto", "compiled", "stock-base"),
+    "in_graph": ("custom-op", "inlined"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one engine.
+
+    Args:
+        backend: ``auto`` measures each layer shape at load and takes vLLM's own kernel for the base
+            where that is faster; ``compiled`` takes ours, ``stock-base`` theirs, everywhere.
+        in_graph: within vLLM's own torch.compile, ``custom-op`` calls our compiled functions by the
+            number of tokens, ``inlined`` lets the layer become part of vLLM's graph.
+        cache_bytes: the most bytes of dense weights that ``get_unpacked_weights`` keeps.
+        warm_up: whether everything is compiled at load, so that no request waits for it.
+    """
+
+    backend: str = "auto"
+    in_graph: str = "custom-op"
+    cache_bytes: int = 0
+    warm_up: bool = True
+
+
+def read_options(additional_config: object) -> Options:
+    """Read the options out of vLLM's ``additional_config``.
+
+    Args:
+        additional_config: the whole of it; without the key ``int4_lora`` the defaults hold.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: an option that does not exist, or a value that is none of its choices.
+
+    Example:
+        >>> read_options({"int4_lora": {"backend": "compiled"}}).backend
+        'compiled'
+    """
+    given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(given, Mapping):
+        found = type(given).__name__
+        raise TypeError(f"additional_config[{KEY!r}] must be a dict of options, got {found}")
+    fields = {field.name: field.default for field in dataclasses.fields(Options)}
+    for name, value in given.items():
+        if name not in fields:
+            raise ValueError(f"{KEY} has no option {name!r}{_meant(name, fields)}")
+        _check(name, value, fields[name])
+    return Options(**given)
+
+
+def _check(name: str, value: object, default: object) -> None:
+    if type(value) is not type(default):
+        rule, found = type(default).__name__, type(value).__name__
+        raise TypeError(f"{KEY} option {name} must be {rule}, got {found}")
+    if name in CHOICES and value not in CHOICES[name]:
+        choices = " or ".join(map(repr, CHOICES[name]))
+        raise ValueError(f"{KEY} option {name} must be {choices}, got {value!r}")
+    if name == "cache_bytes" and isinstance(value, int) and value < 0:
+        raise ValueError(f"{KEY} option {name} must not be negative, got {value}")
+
+
+def _meant(name: object, fields: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), fields, n=1)
+    known = ", ".join(fields)
+    return f": did you mean {close[0]!r}?" if close else f"; there are {known}"

@@ -1,0 +1,213 @@
+"""The INT4 weights of vLLM's layers, kept as the checkpoint has them and computed by our kernels.
+
+Source: vLLM's ``CompressedTensorsWNA16``, which allocates and loads them and stands in where its
+kernel is faster or ours is not right.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsWNA16,
+)
+
+from int4_lora.compiled import PreparedWeight, prepare
+from int4_lora.integration.vllm_plugin import in_graph
+from int4_lora.integration.vllm_plugin.load_check import (
+    fault_of_addition,
+    fault_of_layer,
+    same_tensors,
+)
+from int4_lora.integration.vllm_plugin.session import Session
+from int4_lora.integration.vllm_plugin.stock_trial import Kind, stock_is_faster
+from int4_lora.reference import PackedWeight
+
+__all__ = ["Int4Scheme", "adapters_fault", "own_bias"]
+
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+class Int4Scheme(CompressedTensorsWNA16):
+    """vLLM's scheme for packed INT4 weights, with our layout and kernels after loading.
+
+    Args:
+        stock: the scheme that vLLM chose for the layer.
+        session: what all layers of the engine share.
+    """
+
+    def __init__(self, stock: CompressedTensorsWNA16, session: Session) -> None:
+        group_size = None if stock.group_size == -1 else stock.group_size
+        super().__init__(
+            strategy=stock.strategy,
+            num_bits=stock.num_bits,
+            group_size=group_size,
+            symmetric=stock.symmetric,
+            layer_name=stock.layer_name,
+        )
+        self.session = session
+        self.scale_dtypes: set[torch.dtype] = set()
+
+    def create_weights(
+        self,
+        layer: Any,
+        output_size: int,
+        input_size: int,
+        output_partition_sizes: list[int],
+        input_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., Any],
+        **kwargs: Any,
+    ) -> None:
+        """Allocate the checkpoint's tensors; decide whether vLLM's kernel is to compute."""
+        super().create_weights(
+            layer=layer,
+            output_size=output_size,
+            input_size=input_size,
+            output_partition_sizes=output_partition_sizes,
+            input_size_per_partition=input_size_per_partition,
+            params_dtype=params_dtype,
+            weight_loader=self._keeping_the_dtype(weight_loader),
+            **kwargs,
+        )
+        self.kind = Kind(
+            tuple(output_partition_sizes),
+            input_size_per_partition,
+            input_size,
+            self.group_size,
+            bool(self.symmetric),
+            params_dtype,
+        )
+        served, backend = layer.int4_lora, self.session.options.backend
+        if backend == "stock-base":
+            served.stock_because = "as the option backend asks"
+        elif backend == "auto":
+            faster = stock_is_faster(self.kind, layer.weight_packed.device)
+            served.stock_because = None if faster is None else f"measured {faster}"
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Lay the loaded weight out for our kernels, or hand it to vLLM's."""
+        served = layer.int4_lora
+        if served.stock_because is None and len(self.scale_dtypes) > 1:
+            served.stock_because = f"merged of scales in {sorted(map(str, self.scale_dtypes))}"
+        if served.stock_because is None:
+            served.stock_because = self._take(layer)
+        if served.stock_because is not None:
+            scale = layer.weight_scale  # vLLM's kernels take scales in the dtype of x alone
+            scale.data = scale.data.to(self.kind.dtype)
+            super().process_weights_after_loading(layer)
+        self.session.loaded_one(served)
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the base layer: x ``[..., in_features]``."""
+        served = layer.int4_lora
+        if served.weight is None:
+            return super().apply_weights(layer, x, bias)
+        if torch.compiler.is_compiling() and self.session.options.in_graph == "custom-op":
+            name, outputs = in_graph.graph_name(served.name), served.weight.out_features
+            y = in_graph.linear(x.flatten(0, -2), None, bias, name, outputs)
+            return y.view(*x.shape[:-1], outputs)
+        return served.base(x, bias)
+
+    def _keeping_the_dtype(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a loader that keeps the dtype of the checkpoint's scales; vLLM would cast."""
+
+        def loader(param: nn.Parameter, loaded: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if loaded.is_floating_point():
+                if not self.scale_dtypes and loaded.dtype != param.dtype:
+                    param.data = param.data.to(loaded.dtype)
+                self.scale_dtypes.add(loaded.dtype)
+            return load(param, loaded, *args, **kwargs)
+
+        return loader
+
+    def _take(self, layer: Any) -> str | None:
+        """Make our layout the layer's only copy; return why it could not be, or None."""
+        served = layer.int4_lora
+        zero_point = getattr(layer, "weight_zero_point", None)
+        weight = PackedWeight(
+            packed=layer.weight_packed.data,
+            scale=layer.weight_scale.data,
+            shape=(layer.output_size_per_partition, layer.input_size_per_partition),
+            zero_point=None if zero_point is None else zero_point.data,
+        )
+        with torch.inference_mode(False), torch.no_grad():
+            prepared = prepare(weight)
+        fault = self._fault(served.name, weight, prepared, own_bias(layer))
+        if fault is not None:
+            return f"not right by the reference: {fault}"
+        served.weight = prepared
+        self.session.by_name[in_graph.graph_name(served.name)] = served
+        del weight
+        for part in PARTS:
+            if part in layer._parameters:
+                delattr(layer, part)
+        largest = max(_tensors(prepared), key=lambda tensor: tensor.nbytes)
+        kept: Any = nn.Parameter(largest, requires_grad=False)  # not a copy: vLLM's LoRA layers ask
+        kept.weight_loader = _refuse_to_reload  # for the device of something of this name
+        layer.weight_packed = kept
+        return None
+
+    def _fault(
+        self, name: str, weight: PackedWeight, prepared: PreparedWeight, bias: Tensor | None
+    ) -> str | None:
+        """Return what is wrong with this kind of layer, or None."""
+        if not same_tensors(weight, prepared.packed_weight()):
+            return "its layout does not give the checkpoint's bits back"
+        key = ("base", prepared.signature, bias is None)
+        dtype = self.session.dtype
+        return self.session.fault(
+            key,
+            name,
+            prepared.device.type,
+            lambda tokens: fault_of_layer(weight, prepared, dtype, tokens, None, bias),
+        )
+
+
+def adapters_fault(layer: Any) -> str | None:
+    """Return what is wrong with the adapters' term of a layer of ours, or None."""
+    served, session = layer.int4_lora, layer.scheme.session
+    lora, weight, bias = served.lora, served.weight, own_bias(layer)
+    shapes = tuple((one.a.shape, one.start, one.stop) for one in lora.slices)
+    dtype, device = session.dtype, lora.slices[0].a.device.type
+    if weight is None:
+        outputs = layer.output_size_per_partition
+        return session.fault(
+            ("added", outputs, shapes),
+            served.name,
+            device,
+            lambda tokens: fault_of_addition(lora, outputs, dtype, tokens),
+        )
+    return session.fault(
+        ("adapters", weight.signature, shapes, bias is None),
+        served.name,
+        device,
+        lambda tokens: fault_of_layer(weight.packed_weight(), weight, dtype, tokens, lora, bias),
+    )
+
+
+def own_bias(layer: Any) -> Tensor | None:
+    """Return the bias that the layer's kernel adds on this rank, or None."""
+    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    return None if layer.skip_bias_add or elsewhere else layer.bias
+
+
+def _tensors(prepared: object) -> Iterator[Tensor]:
+    """Yield the tensors of a dataclass, and of those in it."""
+    for field in dataclasses.fields(prepared):  # type: ignore[arg-type]
+        value = getattr(prepared, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from _tensors(value)
+
+
+def _refuse_to_reload(*_: Any) -> None:
+    raise NotImplementedError("int4_lora does not reload weights in place: start the engine again")

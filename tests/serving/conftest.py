@@ -1,0 +1,105 @@
+"""Engines of real vLLM on tiny INT4 models; only where vLLM is installed."""
+
+import contextlib
+import gc
+import os
+from importlib.util import find_spec
+
+import pytest
+
+collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the layers can be looked at
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Let vLLM and what it imports warn."""
+    for item in items:
+        if item.path.parent.name == "serving":
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+VOCABULARY = 512  # of the tiny models
+COMPILED = {
+    "quantization": "int4_lora",
+    "additional_config": {"int4_lora": {"backend": "compiled"}},
+}
+
+
+@contextlib.contextmanager
+def engine(model, **settings):
+    """Start an engine and end it, with what it leaves in this process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(model),
+        **{
+            "dtype": "bfloat16",
+            "skip_tokenizer_init": True,
+            "max_model_len": 128,
+            "max_num_batched_tokens": 512,
+            "enable_prefix_caching": False,
+            "max_logprobs": VOCABULARY,
+            "seed": 0,
+            **settings,
+        },
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def requests_of(adapters):
+    """Return vLLM's request for each adapter, by name."""
+    from vllm.lora.request import LoRARequest
+
+    return {
+        name: LoRARequest(name, number, str(folder))
+        for number, (name, folder) in enumerate(adapters.items(), start=1)
+    }
+
+
+def logprobs(llm, prompts, adapters):
+    """Return the log-probability of each token of each prompt after the first, teacher-forced.
+
+    Every beginning of a prompt is a request of its own: with adapters vLLM's CPU backend gives no
+    log-probabilities of prompts.
+    """
+    from vllm import SamplingParams
+
+    asked = SamplingParams(max_tokens=1, logprobs=VOCABULARY, detokenize=False)
+    given, requests, wanted = [], [], []
+    for prompt, adapter in zip(prompts, adapters, strict=True):
+        for end in range(1, len(prompt)):
+            given.append({"prompt_token_ids": list(prompt[:end])})
+            requests.append(adapter)
+            wanted.append(prompt[end])
+    found = llm.generate(given, asked, lora_request=requests, use_tqdm=False)
+    each = [
+        one.outputs[0].logprobs[0][token].logprob for one, token in zip(found, wanted, strict=True)
+    ]
+    length = len(prompts[0]) - 1
+    return [each[start : start + length] for start in range(0, len(each), length)]
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Return prompts of 33 tokens: 32 of them are predicted."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, VOCABULARY, (4, 33), generator=generator).tolist()
+
+
+def layers_of(llm):
+    """Return the modules of an engine in this process, by name."""
+    found = {}
+    llm.apply_model(lambda model: found.update(model.named_modules()))
+    return found

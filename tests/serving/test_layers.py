@@ -1,0 +1,92 @@
+"""What the flag makes of the layers, and what their weights read back as."""
+
+import pytest
+import torch
+from serving.conftest import COMPILED, engine, layers_of, logprobs, requests_of
+
+from int4_lora.integration.checkpoint import open_checkpoint
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
+from int4_lora.reference import dequantize
+
+MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
+
+
+def linears(llm):
+    return {
+        name: module
+        for name, module in layers_of(llm).items()
+        if isinstance(getattr(module, "int4_lora", None), ServedLayer)
+        and not hasattr(module, "base_layer")
+    }
+
+
+def expected(checkpoint, name):
+    parent, _, last = name.replace(".base_layer", "").rpartition(".")
+    parts = MERGED.get(last, [last])
+    return torch.cat([dequantize(checkpoint.packed_weight(f"{parent}.{one}")) for one in parts])
+
+
+@pytest.mark.parametrize("backend", ["compiled", "stock-base"])
+@pytest.mark.parametrize("variant", ["asym-g32", "channel"])
+def test_unpacked_weights_are_the_checkpoints(variant, backend, tiny_models):
+    from int4_lora.integration.vllm_plugin.lora_layers import Int4LoRALayer
+
+    options = {"backend": backend, "cache_bytes": 2**22, "warm_up": False}
+    settings = {"quantization": "int4_lora", "additional_config": {"int4_lora": options}}
+    checkpoint = open_checkpoint(tiny_models[variant])
+    with engine(tiny_models[variant], **LORA, **settings) as llm:
+        wrapped = {
+            name: module
+            for name, module in layers_of(llm).items()
+            if isinstance(module, Int4LoRALayer)
+        }
+        assert len(wrapped) == 8
+        for name, module in wrapped.items():
+            assert module._check_int4_quantization()
+            dense = module.get_unpacked_weights()
+            assert torch.equal(dense, expected(checkpoint, name))
+            assert module.get_unpacked_weights() is dense  # from the cache
+            assert module.get_unpacked_weights(torch.float32).dtype == torch.float32
+
+
+def test_scales_keep_the_checkpoints_dtype(tiny_models):
+    """A model served in float16 keeps bfloat16 scales: vLLM casts them, and loses bits."""
+    checkpoint = open_checkpoint(tiny_models["g128"])
+    options = {"backend": "compiled", "warm_up": False}
+    settings = {"quantization": "int4_lora", "additional_config": {"int4_lora": options}}
+    with engine(tiny_models["g128"], dtype="float16", **settings) as llm:
+        for name, module in linears(llm).items():
+            packed = module.int4_lora.weight.packed_weight()
+            assert packed.scale.dtype == torch.bfloat16
+            assert torch.equal(dequantize(packed), expected(checkpoint, name))
+
+
+def test_a_weight_is_in_memory_once(tiny_models):
+    with engine(tiny_models["g128"], **LORA, **COMPILED) as llm:
+        for module in linears(llm).values():
+            prepared = module.int4_lora.weight
+            codes = prepared.in_features * prepared.out_features // 2
+            scales = 2 * prepared.out_features * prepared.in_features // 128
+            assert prepared.nbytes <= codes + 2 * scales  # the scales twice in torch's layout
+            own = {one.data_ptr() for one in module.parameters() if one.nbytes >= codes}
+            assert own == {prepared.data.data_ptr()}
+
+
+def test_without_the_flag_nothing_changes(tiny_models, tiny_adapters, prompts, monkeypatch):
+    requests = list(requests_of(tiny_adapters).values())[:2]
+    rows = [requests[number % 2] for number in range(len(prompts))]
+    with engine(tiny_models["g128"], **LORA) as llm:
+        classes = {name: type(module) for name, module in layers_of(llm).items()}
+        answers = logprobs(llm, prompts, rows)
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    with engine(tiny_models["g128"], **LORA) as llm:
+        assert {name: type(module) for name, module in layers_of(llm).items()} == classes
+        assert logprobs(llm, prompts, rows) == answers
+    assert not any(one.__module__.startswith("int4_lora") for one in classes.values())
+
+
+def test_the_log_counts_the_layers(tiny_models):
+    with engine(tiny_models["g128"], **LORA, **COMPILED) as llm:
+        session = next(iter(linears(llm).values())).scheme.session
+        assert session.summary() == ["8 of 8 linear layers fused (INT4 base, adapters)"]
