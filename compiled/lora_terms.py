@@ -89,15 +89,14 @@ def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
     index = adapter_ids.clamp(0, one.adapters - 1)
     a, bt = one.a.index_select(0, index), one.bt.index_select(0, index)  # fused, never in memory
     h = (a.to(sums) * x.to(sums).unsqueeze(1)).sum(-1)  # [tokens, rank]
-    h = h * one.scaling.to(sums).index_select(0, index).unsqueeze(1)
-    h = torch.where(own.unsqueeze(1), h, 0)
     if one.rank > UNROLLED_RANK:
         delta = (h.unsqueeze(2) * bt.to(sums)).sum(1)
     else:
         delta = h[:, 0:1] * bt[:, 0].to(sums)
         for step in range(1, one.rank):
             delta = delta + h[:, step : step + 1] * bt[:, step].to(sums)
-    return delta if one.finite else torch.where(own.unsqueeze(1), delta, 0)
+    delta = delta * one.scaling.to(sums).index_select(0, index).unsqueeze(1)
+    return torch.where(own.unsqueeze(1), delta, 0)  # last: nothing of an adapter of others
 
 
 def masked(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["CODE_SCALES", "EXPONENT_OF_ONE", "decoded", "decoded_rows"]
+__all__ = ["CODE_SCALES", "EXPONENT_OF_ONE", "ORDER", "decoded", "decoded_rows"]
 
 EXPONENT_OF_ONE = 0x3F800000
 LEFT_SHIFTS = (15, 7, -1, -9)  # each brings two nibbles, the lower one first, to bits 15 to 22
 MASKS = (0x078000, 0x780000)
 CODE_SCALES = (256.0, 16.0) * len(LEFT_SHIFTS)  # c of each nibble
+ORDER = (7, 5, 3, 1, 6, 4, 2, 0)  # of use in which the compiler keeps the fewest registers: by c
 
 
 def decoded(words: Tensor, exponent: Tensor) -> list[Tensor]:
@@ -44,11 +45,12 @@ def decoded(words: Tensor, exponent: Tensor) -> list[Tensor]:
     return found
 
 
-def decoded_rows(words: Tensor, rows: int, exponent: Tensor) -> Tensor:
+def decoded_rows(packed: Tensor, rows: int, exponent: Tensor) -> Tensor:
     """Return ``1 + n/256`` in float32 for nibbles n that are packed along rows.
 
     Args:
-        words: int32 ``[ceil(rows / 8), groups]``, such as packed zero-points.
+        packed: int16 ``[at least ceil(rows / 4), groups]``, four rows in each number, such as the
+            zero-points of ``PlanesWeight``.
         rows: how many rows are packed.
         exponent: int32 that broadcasts to ``[rows, groups]``, filled with ``EXPONENT_OF_ONE``.
 
@@ -57,10 +59,10 @@ def decoded_rows(words: Tensor, rows: int, exponent: Tensor) -> Tensor:
 
     Example:
         >>> one = torch.tensor(EXPONENT_OF_ONE, dtype=torch.int32)
-        >>> rows = decoded_rows(torch.tensor([[0x00000073]], dtype=torch.int32), 2, one)
+        >>> rows = decoded_rows(torch.tensor([[0x0073]], dtype=torch.int16), 2, one)
         >>> (rows.flatten() - 1) * 256
         tensor([3., 7.])
     """
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).unsqueeze(1)
-    nibbles = (words.unsqueeze(1) >> shifts).flatten(0, 1)[:rows] & 15
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=packed.device).unsqueeze(1)
+    nibbles = (packed.to(torch.int32).unsqueeze(1) >> shifts).flatten(0, 1)[:rows] & 15
     return ((nibbles << LEFT_SHIFTS[0]) | exponent).view(torch.float32)

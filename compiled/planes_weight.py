@@ -4,6 +4,10 @@ A group of g columns has g/8 words. In a checkpoint nibble j of word w is column
 group; here it is column j g/8 + w. So the same nibble of consecutive words, which is what vector
 instructions take at a time, meets consecutive columns of x, and decoding a row needs no shuffle.
 
+A checkpoint's zero-points of eight rows are a word; here they are two numbers of 16 bits, the first
+four rows in the first. Inductor's kernels load a number for each group; Triton copies words of 32
+bits, but not of 16, through shared memory, once for each word of the group.
+
 Columns with a ``g_idx`` of balanced groups are sorted by group first; x is then gathered.
 
 Source: the layout is this project's own; the codes are those of ``docs/format.md``.
@@ -23,6 +27,7 @@ from int4_lora.reference import PackedWeight, pack, unpack
 __all__ = ["PlanesWeight", "refuses"]
 
 NIBBLES = 8  # codes of a word
+ZEROS = 4  # zero-points of a number
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +38,7 @@ class PlanesWeight(PreparedWeight):
         words: int32 ``[out_features, in_features / 8]``, interleaved within each group.
         scale: ``[out_features, groups]``, as in the checkpoint.
         shape: ``(out_features, in_features)``.
-        zero_point: int32 ``[ceil(out_features / 8), groups]``, as in the checkpoint, or None.
+        zero_point: int16 ``[2 ceil(out_features / 8), groups]``, four rows in each number, or None.
         g_idx: as in the checkpoint, or None.
         order: int32 ``[in_features]``, the column of x that meets each column here, or None.
         group_size: what the checkpoint's ``PackedWeight`` says.
@@ -66,7 +71,7 @@ class PlanesWeight(PreparedWeight):
             words=pack(planes.transpose(2, 3).reshape(weight.shape)),
             scale=weight.scale,
             shape=weight.shape,
-            zero_point=weight.zero_point,
+            zero_point=None if weight.zero_point is None else _split(weight.zero_point),
             g_idx=weight.g_idx,
             order=None if order is None else order.to(torch.int32),
             group_size=weight.group_size,
@@ -115,7 +120,7 @@ class PlanesWeight(PreparedWeight):
             packed=pack(codes),
             scale=self.scale,
             shape=self.shape,
-            zero_point=self.zero_point,
+            zero_point=None if self.zero_point is None else _joined(self.zero_point),
             g_idx=self.g_idx,
             group_size=self.group_size,
         )
@@ -129,8 +134,8 @@ class PlanesWeight(PreparedWeight):
         if self.zero_point is None:
             return None
         row = torch.arange(start, stop, dtype=torch.int32, device=self.device)
-        words = self.zero_point.index_select(0, row // NIBBLES)
-        return ((words >> (4 * (row % NIBBLES))[:, None]) & 15) - 8
+        numbers = self.zero_point.index_select(0, row // ZEROS).to(torch.int32)
+        return ((numbers >> (4 * (row % ZEROS))[:, None]) & 15) - 8
 
     def exponents(self) -> Tensor:
         """Return int32 ``[out_features]``, all ``EXPONENT_OF_ONE``."""
@@ -148,6 +153,17 @@ class PlanesWeight(PreparedWeight):
             codes = codes - zeros[:, :, None, None]
         dense = codes.to(self.scale.dtype) * self.scale[start:stop, :, None, None]
         return dense.to(dtype).reshape(stop - start, self.in_features)
+
+
+def _split(words: Tensor) -> Tensor:
+    """Return int32 ``[n, groups]`` as int16 ``[2 n, groups]``, the low half of a word first."""
+    return torch.stack([(words << 16) >> 16, words >> 16], dim=1).flatten(0, 1).to(torch.int16)
+
+
+def _joined(halves: Tensor) -> Tensor:
+    """Return what ``_split`` was given."""
+    low, high = halves.to(torch.int32).unflatten(0, (-1, 2)).unbind(1)
+    return (high << 16) | (low & 0xFFFF)
 
 
 def _exponents(rows: int, device: torch.device) -> Tensor:

@@ -68,7 +68,7 @@ class Case:
         """Return the arguments of ``int4_lora_linear``; ``make(shape, dtype)`` makes tensors."""
         zeros = None
         if not self.symmetric:
-            zeros = make((-(-self.rows // 8), self.groups), torch.int32)
+            zeros = make((2 * -(-self.rows // 8), self.groups), torch.int16)
         weight = PlanesWeight(
             words=make((self.rows, self.columns // 8), torch.int32),
             scale=make((self.rows, self.groups), self.dtype),

@@ -21,10 +21,11 @@ from torch import Tensor
 from int4_lora.compiled.formulations.formulation import Backend, Formulation
 from int4_lora.compiled.kernel_launches import Launch, launching
 from int4_lora.compiled.lora_terms import UNROLLED_RANK, add_terms
-from int4_lora.compiled.magic_numbers import CODE_SCALES, decoded, decoded_rows
+from int4_lora.compiled.magic_numbers import CODE_SCALES, ORDER, decoded, decoded_rows
 from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.whole_blocks import whole_blocks, words_of_whole_blocks
 
 __all__ = ["MAGIC_GEMV", "base"]
 
@@ -37,8 +38,9 @@ LAUNCHES = {  # by whether there are no zero-points, whose decoding is shared by
 
 def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     """Return ``x W^T`` in float32."""
+    x, weight = whole_blocks(weight.arrange(x), weight, _launch(weight).words)
     tokens, groups = x.shape[0], weight.groups
-    planes = weight.arrange(x).view(tokens, 1, groups, NIBBLES, -1).float()
+    planes = x.view(tokens, 1, groups, NIBBLES, -1).float()
     each = [planes[:, :, :, nibble] for nibble in range(NIBBLES)]
     words = weight.words.view(1, weight.out_features, groups, -1)
     sums = {c: _sum_of(each, c) for c in (256.0, 16.0)}
@@ -46,8 +48,9 @@ def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     total = sums[256.0] * -256.0 + sums[16.0] * -16.0
     if weight.zero_point is None:
         total = sums[256.0] * -264.0 + sums[16.0] * -24.0
-    for fraction, plane, scale in zip(decoded(words, exponent), each, CODE_SCALES, strict=True):
-        total = total + fraction * (plane * scale)
+    fractions = decoded(words, exponent)
+    for nibble in range(NIBBLES) if weight.zero_point is None else ORDER:
+        total = total + fractions[nibble] * (each[nibble] * CODE_SCALES[nibble])
     if weight.zero_point is not None:
         zeros = decoded_rows(weight.zero_point, weight.out_features, exponent)  # 1 + (8 + z) / 256
         total = total + (sums[256.0] + sums[16.0]) * (256.0 - 256.0 * zeros)[None, :, :, None]
@@ -84,9 +87,13 @@ def _refuses(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | N
 
 def _backend(weight: PreparedWeight, bucket: tuple[int, int]) -> Backend:
     assert isinstance(weight, PlanesWeight)
-    words = weight.in_features // NIBBLES
-    masked = words % LAUNCHES[False].words != 0  # where it would spill
-    return launching(LAUNCHES[weight.zero_point is None or masked], words)
+    launch = _launch(weight)
+    return launching(launch, words_of_whole_blocks(weight, launch.words))
+
+
+def _launch(weight: PlanesWeight) -> Launch:
+    masked = words_of_whole_blocks(weight, LAUNCHES[False].words) % LAUNCHES[False].words != 0
+    return LAUNCHES[weight.zero_point is None or masked]  # masked, the other would spill
 
 
 MAGIC_GEMV = Formulation(

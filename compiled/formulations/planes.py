@@ -14,6 +14,7 @@ Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeig
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -22,19 +23,19 @@ from torch import Tensor
 from int4_lora.compiled.formulations.formulation import Backend, Formulation
 from int4_lora.compiled.kernel_launches import Launch, launching, native_matmul_is_missing
 from int4_lora.compiled.lora_terms import UNROLLED_RANK, add_terms
-from int4_lora.compiled.magic_numbers import CODE_SCALES, decoded, decoded_rows
+from int4_lora.compiled.magic_numbers import CODE_SCALES, ORDER, decoded, decoded_rows
 from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 from int4_lora.compiled.products import product
+from int4_lora.compiled.whole_blocks import whole_blocks, words_of_whole_blocks
 
 __all__ = ["PLANES", "base"]
 
-MOST_TOKENS = 64
-ORDER = (7, 5, 3, 1, 6, 4, 2, 0)  # in which the compiler spills the fewest registers
+FEW_TOKENS, MOST_TOKENS = 16, 64  # of the two buckets
 LAUNCHES = {  # by the most tokens of a bucket, and whether there are no zero-points
-    (16, True): Launch(outputs=32, tokens=16, words=64, warps=4, stages=2),
-    (16, False): Launch(outputs=32, tokens=16, words=32, warps=4, stages=2),
+    (FEW_TOKENS, True): Launch(outputs=32, tokens=16, words=64, warps=4, stages=2),
+    (FEW_TOKENS, False): Launch(outputs=32, tokens=16, words=64, warps=4, stages=2),
     (MOST_TOKENS, True): Launch(outputs=64, tokens=64, words=32, warps=8, stages=2),
     (MOST_TOKENS, False): Launch(outputs=64, tokens=64, words=32, warps=8, stages=2),
 }
@@ -42,8 +43,10 @@ LAUNCHES = {  # by the most tokens of a bucket, and whether there are no zero-po
 
 def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     """Return ``x W^T`` in float32."""
-    tokens, groups = x.shape[0], weight.groups
-    planes = weight.arrange(x).view(tokens, groups, NIBBLES, weight.words_of_a_group)
+    tokens = x.shape[0]
+    bucket = FEW_TOKENS if tokens <= FEW_TOKENS else MOST_TOKENS
+    x, weight = whole_blocks(weight.arrange(x), weight, _launch(weight, bucket).words)
+    planes = x.view(tokens, weight.groups, NIBBLES, weight.words_of_a_group)
     exponents = weight.exponents().unsqueeze(1)  # no scalar: that would depend on the tokens' mask
     scale = _for_each_word(weight.scale.float(), weight)
     factors = {c: scale * c for c in (256.0, 16.0)}
@@ -63,6 +66,16 @@ def base(x: Tensor, weight: PlanesWeight) -> Tensor:
         total = term if total is None else total + term
     assert total is not None
     return total
+
+
+def _launch(weight: PlanesWeight, most_tokens: int) -> Launch:
+    symmetric, size = weight.zero_point is None, weight.words_of_a_group
+    launch = LAUNCHES[most_tokens, symmetric]
+    if most_tokens == FEW_TOKENS and symmetric and size == 8:
+        return dataclasses.replace(launch, stages=3)  # 2 would spill
+    if most_tokens == FEW_TOKENS and not symmetric and size not in (8, 16):
+        return dataclasses.replace(launch, words=32)  # 64 would spill
+    return launch
 
 
 def _for_each_word(values: Tensor, weight: PlanesWeight) -> Tensor:
@@ -96,8 +109,8 @@ def _refuses(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | N
 
 def _backend(weight: PreparedWeight, bucket: tuple[int, int]) -> Backend:
     assert isinstance(weight, PlanesWeight)
-    launch = LAUNCHES[bucket[1], weight.zero_point is None]
-    return launching(launch, weight.in_features // NIBBLES)
+    launch = _launch(weight, bucket[1])
+    return launching(launch, words_of_whole_blocks(weight, launch.words))
 
 
 PLANES = Formulation(

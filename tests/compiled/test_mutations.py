@@ -63,7 +63,7 @@ MUTANTS = {
         "formulations.tiles", {"x = weight.arrange(x)": "pass"}, FORMULATIONS,
     ),
     "zero_points_of_the_wrong_row": (
-        "planes_weight", {"(4 * (row % NIBBLES))": "(4 * ((row + 1) % NIBBLES))"}, WEIGHTS,
+        "planes_weight", {"(4 * (row % ZEROS))": "(4 * ((row + 1) % ZEROS))"}, WEIGHTS,
     ),
     "halves_swapped": (
         "int4pack_tiles", {"low, high = (words & 15)": "high, low = (words & 15)"}, TOKENS,
