@@ -67,10 +67,21 @@ def add_terms(
     if adapter_ids is not None:
         for one in slices:
             delta = _term(x, one)(x, one, adapter_ids)
-            total = total + pad(delta, (one.start, base.shape[1] - one.stop))
+            total = total + _spread(delta, one, base.shape[1])
     if bias is not None:
         total = total + bias.to(total.dtype)
     return total.to(x.dtype)
+
+
+def _spread(delta: Tensor, one: PreparedSlice, outputs: int) -> Tensor:
+    """Return a slice's term as one of all outputs, 0 where the slice is not."""
+    if not delta.is_cuda or delta.shape[1] == outputs:
+        return pad(delta, (one.start, outputs - one.stop))
+    # Padded, Inductor would load h and the ids for every output: they would stand in the mask.
+    place, width = torch.arange(outputs, dtype=torch.int32, device=delta.device), delta.shape[1]
+    own = (place >= one.start) & (place < one.stop)
+    column = (place + -one.start % width) % width  # consecutive, so that loads are of 128 bits
+    return torch.where(own, delta.index_select(1, column), 0)
 
 
 def _term(x: Tensor, one: PreparedSlice) -> Callable[[Tensor, PreparedSlice, Tensor], Tensor]:
