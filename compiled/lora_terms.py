@@ -36,6 +36,8 @@ __all__ = [
     "gathered",
     "grouped",
     "masked",
+    "padded",
+    "spread",
 ]
 
 GATHERED_TOKENS = {  # up to which gathering is used: for any rank, and for ranks that are unrolled
@@ -67,20 +69,31 @@ def add_terms(
     if adapter_ids is not None:
         for one in slices:
             delta = _term(x, one)(x, one, adapter_ids)
-            total = total + _spread(delta, one, base.shape[1])
+            widened = spread if x.is_cuda else padded
+            total = total + widened(delta, one.start, base.shape[1])
     if bias is not None:
         total = total + bias.to(total.dtype)
     return total.to(x.dtype)
 
 
-def _spread(delta: Tensor, one: PreparedSlice, outputs: int) -> Tensor:
+def padded(delta: Tensor, start: int, outputs: int) -> Tensor:
     """Return a slice's term as one of all outputs, 0 where the slice is not."""
-    if not delta.is_cuda or delta.shape[1] == outputs:
-        return pad(delta, (one.start, outputs - one.stop))
-    # Padded, Inductor would load h and the ids for every output: they would stand in the mask.
-    place, width = torch.arange(outputs, dtype=torch.int32, device=delta.device), delta.shape[1]
-    own = (place >= one.start) & (place < one.stop)
-    column = (place + -one.start % width) % width  # consecutive, so that loads are of 128 bits
+    return pad(delta, (start, outputs - start - delta.shape[1]))
+
+
+def spread(delta: Tensor, start: int, outputs: int) -> Tensor:
+    """Return what ``padded`` does, without loads that stand in a mask.
+
+    Inductor computes what is padded inside the mask, where it loads h and the ids once for every
+    output; three slices spilled 5 KB of registers. Here a column outside of the slice is another of
+    its columns, replaced by 0; the columns stay consecutive, so that B is loaded by vectors.
+    """
+    width = delta.shape[1]
+    if width == outputs:
+        return delta
+    place = torch.arange(outputs, dtype=torch.int32, device=delta.device)
+    column = (place + -start % width) % width
+    own = (place >= start) & (place < start + width)
     return torch.where(own, delta.index_select(1, column), 0)
 
 

@@ -4,9 +4,9 @@ A group of g columns has g/8 words. In a checkpoint nibble j of word w is column
 group; here it is column j g/8 + w. So the same nibble of consecutive words, which is what vector
 instructions take at a time, meets consecutive columns of x, and decoding a row needs no shuffle.
 
-A checkpoint's zero-points of eight rows are a word; here they are two numbers of 16 bits, the first
-four rows in the first. Inductor's kernels load a number for each group; Triton copies words of 32
-bits, but not of 16, through shared memory, once for each word of the group.
+A checkpoint's word of eight rows' zero-points is two numbers of 16 bits here, the first four rows
+in the first. A GPU kernel then loads a number once for a group; words of 32 bits Triton would copy
+through shared memory, one for every word of the group.
 
 Columns with a ``g_idx`` of balanced groups are sorted by group first; x is then gathered.
 

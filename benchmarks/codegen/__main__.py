@@ -1,8 +1,9 @@
 """Reads the machine code of the GPU kernels without a GPU: ``python -m benchmarks.codegen``.
 
 For each case: the product's own call on fake tensors of an H200, as Inductor generates it, compiled
-for sm_90; then the same source in Triton's interpreter in float16, against the reference. Prints a
-row for each case and exits with 1 if one is worse than the bars.
+for sm_90; then some blocks of the same source in Triton's interpreter in float16, against the
+reference, under two sets of adapter ids. Prints a row for each case and exits with 1 if one is
+worse than the bars.
 
 Source: the bars are those of ``benchmarks/results/README.md``.
 """
@@ -48,10 +49,10 @@ def cases(quick):
                 for group in GROUPS:
                     for symmetric in (True, False):
                         yield Case(rows, columns, tokens, group, symmetric, dtype)
-    for tokens in TOKENS:
-        yield Case(4096, 11008, tokens)
-        yield Case(6144, 4096, tokens, slices=(4096, 1024, 1024), bias=True)
-        yield Case(4096, 4096, tokens, adapters=0)
+        for tokens in TOKENS:
+            yield Case(4096, 11008, tokens, dtype=dtype)
+            yield Case(6144, 4096, tokens, dtype=dtype, slices=(4096, 1024, 1024), bias=True)
+            yield Case(4096, 4096, tokens, dtype=dtype, adapters=0)
 
 
 def row(case, code):

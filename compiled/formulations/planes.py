@@ -9,6 +9,8 @@ products are summed in float32 and rounded once: ``weight_rounded=True, base_rou
 holds as long as the kernel has no other reduction: Inductor keeps a product that it has to write
 down in 16 bits, whatever ``out_dtype`` says. So only adapters whose sums are written out are taken.
 
+Rows that fill no whole blocks of words repeat their last group (``whole_blocks``).
+
 Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeight``.
 """
 

@@ -14,11 +14,23 @@ WEIGHTS = ["compiled/test_prepared_weight.py"]
 MUTANTS = {
     "ids_of_no_adapter_use_the_first": (
         "lora_terms",
-        {"    h = torch.where(own.unsqueeze(1), h, 0)\n": ""},
+        {"return torch.where(own.unsqueeze(1), delta, 0)": "return delta"},
         FORMULATIONS,
     ),
     "nan_of_b_reaches_others_gathered": (
-        "lora_terms", {"return delta if one.finite else": "return delta if True else"}, NAN,
+        "lora_terms",
+        {"return torch.where(own.unsqueeze(1), delta, 0)": "return delta * own.unsqueeze(1)"},
+        NAN,
+    ),
+    "the_next_column_of_a_slice": (
+        "lora_terms", {"+ -start % width) % width": "- start % width) % width"},
+        ["compiled/test_lora_terms.py"],
+    ),
+    "repeated_groups_count": (
+        "whole_blocks",
+        {"torch.where(own, weight.scale.index_select(1, group), 0)":
+         "weight.scale.index_select(1, group)"},
+        ["compiled/test_whole_blocks.py"],
     ),
     "a_nibble_of_another_place": (
         "magic_numbers", {"LEFT_SHIFTS = (15, 7, -1, -9)": "LEFT_SHIFTS = (15, 7, -9, -1)"},
@@ -56,7 +68,7 @@ MUTANTS = {
     ),
     "slices_at_the_start": (
         "lora_terms",
-        {"(one.start, base.shape[1] - one.stop)": "(0, base.shape[1] - one.stop + one.start)"},
+        {"(start, outputs - start - delta.shape[1])": "(0, outputs - delta.shape[1])"},
         TOKENS,
     ),
     "columns_not_arranged": (
