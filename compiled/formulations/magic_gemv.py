@@ -92,8 +92,12 @@ def _backend(weight: PreparedWeight, bucket: tuple[int, int]) -> Backend:
 
 
 def _launch(weight: PlanesWeight) -> Launch:
-    masked = words_of_whole_blocks(weight, LAUNCHES[False].words) % LAUNCHES[False].words != 0
-    return LAUNCHES[weight.zero_point is None or masked]  # masked, the other would spill
+    few = LAUNCHES[True]
+    if weight.zero_point is None or weight.groups == 1:  # there the other would spill in float16
+        return few
+    words = LAUNCHES[False].words
+    masked = words_of_whole_blocks(weight, words) % words != 0  # where it would spill too
+    return few if masked else LAUNCHES[False]
 
 
 MAGIC_GEMV = Formulation(
