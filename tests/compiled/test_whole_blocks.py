@@ -5,7 +5,7 @@ import torch
 
 from int4_lora.compiled.planes_weight import PlanesWeight
 from int4_lora.compiled.whole_blocks import whole_blocks, words_of_whole_blocks
-from support import random_weight
+from support.weights import random_weight
 
 
 def operands(groups, symmetric=True):
