@@ -6,7 +6,7 @@ weight is rounded, whether the base is); a line of JSON is printed for each.
 
 Of the kernel that reads the words only some blocks of outputs are run, the same source with its own
 numbers of programs: the first, the last, those on both sides of each slice's edge, and random ones.
-The rest of y must stay as it was. Each case is run again with other adapter ids.
+The rest of y must stay as it was. Those at edges are run again with other adapter ids.
 
 Source: https://triton-lang.org/main/programming-guide/chapter-3/debugging.html
 """
@@ -34,7 +34,7 @@ from int4_lora.compiled.magic_numbers import EXPONENT_OF_ONE
 from int4_lora.reference import LoRASlice, LoRAStack, error_bound, int4_lora_linear
 
 OWN_TILES = {"XBLOCK": 32, "R0_BLOCK": 1024}  # of kernels whose launch Inductor chooses
-RANDOM_BLOCKS = 4
+RANDOM_BLOCKS = 2
 
 
 class Kernel:
@@ -159,13 +159,13 @@ def operands_of(case):
     return operands
 
 
-def chosen(case):
-    """Return outputs whose blocks are run: at every edge, and random ones."""
+def chosen(case, number):
+    """Return outputs whose blocks are run: at every edge, and a number of random ones."""
     edges, start = {0, case.rows - 1}, 0
     for rows in case.slices:
         start += rows
         edges |= {start - 1, min(start, case.rows - 1)}
-    random = torch.randint(case.rows, (RANDOM_BLOCKS,), generator=torch.Generator().manual_seed(0))
+    random = torch.randint(case.rows, (number,), generator=torch.Generator().manual_seed(0))
     return sorted(edges | set(random.tolist()))
 
 
@@ -196,7 +196,7 @@ def check(case, code, weight_rounded, base_rounded):
         now = None if ids is None else (ids + 1 + step) % (case.adapters + 1) - 1
         operands = x, weight, lora, now, bias
         given = [case.tokens if one == "tokens" else operand(one, operands) for one in code.inputs]
-        y, written = run(code, given, chosen(case))
+        y, written = run(code, given, chosen(case, 0 if step else RANDOM_BLOCKS))
         rows, rest = torch.tensor(written), torch.ones(case.rows, dtype=torch.bool)
         rest[rows] = False
         if not y[:, rest].isnan().all():
@@ -208,13 +208,12 @@ def check(case, code, weight_rounded, base_rounded):
         bound = error_bound(x, part, slices, now, own_bias, **flags)
         error = y[:, rows].double() - exact
         shares.append((error.abs() / bound).nan_to_num(nan=torch.inf).max())
-        errors.append(error)
-        owns.append(eager.double() - exact)
+        errors.append(error.flatten())
+        owns.append((eager.double() - exact).flatten())
     error, own = (torch.cat(one).square().mean().sqrt() for one in (errors, owns))
     return {
         "case": str(case),
         "digest": code.digest,
-        "outputs_run": len(written),
         "of_bound": float(max(shares)),
         "rms_over_eager": float(error / own),
     }

@@ -23,7 +23,7 @@ MUTANTS = {
         NAN,
     ),
     "the_next_column_of_a_slice": (
-        "lora_terms", {"+ -start % width) % width": "- start % width) % width"},
+        "lora_terms", {"+ -start % width) % width": "+ start % width) % width"},
         ["compiled/test_lora_terms.py"],
     ),
     "repeated_groups_count": (
