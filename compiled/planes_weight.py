@@ -162,7 +162,7 @@ def _split(words: Tensor) -> Tensor:
 
 def _joined(halves: Tensor) -> Tensor:
     """Return what ``_split`` was given."""
-    low, high = halves.to(torch.int32).unflatten(0, (-1, 2)).unbind(1)
+    low, high = halves.to(torch.int32).view(-1, 2, halves.shape[1]).unbind(1)
     return (high << 16) | (low & 0xFFFF)
 
 

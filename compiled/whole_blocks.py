@@ -55,8 +55,10 @@ def whole_blocks(x: Tensor, weight: PlanesWeight, words: int) -> tuple[Tensor, P
     place = torch.arange(length // weight.words_of_a_group, dtype=torch.int32, device=x.device)
     group = place.clamp(max=weight.groups - 1)
     own = place < weight.groups
-    columns = x.unflatten(1, (weight.groups, -1)).index_select(1, group).flatten(1)
-    repeated = weight.words.unflatten(1, (weight.groups, -1)).index_select(1, group).flatten(1)
+    columns = x.view(x.shape[0], weight.groups, -1).index_select(1, group).flatten(1)
+    repeated = (
+        weight.words.view(weight.out_features, weight.groups, -1).index_select(1, group).flatten(1)
+    )
     zeros = None if weight.zero_point is None else weight.zero_point.index_select(1, group)
     return columns, dataclasses.replace(
         weight,
