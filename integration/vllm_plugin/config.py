@@ -130,7 +130,9 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         """
         session = self._of_this_process()
         if isinstance(layer, LinearBase):
-            layer.int4_lora = ServedLayer(prefix, int4=False, stock_because="no INT4 weights")
+            layer.int4_lora = ServedLayer(
+                prefix, int4=False, stock_because="no INT4 weights", session=session
+            )
             session.layers.append(layer.int4_lora)
         method = super().get_quant_method(layer, prefix)
         quantised = isinstance(layer, (ParallelLMHead, VocabParallelEmbedding)) and method

@@ -102,6 +102,13 @@ class Int4LoRALayer:
         """Put an adapter in a slot."""
         super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
         self._look_again()
+        session = self.served.session
+        parts = session.packed_modules.get(self.served.name.rpartition(".")[2], ())
+        if isinstance(lora_a, list) and len(lora_a) == len(parts):
+            set_now = [part for part, a in zip(parts, lora_a, strict=True) if a is not None]
+        else:
+            set_now = list(parts) or [self.served.name.rpartition(".")[2]]
+        session.warn_outside(self.served, tuple(set_now))
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""

@@ -8,8 +8,7 @@ kernel is faster or ours is not right.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,7 +120,7 @@ class Int4Scheme(CompressedTensorsWNA16):
 
         def loader(param: nn.Parameter, loaded: Tensor, *args: Any, **kwargs: Any) -> Any:
             if loaded.is_floating_point():
-                if not self.scale_dtypes and loaded.dtype != param.dtype:
+                if loaded.dtype != param.dtype and self.scale_dtypes <= {loaded.dtype}:
                     param.data = param.data.to(loaded.dtype)
                 self.scale_dtypes.add(loaded.dtype)
             return load(param, loaded, *args, **kwargs)
@@ -143,16 +142,17 @@ class Int4Scheme(CompressedTensorsWNA16):
         fault = self._fault(served.name, weight, prepared, own_bias(layer))
         if fault is not None:
             return f"not right by the reference: {fault}"
-        served.weight = prepared
+        served.hold(prepared)
+        self.session.packed.pop(served.name, None)
         self.session.by_name[in_graph.graph_name(served.name)] = served
         del weight
         for part in PARTS:
             if part in layer._parameters:
                 delattr(layer, part)
-        largest = max(_tensors(prepared), key=lambda tensor: tensor.nbytes)
-        kept: Any = nn.Parameter(largest, requires_grad=False)  # not a copy: vLLM's LoRA layers ask
-        kept.weight_loader = _refuse_to_reload  # for the device of something of this name
-        layer.weight_packed = kept
+        # vLLM's LoRA layers ask something of this name for its device; where it reloads weights it
+        # frees what parameters hold
+        place = torch.empty(0, dtype=torch.int32, device=prepared.device)
+        layer.weight_packed = nn.Parameter(place, requires_grad=False)
         return None
 
     def _fault(
@@ -197,17 +197,3 @@ def own_bias(layer: Any) -> Tensor | None:
     """Return the bias that the layer's kernel adds on this rank, or None."""
     elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     return None if layer.skip_bias_add or elsewhere else layer.bias
-
-
-def _tensors(prepared: object) -> Iterator[Tensor]:
-    """Yield the tensors of a dataclass, and of those in it."""
-    for field in dataclasses.fields(prepared):  # type: ignore[arg-type]
-        value = getattr(prepared, field.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif dataclasses.is_dataclass(value):
-            yield from _tensors(value)
-
-
-def _refuse_to_reload(*_: Any) -> None:
-    raise NotImplementedError("int4_lora does not reload weights in place: start the engine again")

@@ -8,7 +8,9 @@ Source: ``int4_lora.compiled``; vLLM's ``BaseLinearLayerWithLoRA`` for the layou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,6 @@ from int4_lora.compiled.prepared_lora import PreparedSlice
 
 __all__ = ["ServedLayer", "adapters_of"]
 
-Base = Callable[[Tensor, Tensor | None], Tensor]
-
 
 class ServedLayer:
     """What the backend knows of one linear layer.
@@ -28,15 +28,30 @@ class ServedLayer:
         name: the layer's full name in vLLM's model.
         int4: whether its weight is an INT4 weight of the checkpoint.
         stock_because: why vLLM's own kernel computes the base, or None while ours does.
+        session: what all layers of the engine share.
     """
 
-    def __init__(self, name: str, *, int4: bool, stock_because: str | None = None) -> None:
+    def __init__(
+        self, name: str, *, int4: bool, stock_because: str | None = None, session: Any = None
+    ) -> None:
         self.name = name
+        self.session = session
         self.int4 = int4
         self.stock_because = stock_because
         self.weight: PreparedWeight | None = None
         self.lora: PreparedLoRA | None = None
         self.stock_lora_because: str | None = None
+
+    def hold(self, weight: PreparedWeight) -> None:
+        """Take a weight; a second one of the same kind is written over the first.
+
+        Where weights are reloaded, captured CUDA graphs go on reading the first one's tensors.
+        """
+        if self.weight is None or self.weight.signature != weight.signature:
+            self.weight = weight
+            return
+        for old, new in zip(_tensors(self.weight), _tensors(weight), strict=True):
+            old.copy_(new)
 
     def base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer without adapters, by our weight: x ``[..., in_features]``."""
@@ -89,6 +104,16 @@ def adapters_of(
         views.append(bt.transpose(1, 2).unsqueeze(1))
         start += outputs
     return PreparedLoRA(tuple(slices)), tuple(views)
+
+
+def _tensors(weight: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a dataclass, and of those in it."""
+    for field in dataclasses.fields(weight):
+        value = getattr(weight, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from _tensors(value)
 
 
 def _none_active(adapter_ids: Tensor) -> bool:

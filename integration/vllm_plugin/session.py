@@ -25,7 +25,7 @@ from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
 from int4_lora.reference import PackedWeight
 
-__all__ = ["Session", "logger"]
+__all__ = ["Session", "logger", "refuse_settings"]
 
 logger = init_logger("vllm.int4_lora")  # below vLLM's own logger, whose settings it takes
 
@@ -61,7 +61,7 @@ class Session:
         self.faults: dict[Hashable, str | None] = {}  # of each kind of layer, None for none
         self._warned: set[tuple[str, ...]] = set()
         self._announced = False
-        _refuse(vllm_config)
+        refuse_settings(vllm_config)
         if self.adapters and metadata.compatible is False:
             logger.warning(
                 "int4_lora: %s says lora_compatible: false, and LoRA is enabled", self.model
@@ -149,7 +149,7 @@ def _tried(look: Look, tokens: int) -> str | None:
         return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _refuse(vllm_config: Any) -> None:
+def refuse_settings(vllm_config: Any) -> None:
     """Refuse settings of vLLM that the backend would make wrong.
 
     Raises:

@@ -69,8 +69,7 @@ def test_a_weight_is_in_memory_once(tiny_models):
             codes = prepared.in_features * prepared.out_features // 2
             scales = 2 * prepared.out_features * prepared.in_features // 128
             assert prepared.nbytes <= codes + 2 * scales  # the scales twice in torch's layout
-            own = {one.data_ptr() for one in module.parameters() if one.nbytes >= codes}
-            assert own == {prepared.data.data_ptr()}
+            assert sum(one.nbytes for one in module.parameters()) < codes / 8
 
 
 def test_without_the_flag_nothing_changes(tiny_models, tiny_adapters, prompts, monkeypatch):

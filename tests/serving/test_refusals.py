@@ -1,0 +1,138 @@
+"""What the backend does not take stops the start with one sentence, and changes nothing."""
+
+import json
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from serving.conftest import engine, logprobs
+
+from support.checkpoints import edit_config, edit_tensors, weights
+
+LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
+FLAG = {"quantization": "int4_lora"}
+COLD = {**FLAG, "additional_config": {"int4_lora": {"backend": "compiled", "warm_up": False}}}
+
+
+def contradict(config, quantization):
+    config["lora_compatible"], quantization["lora_compatible"] = True, False
+
+
+@pytest.fixture
+def model(tiny_models, tmp_path):
+    return shutil.copytree(tiny_models["g128"], tmp_path / "copied")
+
+
+def refused(model, **settings):
+    """Return what a start that does not succeed says."""
+    with pytest.raises(Exception) as caught, engine(model, **settings):  # noqa: PT011
+        pass
+    return str(caught.value)
+
+
+@pytest.fixture
+def said():
+    """Return the lines that vLLM's loggers write during a test."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"backand": "auto"}, "did you mean 'backend'"),
+        ({"backend": "quick"}, "must be 'auto' or 'compiled' or 'stock-base', got 'quick'"),
+        ({"cache_bytes": "1"}, "cache_bytes must be int, got str"),
+    ],
+)
+def test_a_wrong_option(given, sentence, model):
+    config = {"int4_lora": given}
+    assert sentence in refused(model, **FLAG, additional_config=config)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (weights(actorder="group"), "does not take activation order 'group' (group_0)"),
+        (lambda _, q: q.update(transform_config={"config_groups": {}}), "not take transforms"),
+        (lambda config, _: config.update(lora_compatible=3), "must be true or false, got 3"),
+        (contradict, "make them the same"),
+    ],
+)
+def test_a_checkpoint_that_is_not_taken(change, sentence, model):
+    edit_config(model, change)
+    assert sentence in refused(model, **FLAG)
+
+
+def test_fully_sharded_lora(model):
+    refusal = refused(model, **LORA, **COLD, fully_sharded_loras=True)
+    assert "leave out --fully-sharded-loras" in refusal
+
+
+def test_lora_on_a_second_stream(monkeypatch):
+    """On a CPU vLLM refuses the setting before we are asked."""
+    from int4_lora.integration.vllm_plugin.session import refuse_settings
+
+    settings = SimpleNamespace(lora_config=SimpleNamespace(fully_sharded_loras=False))
+    refuse_settings(settings)
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    with pytest.raises(ValueError, match="unset VLLM_LORA_ENABLE_DUAL_STREAM"):
+        refuse_settings(settings)
+
+
+def test_an_untested_minor(model, monkeypatch):
+    from int4_lora.integration.vllm_plugin import upstream
+
+    monkeypatch.setattr(upstream, "installed_version", lambda: "0.99.0")
+    assert "vLLM 0.99.0 was never run with int4_lora" in refused(model, **FLAG)
+
+
+def test_another_format(model):
+    edit_config(model, lambda _, q: q.update(quant_method="gptq"))
+    assert "int4_lora takes compressed-tensors checkpoints" in refused(model, **FLAG)
+
+
+def test_eight_bits_are_left_to_vllm(tiny_models):
+    """VLLM's CPU backend has no kernel for 8 bits: its own sentence stands."""
+    assert "Failed to find a kernel" in refused(tiny_models["w8-g128"], **COLD)
+
+
+def test_weights_are_reloaded(model, prompts, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    edit_tensors(other, weight_scale=lambda scale: 2 * scale)
+    with engine(other, **COLD) as llm:
+        right = logprobs(llm, prompts[:1], [None])
+    with engine(model, **COLD) as llm:
+        before = logprobs(llm, prompts[:1], [None])
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        assert logprobs(llm, prompts[:1], [None]) == right != before
+
+
+def test_modules_outside_the_targets_are_named(model, tiny_adapters, prompts, said):
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    (model / "lora_metadata.json").write_text(
+        json.dumps({"lora_compatible": True, "lora_target_modules": ["q_proj", "o_proj"]})
+    )
+    with engine(model, **LORA, **COLD) as llm:
+        request = LoRARequest("a", 1, str(tiny_adapters["a"]))
+        asked = SamplingParams(max_tokens=1, detokenize=False)
+        llm.generate([{"prompt_token_ids": prompts[0]}], asked, lora_request=[request])
+    named = [line for line in said if "lora_target_modules" in line]
+    assert len(named) == 1
+    assert "targets v_proj" in named[0]
+    assert "q_proj, o_proj" in named[0]
+
+
+def test_a_model_that_says_so_without_the_flag(model, said):
+    edit_config(model, lambda config, _: config.update(lora_compatible=True))
+    with engine(model):
+        pass
+    assert sum("the model says lora_compatible" in line for line in said) == 1
