@@ -10,19 +10,26 @@ Source: ``int4_lora.reference.lora``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from int4_lora.compiled import graphs
+from int4_lora.compiled.gradients import needs_gradients
 from int4_lora.compiled.lora_terms import add_terms
-from int4_lora.compiled.prepared_lora import PreparedLoRA
+from int4_lora.compiled.operands import check_slices
+from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
 from int4_lora.reference.checks import ID_DTYPES, X_DTYPES, check_dtype, check_shape
+from int4_lora.reference.lora import check_accumulates
 
 __all__ = ["add_lora"]
 
 
 def add_lora(base: Tensor, x: Tensor, lora: PreparedLoRA, adapter_ids: Tensor) -> Tensor:
     """Add each token's adapter to the outputs of a base layer.
+
+    Differentiable in base, x and the adapters, then without a graph of its own.
 
     Args:
         base: ``[tokens, out_features]``, in the dtype of x; it is not written to.
@@ -49,27 +56,33 @@ def add_lora(base: Tensor, x: Tensor, lora: PreparedLoRA, adapter_ids: Tensor) -
         ``int4_lora.reference.expand``.
     """
     _check(base, x, lora, adapter_ids)
-    if torch.compiler.is_compiling():
-        return add_terms(base, x, lora.slices, adapter_ids, None)
+    if not torch.is_autocast_enabled(x.device.type):
+        return _added(base, x, lora.slices, adapter_ids)
+    with torch.autocast(x.device.type, enabled=False):
+        return _added(base, x, lora.slices, adapter_ids)
+
+
+def _added(base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or needs_gradients(x, slices, base):
+        return add_terms(base, x, slices, adapter_ids, None)
     if x.shape[0] == 0:
         return base.clone()
     with torch.no_grad():
-        return graphs.run_terms(base, x, lora.slices, adapter_ids)
+        return graphs.run_terms(base, x, slices, adapter_ids)
 
 
 def _check(base: Tensor, x: Tensor, lora: PreparedLoRA, adapter_ids: Tensor) -> None:
-    if not isinstance(lora, PreparedLoRA):
-        raise TypeError(f"lora must be a PreparedLoRA, got {type(lora).__name__}")
-    last = lora.slices[-1]
     check_dtype("x", x, X_DTYPES)
     check_dtype("base", base, (x.dtype,))
-    check_shape("x", x, (None, last.a.shape[2]), "[tokens, in_features]")
+    check_shape("x", x, (None, None), "[tokens, in_features]")
     check_shape("base", base, (x.shape[0], None), "[tokens, out_features]")
     check_dtype("adapter_ids", adapter_ids, ID_DTYPES)
     check_shape("adapter_ids", adapter_ids, (x.shape[0],), "[tokens]")
-    furthest = max(one.stop for one in lora.slices)
-    if furthest > base.shape[1]:
-        raise ValueError(f"lora writes {furthest} outputs, and base has {base.shape[1]}")
-    devices = {one.device for one in (base, x, adapter_ids, last.a)}
-    if len(devices) > 1:
-        raise ValueError(f"all operands must be on one device, got {sorted(map(str, devices))}")
+    slices = check_slices(lora, "x", x.shape[1], base.shape[1])
+    devices = {"base": base.device, "x": x.device, "adapter_ids": adapter_ids.device}
+    for part in slices:
+        check_accumulates("a and b of lora", part.a, x)
+        devices["lora"] = part.a.device
+    if any(device != x.device for device in devices.values()):
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all operands must be on one device, got {found}")

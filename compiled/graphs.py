@@ -11,7 +11,7 @@ Source: ``torch._dynamo``'s documentation of ``recompile_limit`` and ``mark_dyna
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import hashlib
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
@@ -32,7 +32,6 @@ LAST_TOKENS = {"cpu": (1, 16), "cuda": (1, 16, GATHERED_TOKENS["cuda"][0])}
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}
 _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2.8 and later
-_numbers = itertools.count()
 _lock = threading.Lock()
 
 
@@ -64,14 +63,14 @@ def run(
         return formulation.layer(x, weight, slices, None, None)
     bucket = bucket_of(x.shape[0], x.device.type)
     slices = tuple(dataclasses.replace(one) for one in slices)  # as they are now: update() may come
-    operands = _operands((x, adapter_ids, bias), slices)
-    key = (formulation.name, weight.signature, bucket, operands, torch.get_default_dtype())
+    operands = _operands((x, adapter_ids, bias), slices, weight.tensors)
+    key = (formulation.name, weight.signature, bucket, operands, _settings())
     graph = _graphs.get(key)
     if graph is None:
         backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
-        graph = _compiled(key, formulation.layer, backend)
+        graph = _compiled(key, formulation.layer, backend, _plain(x, adapter_ids, bias))
     x = _dynamic(x, bucket)
-    bias = None if bias is None else bias.detach().contiguous()
+    bias = None if bias is None else bias.detach().resolve_neg().contiguous()
     adapter_ids = None if adapter_ids is None else _dynamic(adapter_ids, bucket)
     return graph(x, weight, slices, adapter_ids, bias)
 
@@ -82,9 +81,11 @@ def run_terms(
     """Run ``lora_terms.add_terms`` on a base that was computed elsewhere."""
     bucket = bucket_of(x.shape[0], x.device.type)
     slices = tuple(dataclasses.replace(one) for one in slices)
-    operands = _operands((base, x, adapter_ids), slices)
-    key = ("terms", x.device, bucket, operands, torch.get_default_dtype())
-    graph = _graphs.get(key) or _compiled(key, _terms, "inductor")
+    operands = _operands((base, x, adapter_ids), slices, ())
+    key = ("terms", x.device, bucket, operands, _settings())
+    graph = _graphs.get(key)
+    if graph is None:
+        graph = _compiled(key, _terms, "inductor", _plain(base, x, adapter_ids))
     base, x, adapter_ids = (_dynamic(one, bucket) for one in (base, x, adapter_ids))
     return graph(base, x, slices, adapter_ids)
 
@@ -94,36 +95,53 @@ def _terms(base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids
 
 
 def _compiled(
-    key: Hashable, function: Callable[..., Tensor], backend: Any
+    key: Hashable, function: Callable[..., Tensor], backend: Any, plain: bool
 ) -> Callable[..., Tensor]:
     """Return the graph of a key, which another thread may have made first.
 
-    Its key says all that Dynamo's guards on the operands would; they cost more than a small layer.
+    Its key says all that Dynamo's guards on plain operands would, and costs less.
     """
     guards: dict[str, Any] | None = None
-    if _GUARDS_CAN_GO:
+    if plain and _GUARDS_CAN_GO:
         guards = {"guard_filter_fn": _kept_guards}
     with _lock:
-        made = torch.compile(_own_code(function), backend=backend, options=guards)
+        made = torch.compile(_own_code(function, key), backend=backend, options=guards)
         return _graphs.setdefault(key, made)
 
 
 def _kept_guards(guards: Sequence[Any]) -> list[bool]:
-    """Return which guards stay: those of torch's settings, and of sizes that indices depend on."""
-    return [one.guard_type in ("GLOBAL_STATE", "SHAPE_ENV") for one in guards]
+    """Return which guards stay: those on no operand, such as torch's settings and modes."""
+    return [not one.name for one in guards]
+
+
+def _settings() -> tuple[Hashable, ...]:
+    """Return what of torch's settings often differs: a recompile of one code object is counted."""
+    return torch.get_default_dtype(), torch.get_num_threads(), _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Return whether this is within torch.func's transforms, whose tensors say nothing of it."""
+    stack = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return stack.peek_interpreter_stack() is not None
+
+
+def _plain(*operands: Tensor | None) -> bool:
+    """Return whether the key can say all of the operands: no subclasses, no transforms."""
+    plain = all(one is None or type(one) in (Tensor, torch.nn.Parameter) for one in operands)
+    return plain and not _is_transformed()
 
 
 def _dynamic(operand: Tensor, bucket: tuple[int, int]) -> Tensor:
     """Return an operand by tokens as graphs expect it: contiguous, any number of a bucket."""
     strides = (operand.shape[1], 1) if operand.ndim == 2 else (1,)  # one row has one stride, too
-    operand = operand.detach().contiguous().as_strided(operand.shape, strides)
+    operand = operand.detach().resolve_neg().contiguous().as_strided(operand.shape, strides)
     if bucket[0] > 1:
         torch._dynamo.mark_dynamic(operand, 0, min=bucket[0], max=bucket[1])
     return operand
 
 
 def _operands(
-    tensors: Sequence[Tensor | None], slices: Sequence[PreparedSlice]
+    tensors: Sequence[Tensor | None], slices: Sequence[PreparedSlice], others: Sequence[Tensor]
 ) -> tuple[Hashable, ...]:
     """Return what a graph is specialised on of the operands, the number of tokens left out."""
     adapters = tuple(
@@ -131,6 +149,7 @@ def _operands(
         for one in slices
     )
     identities = [id(tensor) for one in slices for tensor in (one.a, one.bt, one.scaling)]
+    identities += map(id, others)
     shared = len(set(identities)) < len(identities)  # then the graph has fewer inputs
     pattern = tuple(identities.index(one) for one in identities) if shared else ()
     return (*(_by_tokens(one) for one in tensors), adapters, pattern)
@@ -140,22 +159,24 @@ def _by_tokens(operand: Tensor | None) -> tuple[Hashable, ...]:
     """Return what a graph is specialised on of an operand whose number of rows is not."""
     if operand is None:
         return ()
-    return operand.dtype, operand.shape[1:], type(operand), operand.is_inference(), operand.is_neg()
+    return operand.dtype, operand.shape[1:], type(operand), operand.is_inference()
 
 
 def _whole(operand: Tensor) -> tuple[Hashable, ...]:
     return operand.dtype, operand.shape, operand.stride(), type(operand), operand.is_inference()
 
 
-def _own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _own_code(function: Callable[..., Tensor], key: Hashable) -> Callable[..., Tensor]:
     """Return the same function with a code object of its own, under a name of its own.
 
-    Dynamo remembers by file, line and name which sizes it has seen change. Under one name a second
-    layer's sizes would all be symbols: other kernels, compiled in minutes.
+    Dynamo remembers by file, line and name which sizes it has seen change, in some set-ups across
+    processes. Under one name a second layer's sizes would all be symbols: other kernels, compiled
+    in minutes.
     """
     assert isinstance(function, FunctionType)
+    own = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     copy = FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
+        function.__code__.replace(co_name=f"{function.__name__}_{own}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,

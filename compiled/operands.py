@@ -17,7 +17,7 @@ from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.checks import ID_DTYPES, X_DTYPES, check_dtype, check_shape
 from int4_lora.reference.lora import check_accumulates
 
-__all__ = ["check_operands"]
+__all__ = ["check_operands", "check_slices"]
 
 
 def check_operands(
@@ -78,21 +78,38 @@ def _slices(weight: PreparedWeight, lora: PreparedLoRA | None) -> tuple[Prepared
         raise TypeError(f"weight must be a PreparedWeight, got {type(weight).__name__}")
     if lora is None:
         return ()
+    return check_slices(lora, "weight", weight.in_features, weight.out_features)
+
+
+def check_slices(
+    lora: PreparedLoRA, base: str, in_features: int, out_features: int
+) -> tuple[PreparedSlice, ...]:
+    """Check that adapters fit a layer; return their slices.
+
+    Args:
+        lora: the adapters.
+        base: what the message calls what they are added to.
+        in_features: of the layer.
+        out_features: of the layer.
+
+    Raises:
+        TypeError: no adapters that were prepared.
+        ValueError: slices that do not fit the layer, or overlap.
+    """
     if isinstance(lora, (LoRAStack, LoRASlice, list, tuple)):
         found = type(lora).__name__
         raise TypeError(f"lora must be a PreparedLoRA, got {found}: call prepare_lora()")
     if not isinstance(lora, PreparedLoRA):
         raise TypeError(f"lora must be a PreparedLoRA, got {type(lora).__name__}")
     for part in lora.slices:
-        if part.a.shape[2] != weight.in_features:
+        if part.a.shape[2] != in_features:
             raise ValueError(
-                f"lora must have the in_features of weight, {weight.in_features}, "
+                f"lora must have the in_features of {base}, {in_features}, "
                 f"got a of {list(part.a.shape)}"
             )
-        if part.stop > weight.out_features:
+        if part.stop > out_features:
             raise ValueError(
-                f"lora must write outputs of [0, {weight.out_features}), "
-                f"got [{part.start}, {part.stop})"
+                f"lora must write outputs of [0, {out_features}), got [{part.start}, {part.stop})"
             )
     for one, other in combinations(lora.slices, 2):
         if one.start < other.stop and other.start < one.stop:

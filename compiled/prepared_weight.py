@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,16 +76,31 @@ class PreparedWeight(ABC):
         fields = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return (type(self), *(_described(field) for field in fields))
 
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its tensors, in the order of its fields."""
+        return tuple(_tensors(self))
+
     @property
     @abstractmethod
     def tile(self) -> int:
         """The number of rows that ``rows`` should be asked for at multiples of."""
 
 
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of a dataclass, and of those in it."""
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        part = getattr(value, field.name)
+        if isinstance(part, Tensor):
+            yield part
+        elif dataclasses.is_dataclass(part):
+            yield from _tensors(part)
+
+
 def _described(value: object) -> object:
     """Return a field as part of a signature."""
     if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype, value.device)
+        return (tuple(value.shape), value.stride(), value.dtype, value.device)
     if isinstance(value, PackedWeight):
         return tuple(_described(getattr(value, field.name)) for field in dataclasses.fields(value))
     return value

@@ -8,8 +8,7 @@ Source: ``int4_lora.compiled``; vLLM's ``BaseLinearLayerWithLoRA`` for the layou
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ class ServedLayer:
         if self.weight is None or self.weight.signature != weight.signature:
             self.weight = weight
             return
-        for old, new in zip(_tensors(self.weight), _tensors(weight), strict=True):
+        for old, new in zip(self.weight.tensors, weight.tensors, strict=True):
             old.copy_(new)
 
     def base(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -104,16 +103,6 @@ def adapters_of(
         views.append(bt.transpose(1, 2).unsqueeze(1))
         start += outputs
     return PreparedLoRA(tuple(slices)), tuple(views)
-
-
-def _tensors(weight: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a dataclass, and of those in it."""
-    for field in dataclasses.fields(weight):
-        value = getattr(weight, field.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif dataclasses.is_dataclass(value):
-            yield from _tensors(value)
 
 
 def _none_active(adapter_ids: Tensor) -> bool:

@@ -44,15 +44,22 @@ def test_inside_somebody_elses_graph():
     torch.testing.assert_close(own(base.bfloat16()), right, rtol=2**-7, atol=2**-7)
 
 
+OVERLAPPING = prepare_lora([LoRASlice(stack(16, 1), 0), LoRASlice(stack(16, 1), 8)])
+WIDE = prepare_lora(stack(OUT, 1, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"base": torch.zeros(2, OUT)}, TypeError, "base must be bfloat16, got float32"),
-        ({"base": torch.zeros(2, 47).bfloat16()}, ValueError, "lora writes 48 outputs, and base h"),
+        ({"base": torch.zeros(2, 47).bfloat16()}, ValueError, r"outputs of .0, 47., got .0, 48."),
         ({"base": torch.zeros(3, OUT).bfloat16()}, ValueError, "base must be"),
-        ({"x": torch.zeros(2, 63).bfloat16()}, ValueError, "x must be"),
+        ({"x": torch.zeros(2, 63).bfloat16()}, ValueError, "the in_features of x, 63"),
         ({"adapter_ids": torch.zeros(2)}, TypeError, "adapter_ids must be int32 or int64"),
         ({"adapter_ids": torch.zeros(3, dtype=torch.int32)}, ValueError, "adapter_ids must be"),
+        ({"x": torch.zeros(2, IN, device="meta").bfloat16()}, ValueError, "be on one device, got"),
+        ({"lora": OVERLAPPING}, ValueError, "slices must not overlap"),
+        ({"lora": WIDE}, TypeError, "must not be float64"),
         ({"lora": stack(OUT, 1)}, TypeError, "lora must be a PreparedLoRA, got LoRAStack"),
     ],
 )
@@ -65,3 +72,36 @@ def test_what_does_not_fit_is_named(changes, error, message):
     }
     with pytest.raises(error, match=message):
         add_lora(**{**operands, **changes})
+
+
+def test_autocast_changes_nothing():
+    lora = prepare_lora(stack(OUT, 1, rank=65, dtype=torch.float32))
+    x, base, ids = torch.randn(40, IN), torch.randn(40, OUT), torch.arange(40) % 4 - 1
+    y = add_lora(base, x, lora, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(add_lora(base, x, lora, ids), y)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_gradients(tokens):
+    x = torch.randn(tokens, IN, requires_grad=True)
+    base = torch.randn(tokens, OUT, requires_grad=True)
+    given = stack(OUT, 1, dtype=torch.float32)
+    a, b = given.a.requires_grad_(), given.b.requires_grad_()
+    ids = torch.tensor([0, 2, -1])[:tokens]
+    y = add_lora(base, x, prepare_lora(LoRAStack(a, b, given.scaling)), ids)
+    weights = torch.randn(tokens, OUT)
+    found = torch.autograd.grad((y * weights).sum(), (base, x, a, b))
+    words = torch.full((OUT, IN // 8), -2004318072, dtype=torch.int32)
+    zero = PackedWeight(words, torch.ones(OUT, 1), (OUT, IN))
+    right = base + int4_lora_linear(x, zero, LoRAStack(a, b, given.scaling), ids)
+    for one, other in zip(
+        found, torch.autograd.grad((right * weights).sum(), (base, x, a, b)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_no_token_is_no_alias():
+    base = torch.zeros(0, OUT).bfloat16()
+    x, ids = torch.zeros(0, IN).bfloat16(), torch.zeros(0, dtype=torch.int64)
+    assert add_lora(base, x, prepare_lora(stack(OUT, 1)), ids) is not base

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from int4_lora.compiled.lora_terms import grouped, masked
+from int4_lora.compiled.lora_terms import gathered, grouped, masked
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.token_blocks import bring_together
 
@@ -50,7 +50,7 @@ def test_grouped_and_masked_agree(tokens):
     assert torch.allclose(grouped(x, one, ids), masked(x, one, ids), atol=1e-4)
 
 
-@pytest.mark.parametrize("term", [grouped, masked])
+@pytest.mark.parametrize("term", [gathered, grouped, masked])
 def test_the_scaling_comes_last(term):
     """As in the reference: scaled first, what is finite in the end would overflow on the way."""
     a, bt = torch.ones(2, 3, 32), torch.full((2, 3, 8), 1e-37)
