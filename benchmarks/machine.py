@@ -40,6 +40,17 @@ def machine(device):
     }
 
 
+def in_a_line(found_on):
+    """Return what ``machine`` found as a line for tables."""
+    versions = [
+        f"{name} {found_on[name]}"
+        for name in ("torch", "triton", "vllm", "int4-lora")
+        if found_on[name] is not None
+    ]
+    place = found_on["gpu"] or f"{found_on['cpu']}, {found_on['cores']} cores"
+    return ", ".join([found_on["date"], place, f"{found_on['threads']} threads", *versions])
+
+
 def _cpu():
     lines = Path("/proc/cpuinfo")
     text = lines.read_text(encoding="utf-8") if lines.is_file() else ""

@@ -1,0 +1,8 @@
+"""The real vLLM engine, stock and ours in one run: ``python -m benchmarks.serving``.
+
+``workloads`` says what is asked, ``files`` makes the model and the adapters, ``engine`` is the
+process that vLLM runs in, ``rounds`` takes turns between the engines, ``bars`` judges and
+``report`` prints. Only ``engine`` imports vLLM.
+
+Source: ``benchmarks/results/README.md``.
+"""

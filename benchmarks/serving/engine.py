@@ -1,0 +1,114 @@
+"""The process that one vLLM engine runs in: loads once, then answers ``run``.
+
+Requests are put into the engine together and it is stepped here, so that the time of every token
+is known. Nothing runs between two commands.
+
+Source: vLLM's ``LLMEngine.add_request`` and ``step``, which ``LLM.generate`` consists of.
+"""
+
+import os
+import random
+import time
+
+from benchmarks.child import forget_the_peak, memory_bytes, serve
+
+
+class Engine:
+    """What the commands share."""
+
+    def __init__(self):
+        self._llm, self._adapters, self._vocabulary, self._asked = None, [], 0, 0
+
+    def load(self, model, adapters, arguments):
+        """Start the engine.
+
+        Args:
+            model: the checkpoint's folder.
+            adapters: the folder of each adapter; none are made known where LoRA is not enabled.
+            arguments: of vLLM's ``LLM``.
+        """
+        started = time.perf_counter()
+        import torch
+        from vllm import LLM
+
+        self._llm = LLM(model, **arguments)
+        if arguments.get("enable_lora"):
+            from vllm.lora.request import LoRARequest
+
+            self._adapters = [
+                LoRARequest(os.path.basename(folder), number, folder)
+                for number, folder in enumerate(adapters, start=1)
+            ]
+        self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
+        found = {
+            "load_seconds": time.perf_counter() - started,
+            "load_bytes": memory_bytes(),
+            "threads": torch.get_num_threads(),
+            "load_graphs": graphs(),
+        }
+        return {**found, "peak_starts_again": forget_the_peak()}
+
+    def run(self, rows, prompt, new, adapters):
+        """Run requests that are there at once.
+
+        Args:
+            rows: how many.
+            prompt: tokens of each prompt; the same ones in every run.
+            new: tokens that each asks for.
+            adapters: the adapter's number of each row, or None.
+
+        Returns:
+            For each row the seconds at which each token was there; and the tokens.
+        """
+        core = self._llm.llm_engine
+        given = [self._prompt(row, prompt) for row in range(rows)]
+        asked = self._sampling(new)
+        places = {}
+        started = time.perf_counter()
+        for row, adapter in enumerate(adapters):
+            name = f"{self._asked}-{row}"
+            places[name] = row
+            request = None if adapter is None else self._adapters[adapter]
+            tokens = {"prompt_token_ids": given[row]}
+            core.add_request(name, tokens, asked, lora_request=request)
+        self._asked += 1
+        times, answers = [[] for _ in range(rows)], [[] for _ in range(rows)]
+        while core.has_unfinished_requests():
+            for output in core.step():
+                tokens = list(output.outputs[0].token_ids)
+                row = places[output.request_id]
+                times[row] += [time.perf_counter() - started] * len(tokens)
+                answers[row] += tokens
+        return {"times": times, "tokens": answers}
+
+    def memory(self):
+        """Return what the process holds, its peak since the engine was loaded, and its graphs."""
+        return {**memory_bytes(), "graphs": graphs()}
+
+    def _prompt(self, row, length):
+        drawn = random.Random(row)
+        return [drawn.randrange(3, self._vocabulary) for _ in range(length)]
+
+    def _sampling(self, new):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=new,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def graphs():
+    """Return how many graphs torch has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+if __name__ == "__main__":
+    engine = Engine()
+    serve({"load": engine.load, "run": engine.run, "memory": engine.memory})
