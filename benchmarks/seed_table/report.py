@@ -1,0 +1,93 @@
+"""The table, with what the request said beside what was measured.
+
+Source: the request's own table.
+"""
+
+import statistics
+
+from benchmarks.machine import in_a_line
+from benchmarks.seed_table.shapes import DENSE, INT4, LORA
+
+SAID = {DENSE: "14 GB, 1.0 x", INT4: "3.5 GB, 2.4 x", LORA: "5.25 GB, 1.9 x"}
+NAMES = {"float16": "FP16", "bfloat16": "BF16"}
+
+
+def seconds_a_token(one, model, layers):
+    """Return the median time of a token through all layers, and its spread.
+
+    Args:
+        one: what was measured of a kind: ``layers`` and ``head``, seconds of each round.
+        model: the sizes.
+        layers: how many were held and measured; the time is scaled to all of the model's.
+    """
+    pairs = zip(one["layers"], one["head"], strict=True)
+    tokens = [model.layers / layers * most + head for most, head in pairs]
+    middle = statistics.median(tokens)
+    low, _, high = statistics.quantiles(tokens, n=4)
+    return middle, (high - low) / 2 / middle
+
+
+def rows(found, model, layers):
+    """Return the table's rows as numbers, by kind."""
+    times = {kind: seconds_a_token(one, model, layers) for kind, one in found.items()}
+    return {
+        kind: {
+            "weight_bytes": model.whole_bytes(kind),
+            "adapter_bytes": model.layers * model.layer_bytes(kind)[1],
+            "held_bytes": model.layers * one["layer_bytes"] + model.outside_bytes,
+            "making_bytes": one["making"],
+            "peak_bytes": one["peak"],
+            "tokens_per_second": 1 / times[kind][0],
+            "spread": times[kind][1],
+            "over_dense": times[DENSE][0] / times[kind][0],
+        }
+        for kind, one in found.items()
+    }
+
+
+def report(found_on, found, model, layers, dtype):
+    """Return the table and what has to be known to read it, in Markdown.
+
+    Args:
+        found_on: the machine.
+        found: what was measured, by kind.
+        model: the sizes.
+        layers: how many were held.
+        dtype: of x, scales and dense weights.
+    """
+    part = f"{layers} of {model.layers} layers"
+    peaks = [f"peak decoding, {part}, GB", f"peak making, {part}, GB"]
+    head = ["", "weights, GB", "as held, GB", *peaks, "tokens/s", "over the first"]
+    head.append("the request said")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    table = rows(found, model, layers)
+    for kind, row in table.items():
+        name = NAMES[dtype] if kind == DENSE else kind
+        name = f"{name} r = {model.rank}" if kind == LORA else name
+        sizes = [row["weight_bytes"], row["held_bytes"], row["peak_bytes"], row["making_bytes"]]
+        texts = ["-" if size is None else f"{1e-9 * size:.2f}" for size in sizes]
+        rate = f"{row['tokens_per_second']:.2f} ±{100 * row['spread']:.0f} %"
+        cells = [name, *texts, rate, f"{row['over_dense']:.2f} x", SAID[kind]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(
+        [f"{in_a_line(found_on)}:", "", *lines, "", *_remarks(found, table, model, layers)]
+    )
+
+
+def _remarks(found, table, model, layers):
+    base, lora = table[INT4], table[LORA]
+    added = base["tokens_per_second"] / lora["tokens_per_second"] - 1
+    scaled = f", {layers} measured and scaled to {model.layers}" if layers < model.layers else ""
+    return [
+        f"- {model.layers} layers of {model.hidden} and {model.intermediate}{scaled}; group "
+        f"{model.group_size}; random weights; embedding and lm_head, {model.vocabulary} rows each, "
+        "in 16 bits.",
+        "- tokens/s: one row through every linear layer and lm_head; attention and norms are left "
+        "out. On a CPU each layer is a call from Python, on a GPU all of them are a CUDA graph.",
+        f"- the adapter: {1e-6 * lora['adapter_bytes']:.0f} MB, "
+        f"{100 * lora['adapter_bytes'] / base['weight_bytes']:.1f} % of the INT4 weights; it adds "
+        f"{100 * added:.1f} % of time (the request said: less than 5 %).",
+        f"- peaks: of {found[INT4]['of']}, one process a row of the table, which had "
+        f"{1e-9 * (found[INT4]['bytes_before'] or 0):.2f} GB before there were weights; making "
+        "includes compiling.",
+    ]
