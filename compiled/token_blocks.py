@@ -39,7 +39,7 @@ class TokenBlocks:
     def gather(self, x: Tensor) -> Tensor:
         """Return the rows of ``x`` ``[tokens, n]`` as ``[blocks, size, n]``, nobody's are 0."""
         rows = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.token)
-        return rows.view(-1, self.size, x.shape[1])
+        return rows.view(self.adapter.shape[0], self.size, x.shape[1])  # -1 would be a division
 
     def scatter(self, rows: Tensor) -> Tensor:
         """Return ``[blocks, size, n]`` as ``[tokens, n]``, 0 for tokens without an adapter."""
