@@ -43,7 +43,8 @@ class TokenBlocks:
 
     def scatter(self, rows: Tensor) -> Tensor:
         """Return ``[blocks, size, n]`` as ``[tokens, n]``, 0 for tokens without an adapter."""
-        found = rows.flatten(0, 1).index_select(0, self.place)
+        # two indices in place of one flat dimension, whose size torch 2.8 cannot reason about
+        found = rows[self.place // self.size, self.place % self.size]
         return torch.where(self.own.unsqueeze(1), found, 0)
 
 
