@@ -120,6 +120,7 @@ def serve(commands):
             answer = {"answer": commands[name](**arguments)}
         except Exception as error:  # the parent says it; the process is still of use
             answer = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.flush()  # the log has what was printed, before anybody reads it
         print(json.dumps(answer), file=answers, flush=True)
 
 
