@@ -62,6 +62,7 @@ class Case:
         kind = "sym" if self.symmetric else "asym"
         extra = f" slices {'+'.join(map(str, self.slices))}" if self.slices else ""
         extra += " bias" if self.bias else ""
+        extra += "" if self.adapters else " no adapters"
         return f"{self.rows} x {self.columns} M={self.tokens} {group} {kind} {dtype}{extra}"
 
     def operands(self, make):
