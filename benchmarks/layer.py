@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cell import cell
-from benchmarks.machine import machine
+from benchmarks.machine import chosen_device, machine
 from benchmarks.report import bars, plot, report
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,12 +50,7 @@ def options_of(arguments):
         parser.error(f"--shapes: indices of 0 to {len(SHAPES) - 1}, got {options.shapes}")
     if options.group_size < 1 or options.rounds < 2 or min(options.tokens or [1]) < 1:
         parser.error("--group-size and --tokens must be 1 or more, --rounds 2 or more")
-    there = torch.cuda.is_available()
-    options.device = options.device or ("cuda" if there else "cpu")
-    if options.device == "cuda" and not there:
-        parser.error("--device cuda: torch sees no GPU")
-    if options.device == "cpu" and there:
-        parser.error("--device cpu: hide the GPU, which timing waits for: CUDA_VISIBLE_DEVICES=")
+    options.device = chosen_device(parser, options.device)
     if options.device == "cuda" and options.in_a_graph:
         parser.error("--in-a-graph is for a CPU: on CUDA everything is in CUDA graphs")
     options.tokens = options.tokens or TOKENS_OF[options.device]

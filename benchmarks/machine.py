@@ -88,3 +88,19 @@ def _version(*names):
         except PackageNotFoundError:
             continue
     return None
+
+
+def chosen_device(parser, asked):
+    """Return the device to run on: the one asked for, else the GPU if there is one.
+
+    Args:
+        parser: ends the program where the device cannot be had.
+        asked: "cpu", "cuda" or None.
+    """
+    there = torch.cuda.is_available()
+    device = asked or ("cuda" if there else "cpu")
+    if device == "cuda" and not there:
+        parser.error("--device cuda: torch sees no GPU")
+    if device == "cpu" and there:
+        parser.error("--device cpu: hide the GPU, which timing waits for: CUDA_VISIBLE_DEVICES=")
+    return device

@@ -20,7 +20,13 @@ from int4_lora.compiled.gradients import needs_gradients
 from int4_lora.compiled.lora_terms import add_terms
 from int4_lora.compiled.operands import check_slices
 from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
-from int4_lora.reference.checks import ID_DTYPES, X_DTYPES, check_dtype, check_shape
+from int4_lora.reference.checks import (
+    ID_DTYPES,
+    X_DTYPES,
+    check_dtype,
+    check_one_device,
+    check_shape,
+)
 from int4_lora.reference.lora import check_accumulates
 
 __all__ = ["add_lora"]
@@ -79,10 +85,6 @@ def _check(base: Tensor, x: Tensor, lora: PreparedLoRA, adapter_ids: Tensor) -> 
     check_dtype("adapter_ids", adapter_ids, ID_DTYPES)
     check_shape("adapter_ids", adapter_ids, (x.shape[0],), "[tokens]")
     slices = check_slices(lora, "x", x.shape[1], base.shape[1])
-    devices = {"base": base.device, "x": x.device, "adapter_ids": adapter_ids.device}
     for part in slices:
         check_accumulates("a and b of lora", part.a, x)
-        devices["lora"] = part.a.device
-    if any(device != x.device for device in devices.values()):
-        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"all operands must be on one device, got {found}")
+        check_one_device(base=base, x=x, adapter_ids=adapter_ids, lora=part.a)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.child import Child
-from benchmarks.machine import machine
+from benchmarks.machine import chosen_device, machine
 from benchmarks.seed_table.report import NAMES, report, rows
 from benchmarks.seed_table.shapes import KINDS, Model, free_bytes, layers_that_fit
 
@@ -41,13 +41,8 @@ def options_of(arguments):
             name = f"--{field.name.replace('_', '-')}"
             parser.add_argument(name, type=int, default=field.default, help="%(default)s")
     options = parser.parse_args(arguments)
-    there = torch.cuda.is_available()
-    options.device = options.device or ("cuda" if there else "cpu")
-    if options.device == "cuda" and not there:
-        parser.error("--device cuda: torch sees no GPU")
-    if options.device == "cpu" and there:
-        parser.error("--device cpu: hide the GPU, which timing waits for: CUDA_VISIBLE_DEVICES=")
-    options.dtype = options.dtype or ("float16" if there else "bfloat16")
+    options.device = chosen_device(parser, options.device)
+    options.dtype = options.dtype or ("float16" if options.device == "cuda" else "bfloat16")
     whole = Model().layers
     if options.layers is not None and not 1 <= options.layers <= whole:
         parser.error(f"--layers: 1 to {whole}, got {options.layers}")

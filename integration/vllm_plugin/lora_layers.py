@@ -29,7 +29,7 @@ from vllm.model_executor.layers.linear import (
 
 from int4_lora.compiled import PreparedLoRA
 from int4_lora.integration.vllm_plugin import in_graph
-from int4_lora.integration.vllm_plugin.scheme import Int4Scheme, adapters_fault
+from int4_lora.integration.vllm_plugin.scheme import adapters_fault
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapters_of
 from int4_lora.integration.vllm_plugin.unpacking import unpacked
 
@@ -94,9 +94,7 @@ class Int4LoRALayer:
         lora, views = adapters_of(self.lora_a_stacked, self.lora_b_stacked)
         self.lora_b_stacked = views
         self.served.lora = lora
-        scheme = getattr(self.base_layer, "scheme", None)
-        if isinstance(scheme, Int4Scheme):
-            self.served.stock_lora_because = adapters_fault(self.base_layer)
+        self.served.stock_lora_because = adapters_fault(self.base_layer)
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter in a slot."""
@@ -125,7 +123,7 @@ class Int4LoRALayer:
         if served.weight is None:
             base = self.base_layer.quant_method.apply(self.base_layer, rows, bias)
             y = served.added(base, rows, ids)
-        elif torch.compiler.is_compiling() and self._one_operator():
+        elif torch.compiler.is_compiling() and served.session.options.in_graph == "custom-op":
             name, outputs = in_graph.graph_name(served.name), served.weight.out_features
             y = in_graph.linear(rows, ids, bias, name, outputs)
         else:
@@ -154,10 +152,6 @@ class Int4LoRALayer:
                 f"{self.served.name} has no INT4 weight: it is {self.served.stock_because}"
             )
         return unpacked(self.base_layer, dtype)
-
-    def _one_operator(self) -> bool:
-        scheme = self.base_layer.scheme
-        return bool(scheme.session.options.in_graph == "custom-op")
 
     def _look_again(self) -> None:
         lora = self.served.lora
@@ -200,8 +194,7 @@ def install_lora_layers() -> None:
     def create_and_announce(self: Any) -> None:
         create(self)
         for module in self.modules.values():
-            scheme = getattr(getattr(module, "base_layer", None), "scheme", None)
-            if isinstance(scheme, Int4Scheme):
-                scheme.session.announce()
+            if isinstance(module, Int4LoRALayer):
+                module.served.session.announce()
 
     LoRAModelManager._create_lora_modules = create_and_announce

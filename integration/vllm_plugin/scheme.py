@@ -88,8 +88,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         if backend == "stock-base":
             served.stock_because = "as the option backend asks"
         elif backend == "auto":
-            faster = stock_is_faster(self.kind, layer.weight_packed.device)
-            served.stock_because = None if faster is None else f"measured {faster}"
+            served.stock_because = _stock_is_better(self.kind, layer.weight_packed.device)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the loaded weight out for our kernels, or hand it to vLLM's."""
@@ -171,14 +170,23 @@ class Int4Scheme(CompressedTensorsWNA16):
         )
 
 
+def _stock_is_better(kind: Kind, device: torch.device) -> str | None:
+    """Return why vLLM's kernel is to compute a kind of layer, or None."""
+    try:
+        faster = stock_is_faster(kind, device)
+    except Exception as error:  # Inductor raises whatever its compilers do
+        return f"ours does not run: {type(error).__name__}: {error}".partition("\n")[0]
+    return None if faster is None else f"measured {faster}"
+
+
 def adapters_fault(layer: Any) -> str | None:
     """Return what is wrong with the adapters' term of a layer of ours, or None."""
-    served, session = layer.int4_lora, layer.scheme.session
+    served, session = layer.int4_lora, layer.int4_lora.session
     lora, weight, bias = served.lora, served.weight, own_bias(layer)
     shapes = tuple((one.a.shape, one.start, one.stop) for one in lora.slices)
     dtype, device = session.dtype, lora.slices[0].a.device.type
     if weight is None:
-        outputs = layer.output_size_per_partition
+        outputs = lora.slices[-1].stop
         return session.fault(
             ("added", outputs, shapes),
             served.name,

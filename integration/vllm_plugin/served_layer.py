@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_lora_linear
+from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear, int4_lora_linear
 from int4_lora.compiled.prepared_lora import PreparedSlice
 
 __all__ = ["ServedLayer", "adapters_of"]
@@ -56,7 +56,7 @@ class ServedLayer:
         """Return the layer without adapters, by our weight: x ``[..., in_features]``."""
         assert self.weight is not None
         rows = x.flatten(0, -2)
-        return int4_lora_linear(rows, self.weight, bias=bias).view(*x.shape[:-1], -1)
+        return int4_linear(rows, self.weight, bias).view(*x.shape[:-1], -1)
 
     def with_adapters(self, x: Tensor, adapter_ids: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer with adapters, by our weight.
@@ -68,7 +68,7 @@ class ServedLayer:
         """
         assert self.weight is not None
         if _none_active(adapter_ids):
-            return int4_lora_linear(x, self.weight, bias=bias)
+            return int4_linear(x, self.weight, bias)
         return int4_lora_linear(x, self.weight, self.lora, adapter_ids, bias)
 
     def added(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:

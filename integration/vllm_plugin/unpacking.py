@@ -31,7 +31,7 @@ def unpacked(layer: Any, dtype: torch.dtype | None) -> Tensor:
     Raises:
         ValueError: the checkpoint, read again, does not have the layer's modules.
     """
-    session, served = layer.scheme.session, layer.int4_lora
+    session, served = layer.int4_lora.session, layer.int4_lora
     with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
         packed = session.packed.get(served.name)
         if packed is None and served.weight is not None:

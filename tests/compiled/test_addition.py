@@ -57,7 +57,11 @@ WIDE = prepare_lora(stack(OUT, 1, dtype=torch.float64))
         ({"x": torch.zeros(2, 63).bfloat16()}, ValueError, "the in_features of x, 63"),
         ({"adapter_ids": torch.zeros(2)}, TypeError, "adapter_ids must be int32 or int64"),
         ({"adapter_ids": torch.zeros(3, dtype=torch.int32)}, ValueError, "adapter_ids must be"),
-        ({"x": torch.zeros(2, IN, device="meta").bfloat16()}, ValueError, "be on one device, got"),
+        (
+            {"x": torch.zeros(2, IN, device="meta").bfloat16()},
+            ValueError,
+            "base is on cpu, x is on meta",
+        ),
         ({"lora": OVERLAPPING}, ValueError, "slices must not overlap"),
         ({"lora": WIDE}, TypeError, "must not be float64"),
         ({"lora": stack(OUT, 1)}, TypeError, "lora must be a PreparedLoRA, got LoRAStack"),
