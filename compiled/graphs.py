@@ -28,7 +28,7 @@ from int4_lora.compiled.prepared_weight import PreparedWeight
 __all__ = ["bucket_of", "run", "run_terms"]
 
 MOST_TOKENS = 2**31 - 1
-LAST_TOKENS = {"cpu": (1, 16), "cuda": (1, 16, GATHERED_TOKENS["cuda"][0])}
+LAST_TOKENS = {"cpu": (1, 24), "cuda": (1, 16, GATHERED_TOKENS["cuda"][0])}
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}
 _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2.8 and later
@@ -40,7 +40,7 @@ def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
 
     Example:
         >>> bucket_of(5)
-        (2, 16)
+        (2, 24)
     """
     first = 1
     for last in LAST_TOKENS.get(device, LAST_TOKENS["cuda"]):
@@ -68,7 +68,8 @@ def run(
     graph = _graphs.get(key)
     if graph is None:
         backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
-        graph = _compiled(key, formulation.layer, backend, _plain(x, adapter_ids, bias))
+        layer = _within(bucket, formulation.layer)
+        graph = _compiled(key, layer, backend, _plain(x, adapter_ids, bias))
     x = _dynamic(x, bucket)
     bias = None if bias is None else bias.detach().resolve_neg().contiguous()
     adapter_ids = None if adapter_ids is None else _dynamic(adapter_ids, bucket)
@@ -85,13 +86,29 @@ def run_terms(
     key = ("terms", x.device, bucket, operands, _settings())
     graph = _graphs.get(key)
     if graph is None:
-        graph = _compiled(key, _terms, "inductor", _plain(base, x, adapter_ids))
+        terms = _within(bucket, _terms)
+        graph = _compiled(key, terms, "inductor", _plain(base, x, adapter_ids))
     base, x, adapter_ids = (_dynamic(one, bucket) for one in (base, x, adapter_ids))
     return graph(base, x, slices, adapter_ids)
 
 
 def _terms(base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor) -> Tensor:
     return add_terms(base, x, slices, adapter_ids, None)
+
+
+def _within(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the same function with the bucket written into its graph.
+
+    Torch keeps graphs on disk with the range of tokens that they were made for, and finds them by
+    what is in them: where another version of this package had other buckets, it would take one of
+    those, and stop at its range.
+    """
+
+    def bounded(*operands: Any) -> Tensor:
+        torch._check(operands[0].shape[0] <= bucket[1])
+        return function(*operands)
+
+    return bounded
 
 
 def _compiled(
@@ -105,7 +122,8 @@ def _compiled(
     if plain and _GUARDS_CAN_GO:
         guards = {"guard_filter_fn": _kept_guards}
     with _lock:
-        made = torch.compile(_own_code(function, key), backend=backend, options=guards)
+        own = _own_code(function, key)
+        made = torch.compile(own, fullgraph=plain, backend=backend, options=guards)
         return _graphs.setdefault(key, made)
 
 

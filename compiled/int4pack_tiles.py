@@ -8,7 +8,11 @@ out of bytes side by side is rows of the first half, and as many of the second:
   which Inductor's conversions are written for, and rounding costs four integer instructions.
 - ``halves``, for everything else: each half is a tensor, and a product, of its own.
 
-Weights come out transposed, since a block is stored column by column.
+Weights come out transposed, since a block is stored column by column. Pairs come out in as many
+parts as there are threads, and the product is one of a batch: a thread multiplies what it has
+dequantised itself. One product of the whole tile would be split by columns where dequantising is
+split by groups; half of the tile would cross from core to core, and where the two cores share no
+cache the layer took 1.6 times as long.
 
 Source: ``int4_lora.compiled.int4pack_weight`` for the layout; round to nearest even in integers is
 that of ``c10/util/BFloat16.h`` of PyTorch.
@@ -17,35 +21,74 @@ that of ``c10/util/BFloat16.h`` of PyTorch.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from int4_lora.compiled.int4pack_weight import Int4PackWeight
 
-__all__ = ["base", "halves", "paired"]
+__all__ = ["Tile", "base", "halves", "paired", "scales_of"]
 
 UPPER, LOWER = -(2**16), 2**16 - 1  # the two 16-bit halves of a word
 
 
-def base(x: Tensor, weight: Int4PackWeight, rows: int) -> Tensor:
-    """Return ``x W^T`` in x's dtype, ``rows`` of W at a time.
+@dataclass(frozen=True)
+class Tile:
+    """Some whole blocks of rows.
+
+    Args:
+        first: the first block.
+        parts: how many parts.
+        blocks: of each part.
+    """
+
+    first: int
+    parts: int
+    blocks: int
+
+    @property
+    def stop(self) -> int:
+        """The block after the last."""
+        return self.first + self.parts * self.blocks
+
+
+def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
+    """Return ``x W^T`` in x's dtype, some rows of W at a time.
 
     Args:
         x: ``[tokens, in_features]``.
         weight: the weight.
-        rows: a multiple of its block.
+        workspace: bytes of dequantised rows, for each thread.
     """
-    whole = weight.out_features // weight.block * weight.block
-    starts = range(0, whole, rows)
+    blocks = weight.out_features // weight.block
+    whole = blocks * weight.block
+    most = max(1, workspace // (x.dtype.itemsize * weight.in_features * weight.block))
     pairs = x.dtype == weight.scale_dtype == torch.bfloat16 and sys.byteorder == "little"
     part = _of_pairs if pairs else _of_halves
     scales = scales_of(weight, torch.float32 if pairs else weight.scale_dtype)
-    parts = [part(x, weight, start, min(start + rows, whole), scales) for start in starts]
+    tiles = _tiles(blocks, _threads(), most)
+    parts = [part(x, weight, tile, scales) for tile in tiles]
     found = [_in_order(torch.cat(parts, dim=1), weight.block)] if pairs and parts else parts
     if whole < weight.out_features:
         found.append(x @ weight.columns(whole, weight.out_features, x.dtype))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _tiles(blocks: int, threads: int, most: int) -> list[Tile]:
+    """Return the tiles of some blocks: of as many parts as threads, and a last one of fewer."""
+    found, first = [], 0
+    while first < blocks:
+        parts = min(threads, blocks - first)
+        each = min(most, (blocks - first) // parts)
+        found.append(Tile(first, parts, each))
+        first += parts * each
+    return found
 
 
 def scales_of(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
@@ -59,53 +102,52 @@ def scales_of(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
     return (flat @ first).view(weight.table.shape[:2])
 
 
-def paired(weight: Int4PackWeight, start: int, stop: int, scales: Tensor) -> Tensor:
+def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
     """Return rows of the dense weight, transposed, in bfloat16: both of a byte beside each other.
 
     Args:
         weight: with scales in bfloat16.
-        start: the first row of a block.
-        stop: the row after the last of a block.
+        tile: which rows.
         scales: what ``scales_of`` returned, in float32.
 
     Returns:
-        ``[in_features, stop - start]``: block by block, row by row of its first half, each with the
-        row of the second half that shares its bytes.
+        ``[parts, in_features, rows of a part]``: block by block, row by row of its first half, each
+        with the row of the second half that shares its bytes.
     """
-    low, high = _codes_and_scales(weight, start, stop, scales)
+    low, high = _codes_and_scales(weight, tile, scales)
     words = (_rounded(high) & UPPER) | ((_rounded(low) >> 16) & LOWER)
-    return words.reshape(weight.in_features, -1).view(torch.bfloat16)
+    return words.reshape(tile.parts, weight.in_features, -1).view(torch.bfloat16)
 
 
-def halves(
-    weight: Int4PackWeight, start: int, stop: int, scales: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
+def halves(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Return the first and the second half of the rows of some whole blocks, transposed.
 
     Args:
         weight: the weight.
-        start: the first row of a block.
-        stop: the row after the last of a block.
+        tile: which rows.
         scales: what ``scales_of`` returned.
         dtype: what to cast to.
 
     Returns:
-        Two ``[in_features, (stop - start) / 2]``, block by block.
+        Two ``[parts, in_features, rows of a part / 2]``, block by block.
     """
-    both = _codes_and_scales(weight, start, stop, scales.float())
-    return [half.to(weight.scale_dtype).to(dtype).reshape(weight.in_features, -1) for half in both]
+    both = _codes_and_scales(weight, tile, scales.float())
+    shape = (tile.parts, weight.in_features, -1)
+    return [half.to(weight.scale_dtype).to(dtype).reshape(shape) for half in both]
 
 
-def _codes_and_scales(
-    weight: Int4PackWeight, start: int, stop: int, scales: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return ``(q - z) * s`` in float32, exact, of the two halves of the rows of some blocks."""
+def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(q - z) * s`` in float32, exact, of the two halves of the rows of some blocks.
+
+    Both are ``[parts, groups, columns, blocks, half]``.
+    """
     groups, half = weight.table.shape[0], weight.block // 2
-    blocks = weight.data[start:stop].view(-1, groups, weight.columns_of_a_scale, half)
-    words = blocks.permute(1, 2, 0, 3).to(torch.int32)  # [groups, columns, blocks, half]
-    scale = scales[:, start:stop].reshape(groups, 1, -1, 2, half)
+    rows = slice(tile.first * weight.block, tile.stop * weight.block)
+    shape = (tile.parts, tile.blocks, groups, weight.columns_of_a_scale, half)
+    words = weight.data[rows].view(shape).permute(0, 2, 3, 1, 4).to(torch.int32)
+    scale = scales[:, rows].reshape(groups, tile.parts, tile.blocks, 2, half).transpose(0, 1)
     low, high = (words & 15) - 8, (words >> 4) - 8
-    return low.float() * scale[:, :, :, 0], high.float() * scale[:, :, :, 1]
+    return low.float() * scale[:, :, None, :, 0], high.float() * scale[:, :, None, :, 1]
 
 
 def _rounded(values: Tensor) -> Tensor:
@@ -117,8 +159,21 @@ def _rounded(values: Tensor) -> Tensor:
     return bits + 0x7FFF + ((bits >> 16) & 1)
 
 
-def _of_pairs(x: Tensor, weight: Int4PackWeight, start: int, stop: int, scales: Tensor) -> Tensor:
-    return x @ paired(weight, start, stop, scales)
+def _of_pairs(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
+    """Return the outputs of a tile, ``[tokens, rows]`` in the order of ``paired``."""
+    return _multiplied(x, paired(weight, tile, scales)).transpose(0, 1).flatten(1)
+
+
+def _of_halves(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
+    """Return the outputs of a tile, ``[tokens, rows]`` in order."""
+    shape = (tile.parts, x.shape[0], tile.blocks, weight.block // 2)
+    both = [_multiplied(x, half).view(shape) for half in halves(weight, tile, scales, x.dtype)]
+    return torch.stack(both, dim=3).transpose(0, 1).flatten(1)  # tokens, part, block, half, row
+
+
+def _multiplied(x: Tensor, parts: Tensor) -> Tensor:
+    """Return the product of x with each part: ``[parts, tokens, rows of a part]``."""
+    return x.unsqueeze(0).expand(parts.shape[0], *x.shape) @ parts
 
 
 def _in_order(product: Tensor, block: int) -> Tensor:
@@ -126,10 +181,3 @@ def _in_order(product: Tensor, block: int) -> Tensor:
     tokens, outputs = product.shape
     pairs = product.view(tokens, outputs // block, block // 2, 2)
     return pairs.transpose(2, 3).reshape(product.shape)
-
-
-def _of_halves(x: Tensor, weight: Int4PackWeight, start: int, stop: int, scales: Tensor) -> Tensor:
-    products = [x @ half for half in halves(weight, start, stop, scales, x.dtype)]
-    shape = (x.shape[0], (stop - start) // weight.block, weight.block // 2)
-    parts = [product.view(shape) for product in products]
-    return torch.stack(parts, dim=2).flatten(1)  # [tokens, blocks, half, row]

@@ -18,11 +18,10 @@ Source: ``int4_lora.reference.lora``; arXiv:2310.18547 for the grouping.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.products import batched_product, product
@@ -36,7 +35,7 @@ __all__ = [
     "gathered",
     "grouped",
     "masked",
-    "padded",
+    "side_by_side",
     "spread",
 ]
 
@@ -65,26 +64,67 @@ def add_terms(
         adapter_ids: int ``[tokens]``; needed with slices.
         bias: ``[out_features]`` or None.
     """
-    total = base.to(accumulation_dtype(x))
+    sums = accumulation_dtype(x)
+    deltas = []
     if adapter_ids is not None:
-        for one in slices:
-            delta = _term(x, one)(x, one, adapter_ids)
-            widened = spread if x.is_cuda else padded
-            total = total + widened(delta, one.start, base.shape[1])
+        deltas = [(one.start, _term(x, one)(x, one, adapter_ids)) for one in slices]
+    if not x.is_cuda:
+        return side_by_side(base, deltas, bias, sums, x.dtype)
+    total = base.to(sums)
+    for start, delta in deltas:
+        total = total + spread(delta, start, base.shape[1])
     if bias is not None:
-        total = total + bias.to(total.dtype)
+        total = total + bias.to(sums)
     return total.to(x.dtype)
 
 
-def padded(delta: Tensor, start: int, outputs: int) -> Tensor:
-    """Return a slice's term as one of all outputs, 0 where the slice is not."""
-    return pad(delta, (start, outputs - start - delta.shape[1]))
+def side_by_side(
+    base: Tensor,
+    deltas: Sequence[tuple[int, Tensor]],
+    bias: Tensor | None,
+    sums: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the sum, slice by slice of the outputs: on a CPU each becomes loops of its own.
+
+    Padded to all outputs, every slice's term would be computed for the others' outputs, too.
+
+    Args:
+        base: ``[tokens, out_features]``.
+        deltas: where each slice starts, and its term.
+        bias: ``[out_features]`` or None.
+        sums: the dtype of sums.
+        dtype: of the result.
+    """
+    parts = []
+    for start, stop, delta in _spans(deltas, base.shape[1]):
+        total = base[:, start:stop].to(sums)
+        if delta is not None:
+            total = total + delta
+        if bias is not None:
+            total = total + bias[start:stop].to(sums)
+        parts.append(total.to(dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _spans(
+    deltas: Sequence[tuple[int, Tensor]], outputs: int
+) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Yield all outputs in order: where each span starts and stops, and its term or None."""
+    place = 0
+    for start, delta in sorted(deltas, key=lambda one: one[0]):
+        if start > place:
+            yield place, start, None
+        place = start + delta.shape[1]
+        yield start, place, delta
+    if place < outputs or not deltas:
+        yield place, outputs, None
 
 
 def spread(delta: Tensor, start: int, outputs: int) -> Tensor:
-    """Return what ``padded`` does, without loads that stand in a mask.
+    """Return a slice's term as one of all outputs, 0 where the slice is not.
 
-    Inductor computes what is padded inside the mask, where it loads h and the ids once for every
+    Inductor computes what is padded inside a mask, where it loads h and the ids once for every
     output; three slices spilled 5 KB of registers. Here a column outside of the slice is another of
     its columns, replaced by 0; the columns stay consecutive, so that B is loaded by vectors.
     """

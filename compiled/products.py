@@ -9,9 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["batched_product", "product"]
+__all__ = ["batched_product", "has_products", "product"]
 
 HALVES = (torch.float16, torch.bfloat16)
+ONEDNN = {  # what says whether it has products of a dtype on this CPU
+    torch.float16: "_is_mkldnn_fp16_supported",
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+}
+
+
+SLOW_ON_CPU = tuple(  # PyTorch's own products of it are 100 times slower
+    dtype for dtype, name in ONEDNN.items() if not getattr(torch.ops.mkldnn, name, lambda: True)()
+)
+
+
+def has_products(x: Tensor) -> bool:
+    """Return whether products of two matrices in the dtype of ``x`` are fast where it is."""
+    return x.device.type != "cpu" or x.dtype not in SLOW_ON_CPU
 
 
 def product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from int4_lora.compiled import prepare
+from int4_lora.compiled.graphs import bucket_of
 from int4_lora.integration.vllm_plugin import load_check
 from int4_lora.integration.vllm_plugin.load_check import (
     bucket_tokens,
     fault_of_addition,
     fault_of_layer,
+    graph_of_layer,
     same_tensors,
 )
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapters_of
@@ -92,10 +94,19 @@ def test_ids_and_slices_that_are_swapped_do_not_pass(weight, lora, monkeypatch):
 
 
 def test_one_number_of_tokens_for_each_graph():
-    assert bucket_tokens("cpu", 8192) == [1, 5, 33]
-    assert bucket_tokens("cpu", 3) == [1, 3]
-    assert bucket_tokens("cuda", 8192) == [1, 5, 33, 66]
-    assert bucket_tokens("cpu", 1) == [1]
+    assert bucket_tokens(8192, bucket_of) == [1, 3, 26]
+    assert bucket_tokens(3, bucket_of) == [1, 3]
+    assert bucket_tokens(8192, lambda tokens: bucket_of(tokens, "cuda")) == [1, 3, 18, 66]
+    assert bucket_tokens(1, bucket_of) == [1]
+
+
+def test_formulations_within_a_bucket_are_graphs_of_their_own(weight, lora):
+    prepared = prepare(weight)  # with zero-points: gemv, and tiles from 5 tokens on
+    for adapters in (None, lora):
+        graphs = [graph_of_layer(prepared, torch.bfloat16, t, adapters) for t in range(1, 100)]
+        chosen = bucket_tokens(99, lambda t, graphs=graphs: graphs[t - 1])
+        assert {graphs[tokens - 1] for tokens in chosen} == set(graphs)
+        assert len({name for name, _ in graphs}) == 2
 
 
 def test_what_vllm_writes_to_slots_is_what_is_computed_with(weight):

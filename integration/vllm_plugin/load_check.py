@@ -11,6 +11,7 @@ Source: ``docs/numerics.md``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -22,30 +23,46 @@ from int4_lora.compiled import (
     formulation_for,
     int4_lora_linear,
 )
-from int4_lora.compiled.graphs import MOST_TOKENS, bucket_of
+from int4_lora.compiled.graphs import bucket_of
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, error_bound
 from int4_lora.reference import int4_lora_linear as reference_linear
 
-__all__ = ["bucket_tokens", "fault_of_addition", "fault_of_layer", "same_tensors"]
+__all__ = [
+    "bucket_tokens",
+    "fault_of_addition",
+    "fault_of_layer",
+    "graph_of_layer",
+    "same_tensors",
+]
 
 BLOCK, BLOCKS = 8, 32  # rows that share words of zero-points, and how many such blocks are compared
 RMS = 2.0  # times the reference's own error in the dtype of x
 
 
-def bucket_tokens(device: str, most: int) -> list[int]:
+def bucket_tokens(most: int, graph_of: Callable[[int], Hashable]) -> list[int]:
     """Return one number of tokens for each graph that up to ``most`` tokens meet.
 
+    Args:
+        most: tokens.
+        graph_of: what the graph is told by, at a number of tokens.
+
     Example:
-        >>> bucket_tokens("cpu", 8192)
-        [1, 5, 33]
+        >>> bucket_tokens(40, lambda tokens: tokens > 8)
+        [2, 10]
     """
-    found, first = [], 1
-    while first <= most:
-        last = bucket_of(first, device)[1]
-        found.append(min(most, {1: 1, 2: 5, 17: 33}.get(first, first + 1)))
-        first = most + 1 if last == MOST_TOKENS else last + 1
-    return found
+    met: dict[Hashable, list[int]] = {}
+    for tokens in range(1, most + 1):
+        met.setdefault(graph_of(tokens), []).append(tokens)
+    return [several[:2][-1] for several in met.values()]  # the second: no multiple of anything
+
+
+def graph_of_layer(
+    weight: PreparedWeight, dtype: torch.dtype, tokens: int, lora: PreparedLoRA | None = None
+) -> Hashable:
+    """Return what a layer's graph is told by, beside the kind of layer, at a number of tokens."""
+    formulation = formulation_for(weight, dtype, tokens, lora)
+    return formulation.name, bucket_of(tokens, weight.device.type)
 
 
 def same_tensors(one: PackedWeight, other: PackedWeight) -> bool:

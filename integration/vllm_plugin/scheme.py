@@ -8,6 +8,7 @@ kernel is faster or ours is not right.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from int4_lora.compiled import PreparedWeight, prepare
+from int4_lora.compiled.graphs import bucket_of
 from int4_lora.integration.vllm_plugin import in_graph
 from int4_lora.integration.vllm_plugin.load_check import (
     fault_of_addition,
     fault_of_layer,
+    graph_of_layer,
     same_tensors,
 )
 from int4_lora.integration.vllm_plugin.session import Session
@@ -83,6 +86,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             self.group_size,
             bool(self.symmetric),
             params_dtype,
+            params_dtype,
         )
         served, backend = layer.int4_lora, self.session.options.backend
         if backend == "stock-base":
@@ -95,6 +99,10 @@ class Int4Scheme(CompressedTensorsWNA16):
         served = layer.int4_lora
         if served.stock_because is None and len(self.scale_dtypes) > 1:
             served.stock_because = f"merged of scales in {sorted(map(str, self.scale_dtypes))}"
+        if served.stock_because is None and self.session.options.backend == "auto":
+            scale = layer.weight_scale  # only now is its dtype known
+            kind = dataclasses.replace(self.kind, scale_dtype=scale.dtype)
+            served.stock_because = _stock_is_better(kind, scale.device)
         if served.stock_because is None:
             served.stock_because = self._take(layer)
         if served.stock_because is not None:
@@ -165,7 +173,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         return self.session.fault(
             key,
             name,
-            prepared.device.type,
+            lambda tokens: graph_of_layer(prepared, dtype, tokens),
             lambda tokens: fault_of_layer(weight, prepared, dtype, tokens, None, bias),
         )
 
@@ -190,13 +198,13 @@ def adapters_fault(layer: Any) -> str | None:
         return session.fault(
             ("added", outputs, shapes),
             served.name,
-            device,
+            lambda tokens: bucket_of(tokens, device),
             lambda tokens: fault_of_addition(lora, outputs, dtype, tokens),
         )
     return session.fault(
         ("adapters", weight.signature, shapes, bias is None),
         served.name,
-        device,
+        lambda tokens: graph_of_layer(weight, dtype, tokens, lora),
         lambda tokens: fault_of_layer(weight.packed_weight(), weight, dtype, tokens, lora, bias),
     )
 

@@ -31,6 +31,7 @@ logger = init_logger("vllm.int4_lora")  # below vLLM's own logger, whose setting
 
 
 Look = Callable[[int], str | None]
+GraphOf = Callable[[int], Hashable]
 
 
 class Session:
@@ -77,7 +78,7 @@ class Session:
         if not self.adapters and self._loaded >= {one.name for one in self.layers if one.int4}:
             self.announce()
 
-    def fault(self, key: Hashable, name: str, device: str, look: Look) -> str | None:
+    def fault(self, key: Hashable, name: str, graph_of: GraphOf, look: Look) -> str | None:
         """Return what is wrong with a kind of layer, found out once for each kind.
 
         Running it at every number of tokens that has a graph of its own also compiles the graphs.
@@ -85,13 +86,13 @@ class Session:
         Args:
             key: what the kind is told by.
             name: the first layer of the kind, for the log.
-            device: the type of device that it runs on.
+            graph_of: what its graph is told by, at a number of tokens.
             look: what is wrong at a number of tokens, or None.
         """
         if key not in self.faults:
             most = self.most_tokens if self.options.warm_up else 1
             self.faults[key] = None
-            for tokens in bucket_tokens(device, most):
+            for tokens in bucket_tokens(most, graph_of):
                 self.faults[key] = self.faults[key] or _tried(look, tokens)
             if self.faults[key] is not None:
                 logger.warning("int4_lora: %s is left to vLLM: %s", name, self.faults[key])

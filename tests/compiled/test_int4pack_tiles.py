@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from int4_lora.compiled import int4pack_tiles, prepare
+from int4_lora.compiled.int4pack_tiles import Tile
 from int4_lora.compiled.int4pack_weight import block_rows
 from int4_lora.reference import PackedWeight, dequantize, pack
 from support.weights import bits_of, random_weight, random_x
@@ -11,10 +12,11 @@ from support.weights import bits_of, random_weight, random_x
 pytestmark = pytest.mark.skipif(block_rows() is None, reason="a CPU whose layout is not known")
 
 
-def in_order(columns, block):
+def in_order(parts, block):
     """Return what ``paired`` returned as rows of the weight."""
-    pairs = columns.T.reshape(-1, block // 2, 2, columns.shape[0])
-    return pairs.transpose(1, 2).reshape(-1, columns.shape[0])
+    columns = parts.shape[1]
+    pairs = parts.transpose(1, 2).reshape(-1, block // 2, 2, columns)
+    return pairs.transpose(1, 2).reshape(-1, columns)
 
 
 def every_scale(rows, groups):
@@ -34,7 +36,7 @@ def test_pairs_are_rounded_like_the_reference(compiled):
 
     def decode(given):
         scales = int4pack_tiles.scales_of(given, torch.float32)
-        return int4pack_tiles.paired(given, 0, rows, scales)
+        return int4pack_tiles.paired(given, Tile(0, 2, 1), scales)
 
     dense = (torch.compile(decode) if compiled else decode)(prepared)
     mine, theirs = in_order(dense, prepared.block), dequantize(weight)
@@ -50,19 +52,36 @@ def test_halves_are_rounded_like_the_reference(dtype):
     weight = random_weight(rows=2 * block_rows(), columns=256, dtype=dtype)
     prepared = prepare(weight, layout="int4pack")
     scales = int4pack_tiles.scales_of(prepared, dtype)
-    both = int4pack_tiles.halves(prepared, 0, weight.out_features, scales, torch.float32)
+    both = int4pack_tiles.halves(prepared, Tile(0, 1, 2), scales, torch.float32)
     half = prepared.block // 2
-    blocks = [one.T.reshape(-1, half, 256) for one in both]
+    blocks = [one[0].T.reshape(-1, half, 256) for one in both]
     assert torch.equal(torch.stack(blocks, 1).reshape(-1, 256), dequantize(weight).float())
 
 
-@pytest.mark.parametrize("rows", [16, 48, 64, 112, 192, 208])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [16, 48, 64, 112, 192, 208, 448])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_products_of_any_number_of_rows(rows, dtype):
+def test_products_of_any_number_of_rows(rows, dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weight = random_weight(rows=rows, columns=128, dtype=torch.bfloat16)
     prepared = prepare(weight, layout="int4pack")
     x = torch.eye(128)[:5].to(dtype)  # one-hot: the outputs are weights
-    for step in (prepared.block, 2 * prepared.block):
-        y = int4pack_tiles.base(x, prepared, step)
+    for blocks in (0, 1, 2, 100):
+        y = int4pack_tiles.base(x, prepared, blocks * prepared.block * 128 * dtype.itemsize)
         assert torch.equal(y, dequantize(weight).to(dtype).T[:5])
     assert int4pack_tiles.base(random_x(3, 128, dtype), prepared, 64).shape == (3, rows)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "most", "tiles"),
+    [
+        (8, 2, 2, [(0, 2, 2), (4, 2, 2)]),
+        (9, 2, 2, [(0, 2, 2), (4, 2, 2), (8, 1, 1)]),
+        (7, 2, 100, [(0, 2, 3), (6, 1, 1)]),
+        (3, 4, 100, [(0, 3, 1)]),
+        (11, 4, 2, [(0, 4, 2), (8, 3, 1)]),
+        (0, 2, 2, []),
+    ],
+)
+def test_tiles_have_a_part_for_each_thread(blocks, threads, most, tiles):
+    assert int4pack_tiles._tiles(blocks, threads, most) == [Tile(*one) for one in tiles]
