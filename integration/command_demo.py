@@ -44,12 +44,19 @@ def demo(
     cache: Annotated[
         Path | None, typer.Option(help="Where the made model is kept [~/.cache/int4-lora].")
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--vllm/--no-vllm", help="Serve the batch through vLLM, too.")
+    ] = True,
+    require_vllm: Annotated[
+        bool, typer.Option("--require-vllm", help="Exit with 2 where vLLM does not serve it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
     """Run one mixed batch through the reference, and compare each row with transformers + PEFT.
 
     Rows: base, then each adapter. The truth is transformers + PEFT in float64, on the weights
-    that compressed-tensors decompresses; --model needs memory for the model in float64.
+    that compressed-tensors decompresses; --model needs memory for the model in float64. Where vLLM
+    is installed it then serves the same batch, with its own kernels and with ours.
 
     Example: int4-lora demo --model ./llama-w4a16 --adapter sql=./sql-lora --adapter chat=./chat
     """
@@ -60,10 +67,15 @@ def demo(
             raise ValueError("--adapter needs --model: the made model has adapters of its own")
         if model is not None and cache is not None:
             raise ValueError("--cache is where a model is made: it has no effect with --model")
+        if require_vllm and not serve:
+            raise ValueError("--require-vllm needs vLLM: leave out --no-vllm")
         _quiet()
         with errors.status("loading transformers and PEFT") as status:
-            from int4_lora.integration.demo import comparison, recipe, report
+            from int4_lora.integration.demo import comparison, recipe, report, served
 
+            no_vllm = served.why_not() if serve else "--no-vllm"
+            if require_vllm and no_vllm is not None:
+                raise ValueError(no_vllm)
             if model is None:
                 status.update("making the model and its adapters")
                 made = recipe.prepare(cache or cache_folder())
@@ -74,6 +86,7 @@ def demo(
                 tokens=tokens,
                 seed=seed,
                 dtype=getattr(torch, dtype.value),
+                no_vllm=no_vllm,
                 say=status.update,
             )
     except ModuleNotFoundError as error:
@@ -86,6 +99,8 @@ def demo(
         typer.echo(json.dumps(report.as_json(found), indent=2, allow_nan=False))
     else:
         report.print_comparison(wide_console(), found)
+    if require_vllm and not found.served.ran:
+        raise unusable(found.served.why_not or "vLLM did not serve the batch")
     raise typer.Exit(0 if found.right else 1)
 
 

@@ -25,6 +25,7 @@ from int4_lora.integration.demo.models import (
     peft_name,
     reference_model,
 )
+from int4_lora.integration.demo.served import Batch, Served, serve
 
 __all__ = ["compare"]
 
@@ -38,6 +39,7 @@ def compare(
     tokens: int = 32,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    no_vllm: str | None = None,
     say: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Compare one mixed batch with each of its rows alone.
@@ -48,6 +50,7 @@ def compare(
         tokens: the length of each row.
         seed: chooses the tokens.
         dtype: the low precision, bfloat16 or float16.
+        no_vllm: why the batch is not served by vLLM, or None to serve it.
         say: called with each step as it starts.
 
     Returns:
@@ -77,9 +80,23 @@ def compare(
     say(f"{name}: the reference, one mixed batch")
     narrow = reference_model(checkpoint, ours, rows, dtype)
     found, our_seconds = _run_reference(narrow, batch, bounds, nullcontext())
+    del narrow
+    parts = [part for adapter in ours for part in adapter.modules.values()]
+    asked = Batch(
+        model=model,
+        adapters=[None, *folders],
+        rank=max(
+            (part.a.shape[0] for adapter in ours for part in adapter.modules.values()), default=1
+        ),
+        tokens=batch,
+        most_tokens=_config_number(checkpoint, "max_position_embeddings"),
+        dtype=name,
+        truth=truth[:, -1],
+        theirs=theirs[:, -1],
+    )
+    served = Served(no_vllm, 0.0) if no_vllm is not None else serve(asked, say)
 
     packed_bytes, dense_bytes = _weight_bytes(checkpoint)
-    parts = [part for adapter in ours for part in adapter.modules.values()]
     return Comparison(
         rows=[
             _judge(adapter, truth[row], found64[row], found[row], theirs[row], dtype)
@@ -95,6 +112,7 @@ def compare(
         our_seconds=our_seconds,
         their_seconds=their_seconds,
         dtype=name,
+        served=served,
     )
 
 

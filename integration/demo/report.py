@@ -5,6 +5,7 @@ Source: the rules are those of ``findings``.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -27,15 +28,21 @@ def print_comparison(console: Console, found: Comparison) -> None:
         f"{found.unbounded} have no bound"
     )
     console.print(_bytes_and_time(found))
+    if found.served.engines:
+        console.print(_served(found))
+    if found.served.why_not is not None:
+        console.print(f"not served through vLLM: {found.served.why_not}")
     verdict = "right: every rule holds" if found.right else "WRONG: a rule is broken"
     console.print(verdict, style="green" if found.right else "red")
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
     """Return everything the tables show, as plain numbers and strings."""
-    plain: dict[str, Any] = {name: value for name, value in vars(found).items() if name != "rows"}
+    plain: dict[str, Any] = {**vars(found)}
     rows = [{**vars(row), "allowed": row.allowed, "right": row.right} for row in found.rows]
-    whole: dict[str, Any] = _without_nan({"right": found.right, "rows": rows, **plain})
+    served = {**dataclasses.asdict(found.served), "right": found.served.right}
+    parts = {"right": found.right, **plain, "rows": rows, "served": served}
+    whole: dict[str, Any] = _without_nan(parts)
     return whole
 
 
@@ -65,6 +72,35 @@ def _agreement(found: Comparison) -> Table:
             "right" if row.right else "[red]WRONG[/red]",
         )
     return table
+
+
+def _served(found: Comparison) -> Table:
+    table = Table(title="The same batch served by vLLM, one engine after the other")
+    table.add_column("")
+    engines = found.served.engines
+    for engine in engines:
+        table.add_column(engine.name, justify="right")
+    for number, row in enumerate(found.rows):
+        errors = [engine.errors[number] for engine in engines]
+        table.add_row(
+            f"{row.adapter}: error, nats (<= {found.served.allowed:.3f})",
+            *(_judged(error, found.served.allowed) for error in errors),
+        )
+    table.add_row("tokens/s, all rows", *(f"{one.tokens_per_second:.1f}" for one in engines))
+    firsts = (f"{1e3 * one.first_token_seconds:.1f} ms" for one in engines)
+    table.add_row("time to first token", *firsts)
+    table.add_row(
+        "peak memory, KV cache included", *(_mebibytes(one.peak_bytes) for one in engines)
+    )
+    return table
+
+
+def _judged(error: float, allowed: float) -> str:
+    return f"{error:.3f}" if error <= allowed else f"[red]{error:.3f} WRONG[/red]"
+
+
+def _mebibytes(number: int | None) -> str:
+    return "unknown" if number is None else f"{number / MEBIBYTE:.0f} MiB"
 
 
 def _bytes_and_time(found: Comparison) -> Table:

