@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -135,8 +136,13 @@ class Int4LoRAConfig(CompressedTensorsConfig):
             )
             session.layers.append(layer.int4_lora)
         method = super().get_quant_method(layer, prefix)
+        if isinstance(method, FusedMoEMethodBase):
+            experts = ServedLayer(
+                prefix, int4=False, stock_because="a mixture of experts", session=session
+            )
+            session.layers.append(experts)
         quantised = isinstance(layer, (ParallelLMHead, VocabParallelEmbedding)) and method
-        if quantised and session.adapters and hasattr(layer, "scheme"):
+        if quantised and session.adapters:
             raise ValueError(
                 f"int4_lora: {prefix} is quantised, and vLLM cannot put adapters beside it: add it "
                 "to the ignore list of the recipe, or serve without --enable-lora"

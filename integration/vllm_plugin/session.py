@@ -156,6 +156,13 @@ def refuse_settings(vllm_config: Any) -> None:
     Raises:
         ValueError: one of them; the message says what to do.
     """
+    if vllm_config.model_config.enable_sleep_mode:
+        raise ValueError("int4_lora does not take sleep mode: leave out --enable-sleep-mode")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "int4_lora does not take pipeline parallelism, which was never run with it: leave out "
+            "--pipeline-parallel-size"
+        )
     lora = vllm_config.lora_config
     if lora is not None and lora.fully_sharded_loras:
         raise ValueError(

@@ -167,6 +167,12 @@ SYMBOLS = (
             "ReplicatedLinear",
         )
     ),
+    Symbol(
+        "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
+        "FusedMoEMethodBase",
+        (),
+        "never taken, counted in the log",
+    ),
     *(
         Symbol("vllm.model_executor.layers.vocab_parallel_embedding", name, (), "never taken")
         for name in ("ParallelLMHead", "VocabParallelEmbedding")

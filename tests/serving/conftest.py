@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import json
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -87,6 +90,67 @@ def logprobs(llm, prompts, adapters):
     ]
     length = len(prompts[0]) - 1
     return [each[start : start + length] for start in range(0, len(each), length)]
+
+
+def generated(llm, prompts, adapters):
+    """Return the tokens of a greedy answer to each prompt, and every log-probability on the way."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(
+        max_tokens=8, temperature=0, ignore_eos=True, detokenize=False, logprobs=VOCABULARY
+    )
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = llm.generate(given, asked, lora_request=adapters, use_tqdm=False)
+    each = [one.outputs[0] for one in found]
+    return [
+        (
+            list(one.token_ids),
+            [[step[token].logprob for token in range(VOCABULARY)] for step in one.logprobs],
+        )
+        for one in each
+    ]
+
+
+PROGRAM = """
+import json, sys
+from serving import conftest
+
+def main():
+    asked = json.loads(sys.argv[1])
+    requests = [None, *conftest.requests_of(asked["adapters"]).values()]
+    with conftest.engine(asked["model"], **asked["settings"]) as llm:
+        rows = [requests[number % len(requests)] for number in range(len(asked["prompts"]))]
+        found = getattr(conftest, asked["what"])(llm, asked["prompts"], rows)
+        print("FOUND", json.dumps(found), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run(tmp_path, model, adapters, prompts, settings, what="logprobs", **environment):
+    """Return what a function of this file finds in a program of its own, and all that it says."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    asked = {
+        "model": str(model),
+        "adapters": {name: str(folder) for name, folder in adapters.items()},
+        "prompts": prompts,
+        "settings": settings,
+        "what": what,
+    }
+    path = os.pathsep.join([str(tmp_path), *(one for one in sys.path if one)])
+    done = subprocess.run(
+        [sys.executable, str(program), json.dumps(asked)],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    said = done.stdout + done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return (json.loads(found[0].removeprefix("FOUND ")) if found else None), said
 
 
 @pytest.fixture(scope="session")

@@ -95,3 +95,26 @@ def test_a_request_is_answered_as_it_is_alone(tiny_models, tiny_adapters, prompt
         alone = [generated(llm, [prompts[one]], [each])[0] for one, each in given]
     difference = (torch.tensor(together) - torch.tensor(alone)).abs().amax()
     assert difference <= 0.1  # nats: rounded to bfloat16 in another order
+
+
+def test_adapters_on_embeddings_and_the_head(tiny_models, prompts, tmp_path):
+    """Layers that stay vLLM's, whose CPU operators take a row without adapter for the last slot."""
+    from int4_lora.integration.demo import recipe
+    from support.tiny import LLAMA
+
+    folder, targets = tmp_path / "wide", ["q_proj", "embed_tokens", "lm_head"]
+    recipe.make_adapter(
+        folder, LLAMA, "wide", {"r": 4, "lora_alpha": 64, "target_modules": targets}
+    )
+    model = tiny_models["g128"]
+    truth = peft_logprobs(model, [folder], prompts, torch.float64)
+    theirs = peft_logprobs(model, [folder], prompts, torch.bfloat16)
+    allowed = 2 * (theirs - truth).abs().amax() + FLOOR
+    assert (truth[1] - truth[0]).abs().amax() > 5 * allowed
+    requests = [None, *requests_of({"wide": folder}).values()]
+    with engine(model, enable_lora=True, max_loras=1, max_lora_rank=8, **COMPILED) as llm:
+        for rows in ([0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]):
+            found = logprobs(llm, prompts, [requests[row] for row in rows])
+            right = torch.stack([truth[row, number] for number, row in enumerate(rows)])
+            error = (torch.tensor(found, dtype=torch.float64) - right).abs()
+            assert error.amax() <= allowed

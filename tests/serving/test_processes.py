@@ -1,52 +1,9 @@
 """Engines in processes of their own: the multiprocess default, two ranks, and what is refused."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-from serving.conftest import COMPILED
+from serving.conftest import COMPILED, run
 
-PROGRAM = """
-import json, sys
-from serving.conftest import engine, logprobs, requests_of
-
-def main():
-    asked = json.loads(sys.argv[1])
-    requests = [None, *requests_of(asked["adapters"]).values()]
-    with engine(asked["model"], **asked["settings"]) as llm:
-        rows = [requests[number % len(requests)] for number in range(len(asked["prompts"]))]
-        print("FOUND", json.dumps(logprobs(llm, asked["prompts"], rows)), flush=True)
-
-if __name__ == "__main__":
-    main()
-"""
 LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 16}
-
-
-def run(tmp_path, model, adapters, prompts, settings, **environment):
-    """Return the log-probabilities that a program of its own finds, and all that it says."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    asked = {
-        "model": str(model),
-        "adapters": {name: str(folder) for name, folder in adapters.items()},
-        "prompts": prompts,
-        "settings": settings,
-    }
-    path = os.pathsep.join([str(tmp_path), *(one for one in sys.path if one)])
-    done = subprocess.run(
-        [sys.executable, str(program), json.dumps(asked)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    said = done.stdout + done.stderr
-    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    return (json.loads(found[0].removeprefix("FOUND ")) if found else None), said
 
 
 def furthest(one, other):

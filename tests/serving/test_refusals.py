@@ -1,11 +1,13 @@
 """What the backend does not take stops the start with one sentence, and changes nothing."""
 
+import contextlib
 import json
 import logging
 import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from serving.conftest import engine, logprobs
 
 from support.checkpoints import edit_config, edit_tensors, weights
@@ -75,15 +77,79 @@ def test_fully_sharded_lora(model):
     assert "leave out --fully-sharded-loras" in refusal
 
 
-def test_lora_on_a_second_stream(monkeypatch):
-    """On a CPU vLLM refuses the setting before we are asked."""
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),
+        ({"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, "unset VLLM_LORA_ENABLE_DUAL_STREAM"),
+        ({"enable_sleep_mode": True}, "leave out --enable-sleep-mode"),
+        ({"pipeline_parallel_size": 2}, "leave out --pipeline-parallel-size"),
+    ],
+)
+def test_settings_that_vllm_itself_refuses_on_a_cpu(change, sentence, monkeypatch):
     from int4_lora.integration.vllm_plugin.session import refuse_settings
 
-    settings = SimpleNamespace(lora_config=SimpleNamespace(fully_sharded_loras=False))
-    refuse_settings(settings)
-    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
-    with pytest.raises(ValueError, match="unset VLLM_LORA_ENABLE_DUAL_STREAM"):
+    settings = SimpleNamespace(
+        lora_config=SimpleNamespace(fully_sharded_loras=False),
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+    for name, value in change.items():
+        for part in (settings.model_config, settings.parallel_config):
+            if hasattr(part, name):
+                setattr(part, name, value)
+        if name.startswith("VLLM"):
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence) if sentence else contextlib.nullcontext():
         refuse_settings(settings)
+
+
+def test_a_quantised_head_with_adapters(model):
+    def target(_, quantization):
+        quantization.update(ignore=[])
+        quantization["config_groups"]["group_0"]["targets"] += ["re:.*lm_head"]
+
+    edit_config(model, target)
+    assert "lm_head is quantised, and vLLM cannot put adapters" in refused(model, **LORA, **COLD)
+
+
+def test_experts_are_counted(monkeypatch):
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+    from int4_lora.integration.vllm_plugin import config
+
+    class Experts(FusedMoEMethodBase):
+        def __init__(self):
+            pass
+
+    Experts.__abstractmethods__ = frozenset()
+    upstream = config.CompressedTensorsConfig
+    monkeypatch.setattr(upstream, "get_quant_method", lambda *_: Experts())
+    found = SimpleNamespace(layers=[], adapters=True)
+    ours = config.Int4LoRAConfig.__new__(config.Int4LoRAConfig)
+    ours._session = found
+    assert isinstance(ours.get_quant_method(torch.nn.Identity(), "model.experts"), Experts)
+    assert [one.stock_because for one in found.layers] == ["a mixture of experts"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [({"use_dora": True}, "does not yet support DoRA"), ({"r": 32}, "greater than max_lora_rank")],
+)
+def test_an_adapter_that_vllm_does_not_take(settings, sentence, model, prompts, tmp_path):
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from int4_lora.integration.demo import recipe
+    from support.tiny import LLAMA
+
+    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **settings}
+    recipe.make_adapter(tmp_path / "bad", LLAMA, "bad", given)
+    asked = SamplingParams(max_tokens=1, detokenize=False)
+    with engine(model, **LORA, **COLD) as llm:
+        bad = LoRARequest("bad", 1, str(tmp_path / "bad"))
+        with pytest.raises(Exception, match=sentence):
+            llm.generate([{"prompt_token_ids": prompts[0]}], asked, lora_request=[bad])
 
 
 def test_an_untested_minor(model, monkeypatch):
