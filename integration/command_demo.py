@@ -67,15 +67,11 @@ def demo(
             raise ValueError("--adapter needs --model: the made model has adapters of its own")
         if model is not None and cache is not None:
             raise ValueError("--cache is where a model is made: it has no effect with --model")
-        if require_vllm and not serve:
-            raise ValueError("--require-vllm needs vLLM: leave out --no-vllm")
+        no_vllm = _no_vllm(serve=serve, required=require_vllm)
         _quiet()
         with errors.status("loading transformers and PEFT") as status:
-            from int4_lora.integration.demo import comparison, recipe, report, served
+            from int4_lora.integration.demo import comparison, recipe, report
 
-            no_vllm = served.why_not() if serve else "--no-vllm"
-            if require_vllm and no_vllm is not None:
-                raise ValueError(no_vllm)
             if model is None:
                 status.update("making the model and its adapters")
                 made = recipe.prepare(cache or cache_folder())
@@ -102,6 +98,20 @@ def demo(
     if require_vllm and not found.served.ran:
         raise unusable(found.served.why_not or "vLLM did not serve the batch")
     raise typer.Exit(0 if found.right else 1)
+
+
+def _no_vllm(*, serve: bool, required: bool) -> str | None:
+    """Return why the batch is not served through vLLM, or None if it is."""
+    from int4_lora.integration.demo import served
+
+    if not serve:
+        if required:
+            raise ValueError("--require-vllm needs vLLM: leave out --no-vllm")
+        return "--no-vllm"
+    reason = served.why_not()
+    if required and reason is not None:
+        raise ValueError(reason)
+    return reason
 
 
 def _named_folders(adapters: list[str]) -> dict[str, Path]:

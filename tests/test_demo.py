@@ -9,6 +9,7 @@ import torch
 
 from int4_lora.integration.demo import comparison, findings, models
 from int4_lora.integration.demo.bound_check import BoundCheck
+from int4_lora.integration.demo.served import STOCK, Engine, Served
 from int4_lora.reference import LoRAStack, dequantize, int4_lora_linear, linear
 from support.tiny import VARIANTS
 from support.upstream_versions import IGNORES_G_IDX
@@ -151,9 +152,11 @@ def test_a_wrong_dequantise_is_beyond_the_bound(run, monkeypatch):
 
 def test_nothing_found_is_not_right():
     right = findings.Row("base", 0.0, 1.0, 1.0, 0.0)
-    whole = findings.Comparison([right], 1, 8, 0, 0.5, 1, 2, 0, 1.0, 1.0, "bfloat16")
+    served = Served("there is no vLLM", 0.0)
+    whole = findings.Comparison([right], 1, 8, 0, 0.5, 1, 2, 0, 1.0, 1.0, "bfloat16", served)
     assert whole.right
     changes = [{"rows": []}, {"elements": 0}, {"unbounded": 1}, {"worst_of_bound": math.nan}]
+    changes += [{"served": dataclasses.replace(served, engines=[Engine(STOCK, 1, 1, 1, [0.0])])}]
     changes += [{"worst_of_bound": 1.01}, {"rows": [dataclasses.replace(right, ours=9.0)]}]
     for change in changes:
         assert not dataclasses.replace(whole, **change).right

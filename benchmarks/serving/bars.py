@@ -6,6 +6,7 @@ with fewer rounds, nothing is judged.
 Source: "Serving benchmark, hidden 2048, 4 adapters, medians of >= 5 interleaved runs" of the issue.
 """
 
+import re
 import statistics
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ PREFILL, PREFILL_16 = "prefill, 8 x 64", "prefill, 16 x 32"
 DECODE_1, DECODE_8, DECODE_16 = "decode, 1 row", "decode, 8 rows", "decode, 16 rows"
 HIDDEN, LAYERS, MAX_LORAS, ROUNDS = 2048, range(4, 9), 4, 5
 FIRST_OVER_TENTH = 1.5
+LEAST_FUSED = 0.9  # of the linear layers
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,25 @@ def judged(found, engines):
             "reached": None if ratio is None else ratio <= FIRST_OVER_TENTH,
         }
     )
+    share = fused(engines.get(OURS, {}).get("said", ()))
+    rows.append(
+        {
+            "bar": "ours, share of the linear layers that are fused",
+            "limit": f">= {LEAST_FUSED}",
+            "ratio": share,
+            "reached": None if share is None else share >= LEAST_FUSED,
+        }
+    )
     return rows
+
+
+def fused(said):
+    """Return the share of layers that our line of log counts as fused, or None without one."""
+    for line in said:
+        found = re.match(r"(\d+) of (\d+) linear layers fused", line)
+        if found:
+            return int(found[1]) / int(found[2])
+    return None
 
 
 def not_judged(options):
