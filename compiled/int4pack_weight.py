@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.prepared_weight import PreparedWeight, in_blocks
 from int4_lora.reference import PackedWeight, pack, unpack
 
 __all__ = ["Int4PackWeight", "block_rows", "refuses"]
@@ -60,11 +60,18 @@ class Int4PackWeight(PreparedWeight):
         groups = weight.scale.shape[1]
         repeats = weight.in_features // groups // _columns_of_a_scale(weight)
         scale = weight.scale.repeat_interleave(repeats, dim=1).T  # [table groups, out]
-        codes = unpack(weight.packed, weight.in_features).to(torch.int32) + 8
         block = block_rows()
         assert block is not None, "refuses() was not asked"
+
+        def converted(start: int, stop: int) -> Tensor:
+            codes = unpack(weight.packed[start:stop], weight.in_features).to(torch.int32) + 8
+            laid_out: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                codes, INNER_TILES
+            )
+            return laid_out
+
         return cls(
-            data=torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, INNER_TILES),
+            data=in_blocks(weight.out_features, converted),
             table=torch.stack([scale, torch.zeros_like(scale)], dim=2),
             shape=weight.shape,
             block=block,
@@ -103,7 +110,7 @@ class Int4PackWeight(PreparedWeight):
         """Return the checkpoint's tensors, bit for bit."""
         repeats = self.table.shape[0] // self.groups
         return PackedWeight(
-            packed=pack(self._codes(0, self.out_features).T.contiguous()),
+            packed=in_blocks(self.out_features, self._words),
             scale=self.table[::repeats, :, 0].T.contiguous(),
             shape=self.shape,
             g_idx=self.g_idx,
@@ -119,6 +126,10 @@ class Int4PackWeight(PreparedWeight):
         codes = self._codes(start, stop).view(self.table.shape[0], -1, stop - start)
         dense = codes.to(self.table.dtype) * self.table[:, None, start:stop, 0]
         return dense.to(dtype).reshape(self.in_features, stop - start)
+
+    def _words(self, start: int, stop: int) -> Tensor:
+        """Return the checkpoint's words of rows."""
+        return pack(self._codes(start, stop).T.contiguous())
 
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes of rows, transposed: int8 ``[in_features, stop - start]``."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.magic_numbers import EXPONENT_OF_ONE
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.prepared_weight import PreparedWeight, in_blocks
 from int4_lora.reference import PackedWeight, pack, unpack
 
 __all__ = ["PlanesWeight", "refuses"]
@@ -60,22 +60,26 @@ class PlanesWeight(PreparedWeight):
     @classmethod
     def from_packed(cls, weight: PackedWeight) -> PlanesWeight:
         """Interleave a weight that ``refuses`` does not refuse."""
-        codes = unpack(weight.packed, weight.in_features)
         order = None
         if weight.g_idx is not None and not weight.column_order:
             order = torch.argsort(weight.g_idx, stable=True)
-            codes = codes[:, order]
-        groups = weight.scale.shape[1]
-        planes = codes.view(weight.out_features, groups, NIBBLES, -1)  # [out, group, j, w]
+        groups, device = weight.scale.shape[1], weight.packed.device
+
+        def interleaved(start: int, stop: int) -> Tensor:
+            codes = unpack(weight.packed[start:stop], weight.in_features)
+            codes = codes if order is None else codes[:, order]
+            planes = codes.view(stop - start, groups, NIBBLES, -1)  # [out, group, j, w]
+            return pack(planes.transpose(2, 3).reshape(codes.shape))
+
         return cls(
-            words=pack(planes.transpose(2, 3).reshape(weight.shape)),
+            words=in_blocks(weight.out_features, interleaved),
             scale=weight.scale,
             shape=weight.shape,
             zero_point=None if weight.zero_point is None else _split(weight.zero_point),
             g_idx=weight.g_idx,
             order=None if order is None else order.to(torch.int32),
             group_size=weight.group_size,
-            exponent=_exponents(weight.out_features, codes.device) if codes.is_cuda else None,
+            exponent=_exponents(weight.out_features, device) if device.type == "cuda" else None,
         )
 
     @property
@@ -111,13 +115,16 @@ class PlanesWeight(PreparedWeight):
 
     def packed_weight(self) -> PackedWeight:
         """Return the checkpoint's tensors, bit for bit."""
-        rows, columns = self.shape
-        words = unpack(self.words, columns).view(rows, self.groups, -1, NIBBLES)
-        codes = words.transpose(2, 3).reshape(rows, columns)
-        if self.order is not None:
-            codes = codes[:, torch.argsort(self.order)]
+        back = None if self.order is None else torch.argsort(self.order)
+
+        def in_order(start: int, stop: int) -> Tensor:
+            codes = unpack(self.words[start:stop], self.in_features)
+            words = codes.view(stop - start, self.groups, -1, NIBBLES)
+            codes = words.transpose(2, 3).reshape(codes.shape)
+            return pack(codes if back is None else codes[:, back])
+
         return PackedWeight(
-            packed=pack(codes),
+            packed=in_blocks(self.out_features, in_order),
             scale=self.scale,
             shape=self.shape,
             zero_point=None if self.zero_point is None else _joined(self.zero_point),

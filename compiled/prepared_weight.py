@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,30 @@ from torch import Tensor
 
 from int4_lora.reference import PackedWeight, dequantize
 
-__all__ = ["CheckpointWeight", "PreparedWeight"]
+__all__ = ["CheckpointWeight", "PreparedWeight", "in_blocks"]
+
+ROWS = 512  # that are laid out at a time, a multiple of every layout's blocks
+
+
+def in_blocks(rows: int, part: Callable[[int, int], Tensor]) -> Tensor:
+    """Return ``part(start, stop)`` of all rows, a block of them at a time.
+
+    Codes of 4 bits become numbers of 32 on the way: of a whole layer that would be 8 times its
+    size.
+
+    Args:
+        rows: how many.
+        part: makes as many rows as it is asked for.
+    """
+    first = part(0, min(rows, ROWS))
+    if rows <= ROWS:
+        return first
+    whole = first.new_empty(rows, *first.shape[1:])
+    whole[:ROWS] = first
+    for start in range(ROWS, rows, ROWS):
+        stop = min(start + ROWS, rows)
+        whole[start:stop] = part(start, stop)
+    return whole
 
 
 class PreparedWeight(ABC):

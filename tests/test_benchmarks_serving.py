@@ -85,19 +85,19 @@ def found_of(module, times):
     return [entry(module, key, seconds) for key, seconds in times.items()]
 
 
-def engine_facts(first=1.5):
+def engine_facts(first=1.5, fused=28):
     return {
         "load_seconds": 60.0, "load_bytes": {"now": 2**30, "peak": 2**31}, "threads": 2,
         "peak_starts_again": True, "load_graphs": 12,
         "serving_bytes": {"now": 2**30, "peak": 2**30, "graphs": 12},
-        "first_requests": [first, *[1.0] * 9], "said": ["28 of 28 linear layers fused"],
+        "first_requests": [first, *[1.0] * 9], "said": [f"{fused} of 28 linear layers fused; 1 on"],
         "idle_share": 0.0001, "arguments": {"enable_lora": True},
     }  # fmt: skip
 
 
 def test_bars_that_are_just_reached(module):
     rows = module("serving.bars").judged(found_of(module, TIMES), {"ours": engine_facts()})
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert {row["bar"]: row["ratio"] for row in rows if row["reached"] is not True} == {}
 
 
@@ -114,9 +114,17 @@ def test_first_request_is_held_against_the_tenth(module):
     assert missed == ["ours, first request over the tenth"]
 
 
+def test_nine_tenths_of_the_layers_are_fused(module):
+    for fused, reached in ((26, True), (25, False)):
+        facts = {"ours": engine_facts(fused=fused)}
+        (row,) = module("serving.bars").judged(found_of(module, TIMES), facts)[-1:]
+        assert row["bar"] == "ours, share of the linear layers that are fused"
+        assert row["reached"] is reached
+
+
 def test_what_was_not_measured_is_no_bar_reached(module):
     rows = module("serving.bars").judged(found_of(module, {}), {})
-    assert [row["reached"] for row in rows] == [None] * 10
+    assert [row["reached"] for row in rows] == [None] * 11
     nan = [bar.reached(float("nan")) for bar in module("serving.bars").BARS]
     assert not any(nan)
 
@@ -196,7 +204,7 @@ def test_report_says_what_was_missed(module):
     assert "| prefill, 8 x 64 | 4 adapters | 1.15 | 3.14 | 3.00 |" in lines
     assert "| decode, 1 row | base | - | - | 1.30 |" in lines
     assert "| prefill, 8 x 64 | base | ours | 512.0 ±0 % | 1000.0 ±0 % | - |" in lines
-    assert "- ours said: 28 of 28 linear layers fused" in lines
+    assert "- ours said: 28 of 28 linear layers fused; 1 on" in lines
     assert any(line.startswith("- 4 slots: 16 adapters share them; 4 rows") for line in lines)
     assert text.count("**missed**") == 1
     assert "of no use" not in text

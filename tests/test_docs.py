@@ -77,3 +77,28 @@ def test_the_quickstart_runs(desk):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for line in lines:
         subprocess.run(line.split(), check=True, cwd=desk, env={**os.environ, "PATH": path})
+
+
+def test_every_symbol_of_vllm_that_is_relied_on_is_listed():
+    from int4_lora.integration.vllm_plugin.upstream import SYMBOLS
+
+    rows = [
+        line.split(" | ")
+        for line in (DOCS / "vllm-maintainers.md").read_text().splitlines()
+        if line.startswith("| `vllm.")
+    ]
+    listed = {
+        (module.strip("| `"), name.strip("`"), parameters.replace("`", ""), why.rstrip(" |"))
+        for module, names, parameters, why in rows
+        for name in names.split(", ")
+    }
+    assert listed == {
+        (one.module, one.name, ", ".join(one.parameters) or "-", one.why) for one in SYMBOLS
+    }
+    assert all(one.why for one in SYMBOLS)
+
+
+def test_every_file_of_the_vllm_backend_is_described():
+    page = (DOCS / "vllm-maintainers.md").read_text()
+    files = {file.name for file in (ROOT / "integration" / "vllm_plugin").glob("[a-z]*.py")}
+    assert files <= set(re.findall(r"`(\w+\.py)`", page))

@@ -81,49 +81,66 @@ def compare(
     narrow = reference_model(checkpoint, ours, rows, dtype)
     found, our_seconds = _run_reference(narrow, batch, bounds, nullcontext())
     del narrow
-    parts = [part for adapter in ours for part in adapter.modules.values()]
-    asked = Batch(
-        model=model,
-        adapters=[None, *folders],
-        rank=max(
-            (part.a.shape[0] for adapter in ours for part in adapter.modules.values()), default=1
-        ),
-        tokens=batch,
-        most_tokens=_config_number(checkpoint, "max_position_embeddings"),
-        dtype=name,
-        truth=truth[:, -1],
-        theirs=theirs[:, -1],
-    )
-    served = Served(no_vllm, 0.0) if no_vllm is not None else serve(asked, say)
-
-    packed_bytes, dense_bytes = _weight_bytes(checkpoint)
+    served = Served(no_vllm, 0.0)
+    if no_vllm is None:
+        asked = _asked(checkpoint, adapters, ours, batch, name, truth, theirs)
+        served = serve(asked, say)
     return Comparison(
         rows=[
             _judge(adapter, truth[row], found64[row], found[row], theirs[row], dtype)
             for row, adapter in enumerate(["base", *adapters])
         ],
-        linears=len(checkpoint.modules()),
         elements=bounds.elements,
         unbounded=bounds.unbounded,
         worst_of_bound=bounds.worst,
-        packed_bytes=packed_bytes,
-        dense_bytes=dense_bytes,
-        adapter_bytes=sum(part.a.nbytes + part.b.nbytes for part in parts),
         our_seconds=our_seconds,
         their_seconds=their_seconds,
         dtype=name,
         served=served,
+        **_sizes(checkpoint, ours),
     )
 
 
-def _weight_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return the bytes of all packed weights, and of the same weights in 16 bits."""
+def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, int]:
+    """Return how many quantised linears there are, and the bytes of them and of the adapters.
+
+    Dense bytes are those of the same weights in 16 bits.
+    """
     packed = dense = 0
     for name in checkpoint.modules():
         weight = checkpoint.packed_weight(name)
         packed += weight.nbytes
         dense += 2 * weight.out_features * weight.in_features
-    return packed, dense
+    parts = [part for adapter in adapters for part in adapter.modules.values()]
+    return {
+        "linears": len(checkpoint.modules()),
+        "packed_bytes": packed,
+        "dense_bytes": dense,
+        "adapter_bytes": sum(part.a.nbytes + part.b.nbytes for part in parts),
+    }
+
+
+def _asked(
+    checkpoint: Checkpoint,
+    folders: Mapping[str, Path],
+    adapters: Sequence[Adapter],
+    batch: Tensor,
+    dtype: str,
+    truth: Tensor,
+    theirs: Tensor,
+) -> Batch:
+    """Return what vLLM is to serve, and what is right after each row."""
+    ranks = [part.a.shape[0] for adapter in adapters for part in adapter.modules.values()]
+    return Batch(
+        model=checkpoint.path,
+        adapters=[None, *folders.values()],
+        rank=max(ranks, default=1),
+        tokens=batch,
+        most_tokens=_config_number(checkpoint, "max_position_embeddings"),
+        dtype=dtype,
+        truth=truth[:, -1],
+        theirs=theirs[:, -1],
+    )
 
 
 def _random_batch(checkpoint: Checkpoint, rows: int, tokens: int, seed: int) -> Tensor:

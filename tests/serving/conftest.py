@@ -31,6 +31,15 @@ COMPILED = {
 }
 
 
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
+
+
 @contextlib.contextmanager
 def engine(model, **settings):
     """Start an engine and end it, with what it leaves in this process."""
@@ -151,6 +160,24 @@ def run(tmp_path, model, adapters, prompts, settings, what="logprobs", **environ
     said = done.stdout + done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     return (json.loads(found[0].removeprefix("FOUND ")) if found else None), said
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """Let layers be built without an engine: a configuration, and one process that is all ranks."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    store = tmp_path_factory.mktemp("rank") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,13 @@ Run by ``tox run -e vllm``, and against a vLLM that was never run end to end by 
 
 import pytest
 import torch
+from serving.conftest import CONFIG
 
 from int4_lora.integration.vllm_plugin import upstream
 from int4_lora.integration.vllm_plugin.upstream import Symbol, installed_version, missing, untested
 
 INPUTS, OUTPUTS, RANK, SLOTS = 256, 128, 8, 2
 PREFIX = "model.layers.0.mlp.up_proj"
-WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
-CONFIG = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
-}
 
 
 def test_every_symbol_is_there():
@@ -57,30 +51,8 @@ def test_another_minor_is_refused(version, monkeypatch):
     assert "install one of" in (untested() or "")
 
 
-@pytest.fixture(scope="module")
-def vllm_config():
-    """Let layers be built: a configuration, and one process that is all ranks."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    with set_current_vllm_config(VllmConfig()):
-        import tempfile
-        from pathlib import Path
-
-        with tempfile.TemporaryDirectory() as folder:
-            place = f"file://{Path(folder) / 'store'}"
-            init_distributed_environment(1, 0, place, 0, "gloo")
-            initialize_model_parallel(1, 1)
-            yield
-        cleanup_dist_env_and_memory()
-
-
 @pytest.fixture
-def layer(vllm_config):
+def layer(one_rank):
     """Return one of vLLM's layers with vLLM's own scheme for INT4 weights."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (

@@ -1,6 +1,6 @@
 """``vllm serve`` with adapters that come and go while other requests run.
 
-The number of short requests is ``INT4_LORA_SOAK``, 400 where it is not set.
+The number of short requests is ``INT4_LORA_SOAK``, 200 where it is not set.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import torch
 from support.tiny import LLAMA
 from support.tokenizer import save_tokenizer
 
-REQUESTS = int(os.environ.get("INT4_LORA_SOAK", "400"))
+REQUESTS = int(os.environ.get("INT4_LORA_SOAK", "200"))
 ADAPTERS, SLOTS, TOKENS = 12, 4, 4
 OPTIONS = json.dumps({"int4_lora": {"backend": "compiled"}})
 

@@ -1,0 +1,78 @@
+"""What a load holds at its peak: the weights, and beside them one layer being laid out."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from serving.conftest import CONFIG
+
+from support.memory import peak_bytes
+
+INPUTS, OUTPUTS, LAYERS = 4096, 8192, 6
+PACKED = INPUTS * OUTPUTS // 2
+DENSE = 2 * INPUTS * OUTPUTS  # in 16 bits, for scale
+
+
+def resident_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
+
+
+def forget_the_peak():
+    """Let the peak start again from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def a_session():
+    from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata
+    from int4_lora.integration.vllm_plugin.session import Session
+
+    return Session(
+        SimpleNamespace(
+            additional_config={"int4_lora": {"backend": "compiled"}},
+            model_config=SimpleNamespace(model="", dtype=torch.bfloat16, enable_sleep_mode=False),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+            lora_config=None,
+        ),
+        LoRAMetadata(),
+    )
+
+
+def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from int4_lora.integration.vllm_plugin import upstream
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+
+    monkeypatch.setattr(upstream, "untested", lambda: None)
+    config = Int4LoRAConfig.from_config(CONFIG)
+    config._session = a_session()
+    layers = []
+    for number in range(LAYERS):
+        layer = ReplicatedLinear(
+            INPUTS,
+            OUTPUTS,
+            bias=False,
+            params_dtype=torch.bfloat16,
+            quant_config=config,
+            prefix=f"layers.{number}",
+        )
+        generator = torch.Generator().manual_seed(number)
+        words = torch.randint(-(2**31), 2**31, (OUTPUTS, INPUTS // 8), generator=generator)
+        layer.weight_packed.data.copy_(words)
+        layer.weight_scale.data.fill_(0.01)
+        layers.append(layer)
+    first, second, *others = layers
+    for layer in (first, second):  # compiles; then the allocator has room for what comes and goes
+        layer.quant_method.process_weights_after_loading(layer)
+    forget_the_peak()
+    before = resident_bytes()
+    for layer in others:
+        layer.quant_method.process_weights_after_loading(layer)
+    grown = peak_bytes() - before
+    assert all(layer.int4_lora.weight is not None for layer in layers)
+    assert resident_bytes() - before <= PACKED / 2  # one copy of each
+    assert grown <= 2.25 * PACKED  # a layer laid out anew, and its codes on the way
+    assert grown < DENSE / 2
