@@ -11,8 +11,8 @@ out of bytes side by side is rows of the first half, and as many of the second:
 Weights come out transposed, since a block is stored column by column. Pairs come out in as many
 parts as there are threads, and the product is one of a batch: a thread multiplies what it has
 dequantised itself. One product of the whole tile would be split by columns where dequantising is
-split by groups; half of the tile would cross from core to core, and where the two cores share no
-cache the layer took 1.6 times as long.
+split by groups; half of the tile would cross from core to core, which at times made the layer take
+1.6 times as long.
 
 Source: ``int4_lora.compiled.int4pack_weight`` for the layout; round to nearest even in integers is
 that of ``c10/util/BFloat16.h`` of PyTorch.
