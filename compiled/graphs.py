@@ -28,7 +28,10 @@ from int4_lora.compiled.prepared_weight import PreparedWeight
 __all__ = ["bucket_of", "run", "run_terms"]
 
 MOST_TOKENS = 2**31 - 1
-LAST_TOKENS = {"cpu": (1, 24), "cuda": (1, 16, GATHERED_TOKENS["cuda"][0])}
+LAST_TOKENS = {  # no formulation, nor identity of the adapters, may change within a bucket's graph
+    "cpu": (1, GATHERED_TOKENS["cpu"][0]),
+    "cuda": (1, 16, GATHERED_TOKENS["cuda"][0]),
+}
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}
 _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2.8 and later

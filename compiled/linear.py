@@ -18,12 +18,14 @@ from torch import Tensor
 from int4_lora.compiled import graphs
 from int4_lora.compiled.choice import choose
 from int4_lora.compiled.formulations import Formulation
+from int4_lora.compiled.formulations.tiles import base as tiles
 from int4_lora.compiled.gradients import differentiable, needs_gradients
+from int4_lora.compiled.lora_terms import add_terms
 from int4_lora.compiled.operands import check_operands
 from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
-__all__ = ["formulation_for", "int4_linear", "int4_lora_linear"]
+__all__ = ["any_tokens", "formulation_for", "int4_linear", "int4_lora_linear"]
 
 
 def int4_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -121,6 +123,29 @@ def formulation_for(
         'definition'
     """
     return choose(weight, dtype, tokens, () if lora is None else lora.slices)
+
+
+def any_tokens(
+    x: Tensor,
+    weight: PreparedWeight,
+    lora: PreparedLoRA | None,
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return the layer as a part of a graph that is traced once for any number of tokens.
+
+    Engines drop the graph's guards, so no choice may be made by that number: it is computed by
+    ``tiles``, with sums written out. The operands are not checked.
+
+    Args:
+        x: ``[tokens, in_features]``.
+        weight: what ``prepare`` returned.
+        lora: what ``prepare_lora`` returned, or None.
+        adapter_ids: int32 or int64 ``[tokens]``; needed with ``lora``.
+        bias: ``[out_features]`` or None.
+    """
+    slices = () if lora is None else lora.slices
+    return add_terms(tiles(x, weight), x, slices, adapter_ids, bias, any_tokens=True)
 
 
 def _forward(

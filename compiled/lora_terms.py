@@ -39,8 +39,8 @@ __all__ = [
     "spread",
 ]
 
-GATHERED_TOKENS = {  # up to which gathering is used: for any rank, and for ranks that are unrolled
-    "cpu": (16, 2**31),
+GATHERED_TOKENS = {  # up to which gathering is used: any rank (a bucket's end), unrolled ranks
+    "cpu": (24, 2**31),
     "cuda": (64, 64),
 }
 UNROLLED_RANK = 64  # the most steps of the sum over the rank that are written out
@@ -54,6 +54,8 @@ def add_terms(
     slices: Sequence[PreparedSlice],
     adapter_ids: Tensor | None,
     bias: Tensor | None,
+    *,
+    any_tokens: bool = False,
 ) -> Tensor:
     """Return ``RN_x(base + deltas + bias)``, summed in the dtype of sums.
 
@@ -63,11 +65,15 @@ def add_terms(
         slices: the adapters, by slice of the outputs.
         adapter_ids: int ``[tokens]``; needed with slices.
         bias: ``[out_features]`` or None.
+        any_tokens: whether nothing may depend on how many tokens there are, nor on what adapters
+            hold: ``gathered`` is right for all.
     """
     sums = accumulation_dtype(x)
     deltas = []
     if adapter_ids is not None:
-        deltas = [(one.start, _term(x, one)(x, one, adapter_ids)) for one in slices]
+        for one in slices:
+            term = gathered if any_tokens else _term(x, one)
+            deltas.append((one.start, term(x, one, adapter_ids)))
     if not x.is_cuda:
         return side_by_side(base, deltas, bias, sums, x.dtype)
     total = base.to(sums)

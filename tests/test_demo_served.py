@@ -42,9 +42,6 @@ def test_errors_are_those_of_log_probabilities(batch, monkeypatch):
         asked.append((new, own))
         logprobs = batch.truth.double().log_softmax(-1)
         logprobs[1, 2] += len(asked)
-        logprobs = [
-            [None if number == 9 else number for number in row] for row in logprobs.tolist()
-        ]
         return {
             "tokens_per_second": 1.0,
             "first_token_seconds": 1.0,
@@ -87,6 +84,11 @@ def test_no_room_for_an_answer(batch):
     ("log", "reason"),
     [
         ("INFO\nValueError: wrong\nINFO bye\n", "ValueError: wrong"),
+        (
+            "ValueError: the cause\nRuntimeError: Engine core initialization failed.",
+            "ValueError: the cause",
+        ),
+        ("ValueError: wrong\n[W socket.cpp] Warning: Error: later", "ValueError: wrong"),
         ("something\n\n", "something"),
         ("", "it ended without a word"),
     ],

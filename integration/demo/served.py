@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ FLOOR = 0.02  # nats, beside twice what transformers errs
 NEW = 16  # tokens that each row asks for
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 SECONDS = 1800  # for an engine from start to end
+ERROR = re.compile(r"\b[A-Z]\w*Error: \S")
+FOLLOWS = "Engine core initialization failed"  # what vLLM says after the cause
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -145,7 +148,9 @@ def serve(batch: Batch, say: Callable[[str], None] = lambda step: None) -> Serve
             [[torch.nan if one is None else one for one in row] for row in found.pop("logprobs")],
             dtype=torch.float64,
         )
-        errors = (logprobs - truth[:, : logprobs.shape[1]]).abs().amax(1).tolist()
+        missing = truth.shape[1] - logprobs.shape[1]  # negative where the engine's is padded
+        logprobs = torch.nn.functional.pad(logprobs, (0, missing), value=torch.nan)
+        errors = (logprobs - truth).abs().amax(1).tolist()
         engines.append(Engine(name=name, errors=errors, **found))
     return Served(None, allowed, engines)
 
@@ -171,7 +176,7 @@ def _answer(batch: Batch, new: int, own: Mapping[str, Any]) -> dict[str, Any] | 
     }
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "int4_lora.integration.demo.engine", str(answer)]
+        command = [sys.executable, "-P", "-m", "int4_lora.integration.demo.engine", str(answer)]
         try:
             done = subprocess.run(
                 command,
@@ -203,5 +208,5 @@ def _lora(batch: Batch) -> dict[str, Any]:
 def _reason(log: str) -> str:
     """Return the line of a log that says why a process ended."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line]
+    errors = [line for line in lines if ERROR.search(line) and FOLLOWS not in line]
     return (errors or lines or ["it ended without a word"])[-1]

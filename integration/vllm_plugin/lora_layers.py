@@ -117,10 +117,13 @@ class Int4LoRALayer:
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer with each token's adapter: x ``[..., in_features]``."""
         served = self.served
-        if served.stock_lora_because is not None:
+        if served.stock_lora_because is not None and x.device.type != "cpu":
             return super().apply(x, bias)  # type: ignore[misc]
         rows = x.flatten(0, -2)
         ids = self.punica_wrapper._token_lora_indices[: rows.shape[0]]
+        if served.stock_lora_because is not None:  # vLLM's operators for CPUs take -1 for a slot
+            base = self.base_layer.quant_method.apply(self.base_layer, rows, bias)
+            return served.plainly_added(base, rows, ids).view(*x.shape[:-1], -1)
         if served.weight is None:
             base = self.base_layer.quant_method.apply(self.base_layer, rows, bias)
             y = served.added(base, rows, ids)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear, int4_lora_linear
+from int4_lora.compiled.linear import any_tokens
 from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["ServedLayer", "adapters_of"]
 
@@ -56,7 +58,11 @@ class ServedLayer:
         """Return the layer without adapters, by our weight: x ``[..., in_features]``."""
         assert self.weight is not None
         rows = x.flatten(0, -2)
-        return int4_linear(rows, self.weight, bias).view(*x.shape[:-1], -1)
+        if torch.compiler.is_compiling():
+            y = any_tokens(rows, self.weight, None, None, bias)
+        else:
+            y = int4_linear(rows, self.weight, bias)
+        return y.view(*x.shape[:-1], self.weight.out_features)
 
     def with_adapters(self, x: Tensor, adapter_ids: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer with adapters, by our weight.
@@ -67,6 +73,8 @@ class ServedLayer:
             bias: ``[out_features]`` or None.
         """
         assert self.weight is not None
+        if torch.compiler.is_compiling():
+            return any_tokens(x, self.weight, self.lora, adapter_ids, bias)
         if _none_active(adapter_ids):
             return int4_linear(x, self.weight, bias)
         return int4_lora_linear(x, self.weight, self.lora, adapter_ids, bias)
@@ -77,6 +85,19 @@ class ServedLayer:
         if _none_active(adapter_ids):
             return base
         return add_lora(base, x, self.lora, adapter_ids)
+
+    def plainly_added(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
+        """Return what ``added`` does, eagerly and slot by slot: where that failed its check."""
+        assert self.lora is not None
+        y = base.to(accumulation_dtype(x))
+        for slot in set(adapter_ids.tolist()) & set(range(self.lora.adapters)):
+            rows = (adapter_ids == slot).nonzero()[:, 0]
+            own = x[rows].to(y.dtype)
+            for one in self.lora.slices:
+                h = own @ one.a[slot].to(y.dtype).T
+                delta = h @ one.bt[slot].to(y.dtype) * one.scaling[slot].to(y.dtype)
+                y[rows, one.start : one.stop] += delta
+        return y.to(base.dtype)
 
 
 def adapters_of(

@@ -132,7 +132,7 @@ class Session:
             line += f"; {sum(stock.values())} on vLLM's base kernel: {reasons}"
         if own:
             reasons = "; ".join(f"{count} {reason}" for reason, count in own.most_common())
-            line += f"; {sum(own.values())} with vLLM's own LoRA: {reasons}"
+            line += f"; {sum(own.values())} with plain, slow LoRA: {reasons}"
         on_gpu = [
             one for one in fused if one.weight is not None and one.weight.device.type != "cpu"
         ]

@@ -44,18 +44,31 @@ class VocabularyAdapters:
         """Add the adapters' logits to ``y``, in place.
 
         Args:
-            y: ``[rows, vocabulary]``.
+            y: ``[rows, vocabulary]``, padded or not.
             x: ``[rows, hidden]``.
             a: ``[slots, 1, rank, hidden]``.
             b: ``[slots, 1, vocabulary, rank]``.
             scale: multiplied with what is added.
+
+        Raises:
+            ValueError: log-probabilities of prompts while several requests run: vLLM does not say
+                which rows are whose.
         """
-        ids = self.operators._sampler_indices[: x.shape[0]]
+        if not self.slots:
+            return
+        ids = self.operators.sampler_indices
+        if len(ids) not in (1, len(x)):
+            raise ValueError(
+                f"int4_lora: prompt_logprobs with an adapter on lm_head: {len(x)} rows of "
+                f"{len(ids)} requests; ask for them one request at a time"
+            )
+        ids = ids.expand(len(x))
+        width = min(y.shape[1], b.shape[2])
         for slot in self.slots:
             rows = ids == slot
             if rows.any():
                 h = x[rows].float() @ a[slot, 0].float().T * scale
-                y[rows] += (h @ b[slot, 0].float().T).to(y.dtype)
+                y[rows, :width] += (h @ b[slot, 0, :width].float().T).to(y.dtype)
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, b: Tensor, **_: Any) -> None:
         """Add the adapters' embeddings to ``y``, in place.

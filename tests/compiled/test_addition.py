@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from int4_lora.compiled import add_lora, prepare_lora
-from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, error_bound, int4_lora_linear
+from int4_lora.reference import (
+    LoRASlice,
+    LoRAStack,
+    PackedWeight,
+    error_bound,
+    expand,
+    int4_lora_linear,
+    shrink,
+)
 
 OUT, IN = 48, 64
 
@@ -109,3 +117,19 @@ def test_no_token_is_no_alias():
     base = torch.zeros(0, OUT).bfloat16()
     x, ids = torch.zeros(0, IN).bfloat16(), torch.zeros(0, dtype=torch.int64)
     assert add_lora(base, x, prepare_lora(stack(OUT, 1)), ids) is not base
+
+
+@pytest.mark.parametrize("rank", [64, 65, 128])
+def test_large_ranks_at_both_ends_of_each_bucket(rank):
+    """No choice of the adapters' term may fall within a bucket: its graph would stop there."""
+    generator = torch.Generator().manual_seed(0)
+    adapters = stack(OUT, 5, rank=rank)
+    for tokens in (1, 2, 16, 17, 24, 25, 40):
+        x = torch.randn(tokens, IN, generator=generator).bfloat16()
+        base = torch.randn(tokens, OUT, generator=generator).bfloat16()
+        ids = torch.arange(tokens) % 4 - 1
+        found = add_lora(base, x, prepare_lora(adapters), ids)
+        delta = expand(shrink(x.double(), adapters, ids), adapters, ids)
+        exact = base.double() + delta
+        assert (found.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
+        assert torch.equal(found[ids < 0], base[ids < 0])

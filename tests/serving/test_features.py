@@ -78,3 +78,18 @@ def test_sleep_mode_is_refused(tiny_models):
         engine(tiny_models["g128"], enable_sleep_mode=True, **COMPILED),
     ):
         pass
+
+
+@pytest.mark.parametrize("in_graph", ["custom-op", "inlined"])
+def test_within_the_graph_of_vllm(in_graph, tiny_models, tiny_adapters, prompts, tmp_path):
+    """Without adapters vLLM compiles the model on a CPU, and the layers are part of its graph."""
+    options = {"int4_lora": {"backend": "compiled", "in_graph": in_graph}}
+    own = {"quantization": "int4_lora", "additional_config": options}
+    asked = tmp_path, tiny_models["asym-g128"], {}, prompts
+    eager, said = run(*asked, {**own, "enforce_eager": True})
+    assert eager is not None, said
+    own_cache = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}  # so that it does compile
+    compiled, said = run(*asked, own, **own_cache)
+    assert compiled is not None, said
+    assert (torch.tensor(compiled) - torch.tensor(eager)).abs().max() <= CLOSE
+    assert "saved AOT compiled function" in said, said

@@ -89,3 +89,43 @@ def test_the_log_counts_the_layers(tiny_models):
     with engine(tiny_models["g128"], **LORA, **COMPILED) as llm:
         session = next(iter(linears(llm).values())).scheme.session
         assert session.summary() == ["8 of 8 linear layers fused (INT4 base, adapters)"]
+
+
+def test_scales_of_another_dtype_are_tried_as_they_are(tiny_models, monkeypatch):
+    """With ``auto`` a layer is measured with the scales' dtype that it is served with."""
+    from int4_lora.integration.vllm_plugin import scheme
+
+    kinds = []
+
+    def trial(kind, device):
+        kinds.append(kind)
+        return "slower" if kind.scale_dtype != kind.dtype else None
+
+    monkeypatch.setattr(scheme, "stock_is_faster", trial)
+    settings = {"quantization": "int4_lora", "dtype": "float16"}
+    settings["additional_config"] = {"int4_lora": {"backend": "auto", "warm_up": False}}
+    with engine(tiny_models["g128"], **settings) as llm:
+        reasons = {module.int4_lora.stock_because for module in linears(llm).values()}
+    assert {kind.scale_dtype for kind in kinds} == {torch.float16, torch.bfloat16}
+    assert reasons == {"measured slower"}
+
+
+def test_a_padded_vocabulary_and_prompts(one_rank):
+    """Logits are padded to 64; log-probabilities of a prompt are rows of one request."""
+    from types import SimpleNamespace
+
+    from int4_lora.integration.vllm_plugin.vocabulary import VocabularyAdapters
+
+    operators = SimpleNamespace(sampler_indices=torch.tensor([1]))
+    adapters = VocabularyAdapters(operators)
+    a, b = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 100, 4)
+    x, y = torch.randn(3, 8), torch.zeros(3, 128)
+    adapters.add_lora_logits(y, x, a, b, 1.0)
+    assert not y.any()  # no slot holds weights for it
+    adapters.slots.add(1)
+    adapters.add_lora_logits(y, x, a, b, 1.0)
+    torch.testing.assert_close(y[:, :100], x @ a[1, 0].T @ b[1, 0].T)
+    assert not y[:, 100:].any()
+    operators.sampler_indices = torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="3 rows of 2 requests"):
+        adapters.add_lora_logits(y, x, a, b, 1.0)
