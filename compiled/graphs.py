@@ -108,7 +108,7 @@ def _within(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callabl
     """
 
     def bounded(*operands: Any) -> Tensor:
-        torch._check(operands[0].shape[0] <= bucket[1])
+        torch._check(operands[0].shape[0] <= bucket[1])  # type: ignore[no-untyped-call]
         return function(*operands)
 
     return bounded

@@ -75,7 +75,7 @@ def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _threads() -> int:
     return torch.get_num_threads()
 
