@@ -11,6 +11,7 @@ import random
 import time
 
 from benchmarks.child import forget_the_peak, memory_bytes, serve
+from int4_lora.integration.demo.engine import stepped
 
 
 class Engine:
@@ -60,26 +61,12 @@ class Engine:
         Returns:
             For each row the seconds at which each token was there; and the tokens.
         """
-        core = self._llm.llm_engine
         given = [self._prompt(row, prompt) for row in range(rows)]
-        asked = self._sampling(new)
-        places = {}
-        started = time.perf_counter()
-        for row, adapter in enumerate(adapters):
-            name = f"{self._asked}-{row}"
-            places[name] = row
-            request = None if adapter is None else self._adapters[adapter]
-            tokens = {"prompt_token_ids": given[row]}
-            core.add_request(name, tokens, asked, lora_request=request)
+        requests = [None if adapter is None else self._adapters[adapter] for adapter in adapters]
         self._asked += 1
-        times, answers = [[] for _ in range(rows)], [[] for _ in range(rows)]
-        while core.has_unfinished_requests():
-            for output in core.step():
-                tokens = list(output.outputs[0].token_ids)
-                row = places[output.request_id]
-                times[row] += [time.perf_counter() - started] * len(tokens)
-                answers[row] += tokens
-        return {"times": times, "tokens": answers}
+        name, asked = str(self._asked), self._sampling(new)
+        times, tokens, _ = stepped(self._llm, name, given, requests, asked)
+        return {"times": times, "tokens": tokens}
 
     def memory(self):
         """Return what the process holds, its peak since the engine was loaded, and its graphs."""
