@@ -66,10 +66,13 @@ MUTANTS = {
         "lora_terms", {"repeat_interleave(one.rank)": "repeat(one.rank)"},
         [f"{FORMULATIONS[0]}::test_ranks_and_adapters"],
     ),
-    "slices_at_the_start": (
-        "lora_terms",
-        {"(start, outputs - start - delta.shape[1])": "(0, outputs - delta.shape[1])"},
-        TOKENS,
+    "bias_of_the_first_slice": (
+        "lora_terms", {"bias[start:stop]": "bias[: stop - start]"},
+        ["compiled/test_lora_terms.py"],
+    ),
+    "parts_in_the_order_of_blocks": (
+        "int4pack_tiles", {"torch.stack(both, dim=3)": "torch.stack(both, dim=2)"},
+        ["compiled/test_int4pack_tiles.py"],
     ),
     "columns_not_arranged": (
         "formulations.tiles", {"x = weight.arrange(x)": "pass"}, FORMULATIONS,
