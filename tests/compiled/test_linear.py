@@ -73,7 +73,7 @@ def test_every_layout_in_every_bucket(layout, dtype):
 def test_asymmetric_weights_and_slices():
     weight = random_weight(**SHAPE, symmetric=False)
     slices = [LoRASlice(narrow(STACK, 16), 0), LoRASlice(narrow(STACK, 24, 16), 24)]
-    for tokens in (1, 3, 17):
+    for tokens in (1, 3, 17, 25):
         x = random_x(tokens, COLUMNS)
         check(x, weight, slices, ids_of(tokens), None, layout="planes")
 

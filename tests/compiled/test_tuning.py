@@ -1,5 +1,6 @@
 """Tuning: what is fastest by the clock is kept; noise decides nothing."""
 
+import inspect
 import time
 
 import pytest
@@ -123,7 +124,8 @@ def test_the_operator_is_timed_as_it_is_called(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda layer, **_: compiled.append(layer) or layer)
     tune(weight, torch.bfloat16, tokens=[16])
-    assert [layer.__globals__["__name__"].split(".")[-1] for layer in compiled] == ["tiles"]
+    layers = [inspect.getclosurevars(one).nonlocals["function"] for one in compiled]
+    assert [layer.__globals__["__name__"].split(".")[-1] for layer in layers] == ["tiles"]
 
 
 def test_rounds_are_shuffled_and_end_with_the_budget():
