@@ -41,7 +41,7 @@ __all__ = [
 
 KIND = "crossovers"
 FORMAT = 4  # counts up when a formulation changes so that old measurements say nothing
-INT4PACK_TOKENS = 24  # the end of a bucket; the most that torch's operator is the default for
+INT4PACK_TOKENS = 24  # the most that torch's operator is the default for
 AS_USUAL = "default"  # in the place of a formulation's name: what is chosen without measurements
 Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), in order
 

@@ -28,7 +28,7 @@ from int4_lora.compiled.prepared_weight import PreparedWeight
 __all__ = ["bucket_of", "run", "run_terms"]
 
 MOST_TOKENS = 2**31 - 1
-LAST_TOKENS = {  # no formulation, nor identity of the adapters, may change within a bucket's graph
+LAST_TOKENS = {  # the identity of the adapters' term may not change within a bucket
     "cpu": (1, GATHERED_TOKENS["cpu"][0]),
     "cuda": (1, 16, GATHERED_TOKENS["cuda"][0]),
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear, int4_lora_linear
 from int4_lora.compiled.linear import any_tokens
 from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.reference import expand, shrink
 from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["ServedLayer", "adapters_of"]
@@ -87,16 +88,13 @@ class ServedLayer:
         return add_lora(base, x, self.lora, adapter_ids)
 
     def plainly_added(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
-        """Return what ``added`` does, eagerly and slot by slot: where that failed its check."""
+        """Return what ``added`` does, by the reference: where that failed its check."""
         assert self.lora is not None
-        y = base.to(accumulation_dtype(x))
-        for slot in set(adapter_ids.tolist()) & set(range(self.lora.adapters)):
-            rows = (adapter_ids == slot).nonzero()[:, 0]
-            own = x[rows].to(y.dtype)
-            for one in self.lora.slices:
-                h = own @ one.a[slot].to(y.dtype).T
-                delta = h @ one.bt[slot].to(y.dtype) * one.scaling[slot].to(y.dtype)
-                y[rows, one.start : one.stop] += delta
+        ids = torch.where(adapter_ids < self.lora.adapters, adapter_ids, -1)
+        y = base.to(accumulation_dtype(x), copy=True)
+        for one in self.lora.slices:
+            stack = one.lora_slice().stack
+            y[:, one.start : one.stop] += expand(shrink(x, stack, ids), stack, ids)
         return y.to(base.dtype)
 
 

@@ -2,8 +2,7 @@
 
 These layers stay vLLM's own. Up to 0.32 its CPU operators take a token without an adapter for one
 of the last slot's, and they copy an adapter for every token even where no adapter has weights for
-the layer: a 20th of the time of a prefill. So what these layers ask of vLLM's operators is answered
-here.
+the layer. So what these layers ask of vLLM's operators is answered here.
 
 Source: vLLM's ``PunicaWrapperCPU.add_lora_logits`` and ``add_lora_embedding``.
 """
@@ -16,7 +15,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 
@@ -91,7 +89,7 @@ def answer_for(module: Any) -> None:
         return
     if isinstance(module.punica_wrapper, VocabularyAdapters):
         return
-    if module.lora_b_stacked.device.type != "cpu" or torch.compiler.is_compiling():
+    if module.lora_b_stacked.device.type != "cpu":
         return
     adapters = VocabularyAdapters(module.punica_wrapper)
     module.punica_wrapper = adapters
