@@ -49,7 +49,7 @@ def pip(*arguments):
     if done.returncode == 0:
         return None
     lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    return (lines or done.stderr.splitlines() or ["pip failed"])[-1]
+    return (lines or done.stderr.splitlines() or ["pip failed"])[0 if lines else -1]
 
 
 def main():

@@ -88,7 +88,8 @@ def test_other_reasons(script, asked, capsys, monkeypatch):
 
 def test_the_line_of_pip_that_says_why(script, monkeypatch, tmp_path):
     fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho 'ERROR: no such version' >&2\nexit 1\n")
+    lines = "ERROR: no such version\\nERROR: for help visit a page"
+    fake.write_text(f"#!/bin/sh\nprintf '{lines}\\n' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     assert script.pip("install", "x") == "ERROR: no such version"
