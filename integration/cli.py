@@ -12,9 +12,12 @@ from typing import Annotated
 import typer
 
 import int4_lora
+from int4_lora.integration.command_conform import conform
 from int4_lora.integration.command_demo import demo
 from int4_lora.integration.command_doctor import doctor
+from int4_lora.integration.command_golden import golden
 from int4_lora.integration.command_inspect import inspect
+from int4_lora.integration.command_scoreboard import scoreboard
 from int4_lora.integration.command_tune import tune
 from int4_lora.integration.command_verify import verify
 
@@ -44,8 +47,9 @@ def _options(
     """INT4 base models with LoRA adapters."""
 
 
-for command in (inspect, verify, tune, doctor, demo):
+for command in (inspect, verify, tune, doctor, demo, conform, scoreboard):
     app.command()(command)
+app.add_typer(golden, name="golden")
 
 
 def main() -> None:

@@ -49,14 +49,14 @@ def test_links_lead_somewhere():
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_a_page_with_its_options_and_an_example(name):
     page = (DOCS / "commands" / f"{name}.md").read_text()
-    options = {
-        option for each in COMMANDS[name].params for option in each.opts if option.startswith("--")
-    }
+    parts = list(getattr(COMMANDS[name], "commands", {name: COMMANDS[name]}).values())
+    parameters = [each for part in parts for each in part.params]
+    options = {option for each in parameters for option in each.opts if option.startswith("--")}
     documented = set(re.findall(r"^\| `(--[a-z-]+)", page, flags=re.M))
     assert documented == options
     assert f"$ int4-lora {name}" in page
     assert f"({name}.md)" in (DOCS / "commands" / "README.md").read_text()
-    assert "Example: int4-lora" in COMMANDS[name].help
+    assert all("Example: int4-lora" in part.help for part in parts)
 
 
 @pytest.fixture
@@ -77,6 +77,30 @@ def test_the_quickstart_runs(desk):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for line in lines:
         subprocess.run(line.split(), check=True, cwd=desk, env={**os.environ, "PATH": path})
+
+
+def test_the_page_of_conformance_runs():
+    """Its backend conforms, its classes and functions are tests, its snippet holds."""
+    from int4_lora.reference.conformance import Backend, run, select
+
+    page = (DOCS / "conformance.md").read_text()
+    space = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S):
+        exec(block, space)
+    found = list(run(Backend(space["Backend"](), "page"), select("int4_linear/ragged*/*")))
+    assert {one.status for one in found} == {"passed", "skipped"}
+    assert hasattr(space["TestMyKernels"], "test_case_000_pack_all_codes")
+
+
+def test_the_page_of_conformance_lists_every_name_and_claim():
+    import dataclasses
+
+    from int4_lora.reference.conformance import FUNCTIONS, IDENTIFIERS, Manifest
+
+    page = (DOCS / "conformance.md").read_text()
+    rows = set(re.findall(r"`([a-z0-9_]+)", "\n".join(re.findall(r"^\| `.*?\|", page, flags=re.M))))
+    claims = {field.name for field in dataclasses.fields(Manifest)}
+    assert {*IDENTIFIERS, *claims, *FUNCTIONS} <= rows
 
 
 def test_every_symbol_of_vllm_that_is_relied_on_is_listed():

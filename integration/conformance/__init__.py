@@ -1,0 +1,10 @@
+"""The oracle from outside: backends by name, golden files, the mixin, and peers.
+
+Source: ``docs/conformance.md``.
+"""
+
+from int4_lora.integration.conformance.golden_check import check_golden
+from int4_lora.integration.conformance.golden_files import write_golden
+from int4_lora.integration.conformance.loading import load_backend
+
+__all__ = ["check_golden", "load_backend", "write_golden"]

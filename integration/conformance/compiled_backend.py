@@ -1,0 +1,43 @@
+"""``int4_lora.compiled`` as a backend: each call declares the roundings of its formulation.
+
+Source: ``docs/compiled.md``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled import (
+    PreparedLoRA,
+    PreparedWeight,
+    formulation_for,
+    int4_linear,
+    int4_lora_linear,
+    prepare,
+    prepare_lora,
+)
+from int4_lora.reference.conformance import Manifest
+
+__all__ = ["CompiledBackend"]
+
+
+class CompiledBackend:
+    """The compiled layers, with their formulation's flags for each call."""
+
+    manifest = Manifest(dtypes=(torch.float16, torch.bfloat16, torch.float32), weight_rounded=False)
+
+    int4_linear = staticmethod(int4_linear)
+    int4_lora_linear = staticmethod(int4_lora_linear)
+    prepare = staticmethod(prepare)
+    prepare_lora = staticmethod(prepare_lora)
+
+    def declared(
+        self, x: Tensor, weight: PreparedWeight, lora: PreparedLoRA | None
+    ) -> dict[str, bool]:
+        """Return the roundings of the formulation that is chosen for a call."""
+        chosen = formulation_for(weight, x.dtype, x.shape[0], lora)
+        return {
+            "weight_rounded": chosen.weight_rounded,
+            "base_rounded": chosen.base_rounded,
+        }

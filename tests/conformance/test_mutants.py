@@ -1,0 +1,139 @@
+"""Backends with a fault fail and the fault is named; honest ones that round otherwise pass."""
+
+import pytest
+from test_mutations import MUTANTS
+
+from int4_lora.reference.conformance import Backend, run, select, settled
+from support import conformance_backends as backends
+from support.planted_backend import planted_reference
+
+FORMAT = "dequantize/*/bf16,unpack/*,pack/*,int4_linear/*/bf16,int4_lora_linear/on_*/bf16"
+ADAPTERS = "shrink/*/bf16,expand/*/bf16,int4_lora_linear/*/bf16"
+PLANTED = {
+    "nibble_order": ("nibble_order", FORMAT),
+    "offset": ("offset", FORMAT),
+    "missing_mask": ("sign_extension", FORMAT),
+    "zero_point_sign": ("zero_point_sign", FORMAT),
+    "zero_point_axis": ("zero_point_axis", FORMAT),
+    "g_idx_ignored": ("g_idx_ignored", FORMAT),
+    "groups_reversed": ("groups_reversed", FORMAT),
+    "g_idx_column_order": ("g_idx_column_order", FORMAT),
+    "round_before_subtract": ("round_before_subtract", FORMAT),
+    "tail_lost": ("tail_lost", FORMAT),
+    "adapter_minus_one_indexed": ("adapter_minus_one_indexed", ADAPTERS),
+    "scaling_missing": ("scaling_missing", ADAPTERS),
+    "scaling_twice": ("scaling_twice", ADAPTERS),
+    "slices_swapped": ("slices_swapped", ADAPTERS),
+}
+
+
+def outcomes(under_test, patterns, seed=0):
+    backend = Backend(under_test, "under test")
+    return settled(list(run(backend, select(patterns, quick=True), seed=seed)))
+
+
+def diagnoses(found):
+    """Return the diagnoses of the failures, and check that there are some."""
+    names = [one.diagnosis for one in found if one.status == "failed"]
+    assert names, "no case failed"
+    return names
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_of_the_ground_truths_mutation_check_is_named(name, tmp_path):
+    expected, patterns = PLANTED[name]
+    module, changes, _ = MUTANTS[name]
+    found = outcomes(planted_reference(tmp_path, {module: changes}), patterns)
+    assert set(diagnoses(found)) == {(expected,)}
+
+
+def test_the_copy_that_is_planted_in_conforms(tmp_path):
+    found = outcomes(planted_reference(tmp_path, {}), None)
+    assert {one.status for one in found} == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "expected"),
+    [
+        ("HalfSums", "int4_l*/mixed/*,int4_linear/group_128*/*", "low_precision_accumulate"),
+        ("HalfSums", "int4_linear/short_sum_64/fp32", "low_precision_accumulate"),
+        ("HalfAtomics", "int4_l*/mixed/*,int4_linear/group_128*/*", "low_precision_accumulate"),
+        ("ScaleOfX", "int4_linear/scale_*/*", "scale_rounded"),
+        ("StaleIds", "int4_lora_linear/replay/*", "stale_adapter_ids"),
+        ("EarlierIds", "int4_lora_linear/replay/*", "stale_adapter_ids"),
+    ],
+)
+def test_a_fault_of_a_kernel_is_named(name, patterns, expected):
+    assert set(diagnoses(outcomes(getattr(backends, name)(), patterns))) == {(expected,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "rule", "where"),
+    [
+        ("OneRow", "int4_linear/many_outputs/bf16", "bound", "outputs 1234 of 4096"),
+        ("OneToken", "int4_linear/many_tokens/bf16", "bound", "tokens 3210 of 4096"),
+        ("FourBounds", "int4_linear/group_128/bf16", "bound", "tokens 15 of 16, outputs 63 of 64"),
+        ("FourBounds", "int4_linear/ragged/fp32", "bound", "tokens 15 of 16, outputs 12 of 13"),
+        ("Biased", "int4_lora_linear/mixed/fp32", "rms", ""),
+        ("Biased", "int4_lora_linear/bias_of_errors/bf16", "bias", ""),
+        ("Biased", "int4_lora_linear/bias_of_errors/fp16", "bias", ""),
+        ("Writes", "int4_lora_linear/unmodified/bf16", "modified", ""),
+        ("Unsteady", "int4_lora_linear/repeat/fp32", "repeat", "outputs all of 64"),
+    ],
+)
+def test_what_is_no_known_mistake_is_unknown_with_its_place(name, case, rule, where):
+    (found,) = settled(list(run(Backend(getattr(backends, name)(), name), select(case))))
+    assert (found.status, found.rule, found.diagnosis) == ("failed", rule, ("unknown",))
+    assert where in found.where
+
+
+@pytest.mark.parametrize("case", ["written/bf16", "written/fp32", "mixed/bf16"])
+def test_outputs_that_are_never_written_are_found(case):
+    backend = Backend(backends.Unwritten(), "under test")
+    (found,) = settled(list(run(backend, select(f"int4_lora_linear/{case}"))))
+    assert found.status == "failed"
+    assert "outputs 61-63 of 64" in found.where
+
+
+HONEST = [
+    "Backwards",
+    "SplitSums",
+    "Unrounded",
+    "BaseRounded",
+    "HalfSumsDeclared",
+    "UnsteadyDeclared",
+    "Prepared",
+    "EagerLow",
+]
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_backend_conforms(name):
+    found = settled(list(run(Backend(getattr(backends, name)(), name), select())))
+    assert [one.case for one in found if one.status == "failed"] == []
+    assert any(one.status == "passed" for one in found)
+
+
+@pytest.mark.parametrize("name", ["Unrounded", "BaseRounded"])
+def test_what_is_not_declared_fails(name):
+    undeclared = type("Undeclared", (getattr(backends, name),), {"manifest": None})
+    found = outcomes(undeclared(), "int4_lora_linear/mixed/*,int4_lora_linear/bias/*")
+    assert "failed" in {one.status for one in found}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("nibble_order", "zero_point_sign"),
+        ("groups_reversed", "scaling_missing"),
+        ("zero_point_axis", "adapter_minus_one_indexed"),
+    ],
+)
+def test_two_faults_at_once_are_named(first, second, tmp_path):
+    changed = {}
+    for name in (first, second):
+        module, changes, _ = MUTANTS[name]
+        changed.setdefault(module, {}).update(changes)
+    cases = "int4_lora_linear/on_group_32_asym/bf16,int4_lora_linear/on_ragged_asym/bf16"
+    found = outcomes(planted_reference(tmp_path, changed), cases)
+    assert set(diagnoses(found)) == {(first, second)}

@@ -1,0 +1,237 @@
+"""Backends with faults, and honest ones that round in another order."""
+
+from typing import ClassVar
+
+import torch
+
+import int4_lora.reference as reference
+from int4_lora.reference import dequantize, error_bound, int4_lora_linear
+from int4_lora.reference.conformance.eager import eager, one_by_one
+from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.conformance.operands import Operands
+from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
+
+
+class Layer:
+    """A backend of the two layers, whose base product is a method to override."""
+
+    def int4_linear(self, x, weight, bias=None):
+        return self.int4_lora_linear(x, weight, None, None, bias)
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        delta = 0.0
+        if lora is not None:
+            wide = x.float()
+            own = int4_lora_linear(wide, weight, lora, adapter_ids)
+            delta = own - int4_lora_linear(wide, weight)
+        y = self.base(x, weight).float() + delta
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def base(self, x, weight):
+        return x.float() @ dequantize(weight, torch.float32).T
+
+
+class HalfSums(Layer):
+    """Sums kept in float16, one product after the other."""
+
+    def base(self, x, weight):
+        return one_by_one(x.half(), dequantize(weight, torch.float16))
+
+
+class HalfAtomics(Layer):
+    """Blocks of 32 columns summed in float32, and added up in float16."""
+
+    def base(self, x, weight):
+        dense = dequantize(weight, torch.float32)
+        total = torch.zeros(x.shape[0], len(dense), dtype=torch.float16)
+        for start in range(0, x.shape[1], 32):
+            part = slice(start, start + 32)
+            total += (x[:, part].float() @ dense[:, part].T).half()
+        return total
+
+
+class ScaleOfX(Layer):
+    """The scale rounded to the dtype of x, as engines do that allocate it in the model's."""
+
+    def base(self, x, weight):
+        scale = scale_of_each_weight(weight).to(x.dtype)
+        return x.float() @ (centred_codes(weight).to(x.dtype) * scale).float().T
+
+
+class StaleIds:
+    """Adapter ids kept from the first call of this number of tokens."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def prepare(self, weight):
+        self.kept.clear()
+        return weight
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        if adapter_ids is not None:
+            adapter_ids = self.kept.setdefault(len(x), adapter_ids.clone())
+        return int4_lora_linear(x, weight, lora, adapter_ids, bias)
+
+
+class EarlierIds(StaleIds):
+    """Adapter ids that arrive a call late."""
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        if adapter_ids is None:
+            return int4_lora_linear(x, weight, lora, adapter_ids, bias)
+        late = self.kept.get(len(x), adapter_ids)
+        self.kept[len(x)] = adapter_ids.clone()
+        return int4_lora_linear(x, weight, lora, late, bias)
+
+
+class OneRow(Layer):
+    """One output in 4096 wrong by a hundredth."""
+
+    def base(self, x, weight):
+        y = super().base(x, weight)
+        if y.shape[1] == 4096:
+            y[:, 1234] *= 1.01
+        return y
+
+
+class OneToken(Layer):
+    """One token in 4096 wrong by a hundredth."""
+
+    def base(self, x, weight):
+        y = super().base(x, weight)
+        if y.shape[0] == 4096:
+            y[3210] *= 1.01
+        return y
+
+
+class FourBounds:
+    """An error of four bounds in one element."""
+
+    def int4_linear(self, x, weight, bias=None):
+        y = reference.int4_linear(x, weight, bias)
+        if y.numel():
+            bound = error_bound(x, weight, bias=bias)[-1, -1]
+            y[-1, -1] = (y[-1, -1].double() + 4 * bound.nan_to_num(posinf=0.0)).to(y.dtype)
+        return y
+
+
+class Biased:
+    """A tenth of the bound added to every element, but where it would be seen at once."""
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        operands = (x, weight, lora, adapter_ids, bias)
+        bound = error_bound(*operands).nan_to_num(posinf=0.0)
+        exact = int4_lora_linear(x.double(), *operands[1:])
+        moved, right = (exact + bound / 10).to(x.dtype), exact.to(x.dtype)
+        return torch.where((moved.double() - exact).abs() <= bound, moved, right)
+
+
+class Unwritten(Layer):
+    """The last outputs are never written."""
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
+        done = weight.out_features - 3
+        y[:, :done] = super().int4_lora_linear(x, weight, lora, adapter_ids, bias)[:, :done]
+        return y
+
+
+class Writes(Layer):
+    """x is scaled in place on the way."""
+
+    def base(self, x, weight):
+        y = super().base(x, weight)
+        x.mul_(0.5)
+        return y
+
+
+class Unsteady(Layer):
+    """The order of the sums changes from call to call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def base(self, x, weight):
+        self.calls += 1
+        order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(self.calls))
+        return one_by_one(x.float()[:, order], dequantize(weight, torch.float32)[:, order])
+
+
+class UnsteadyDeclared(Unsteady):
+    """The same, and it says so."""
+
+    manifest = Manifest(deterministic=False)
+
+
+class Backwards(Layer):
+    """float32 sums from the last product to the first."""
+
+    def base(self, x, weight):
+        return one_by_one(x.float().flip(1), dequantize(weight, torch.float32).flip(1))
+
+
+class SplitSums(Layer):
+    """float32 sums of blocks, added up in float32."""
+
+    def base(self, x, weight):
+        dense = dequantize(weight, torch.float32)
+        parts = zip(x.float().split(64, dim=1), dense.split(64, dim=1), strict=True)
+        return sum(one @ other.T for one, other in parts)
+
+
+class Unrounded(Layer):
+    """(q - z) * s in float32, without its rounding; declared."""
+
+    manifest = Manifest(weight_rounded=False)
+
+    def base(self, x, weight):
+        dense = centred_codes(weight).float() * scale_of_each_weight(weight).float()
+        return x.float() @ dense.T
+
+    def dequantize(self, weight, dtype=None):
+        dense = centred_codes(weight).float() * scale_of_each_weight(weight).float()
+        return dense.to(dtype or weight.scale.dtype)
+
+
+class BaseRounded(Layer):
+    """The base in the dtype of x before the delta is added; declared."""
+
+    manifest: ClassVar = {"base_rounded": True}
+
+    def base(self, x, weight):
+        return super().base(x, weight).to(x.dtype)
+
+
+class HalfSumsDeclared(HalfSums):
+    """Sums in float16, declared."""
+
+    manifest: ClassVar = {"accumulate": "float16", "dtypes": ["float16"], "base_rounded": True}
+
+
+class Prepared:
+    """A backend with operands of its own, prepared once."""
+
+    manifest = Manifest()
+
+    def __init__(self):
+        self.prepared = 0
+
+    def prepare(self, weight):
+        self.prepared += 1
+        return {"weight": weight}
+
+    def prepare_lora(self, lora):
+        return {"lora": lora}
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        own = None if lora is None else lora["lora"]
+        return int4_lora_linear(x, weight["weight"], own, adapter_ids, bias)
+
+
+class EagerLow:
+    """The yardstick itself."""
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        operands = Operands(x=x, weight=weight, lora=lora, adapter_ids=adapter_ids, bias=bias)
+        return eager("int4_lora_linear", operands, Manifest())

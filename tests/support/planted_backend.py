@@ -1,0 +1,76 @@
+"""The reference with a fault in it, as a backend: a second copy under another name.
+
+The suite itself must not be planted, so the copy is imported as ``planted`` and its operands are
+converted on the way.
+"""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import int4_lora.reference
+from int4_lora.reference import LoRAStack
+
+SOURCE = Path(int4_lora.reference.__file__).parent
+
+
+def planted_reference(folder, changed):
+    """Return the reference as a backend, the text of some modules changed.
+
+    Args:
+        folder: an empty folder for the copy.
+        changed: {name of a module: {right: wrong}}.
+    """
+    name = f"planted_{folder.name}".replace("-", "_").replace("[", "_").replace("]", "_")
+    package = folder / name
+    package.mkdir()
+    for file in SOURCE.glob("*.py"):
+        text = file.read_text()
+        for right, wrong in changed.get(file.stem, {}).items():
+            assert right in text, f"{file.stem} no longer holds {right!r}: mend this mutant"
+            text = text.replace(right, wrong)
+        text = text.replace("int4_lora.reference", name)
+        (package / file.name).write_text(text)
+    sys.path.insert(0, str(folder))
+    try:
+        return PlantedBackend(importlib.import_module(name))
+    finally:
+        sys.path.remove(str(folder))
+
+
+class PlantedBackend:
+    """A second reference, called with the first one's operands."""
+
+    def __init__(self, planted):
+        self.planted = planted
+        self.pack, self.unpack = planted.pack, planted.unpack
+
+    def dequantize(self, weight, dtype=None):
+        return self.planted.dequantize(self._weight(weight), dtype)
+
+    def int4_linear(self, x, weight, bias=None):
+        return self.planted.int4_linear(x, self._weight(weight), bias)
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        own = self._lora(lora)
+        return self.planted.int4_lora_linear(x, self._weight(weight), own, adapter_ids, bias)
+
+    def shrink(self, x, lora, adapter_ids):
+        return self.planted.shrink(x, self._lora(lora), adapter_ids)
+
+    def expand(self, h, lora, adapter_ids):
+        return self.planted.expand(h, self._lora(lora), adapter_ids)
+
+    def _weight(self, weight):
+        fields = {one.name: getattr(weight, one.name) for one in dataclasses.fields(weight)}
+        del fields["column_order"]
+        return self.planted.PackedWeight(**fields)
+
+    def _lora(self, lora):
+        def stack(one):
+            return self.planted.LoRAStack(one.a, one.b, one.scaling)
+
+        if lora is None or isinstance(lora, LoRAStack):
+            return None if lora is None else stack(lora)
+        return [self.planted.LoRASlice(stack(part.stack), part.start) for part in lora]
