@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +25,7 @@ from int4_lora.integration.exits import unusable
 from int4_lora.integration.wide_console import wide_console
 from int4_lora.reference.conformance import Case, Manifest, Outcome, run, select, settled
 
-__all__ = ["conform", "finish", "gathered"]
+__all__ = ["check_device", "conform", "finish", "gathered"]
 
 
 def conform(
@@ -46,14 +48,35 @@ def conform(
     Example: int4-lora conform int4_lora.reference --quick
     """
     try:
-        number = secrets.randbelow(2**31) if seed == "fresh" else int(seed)
+        number = _seed(seed)
         chosen = select(cases, quick=quick)
-        torch.empty(0, device=device)
+        check_device(device)
         manifest, outcomes = _outcomes(backend, chosen, number, device)
         found = settled(gathered(outcomes, len(chosen), quiet=as_json_))
-    except (ImportError, OSError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise unusable(str(error)) from error
     finish(backend, manifest, found, device, number, as_json_)
+
+
+def check_device(device: str) -> None:
+    """Check that operands can be on a device.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _seed(text: str) -> int:
+    if text == "fresh":
+        return secrets.randbelow(2**31)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--seed must be a number or 'fresh', got {text!r}") from None
 
 
 def gathered(outcomes: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outcome]:
@@ -67,7 +90,8 @@ def gathered(outcomes: Iterable[Outcome], total: int, *, quiet: bool) -> list[Ou
         TextColumn("{task.description}"),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+    progress = Progress(*columns, console=console, transient=True, disable=quiet)
+    with redirect_stdout(sys.stderr), progress:  # what a backend prints is not the report
         task = progress.add_task("", total=total, failed=0)
         for outcome in outcomes:
             found.append(outcome)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from int4_lora.integration.command_conform import check_device
 from int4_lora.integration.conformance.loading import registered
 from int4_lora.integration.conformance.scoreboard import (
     Row,
@@ -53,14 +55,15 @@ def scoreboard(
     """
     try:
         names, cases = _names(backends), select(quick=quick)
-        torch.empty(0, device=device)
+        if write is not None:
+            replaced(write, "")  # before the work, which may be long
+        check_device(device)
         rows = _rows(names, cases, device, seed, quiet=as_json)
         table = as_markdown(rows, device=device, seed=seed, cases=len(cases))
-        page = None if write is None else replaced(write, table)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        if write is not None:
+            write.write_text(replaced(write, table), encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise unusable(str(error)) from error
-    if write is not None and page is not None:
-        write.write_text(page, encoding="utf-8")
     if as_json:
         found = {"versions": installed(), "device": device, "seed": seed}
         typer.echo(json.dumps({**found, "backends": [_plain(row) for row in rows]}, indent=2))
@@ -85,7 +88,8 @@ def _names(backends: str | None) -> list[str]:
 def _rows(names: list[str], cases: Any, device: str, seed: int, *, quiet: bool) -> list[Row]:
     rows: list[Row] = []
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=quiet) as progress:
+    progress = Progress(console=console, transient=True, disable=quiet)
+    with redirect_stdout(sys.stderr), progress:
         task = progress.add_task("", total=len(names) * len(cases))
         for name, found in score(names, cases, device=device, seed=seed):
             if isinstance(found, Row):

@@ -19,9 +19,10 @@ from torch import Tensor
 from int4_lora.integration.conformance.golden_files import VERSION
 from int4_lora.integration.conformance.recorded import NO_FILE, read_result
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
-from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, judge
+from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, answer, judge
 from int4_lora.reference.conformance.affected import affected
 from int4_lora.reference.conformance.diagnosis import Diagnostician
+from int4_lora.reference.conformance.eager import yardstick as eager_yardstick
 from int4_lora.reference.conformance.manifest import DTYPES
 
 __all__ = ["check_golden", "read_index"]
@@ -36,12 +37,20 @@ def read_index(folder: Path) -> dict[str, Any]:
     file = folder / "index.json"
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if not isinstance(index, dict) or index.get("format") != "int4-lora golden":
         raise ValueError(f"{file}: it is no index of golden files")
     if index.get("version") != VERSION:
         raise ValueError(f"{file}: version must be {VERSION}, got {index.get('version')!r}")
+    named = isinstance(index.get("cases"), list) and all(
+        isinstance(one, dict) and isinstance(one.get("file"), str) and "/" not in one["file"]
+        for one in index["cases"]
+    )
+    if not named or not isinstance(index.get("seed"), int):
+        raise ValueError(f"{file}: it needs a seed, and cases that each name a file in the folder")
     return index
 
 
@@ -61,7 +70,13 @@ def check_golden(folder: Path, results: Path, manifest: Manifest) -> Iterator[Ou
         raise ValueError(f"{results}: there is no result of any of the cases of {folder}")
     diagnostician = Diagnostician()
     for entry in entries:
-        yield _one(entry, folder, results, manifest, diagnostician)
+        try:
+            yield _one(entry, folder, results, manifest, diagnostician)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{folder / entry['file']}: it is not what was written: {why}"
+            ) from error
 
 
 def _one(
@@ -86,6 +101,9 @@ def _one(
     declared = _declaration(entry, manifest)
     held = _answer(entry, tensors, declared)
     yardstick = None if declared is None else declared["rms"]
+    if not _has_bound_for(entry, manifest):  # a claim that the files hold no bound for
+        held = answer(entry["function"], operands, manifest)
+        yardstick = eager_yardstick(entry["function"], operands, manifest, held)
     finding = judge(result, held, equal=entry["equal"], yardstick=yardstick)
     if finding is None:
         return passed
@@ -100,6 +118,12 @@ def _one(
         explanations=tuple(found),
         elements=result.numel(),
     )
+
+
+def _has_bound_for(entry: dict[str, Any], manifest: Manifest) -> bool:
+    if manifest.delta_rounded or manifest.accumulate != torch.float32:
+        return bool(entry["equal"])
+    return manifest.weight_rounded or entry["function"] != "dequantize"
 
 
 def _declaration(entry: dict[str, Any], manifest: Manifest) -> dict[str, Any] | None:
@@ -120,6 +144,12 @@ def _answer(
         bound = torch.zeros(expected.shape, dtype=torch.float64)
     else:
         bound = tensors[declared["tensor"]]
+        if not bool((bound >= 0).all()):
+            raise ValueError(f"{entry['file']}: {declared['tensor']} must not be negative or NaN")
+        if bound.shape != expected.shape:
+            raise ValueError(
+                f"{entry['file']}: {declared['tensor']} must have the shape of expected"
+            )
     return Answer(expected, dtype, bound, (expected,))
 
 
@@ -127,7 +157,7 @@ def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
     attributes = entry["attributes"]
     weight = None
     if "weight.packed" in tensors:
-        block = attributes["block"]
+        block = attributes.get("block")
         weight = PackedWeight(
             tensors["weight.packed"],
             tensors["weight.scale"],

@@ -137,13 +137,13 @@ def _attributes(case: Case, operands: Operands) -> dict[str, Any]:
     found: dict[str, Any] = {}
     weight = operands.weight
     if weight is not None:
-        block = weight.group_size if weight.strategy == "block" else None
         found = {
             "out_features": weight.out_features,
             "in_features": weight.in_features,
             "strategy": weight.strategy,
-            "block": None if block is None else list(block),  # type: ignore[arg-type]
         }
+        if isinstance(weight.group_size, tuple):
+            found["block"] = list(weight.group_size)
     if operands.dtype is not None:
         found["dtype"] = str(operands.dtype)[6:]
     if operands.lora is not None and not isinstance(operands.lora, LoRAStack):
@@ -155,7 +155,6 @@ def _metadata(entry: dict[str, Any]) -> dict[str, str]:
     """Return the entry as strings, so that a file can be used without the index."""
     found = {"case": entry["name"], "function": entry["function"]}
     for name, value in entry["attributes"].items():
-        if value is not None:
-            found[name] = value if isinstance(value, str) else json.dumps(value)
+        found[name] = value if isinstance(value, str) else json.dumps(value)
     found["result_dtype"] = entry["result"]["dtype"]
     return found

@@ -37,18 +37,40 @@ def load_backend(spec: str) -> Backend:
     if not spec.partition(":")[0]:
         raise ValueError(f"backend must be module:object or a registered name, got {spec!r}")
     if spec in entries:
-        found = entries[spec].load()
+        found = _loaded(entries[spec], spec)
     else:
         name, _, attribute = spec.partition(":")
         found = _attribute(_module(name, spec), attribute, spec)
-    if isinstance(found, type):
-        found = found()
-    return Backend(found, spec)
+    return Backend(_instance(found, spec) if isinstance(found, type) else found, spec)
 
 
 def registered() -> dict[str, EntryPoint]:
     """Return the entry points of installed packages, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _instance(kind: type, spec: str) -> object:
+    try:
+        return kind()
+    except ImportError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"backend {spec!r}: making an instance raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _loaded(entry: EntryPoint, spec: str) -> object:
+    try:
+        return entry.load()
+    except ImportError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(_why(spec, entry.value, error)) from error
+
+
+def _why(spec: str, module: str, error: BaseException) -> str:
+    return f"backend {spec!r}: importing {module!r} raised {type(error).__name__}: {error}"
 
 
 def _module(name: str, spec: str) -> object:
@@ -62,6 +84,8 @@ def _module(name: str, spec: str) -> object:
         raise ValueError(
             f"backend {spec!r}: cannot import {name!r}: {error}; registered backends: {known}"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(_why(spec, name, error)) from error
 
 
 def _attribute(module: object, attribute: str, spec: str) -> object:

@@ -76,7 +76,8 @@ def print_scorecard(
 ) -> None:
     """Print the table, the failures, the reasons of the skips, and the smallest failure."""
     known = ", ".join(f"{key} {value}" for key, value in versions().items())
-    table = Table(title=f"{name} on {device}, seed {seed} ({known})")
+    console.print(Text(f"{name} on {device}, seed {seed} ({known})"))
+    table = Table()
     for title in ("function", "passed", "failed", "skipped"):
         table.add_column(title, justify="left" if title == "function" else "right")
     for function in FUNCTIONS:
@@ -91,7 +92,9 @@ def print_scorecard(
         console.print(Text(f"skipped {count}: {reason}"))
     seconds = sum(outcome.seconds for outcome in outcomes)
     verdict = {True: "conforms", False: "does not conform", None: "nothing was judged"}
-    console.print(Text(f"{name}: {verdict[conforms(outcomes)]} ({seconds:.0f} s)", style="bold"))
+    judged = sum(outcome.status != "skipped" for outcome in outcomes)
+    said = f"{name}: {verdict[conforms(outcomes)]} ({judged} cases judged, {seconds:.0f} s)"
+    console.print(Text(said, style="bold"))
 
 
 def _print_failures(console: Console, failures: Sequence[Outcome]) -> None:
@@ -99,7 +102,7 @@ def _print_failures(console: Console, failures: Sequence[Outcome]) -> None:
         return
     table = Table(title="failures")
     for title in ("case", "diagnosis", "where", "why"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", no_wrap=title == "case")
     for one in failures[:SHOWN]:
         diagnosis = " + ".join(one.diagnosis)
         table.add_row(one.case, diagnosis, Text(one.where), Text(f"{one.rule}: {one.message}"))

@@ -62,6 +62,16 @@ class Answer:
     loose: tuple[Tensor, ...]
     free: Tensor | None = None
 
+    def to_cpu(self) -> Answer:
+        """Return the same answer with every tensor on the CPU."""
+        return Answer(
+            self.exact.to("cpu"),
+            self.dtype,
+            self.bound.to("cpu"),
+            tuple(one.to("cpu") for one in self.loose),
+            None if self.free is None else self.free.to("cpu"),
+        )
+
 
 def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
     """Return what a call of ``function`` is held against, given what the backend declares."""

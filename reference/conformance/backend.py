@@ -9,7 +9,8 @@ Source: the public contract of ``int4_lora.reference``.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,7 +48,10 @@ class Backend:
     def __init__(self, under_test: object, name: str) -> None:
         self.name = name
         self.under_test = under_test
-        self.functions = tuple(one for one in FUNCTIONS if _function(under_test, one) is not None)
+        own = {one for one in FUNCTIONS if _function(under_test, one) is not None}
+        if "int4_lora_linear" in own:
+            own.add("int4_linear")  # the same without adapters
+        self.functions = tuple(one for one in FUNCTIONS if one in own)
         if not self.functions:
             raise TypeError(f"{name} has none of the functions {', '.join(FUNCTIONS)}")
         claims = getattr(under_test, "manifest", None)
@@ -63,7 +67,8 @@ class Backend:
         """
         if function not in self.functions:
             return f"no {function}"
-        if torch.device(device).type not in self.manifest.devices:
+        devices = self.manifest.devices
+        if devices is not None and torch.device(device).type not in devices:
             return f"device {device}"
         return self.manifest.why_not(operands)
 
@@ -72,19 +77,26 @@ class Backend:
         declared = _function(self.under_test, "declared")
         if declared is None or operands.weight is None or operands.x is None:
             return self.manifest
-        own = declared(operands.x, prepared.weight, prepared.lora)
+        with _watched(operands):
+            own = declared(operands.x, prepared.weight, prepared.lora)
         return Manifest.of({**vars(self.manifest), **own})
 
     def prepare(self, operands: Operands) -> Prepared:
-        """Return the operands as the backend wants them, prepared once."""
-        weight, lora = operands.weight, operands.lora
-        of_weight = _function(self.under_test, "prepare")
-        of_lora = _function(self.under_test, "prepare_lora")
-        if of_weight is not None and weight is not None:
-            weight = of_weight(weight)
-        if of_lora is not None and lora is not None:
-            lora = of_lora(lora)
-        return Prepared(weight, lora)
+        """Return the operands as the backend wants them, prepared once.
+
+        Raises:
+            Modified: an operand was written to.
+        """
+        with _watched(operands):
+            return Prepared(
+                self._prepared("prepare", operands.weight),
+                self._prepared("prepare_lora", operands.lora),
+            )
+
+    def with_adapters(self, prepared: Prepared, operands: Operands) -> Prepared:
+        """Return a prepared weight with the adapters of other operands."""
+        with _watched(operands):
+            return Prepared(prepared.weight, self._prepared("prepare_lora", operands.lora))
 
     def call(self, function: str, operands: Operands, prepared: Prepared | None = None) -> Any:
         """Call a function once and return what it returned.
@@ -99,22 +111,43 @@ class Backend:
             Modified: an operand was written to.
         """
         own = prepared or self.prepare(operands)
+        called, arguments = self._called(function, _arguments(function, operands, own))
+        options = {"dim": operands.dim} if operands.dim != 1 else {}
+        with _watched(operands):
+            _poison(operands)
+            return called(*arguments, **options)
+
+    def _called(
+        self, function: str, arguments: tuple[object, ...]
+    ) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        """Return the function; the layer without adapters is the other layer with none."""
         called = _function(self.under_test, function)
+        if called is None and function == "int4_linear":
+            called = _function(self.under_test, "int4_lora_linear")
+            x, weight, *bias = arguments
+            arguments = (x, weight, None, None, *bias) if bias else (x, weight)
         if called is None:
             raise TypeError(f"{self.name} has no {function}")
-        watched = {
-            name: tensor
-            for name, tensor in tensors_of(operands).items()
-            if tensor.nbytes <= LARGEST_WATCHED
-        }
-        before = {name: tensor.clone() for name, tensor in watched.items()}
-        _poison(function, operands)
-        options = {"dim": operands.dim} if operands.dim != 1 else {}
-        result = called(*_arguments(function, operands, own), **options)
-        for name, tensor in watched.items():
-            if not torch.equal(_bytes(tensor), _bytes(before[name])):
-                raise Modified(name)
-        return result
+        return called, arguments
+
+    def _prepared(self, name: str, operand: object) -> object:
+        prepare = _function(self.under_test, name)
+        return operand if prepare is None or operand is None else prepare(operand)
+
+
+@contextmanager
+def _watched(operands: Operands) -> Iterator[None]:
+    """Raise ``Modified`` if an operand is written to within."""
+    watched = {
+        name: tensor
+        for name, tensor in tensors_of(operands).items()
+        if tensor.nbytes <= LARGEST_WATCHED
+    }
+    before = {name: tensor.clone() for name, tensor in watched.items()}
+    yield
+    for name, tensor in watched.items():
+        if not torch.equal(_bytes(tensor), _bytes(before[name])):
+            raise Modified(name)
 
 
 class Prepared:
@@ -178,15 +211,23 @@ def _arguments(function: str, operands: Operands, own: Prepared) -> tuple[object
     return arguments
 
 
-def _poison(function: str, operands: Operands) -> None:
+def _poison(operands: Operands) -> None:
     """Leave freed blocks full of NaN where the result will probably be allocated."""
-    x, weight = operands.x, operands.weight
-    if x is None or weight is None or function not in ("int4_linear", "int4_lora_linear"):
+    value = operands.x if operands.h is None else operands.h
+    if value is None:
         return
-    size = x.shape[0] * weight.out_features * x.element_size()
-    if 0 < size <= LARGEST_WATCHED:
-        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=x.device) for _ in POISONED]
-        del blocks
+    widths = [part.stack.rank for part in operands.slices]
+    widths += [part.stop for part in operands.slices]
+    widths += [] if operands.weight is None else [operands.weight.out_features]
+    for width in widths:
+        for bytes_each in {value.element_size(), 4}:
+            size = value.shape[0] * width * bytes_each
+            if 0 < size <= LARGEST_WATCHED:
+                blocks = [
+                    torch.full((size,), 0xFF, dtype=torch.uint8, device=value.device)
+                    for _ in POISONED
+                ]
+                del blocks
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -50,6 +50,16 @@ WEIGHTS: dict[str, tuple[str, dict[str, Any], bool]] = {
         {"rows": 21, "columns": 77, "groups": 1},
         False,
     ),
+    "columns_330_asym": (
+        "24 rows of 330 columns in 2 groups: wide, and no multiple of 4",
+        {"rows": 24, "columns": 330, "groups": 2, "symmetric": False},
+        True,
+    ),
+    "columns_1096": (
+        "16 rows of 1096 columns: wide, and no multiple of 16",
+        {"rows": 16, "columns": 1096, "groups": 1},
+        False,
+    ),
     "g_idx": (
         "columns of a group are not beside each other",
         {"groups": 8, "g_idx": "balanced"},

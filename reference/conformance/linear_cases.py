@@ -41,6 +41,12 @@ def linear_cases() -> Iterator[Case]:
             _layer(FLOATS[of_x], scale_dtype=FLOATS[of_scale]),
             quick=of_scale == "fp32",
         )
+    yield Case(
+        "int4_linear/group_128/fp64",
+        "float64 activations, summed in float64",
+        "int4_linear",
+        _layer(torch.float64, scale_dtype=torch.float32, groups=2),
+    )
     yield from _shapes()
     yield from _biases()
     for short, dtype in FLOATS.items():

@@ -18,8 +18,10 @@ from int4_lora.reference.conformance.lora_operands import (
     base_overflows,
     exact,
     mixed_ids,
-    one_part,
     same_but_scaling,
+    special_tokens,
+    special_weight,
+    strided_layer,
     unused_not_finite,
     with_adapters,
 )
@@ -27,6 +29,18 @@ from int4_lora.reference.conformance.operands import Operands, tokens, weight
 
 __all__ = ["lora_cases"]
 
+ON = (
+    "ragged_asym",
+    "ragged_channel",
+    "columns_330_asym",
+    "columns_1096",
+    "g_idx_unbalanced",
+    "g_idx_asym",
+    "group_32_asym",
+    "channel",
+    "tensor_asym",
+    "block_asym",
+)
 QUARTERS = (("q", 0, 32), ("k", 32, 16), ("v", 48, 16))
 
 
@@ -37,7 +51,7 @@ def lora_cases() -> Iterator[Case]:
     yield from _of_ranks()
     yield from _of_ids()
     yield from _of_slices()
-    for name in ("ragged_asym", "g_idx_unbalanced", "group_32_asym", "channel"):
+    for name in ON:
         exercises, arguments, quick = WEIGHTS[name]
         yield _case(
             f"on_{name}/bf16",
@@ -45,10 +59,29 @@ def lora_cases() -> Iterator[Case]:
             with_adapters(torch.bfloat16, **arguments),
             quick=quick and name != "channel",
         )
+    yield from _crossings()
     yield _case(
         "overflow_of_base/fp16",
         "a base beyond float16 that the delta brings back",
         base_overflows,
+    )
+
+
+def _crossings() -> Iterator[Case]:
+    """Yield layers with adapters on what is asked of the base alone, too."""
+    bf16 = torch.bfloat16
+    for name, exercises, make in (
+        ("scale_fp32", "scales of a wider dtype", with_adapters(bf16, scale_dtype=torch.float32)),
+        ("bias_fp32", "a bias of a wider dtype", with_adapters(bf16, bias=torch.float32)),
+        ("special_x", "a NaN and an infinity in their own tokens", special_tokens),
+        ("special_scales", "scales of every class", special_weight),
+        ("non_contiguous", "operands that are views with strides", strided_layer),
+    ):
+        yield _case(f"{name}/bf16", f"adapters and {exercises}", make)
+    yield _case(
+        "mixed/fp64",
+        "float64 activations, summed in float64",
+        with_adapters(torch.float64, scale_dtype=torch.float32),
     )
 
 
@@ -66,7 +99,8 @@ def _of_dtype(short: str, dtype: torch.dtype) -> Iterator[Case]:
     yield _case(
         f"bias/{short}",
         "adapters and a bias",
-        with_adapters(dtype, bias=True),
+        with_adapters(dtype, bias=dtype),
+        quick=short == "bf16",
     )
     yield _case(
         f"exact/{short}",
@@ -80,25 +114,10 @@ def _of_dtype(short: str, dtype: torch.dtype) -> Iterator[Case]:
         "lora=None: the base alone",
         lambda draws: Operands(x=tokens(draws, dtype=dtype), weight=weight(draws, dtype=dtype)),
     )
-    for function in ("shrink", "expand"):
-        for ids in ("mixed", "all_minus_one"):
-            yield Case(
-                f"{function}/{ids}/{short}",
-                f"{function} with ids that are {ids.replace('_', ' ')}",
-                function,
-                one_part(function, dtype, 8, ids == "mixed"),
-                quick=ids == "mixed" and short != "fp16",
-            )
-        yield Case(
-            f"{function}/rank_3/{short}",
-            f"{function} of an odd rank",
-            function,
-            one_part(function, dtype, 3, True),
-        )
 
 
 def _of_ranks() -> Iterator[Case]:
-    for rank in (1, 3, 16, 64, 512):
+    for rank in (1, 3, 16, 64, 128, 512):
         yield _case(
             f"rank_{rank}/bf16",
             f"adapters of rank {rank}, and smaller ones padded with zeros",
@@ -135,15 +154,20 @@ def _of_ids() -> Iterator[Case]:
         make = with_adapters(torch.bfloat16, ids=_fixed(chosen))
         yield _case(f"{name}/bf16", exercises, make, quick=quick)
     yield _case(
+        "outputs_200/bf16",
+        "200 outputs: no multiple of 64",
+        with_adapters(torch.bfloat16, rows=200),
+    )
+    yield _case(
         "ids_int32/bf16",
         "ids in int32",
         with_adapters(torch.bfloat16, ids=lambda draws: mixed_ids(draws, 16, 3).to(torch.int32)),
     )
-    for count in (1, 8, 16):
+    for count, total in ((1, 16), (8, 18), (16, 34), (64, 130)):
         yield _case(
             f"adapters_{count}/bf16",
-            f"{count} adapters to choose from",
-            with_adapters(torch.bfloat16, adapters_count=count),
+            f"{count} adapters, every one used",
+            with_adapters(torch.bfloat16, adapters_count=count, count=total),
         )
     for count in (0, 1, 3, 65, 130):
         yield _case(
@@ -177,6 +201,8 @@ def _of_slices() -> Iterator[Case]:
             yield _case(
                 f"slices_{name}/{short}",
                 exercises,
-                with_adapters(FLOATS[short], slices=parts),
+                with_adapters(
+                    FLOATS[short], slices=parts, bias=FLOATS[short] if name == "qkv" else None
+                ),
                 quick=quick and short == "bf16",
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
 from int4_lora.reference.conformance.draws import Draws
+from int4_lora.reference.conformance.format_cases import special, spread, strided
 from int4_lora.reference.conformance.operands import Operands, adapters, tokens, weight
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "mixed_ids",
     "one_part",
     "same_but_scaling",
+    "special_tokens",
+    "special_weight",
+    "strided_layer",
     "unused_not_finite",
     "with_adapters",
 ]
@@ -46,43 +50,58 @@ def with_adapters(
     lora_dtype: torch.dtype | None = None,
     ids: Callable[[Draws], Tensor] | None = None,
     slices: Sequence[tuple[str, int, int]] | None = None,
-    bias: bool = False,
+    bias: torch.dtype | None = None,
+    scale_dtype: torch.dtype | None = None,
     **arguments: Any,
 ) -> Callable[[Draws], Operands]:
     """Return what makes a layer with adapters; see ``operands.weight`` for the arguments."""
 
     def make(draws: Draws) -> Operands:
-        def stack(height: int, what: str) -> LoRAStack:
-            kind = lora_dtype or dtype
+        def stack(height: int, what: str, smaller: int = 0) -> LoRAStack:
+            kind, own = lora_dtype or dtype, rank - smaller
             return adapters(
-                draws, height, columns, count=adapters_count, rank=rank, dtype=kind, what=what
+                draws, height, columns, count=adapters_count, rank=own, dtype=kind, what=what
             )
 
         lora: Lora = stack(rows, "lora")
-        if slices is not None:
-            lora = [LoRASlice(stack(height, name), start) for name, start, height in slices]
+        if slices is not None:  # each of a rank and scalings of its own
+            lora = [
+                LoRASlice(stack(height, name, index), start)
+                for index, (name, start, height) in enumerate(slices)
+            ]
         return Operands(
             x=tokens(draws, count, columns, dtype),
-            weight=weight(draws, rows, columns, dtype=dtype, **arguments),
+            weight=weight(draws, rows, columns, dtype=scale_dtype or dtype, **arguments),
             lora=lora,
             adapter_ids=mixed_ids(draws, count, adapters_count) if ids is None else ids(draws),
-            bias=draws.normal("bias", (rows,)).to(dtype) if bias else None,
+            bias=None if bias is None else draws.normal("bias", (rows,)).to(bias),
         )
 
     return make
 
 
 def one_part(
-    function: str, dtype: torch.dtype, rank: int, mixed: bool
+    function: str,
+    dtype: torch.dtype,
+    rank: int,
+    mixed: bool,
+    *,
+    rows: int = 64,
+    columns: int = 256,
+    count: int = 16,
+    adapters_count: int = 3,
+    id_dtype: torch.dtype = torch.int64,
 ) -> Callable[[Draws], Operands]:
     """Return what makes the operands of ``shrink`` or ``expand``."""
 
     def make(draws: Draws) -> Operands:
-        stack = adapters(draws, dtype=dtype, rank=rank)
-        ids = mixed_ids(draws, 16, 3) if mixed else torch.full((16,), -1)
+        stack = adapters(draws, rows, columns, count=adapters_count, dtype=dtype, rank=rank)
+        ids = mixed_ids(draws, count, adapters_count) if mixed else torch.full((count,), -1)
+        ids = ids.to(id_dtype)
         if function == "shrink":
-            return Operands(x=tokens(draws, dtype=dtype), lora=stack, adapter_ids=ids)
-        h = draws.normal("h", (16, rank)).to(torch.float32)
+            x = tokens(draws, count, columns, dtype)
+            return Operands(x=x, lora=stack, adapter_ids=ids)
+        h = draws.normal("h", (count, rank)).to(torch.float32)
         return Operands(h=h, lora=stack, adapter_ids=ids)
 
     return make
@@ -140,3 +159,28 @@ def base_overflows(draws: Draws) -> Operands:
         lora=LoRAStack(a, b, torch.tensor([1.0], dtype=torch.float64)),
         adapter_ids=torch.zeros(16, dtype=torch.int64),
     )
+
+
+def special_tokens(draws: Draws) -> Operands:
+    """Return a layer with a NaN in one token and an infinity in another."""
+    made = with_adapters(torch.bfloat16)(draws)
+    x = tokens(draws)
+    x[3, 17], x[5, 100] = float("nan"), float("inf")
+    return dataclasses.replace(made, x=x)
+
+
+def special_weight(draws: Draws) -> Operands:
+    """Return a layer whose scales are of every class."""
+    made = with_adapters(torch.bfloat16)(draws)
+    return dataclasses.replace(made, weight=special(weight(draws)))
+
+
+def strided_layer(draws: Draws) -> Operands:
+    """Return a layer whose x, ids, bias and weight are views with strides."""
+    made = with_adapters(torch.bfloat16, bias=torch.bfloat16)(draws)
+    changed: dict[str, Any] = {
+        name: spread(value)
+        for name in ("x", "adapter_ids", "bias")
+        if (value := getattr(made, name)) is not None
+    }
+    return dataclasses.replace(made, weight=strided(weight(draws)), **changed)

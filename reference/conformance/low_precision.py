@@ -31,6 +31,7 @@ __all__ = ["accumulated_low"]
 FACTOR = 2.0
 EXCESS = 1.2  # over the errors of float32 sums, in one of the quantiles
 QUANTILES = (0.5, 0.9, 0.99)
+LARGEST = 4.0  # times the largest emulated error, where quantiles say nothing
 BLOCKS = (16, 32, 64, 128)
 ELEMENTS = 256  # with fewer, quantiles say little
 
@@ -76,8 +77,13 @@ def _fits(
         return False  # not finite where 16-bit sums are
     if not bool((error <= bound)[judged].all()):
         return False
+    delta = held.exact - x.double() @ dense.T  # with bias
+    emulated = [(y.double() + delta).to(x.dtype) for y in _sums(x, dense.float(), dtype)]
+    if not bool(judged.any()):
+        return False
     if int(judged.sum()) < ELEMENTS:
-        return None
+        largest = max(float((y.double() - held.exact).abs()[judged].amax()) for y in emulated)
+        return None if float(error[judged].amax()) <= LARGEST * largest else False
 
     spread = _Spread(held, judged)
     ours, usual = spread(result), spread(eager(function, operands, manifest))
@@ -85,13 +91,11 @@ def _fits(
         return False
     if bias_of_errors((result.double() - held.exact)[judged], held.exact[judged], bound[judged]):
         return False
-    delta = held.exact - x.double() @ dense.T  # with bias
-    emulated = (spread((y.double() + delta).to(x.dtype)) for y in _sums(x, dense.float(), dtype))
     return any(
         all(
             other / FACTOR <= own <= other * FACTOR for own, other in zip(ours, theirs, strict=True)
         )
-        for theirs in emulated
+        for theirs in map(spread, emulated)
     )
 
 

@@ -54,7 +54,7 @@ class Manifest:
         slices: whether adapters of slices are taken.
         max_rank: the largest rank, None for any.
         max_adapters: the most adapters, None for any.
-        devices: device types.
+        devices: device types, None for any.
         deterministic: whether a call repeated gives the same bits.
         accumulate: the dtype that sums are kept in (float64 where x is float64).
         weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
@@ -89,7 +89,7 @@ class Manifest:
     slices: bool = True
     max_rank: int | None = None
     max_adapters: int | None = None
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] | None = None
     deterministic: bool = True
     accumulate: torch.dtype = torch.float32
     weight_rounded: bool = True
@@ -211,7 +211,7 @@ RULES: dict[str, Callable[[object], bool]] = {
     "out_multiple": lambda value: _is_size(value) and value != 0,
     "max_rank": lambda value: value is None or _is_size(value),
     "max_adapters": lambda value: value is None or _is_size(value),
-    "devices": lambda value: _all(value, lambda one: isinstance(one, str)),
+    "devices": lambda value: value is None or _all(value, lambda one: isinstance(one, str)),
     "accumulate": _is_dtype,
     **dict.fromkeys(
         (

@@ -130,7 +130,13 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("scaling_twice", "squared", "scaling", torch.square),
     *(Mistake("slices_swapped", f"in the order {o}", "starts", starts(o)) for o in ORDERS),
     *(
-        Mistake("tail_lost", f"inputs beyond a multiple of {n}", "columns", without_tail(n))
+        Mistake("tail_lost", f"{what} beyond a multiple of {n}", step, without_last(n, 1))
+        for step, what in (("inputs", "inputs"), ("reach", "inputs of the adapters"))
+        for n in (8, 16, 32, 64, 128)
+    ),
+    *(
+        Mistake("tail_lost", f"inputs of the base beyond a multiple of {n}", "columns",
+                without_tail(n))
         for n in (8, 16, 32, 64, 128)
     ),
     *(

@@ -214,12 +214,12 @@ def adapters(
 
     The deltas are about as large as the base of ``weight``, so that no fault in them is small.
     """
-    triples = []
+    triples, first = [], int(draws.integers(f"{what}.first", (1,), 0, len(SCALINGS) - 1))
     for index in range(count):
         own = max(1, rank - index)
         a = draws.normal(f"{what}.{index}.a", (own, columns)) * 0.1
         b = draws.normal(f"{what}.{index}.b", (rows, own)) * (1.5 / own**0.5)
-        triples.append((a.to(dtype), b.to(dtype), SCALINGS[index % len(SCALINGS)]))
+        triples.append((a.to(dtype), b.to(dtype), SCALINGS[(first + index) % len(SCALINGS)]))
     return LoRAStack.stack(triples)
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference.conformance.answers import answer
+from int4_lora.reference import LoRAStack
+from int4_lora.reference.conformance.answers import Answer, answer
 from int4_lora.reference.conformance.backend import Backend, Prepared
 from int4_lora.reference.conformance.bias import bias_of_errors
 from int4_lora.reference.conformance.case import Case
@@ -83,11 +84,26 @@ def judged(case: Case, operands: Operands, result: object, manifest: Manifest) -
         result: what it returned.
         manifest: the roundings declared.
     """
+    if isinstance(result, Tensor) and result.device != operands.device:
+        return Finding("form", f"returned on {result.device}, not on {operands.device}")
     if case.optional:
         return _sampled(case, operands, result, manifest)
-    held = answer(case.function, operands, manifest)
-    own = None if case.equal else yardstick(case.function, operands, manifest, held)
-    return judge(result, held, equal=case.equal, yardstick=own)
+    held = _held(case, operands, manifest)
+    own = None if case.equal else yardstick(case.function, operands.to("cpu"), manifest, held)
+    return judge(_on_cpu(result), held, equal=case.equal, yardstick=own)
+
+
+def _held(case: Case, operands: Operands, manifest: Manifest) -> Answer:
+    """Return what a call is held against, on the CPU, where every device's results are judged.
+
+    The bound is computed on CUDA for operands there: that is how it knows of tensor cores.
+    """
+    known = operands if operands.device.type == "cuda" else operands.to("cpu")
+    return answer(case.function, known, manifest).to_cpu()
+
+
+def _on_cpu(result: object) -> object:
+    return result.detach().to("cpu") if isinstance(result, Tensor) else result
 
 
 def _sampled(case: Case, operands: Operands, result: object, manifest: Manifest) -> Finding | None:
@@ -98,8 +114,8 @@ def _sampled(case: Case, operands: Operands, result: object, manifest: Manifest)
     chosen = torch.tensor(sorted({*range(min(tokens, 32)), *range(max(0, tokens - 32), tokens)}))
     for start in (0, outputs - 64):
         part = operands.with_outputs(start, start + 64).with_tokens(chosen)
-        own = result[chosen.to(result.device), start : start + 64]
-        found = judge(own, answer(case.function, part, manifest), equal=False, yardstick=None)
+        own = _on_cpu(result[chosen.to(result.device), start : start + 64])
+        found = judge(own, _held(case, part, manifest), equal=False, yardstick=None)
         if found is not None:
             return Finding(found.rule, f"outputs from {start}: {found.message}")
     return None
@@ -120,19 +136,45 @@ def _alone(case: Case, backend: Backend, operands: Operands, seed: int) -> Itera
 
 
 def _replayed(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
-    """Call with ids, then with others in the same buffers, then with the first again."""
-    prepared, first = backend.prepare(operands), operands.adapter_ids
-    if first is None or operands.x is None:
-        raise ValueError(f"{case.name}: a replay needs adapter_ids")
+    """Call again and again with the same buffers, whose values change, and with other adapters."""
+    first, x, bias, lora = operands.adapter_ids, operands.x, operands.bias, operands.lora
+    if first is None or x is None or bias is None or not isinstance(lora, LoRAStack):
+        raise ValueError(f"{case.name}: a replay needs x, adapters, their ids and a bias")
     others = mixed_ids(Draws(seed, f"{case.name}/others"), len(first), 3).to(first)
-    ids, earlier = first.clone(), None
-    buffers = dataclasses.replace(operands, adapter_ids=ids)
-    for chosen in (first, others, first.flip(0), torch.full_like(first, -1), first):
-        ids.copy_(chosen)
-        shown = dataclasses.replace(operands, adapter_ids=chosen.clone())
-        asked = called(case, backend, buffers, prepared, earlier)
+    swapped = LoRAStack(lora.a.flip(0), lora.b.flip(0), lora.scaling.flip(0))
+    prepared, earlier = backend.prepare(operands), None
+    again = backend.with_adapters(prepared, dataclasses.replace(operands, lora=swapped))
+    buffers = dataclasses.replace(
+        operands, x=x.clone(), bias=bias.clone(), adapter_ids=first.clone()
+    )
+    rounds = ((first, 1), (others, 1), (first.flip(0), -1), (torch.full_like(first, -1), 1))
+    for number, (chosen, sign) in enumerate((*rounds, (first, 1))):
+        own = dataclasses.replace(buffers, lora=swapped if number % 2 else lora)
+        now = (x.roll(number, 0) * sign, bias.roll(number), chosen)
+        for buffer, value in zip((own.x, own.bias, own.adapter_ids), now, strict=True):
+            if buffer is not None:
+                buffer.copy_(value)
+        shown = dataclasses.replace(own, x=now[0], bias=now[1], adapter_ids=chosen.clone())
+        asked = called(case, backend, own, again if number % 2 else prepared, earlier)
         yield dataclasses.replace(asked, operands=shown)
         earlier = chosen
+
+
+def _kept(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Call three times, and look whether what the first call returned is still there."""
+    prepared = backend.prepare(operands)
+    first = called(case, backend, operands, prepared)
+    yield first
+    before = _on_cpu(first.result)
+    before = before.clone() if isinstance(before, Tensor) else None
+    for chosen in (torch.arange(3), torch.arange(_tokens(operands) - 1, -1, -1)):
+        yield called(case, backend, operands.with_tokens(chosen), prepared)
+    after = _on_cpu(first.result)
+    if isinstance(before, Tensor) and isinstance(after, Tensor) and not torch.equal(before, after):
+        finding = Finding(
+            "kept", "a later call wrote over what this one had returned", before != after
+        )
+        yield dataclasses.replace(first, finding=finding)
 
 
 def _resized(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
@@ -145,10 +187,11 @@ def _repeated(case: Case, backend: Backend, operands: Operands, seed: int) -> It
     prepared = backend.prepare(operands)
     first = called(case, backend, operands, prepared)
     yield first
+    before = first.result.clone() if isinstance(first.result, Tensor) else None
     for _ in range(REPEATS - 1):
         again = called(case, backend, operands, prepared)
-        if isinstance(again.result, Tensor) and isinstance(first.result, Tensor):
-            wrong = again.result != first.result
+        if isinstance(again.result, Tensor) and before is not None:
+            wrong = again.result != before
             if again.finding is None and bool(wrong.any()):
                 finding = Finding(
                     "repeat",
@@ -176,8 +219,8 @@ def _many_draws(case: Case, backend: Backend, operands: Operands, seed: int) -> 
         yield last
         if last.finding is not None or not isinstance(last.result, Tensor):
             return
-        held = answer(case.function, own, last.manifest)
-        errors.append(last.result.double() - held.exact)
+        held = _held(case, own, last.manifest)
+        errors.append(last.result.detach().to("cpu").double() - held.exact)
         exacts.append(held.exact)
         bounds.append(held.bound)
     finding = bias_of_errors(torch.stack(errors), torch.stack(exacts), torch.stack(bounds))
@@ -195,6 +238,7 @@ PROCEDURES: dict[str, Callable[[Case, Backend, Operands, int], Iterator[Asked]]]
     "replay": _replayed,
     "resized": _resized,
     "repeat": _repeated,
+    "kept": _kept,
     "unmodified": _once,
     "written": _written,
     "many_draws": _many_draws,

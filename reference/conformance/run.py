@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from int4_lora.reference.conformance.affected import affected
 from int4_lora.reference.conformance.backend import Backend, Modified
@@ -17,11 +18,21 @@ from int4_lora.reference.conformance.diagnosis import Diagnostician, Explanation
 from int4_lora.reference.conformance.minimal import smallest, snippet
 from int4_lora.reference.conformance.mistakes import IDENTIFIERS
 from int4_lora.reference.conformance.operands import Operands
-from int4_lora.reference.conformance.procedures import Asked, ask, called
+from int4_lora.reference.conformance.procedures import Asked, ask, called, judged
+from int4_lora.reference.conformance.threads import one_thread
 from int4_lora.reference.conformance.verdict import Finding
 
 __all__ = ["Outcome", "failed", "run", "run_case", "settled"]
 
+UNDECLARED: tuple[dict[str, Any], ...] = (
+    {"weight_rounded": False},
+    {"base_rounded": True},
+    {"weight_rounded": False, "base_rounded": True},
+    {"base_rounded": True, "delta_rounded": True},
+    {"weight_rounded": False, "base_rounded": True, "delta_rounded": True},
+)
+STATISTICAL = "low_precision_accumulate"  # the one that does not reproduce a result exactly
+RANK = (*(name for name in IDENTIFIERS if name != STATISTICAL), STATISTICAL)
 UNKNOWN = Explanation(("unknown",), ("",))
 NOT_DETERMINISTIC = "declared not deterministic"
 
@@ -111,12 +122,16 @@ def run_case(
     try:
         for asked in ask(case, backend, seed, device):
             if asked.finding is not None:
-                return _failed(backend, case, asked, diagnostician, seed)
+                return _failed(backend, case, asked, diagnostician, (seed, device))
     except Modified as error:
-        return _raised(case, error.finding())
-    except Exception as error:  # whatever a backend raises is a finding, not the suite's end
+        return _raised(backend, case, error.finding(), (seed, device))
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the suite goes on
         text = " ".join(str(error).split())
-        return _raised(case, Finding("call", f"raised {type(error).__name__}: {text}"))
+        finding = Finding("call", f"raised {type(error).__name__}: {text}")
+        return _raised(backend, case, finding, (seed, device))
     return Outcome(case.name, case.exercises, "passed")
 
 
@@ -126,12 +141,14 @@ def settled(outcomes: Sequence[Outcome]) -> list[Outcome]:
     A case may be reproduced by several mistakes, since not every case tells them apart.
     """
     counts: Counter[tuple[str, ...]] = Counter()
+    variants: Counter[tuple[str, ...]] = Counter()
     for outcome in outcomes:
         counts.update({one.names for one in outcome.explanations if one.sure})
+        variants.update({one.variants for one in outcome.explanations if one.sure})
 
-    def order(one: Explanation) -> tuple[int, int, tuple[int, ...]]:
-        places = tuple(IDENTIFIERS.index(name) for name in one.names)
-        return (-counts[one.names], len(one.names), places)
+    def order(one: Explanation) -> tuple[int, int, tuple[int, ...], int]:
+        places = tuple(RANK.index(name) for name in one.names)
+        return (-counts[one.names], len(one.names), places, -variants[one.variants])
 
     found = []
     for outcome in outcomes:
@@ -143,18 +160,20 @@ def settled(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return found
 
 
-def _raised(case: Case, finding: Finding) -> Outcome:
-    return Outcome(case.name, case.exercises, "failed", finding.rule, finding.message)
+def _raised(backend: Backend, case: Case, finding: Finding, where: tuple[int, str]) -> Outcome:
+    text = snippet(backend.name, case, where, ([], 0, 0), 0)
+    return Outcome(case.name, case.exercises, "failed", finding.rule, finding.message, snippet=text)
 
 
 def failed(case: Case, asked: Asked, diagnostician: Diagnostician) -> Outcome:
     """Return a call with a finding as an outcome, with every mistake that reproduces it."""
     finding = asked.finding or Finding("", "")
     found: list[Explanation] = []
-    if finding.rule not in ("bias", "repeat") and not case.optional:
+    if finding.rule not in ("bias", "repeat", "kept") and not case.optional:
         found = diagnostician.explain(
             case.function, asked.operands, asked.result, asked.manifest, asked.earlier_ids
         )
+        found += undeclared(case, asked)
     return Outcome(
         case.name,
         case.exercises,
@@ -167,18 +186,46 @@ def failed(case: Case, asked: Asked, diagnostician: Diagnostician) -> Outcome:
     )
 
 
+def undeclared(case: Case, asked: Asked) -> list[Explanation]:
+    """Return the roundings that would make a result right if they were declared.
+
+    It is no mistake, so the name is "unknown"; where it explains more failures than any mistake
+    does, it is what is said.
+    """
+    if case.equal or case.function in ("pack", "unpack"):
+        return []
+    found: list[Explanation] = []
+    for flags in UNDECLARED:
+        manifest = replace(asked.manifest, **flags)
+        if manifest == asked.manifest:
+            continue
+        with one_thread():
+            finding = judged(case, asked.operands, asked.result, manifest)
+        if finding is None:
+            said = ", ".join(f"{name}={value}" for name, value in flags.items())
+            found.append(Explanation(("unknown",), (f"right if the manifest says {said}",)))
+    return found
+
+
 def _failed(
-    backend: Backend, case: Case, asked: Asked, diagnostician: Diagnostician, seed: int
+    backend: Backend,
+    case: Case,
+    asked: Asked,
+    diagnostician: Diagnostician,
+    where: tuple[int, str],
 ) -> Outcome:
     def fails(operands: Operands) -> bool:
+        if backend.manifest.why_not(operands) is not None:
+            return False
         try:
-            return called(case, backend, operands).finding is not None
-        except Exception:
-            return True
+            again = called(case, backend, operands).finding
+        except Exception:  # another failure than the one to show
+            return False
+        return again is not None and asked.finding is not None and again.rule == asked.finding.rule
 
     whole: tuple[list[int], int, int] = ([], 0, 0)
     part = smallest(asked, fails) if case.procedure == "answer" else whole
     weight = asked.operands.weight
     outputs = 0 if weight is None else weight.out_features
-    text = snippet(backend.name, case.name, case.procedure, seed, part, outputs)
+    text = snippet(backend.name, case, where, part, outputs)
     return replace(failed(case, asked, diagnostician), snippet=text)

@@ -34,6 +34,8 @@ class Way:
         group: weight -> the column of the scale table of each input.
         product: (codes, zero-points, scales, centre) -> weights in float64.
         columns: (weights, weight) -> the weights that take part, in their places.
+        inputs: x -> x as the base and the adapters see it.
+        reach: x -> x as the adapters see it.
         ids: (adapter ids, number of adapters, ids of an earlier call or None) -> ids.
         scaling: scalings -> scalings.
         starts: slices -> where each writes.
@@ -50,6 +52,8 @@ class Way:
     group: Callable[[PackedWeight], Tensor]
     product: Callable[[Tensor, Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor]
     columns: Callable[[Tensor, PackedWeight], Tensor]
+    inputs: Callable[[Tensor], Tensor]
+    reach: Callable[[Tensor], Tensor]
     ids: Callable[[Tensor, int, Tensor | None], Tensor]
     scaling: Callable[[Tensor], Tensor]
     starts: Callable[[Sequence[LoRASlice]], list[int]]
@@ -73,6 +77,8 @@ RIGHT = Way(
     group=scale_columns,
     product=rounded_product,
     columns=lambda dense, weight: dense,
+    inputs=lambda x: x,
+    reach=lambda x: x,
     ids=lambda ids, adapters, earlier: ids,
     scaling=lambda scaling: scaling,
     starts=lambda slices: [part.start for part in slices],

@@ -12,10 +12,17 @@ from int4_lora.reference.conformance.case import Case
 from int4_lora.reference.conformance.format_cases import format_cases
 from int4_lora.reference.conformance.linear_cases import linear_cases
 from int4_lora.reference.conformance.lora_cases import lora_cases
+from int4_lora.reference.conformance.lora_part_cases import lora_part_cases
 
 __all__ = ["CASES", "select"]
 
-CASES: tuple[Case, ...] = (*format_cases(), *linear_cases(), *lora_cases(), *behaviour_cases())
+CASES: tuple[Case, ...] = (
+    *format_cases(),
+    *linear_cases(),
+    *lora_cases(),
+    *lora_part_cases(),
+    *behaviour_cases(),
+)
 """Every case, in the order in which they run."""
 
 

@@ -27,6 +27,7 @@ def one_thread() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)  # a backend may have set it
     try:
         yield
     finally:

@@ -30,7 +30,8 @@ class Finding:
     """Why a result is wrong.
 
     Args:
-        rule: "call", "form", "class", "equal", "bound", "rms", "bias", "repeat", "modified".
+        rule: "call", "form", "class", "equal", "bound", "rms", "bias", "repeat", "kept" or
+            "modified".
         message: a sentence with the numbers.
         wrong: bool, the shape of the result: which elements; None where no element is.
     """
@@ -65,7 +66,7 @@ def judge(
     if demanded:
         return _equality(result, answer)
     error = error_of(result, answer)
-    beyond = error > answer.bound
+    beyond = ~(error <= answer.bound)
     if bool(beyond.any()):
         ratio = torch.where(beyond, error / answer.bound, 0.0)
         return _finding("bound", beyond, result, answer, f"is {ratio.max():.3g} bounds away")

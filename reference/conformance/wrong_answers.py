@@ -71,7 +71,7 @@ def _layer(
     x, weight = operands.x, operands.weight
     if x is None or weight is None:
         raise ValueError("a layer needs x and weight")
-    wide = x.double()
+    wide = way.inputs(x.double())
     dense = dense_weight(way, weight)
     base, size = wide @ dense.T, wide.abs() @ dense.abs().T
     exact, rank, deltas = base.clone(), 0, torch.zeros_like(base)
@@ -109,7 +109,7 @@ def _part(
         raise ValueError("shrink needs x, expand needs h")
     part = operands.slices[0]
     ids = _ids(operands, part, way, earlier_ids)
-    wide = value.double()
+    wide = way.reach(way.inputs(value.double())) if shrink else value.double()
     if shrink:
         exact, size = (_shrunk(one, a, ids) for one, a in _sized(wide, part.stack.a))
     else:
@@ -119,7 +119,7 @@ def _part(
 
 def _delta(x: Tensor, part: LoRASlice, ids: Tensor, way: Way) -> tuple[Tensor, Tensor]:
     """Return the delta of a slice, and the sum of its products' magnitudes."""
-    h, size = (_shrunk(one, a, ids) for one, a in _sized(x, part.stack.a))
+    h, size = (_shrunk(one, a, ids) for one, a in _sized(way.reach(x), part.stack.a))
     return _expanded(h, part, ids, way), _expanded(size, part, ids, way, sizes=True)
 
 

@@ -106,7 +106,9 @@ def axis_of_words(table: Tensor, weight: PackedWeight) -> Tensor:
 def rounded_apart(
     codes: Tensor, zero_points: Tensor, scale: Tensor, centre: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return RN(RN(q s) - RN(z s))."""
+    """Return RN(RN(q s) - RN(z s)), where there are zero-points."""
+    if not bool(zero_points.any()):
+        return rounded_product(codes, zero_points, scale, centre)
     first, second = codes.to(scale.dtype) * scale, zero_points.to(scale.dtype) * scale
     return centre(first, second).to(torch.float64)
 
@@ -114,7 +116,9 @@ def rounded_apart(
 def rounded_apart_kept(
     codes: Tensor, zero_points: Tensor, scale: Tensor, centre: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return RN(q s) - RN(z s)."""
+    """Return RN(q s) - RN(z s), where there are zero-points."""
+    if not bool(zero_points.any()):
+        return rounded_product(codes, zero_points, scale, centre)
     first, second = codes.to(scale.dtype) * scale, zero_points.to(scale.dtype) * scale
     return centre(first.double(), second.double())
 
@@ -122,7 +126,9 @@ def rounded_apart_kept(
 def rounded_offset(
     codes: Tensor, zero_points: Tensor, scale: Tensor, centre: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return q s - RN(z s): a table of offsets in the dtype of the scale."""
+    """Return q s - RN(z s), where there are zero-points: a table of offsets."""
+    if not bool(zero_points.any()):
+        return rounded_product(codes, zero_points, scale, centre)
     second = zero_points.to(scale.dtype) * scale
     return centre(codes.double() * scale.double(), second.double())
 

@@ -16,7 +16,8 @@ from int4_lora.integration.cli import app
 from int4_lora.integration.conformance import write_golden
 from int4_lora.integration.conformance.golden_files import exportable, file_name
 from int4_lora.integration.conformance.ordered_sums import ordered_sums
-from int4_lora.reference.conformance import Backend, select
+from int4_lora.reference.conformance import Backend, Manifest, select
+from int4_lora.reference.conformance.eager import eager
 from support.conformance_backends import HalfSums
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +126,11 @@ def test_a_declared_rounding_has_a_bound_of_its_own(golden, tmp_path):
             ),
             "version must be 1, got 9",
         ),
+        (lambda golden, results: edit_index(golden, "cases", None), "cases that each name"),
+        (lambda golden, results: edit_index(golden, "seed", "one"), "it needs a seed"),
+        (lambda golden, results: edit_entry(golden, "file", "../x"), "a file in the folder"),
+        (lambda golden, results: edit_entry(golden, "attributes", {}), "not what was written"),
+        (lambda golden, results: edit_entry(golden, "result", {"dtype": "x"}), "not what was"),
         (lambda golden, results: shutil.rmtree(results), "no result of any of the cases"),
         (
             lambda golden, results: (results / "manifest.json").write_text('{"speed": 1}'),
@@ -153,6 +159,44 @@ def test_refuses_folders(change, message, golden, tmp_path):
     code, error = checked(own, results)
     assert code == 2
     assert message in error
+
+
+def edit_index(golden, key, value):
+    file = golden / "index.json"
+    index = json.loads(file.read_text())
+    index[key] = value
+    file.write_text(json.dumps(index))
+
+
+def edit_entry(golden, key, value):
+    index = json.loads((golden / "index.json").read_text())
+    for entry in index["cases"]:
+        entry[key] = value
+    edit_index(golden, "cases", index["cases"])
+
+
+def test_bounds_that_are_no_bounds_are_refused(golden, tmp_path):
+    own = shutil.copytree(golden, tmp_path / "golden")
+    results = results_of(int4_lora.reference, own, tmp_path / "results", "int4_linear/ragged/bf16")
+    file = own / "int4_linear.ragged.bf16.safetensors"
+    right = load_file(file)
+    for wrong in (right["bound"] * float("nan"), -right["bound"], right["bound"][:1]):
+        save_file({**right, "bound": wrong.contiguous()}, file)
+        code, error = checked(own, results)
+        assert code == 2
+        assert "bound must" in error
+
+
+def test_claims_without_a_bound_in_the_files_are_judged_by_their_own(golden, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    manifest = Manifest(delta_rounded=True, base_rounded=True)
+    (case,) = select("int4_lora_linear/on_ragged_asym/bf16")
+    rounded = eager(case.function, case.operands(), manifest)
+    save_file({"result": rounded}, results / file_name(case.name))
+    assert checked(golden, results)[0] == 1
+    (results / "manifest.json").write_text('{"delta_rounded": true, "base_rounded": true}')
+    assert checked(golden, results)[0] == 0
 
 
 def test_nothing_is_written_over(tmp_path):

@@ -109,7 +109,7 @@ HONEST = [
 
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_backend_conforms(name):
-    found = settled(list(run(Backend(getattr(backends, name)(), name), select())))
+    found = outcomes(getattr(backends, name)(), "*")
     assert [one.case for one in found if one.status == "failed"] == []
     assert any(one.status == "passed" for one in found)
 

@@ -27,7 +27,7 @@ def changed(value, at=(3, 5)):
 
 def test_what_is_right_is_right():
     assert rule(RIGHT) is None
-    assert rule(RIGHT, yardstick=1e-8) is None
+    assert rule(RIGHT, yardstick=2e-8) is None
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,16 +35,20 @@ class TransformersDequantize:
     def __init__(self) -> None:
         self._transformers = importlib.import_module("transformers")
         importlib.import_module("compressed_tensors")
+        said = importlib.import_module("transformers.utils.logging")
+        said.set_verbosity_error()
+        said.disable_progress_bar()
 
     def dequantize(self, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight of the loaded model."""
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder), weight)
             config = self._transformers.CompressedTensorsConfig(dequantize=True)
-            logging.getLogger("transformers").setLevel(logging.ERROR)
-            model = self._transformers.AutoModelForCausalLM.from_pretrained(
-                folder, quantization_config=config, dtype=weight.scale.dtype
-            )
+            with warnings.catch_warnings():  # that the flag overrides the checkpoint's config
+                warnings.simplefilter("ignore")
+                model = self._transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, quantization_config=config, dtype=weight.scale.dtype
+                )
             dense: Tensor = model.get_submodule(MODULE).weight.detach()
         return dense.clone() if dtype is None else dense.to(dtype)
 

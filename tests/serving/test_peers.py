@@ -1,0 +1,30 @@
+"""vLLM's CPU operators and our layer in vLLM, held against the reference."""
+
+from int4_lora.integration.conformance import load_backend
+from int4_lora.reference.conformance import run, select, settled
+
+CASES = (
+    "int4_linear/group_128/bf16,int4_linear/group_32_asym/bf16,int4_lora_linear/mixed/bf16,"
+    "int4_lora_linear/one_used/bf16,int4_lora_linear/slices_qkv/bf16"
+)
+
+
+def outcomes(name):
+    found = settled(list(run(load_backend(name), select(CASES))))
+    return {one.case: (one.status, one.diagnosis) for one in found}
+
+
+def test_base_rows_of_mixed_batches_get_an_adapter_from_vllms_cpu_operators():
+    found = outcomes("vllm_cpu")
+    right, wrong = ("passed", ()), ("failed", ("adapter_minus_one_indexed",))
+    assert found == {
+        "int4_linear/group_128/bf16": right,
+        "int4_linear/group_32_asym/bf16": right,
+        "int4_lora_linear/mixed/bf16": wrong,
+        "int4_lora_linear/one_used/bf16": right,
+        "int4_lora_linear/slices_qkv/bf16": wrong,
+    }
+
+
+def test_our_layer_conforms():
+    assert set(outcomes("vllm_plugin").values()) == {("passed", ())}
