@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference import dequantize
+from int4_lora.reference.bounds import FORMATS
 from int4_lora.reference.conformance.answers import Answer
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.conformance.operands import Operands
@@ -139,12 +140,22 @@ def yardstick(function: str, operands: Operands, manifest: Manifest, held: Answe
         held: its exact answer and bounds.
 
     Returns:
-        The rms error over the elements that have a bound, or None where nothing is summed or they
-        are too few.
+        The rms error over the elements that have a bound, with what results lose that are flushed
+        to zero, as they may be; or None where nothing is summed or the elements are too few.
     """
     judged = held.bound.isfinite()
     if function in ("pack", "unpack", "dequantize") or int(judged.sum()) < RMS_ELEMENTS:
         return None
     on_cpu = operands.to("cpu")
     results = (eager(function, on_cpu, manifest, order).to(judged.device) for order in ORDERS)
-    return max(rms_of(error_of(result, held)[judged]) for result in results)
+    flushed = FORMATS[_inside(_activations(operands), manifest)].product_underflow
+    return max(rms_of(error_of(result, held)[judged]) for result in results) + flushed * (
+        _activations(operands).shape[1] + 1
+    )
+
+
+def _activations(operands: Operands) -> Tensor:
+    value = operands.x if operands.h is None else operands.h
+    if value is None:
+        raise ValueError("nothing is summed: there are no activations")
+    return value
