@@ -26,6 +26,7 @@ __all__ = ["Int4PackWeight", "block_rows", "refuses"]
 GROUP_SIZES = (256, 128, 64, 32)
 ROWS = 16  # the operator's own rule: out_features must be a multiple
 BLOCKS = (64, 32)
+LARGEST = 2**31  # bytes
 INNER_TILES = 1  # ignored by the CPU's operator
 
 
@@ -177,6 +178,8 @@ def refuses(weight: PackedWeight) -> str | None:
         return f"out_features {weight.out_features}, no multiple of {ROWS}"
     if _columns_of_a_scale(weight) == 0:
         return f"groups of {weight.in_features / weight.scale.shape[1]:g} columns"
+    if weight.packed.numel() * weight.packed.element_size() >= LARGEST:
+        return "2^31 bytes or more, which the operator counts in 32 bits"
     if block_rows() is None:
         return "a CPU whose layout is not known"
     return None

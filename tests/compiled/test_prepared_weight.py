@@ -90,6 +90,17 @@ def test_what_a_layout_costs(group_size, layout, most):
     assert weight.nbytes <= prepared.nbytes <= weight.nbytes * (1 + most)
 
 
+def test_weights_of_two_gigabytes_are_not_given_to_torchs_operator():
+    """It counts their bytes in 32 bits, and reads elsewhere."""
+    for rows, wanted in ((2**17 - 16, "int4pack"), (2**17, "planes")):
+        weight = PackedWeight(
+            torch.zeros(1, 2**12, dtype=torch.int32).expand(rows, -1),
+            torch.ones(1, 2**8, dtype=torch.bfloat16).expand(rows, -1),
+            shape=(rows, 2**15),
+        )
+        assert layouts(weight)[0] == wanted
+
+
 def test_refuses():
     weight = random_weight(rows=48, columns=128, symmetric=False)
     with pytest.raises(TypeError, match="weight must be a PackedWeight, got Tensor"):
