@@ -81,9 +81,9 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
     if function == "dequantize":
         return _weight_answer(operands, manifest, exact)
     if function in ("shrink", "expand"):
-        wide = torch.float64 if _activations(operands).dtype == torch.float64 else torch.float32
+        wide = torch.float64 if operands.activations.dtype == torch.float64 else torch.float32
         return Answer(exact, wide, _part_bound(function, operands, manifest, exact), (exact,))
-    x = _activations(operands)
+    x = operands.activations
     loose = [exact]
     if not manifest.weight_rounded:
         loose.append(_layer_on(unrounded_weight(operands), operands))
@@ -107,7 +107,7 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
 
 def delta_magnitude(operands: Operands) -> Tensor:
     """Return |scaling| (|x| |A|^T) |B|^T: float64 ``[tokens, out_features]``."""
-    x, ids, weight = _activations(operands), _of(operands.adapter_ids), _of(operands.weight)
+    x, ids, weight = operands.activations, _of(operands.adapter_ids), _of(operands.weight)
     total = torch.zeros(len(x), weight.out_features, dtype=torch.float64, device=x.device)
     for part in operands.slices:
         own = part.stack
@@ -125,7 +125,7 @@ def exact_answer(function: str, operands: Operands) -> Tensor:
         return unpack(_of(operands.packed), operands.size, dim=operands.dim)
     if function == "dequantize":
         return dequantize(_of(operands.weight), operands.dtype)
-    wide = _activations(operands).to(torch.float64)
+    wide = operands.activations.to(torch.float64)
     if function == "shrink":
         return shrink(wide, operands.slices[0].stack, _of(operands.adapter_ids))
     if function == "expand":
@@ -143,7 +143,7 @@ def unrounded_weight(operands: Operands) -> Tensor:
 
 def _layer_on(dense: Tensor, operands: Operands) -> Tensor:
     """Return the exact layer on another dense weight."""
-    x = _activations(operands).double()
+    x = operands.activations.double()
     own = int4_lora_linear(x, _of(operands.weight), operands.lora, operands.adapter_ids)
     plain = int4_lora_linear(x, _of(operands.weight))
     delta = torch.where(plain.isfinite(), own - plain, 0.0)  # [tokens, out_features]
@@ -166,9 +166,8 @@ def _weight_answer(operands: Operands, manifest: Manifest, exact: Tensor) -> Ans
 
 def _part_bound(function: str, operands: Operands, manifest: Manifest, exact: Tensor) -> Tensor:
     """Return gamma_n of the sums of ``shrink`` or ``expand``, where +2 is for the scaling."""
-    stack, value = operands.slices[0].stack, _activations(operands)
-    accumulate = torch.float64 if value.dtype == torch.float64 else manifest.accumulate
-    inside, truth = FORMATS[accumulate], FORMATS[torch.float64]
+    stack, value = operands.slices[0].stack, operands.activations
+    inside, truth = FORMATS[manifest.sums_of(value)], FORMATS[torch.float64]
     sizes = LoRAStack(stack.a.abs().double(), stack.b.abs().double(), stack.scaling.abs().double())
     magnitude = exact_answer(
         function, dataclasses.replace(operands, lora=sizes, **_named(operands, value.abs()))
@@ -183,10 +182,6 @@ def _part_bound(function: str, operands: Operands, manifest: Manifest, exact: Te
 
 def _named(operands: Operands, value: Tensor) -> dict[str, Any]:
     return {"x" if operands.h is None else "h": value}
-
-
-def _activations(operands: Operands) -> Tensor:
-    return _of(operands.x if operands.h is None else operands.h)
 
 
 def _of(value: T | None) -> T:

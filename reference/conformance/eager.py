@@ -53,7 +53,7 @@ def eager(function: str, operands: Operands, manifest: Manifest, order: Order = 
     x, weight = operands.x, operands.weight
     if x is None or weight is None:
         raise ValueError(f"{function} needs x and weight")
-    inside = _inside(x, manifest)
+    inside = manifest.sums_of(x)
     if manifest.weight_rounded:
         dense = dequantize(weight, inside)
     else:
@@ -89,10 +89,6 @@ def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:
     return total
 
 
-def _inside(x: Tensor, manifest: Manifest) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else manifest.accumulate
-
-
 def _shrunk(operands: Operands, manifest: Manifest, order: Order) -> list[Tensor]:
     """Return x A^T of each slice: ``[tokens, rank]`` in the dtype of the sums."""
     x, ids = operands.x, operands.adapter_ids
@@ -100,7 +96,7 @@ def _shrunk(operands: Operands, manifest: Manifest, order: Order) -> list[Tensor
     for part in operands.slices:
         if x is None or ids is None:
             raise ValueError("adapters need x and adapter_ids")
-        inside = _inside(x, manifest)
+        inside = manifest.sums_of(x)
         h = torch.zeros(x.shape[0], part.stack.rank, dtype=inside, device=x.device)
         for adapter in range(part.stack.adapters):
             mine = ids == adapter
@@ -114,7 +110,7 @@ def _expanded(operands: Operands, manifest: Manifest, order: Order) -> Tensor:
     stack, h = operands.slices[0].stack, operands.h
     if h is None:
         raise ValueError("expand needs h")
-    return _by_adapter(h.to(_inside(h, manifest)), stack.b, stack.scaling, operands, order)
+    return _by_adapter(h.to(manifest.sums_of(h)), stack.b, stack.scaling, operands, order)
 
 
 def _by_adapter(h: Tensor, b: Tensor, scaling: Tensor, operands: Operands, order: Order) -> Tensor:
@@ -148,14 +144,7 @@ def yardstick(function: str, operands: Operands, manifest: Manifest, held: Answe
         return None
     on_cpu = operands.to("cpu")
     results = (eager(function, on_cpu, manifest, order).to(judged.device) for order in ORDERS)
-    flushed = FORMATS[_inside(_activations(operands), manifest)].product_underflow
+    flushed = FORMATS[manifest.sums_of(operands.activations)].product_underflow
     return max(rms_of(error_of(result, held)[judged]) for result in results) + flushed * (
-        _activations(operands).shape[1] + 1
+        operands.activations.shape[1] + 1
     )
-
-
-def _activations(operands: Operands) -> Tensor:
-    value = operands.x if operands.h is None else operands.h
-    if value is None:
-        raise ValueError("nothing is summed: there are no activations")
-    return value

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from int4_lora.reference.conformance.operands import Operands
 
@@ -119,6 +120,10 @@ class Manifest:
             if name not in known:
                 raise ValueError(f"manifest: there is no {name!r}; there are {sorted(known)}")
         return cls(**{name: _read(value) for name, value in claims.items()})  # type: ignore[arg-type]
+
+    def sums_of(self, value: Tensor) -> torch.dtype:
+        """Return the dtype that sums over ``value`` are kept in."""
+        return torch.float64 if value.dtype == torch.float64 else self.accumulate
 
     def why_not(self, operands: Operands) -> str | None:
         """Return why these operands are outside the claims, or None."""

@@ -58,6 +58,18 @@ class Operands:
         return as_slices(self.lora)
 
     @property
+    def activations(self) -> Tensor:
+        """What is summed over: ``x``, or the ``h`` of ``expand``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        value = self.x if self.h is None else self.h
+        if value is None:
+            raise ValueError("there are no activations: x and h are None")
+        return value
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return next(iter(tensors_of(self).values())).device

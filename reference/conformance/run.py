@@ -125,10 +125,7 @@ def run_case(
                 return _failed(backend, case, asked, diagnostician, (seed, device))
     except Modified as error:
         return _raised(backend, case, error.finding(), (seed, device))
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the suite goes on
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         finding = Finding("call", f"raised {type(error).__name__}: {text}")
         return _raised(backend, case, finding, (seed, device))

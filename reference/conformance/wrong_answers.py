@@ -154,6 +154,5 @@ def _ids(operands: Operands, part: LoRASlice, way: Way, earlier_ids: Tensor | No
 
 
 def _gamma(n: int, x: Tensor, manifest: Manifest) -> float:
-    inside = torch.float64 if x.dtype == torch.float64 else manifest.accumulate
-    u = 2 * FORMATS[inside].u  # also for tensor cores, which truncate
+    u = 2 * FORMATS[manifest.sums_of(x)].u  # also for tensor cores, which truncate
     return n * u / (1 - n * u) if n * u < 1 else float("inf")
