@@ -108,7 +108,9 @@ def _within(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callabl
     """
 
     def bounded(*operands: Any) -> Tensor:
-        torch._check(operands[0].shape[0] <= bucket[1])  # type: ignore[no-untyped-call]
+        tokens = operands[0].shape[0]
+        torch._check(tokens >= bucket[0])  # type: ignore[no-untyped-call]
+        torch._check(tokens <= bucket[1])  # type: ignore[no-untyped-call]
         return function(*operands)
 
     return bounded
@@ -153,10 +155,16 @@ def _plain(*operands: Tensor | None) -> bool:
 
 
 def _dynamic(operand: Tensor, bucket: tuple[int, int]) -> Tensor:
-    """Return an operand by tokens as graphs expect it: contiguous, any number of a bucket."""
+    """Return an operand by tokens as graphs expect it: contiguous, any number of a bucket.
+
+    The last bucket is given no range: kernels on a GPU index in 32 bits up to some number of
+    tokens, and a graph that may not be limited to it cannot be made.
+    """
     strides = (operand.shape[1], 1) if operand.ndim == 2 else (1,)  # one row has one stride, too
     operand = operand.detach().resolve_neg().contiguous().as_strided(operand.shape, strides)
-    if bucket[0] > 1:
+    if bucket[1] == MOST_TOKENS:
+        torch._dynamo.mark_dynamic(operand, 0)
+    elif bucket[0] > 1:
         torch._dynamo.mark_dynamic(operand, 0, min=bucket[0], max=bucket[1])
     return operand
 

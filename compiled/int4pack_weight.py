@@ -107,11 +107,15 @@ class Int4PackWeight(PreparedWeight):
         """Rows of a block."""
         return self.block
 
-    def packed_weight(self) -> PackedWeight:
-        """Return the checkpoint's tensors, bit for bit."""
+    def packed_rows(self, start: int, stop: int) -> Tensor:
+        """Return the checkpoint's words of some rows."""
+        return pack(self._codes(start, stop).T.contiguous())
+
+    def with_words(self, packed: Tensor) -> PackedWeight:
+        """Return the checkpoint's other tensors, bit for bit, with these words."""
         repeats = self.table.shape[0] // self.groups
         return PackedWeight(
-            packed=in_blocks(self.out_features, self._words),
+            packed=packed,
             scale=self.table[::repeats, :, 0].T.contiguous(),
             shape=self.shape,
             g_idx=self.g_idx,
@@ -127,10 +131,6 @@ class Int4PackWeight(PreparedWeight):
         codes = self._codes(start, stop).view(self.table.shape[0], -1, stop - start)
         dense = codes.to(self.table.dtype) * self.table[:, None, start:stop, 0]
         return dense.to(dtype).reshape(self.in_features, stop - start)
-
-    def _words(self, start: int, stop: int) -> Tensor:
-        """Return the checkpoint's words of rows."""
-        return pack(self._codes(start, stop).T.contiguous())
 
     def _codes(self, start: int, stop: int) -> Tensor:
         """Return codes of rows, transposed: int8 ``[in_features, stop - start]``."""

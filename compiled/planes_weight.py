@@ -113,18 +113,17 @@ class PlanesWeight(PreparedWeight):
         """Rows whose zero-points fill words."""
         return NIBBLES
 
-    def packed_weight(self) -> PackedWeight:
-        """Return the checkpoint's tensors, bit for bit."""
-        back = None if self.order is None else torch.argsort(self.order)
+    def packed_rows(self, start: int, stop: int) -> Tensor:
+        """Return the checkpoint's words of some rows."""
+        codes = unpack(self.words[start:stop], self.in_features)
+        words = codes.view(stop - start, self.groups, -1, NIBBLES)
+        codes = words.transpose(2, 3).reshape(codes.shape)
+        return pack(codes if self.order is None else codes[:, torch.argsort(self.order)])
 
-        def in_order(start: int, stop: int) -> Tensor:
-            codes = unpack(self.words[start:stop], self.in_features)
-            words = codes.view(stop - start, self.groups, -1, NIBBLES)
-            codes = words.transpose(2, 3).reshape(codes.shape)
-            return pack(codes if back is None else codes[:, back])
-
+    def with_words(self, packed: Tensor) -> PackedWeight:
+        """Return the checkpoint's other tensors, bit for bit, with these words."""
         return PackedWeight(
-            packed=in_blocks(self.out_features, in_order),
+            packed=packed,
             scale=self.scale,
             shape=self.shape,
             zero_point=None if self.zero_point is None else _joined(self.zero_point),

@@ -22,7 +22,14 @@ from int4_lora.reference import PackedWeight, dequantize
 
 __all__ = ["CheckpointWeight", "PreparedWeight", "in_blocks"]
 
-ROWS = 512  # that are laid out at a time, a multiple of every layout's blocks
+ROWS = 64  # that are laid out at a time, a multiple of every layout's blocks
+BESIDE_THE_WORDS = ("scale", "zero_point", "g_idx")
+
+
+def blocks_of(rows: int) -> Iterator[tuple[int, int]]:
+    """Yield where each block of rows starts and stops."""
+    for start in range(0, rows, ROWS):
+        yield start, min(start + ROWS, rows)
 
 
 def in_blocks(rows: int, part: Callable[[int, int], Tensor]) -> Tensor:
@@ -40,9 +47,9 @@ def in_blocks(rows: int, part: Callable[[int, int], Tensor]) -> Tensor:
         return first
     whole = first.new_empty(rows, *first.shape[1:])
     whole[:ROWS] = first
-    for start in range(ROWS, rows, ROWS):
-        stop = min(start + ROWS, rows)
-        whole[start:stop] = part(start, stop)
+    for start, stop in blocks_of(rows):
+        if start:
+            whole[start:stop] = part(start, stop)
     return whole
 
 
@@ -76,9 +83,38 @@ class PreparedWeight(ABC):
     def nbytes(self) -> int:
         """Bytes of all its tensors together."""
 
-    @abstractmethod
     def packed_weight(self) -> PackedWeight:
         """Return the checkpoint's tensors, bit for bit."""
+        return self.with_words(in_blocks(self.out_features, self.packed_rows))
+
+    @abstractmethod
+    def packed_rows(self, start: int, stop: int) -> Tensor:
+        """Return the checkpoint's words of some rows.
+
+        Args:
+            start: the first row, a multiple of ``tile``.
+            stop: the row after the last.
+
+        Returns:
+            int32 ``[stop - start, words of a row]``.
+        """
+
+    @abstractmethod
+    def with_words(self, packed: Tensor) -> PackedWeight:
+        """Return the checkpoint's other tensors, bit for bit, with these words."""
+
+    def holds(self, weight: PackedWeight) -> bool:
+        """Return whether ``packed_weight`` gives these very bits, a block of rows at a time."""
+        own = self.with_words(weight.packed)
+        if (own.shape, own.bits, own.strategy) != (weight.shape, weight.bits, weight.strategy):
+            return False
+        pairs = [(getattr(own, name), getattr(weight, name)) for name in BESIDE_THE_WORDS]
+        if not all(one is other or _same(one, other) for one, other in pairs):
+            return False
+        return all(
+            torch.equal(self.packed_rows(start, stop), weight.packed[start:stop])
+            for start, stop in blocks_of(self.out_features)
+        )
 
     @abstractmethod
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -108,6 +144,10 @@ class PreparedWeight(ABC):
     @abstractmethod
     def tile(self) -> int:
         """The number of rows that ``rows`` should be asked for at multiples of."""
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -167,6 +207,14 @@ class CheckpointWeight(PreparedWeight):
     def packed_weight(self) -> PackedWeight:
         """Return the checkpoint's tensors."""
         return self.weight
+
+    def packed_rows(self, start: int, stop: int) -> Tensor:
+        """Return the checkpoint's words of some rows."""
+        return self.weight.packed[start:stop]
+
+    def with_words(self, packed: Tensor) -> PackedWeight:
+        """Return the checkpoint's other tensors with these words."""
+        return dataclasses.replace(self.weight, packed=packed)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight."""

@@ -33,7 +33,6 @@ __all__ = [
     "fault_of_addition",
     "fault_of_layer",
     "graph_of_layer",
-    "same_tensors",
 ]
 
 BLOCK, BLOCKS = 8, 32  # rows that share words of zero-points, and how many such blocks are compared
@@ -63,16 +62,6 @@ def graph_of_layer(
     """Return what a layer's graph is told by, beside the kind of layer, at a number of tokens."""
     formulation = formulation_for(weight, dtype, tokens, lora)
     return formulation.name, bucket_of(tokens, weight.device.type)
-
-
-def same_tensors(one: PackedWeight, other: PackedWeight) -> bool:
-    """Return whether two packed weights hold the same bits."""
-    pairs = [(one.packed, other.packed), (one.scale, other.scale)]
-    if one.zero_point is not None and other.zero_point is not None:
-        pairs.append((one.zero_point, other.zero_point))
-    elif one.zero_point is not other.zero_point:
-        return False
-    return one.shape == other.shape and all(torch.equal(a, b) for a, b in pairs)
 
 
 @torch.inference_mode()

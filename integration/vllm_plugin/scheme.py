@@ -26,7 +26,6 @@ from int4_lora.integration.vllm_plugin.load_check import (
     fault_of_addition,
     fault_of_layer,
     graph_of_layer,
-    same_tensors,
 )
 from int4_lora.integration.vllm_plugin.session import Session
 from int4_lora.integration.vllm_plugin.stock_trial import Kind, stock_is_faster
@@ -149,7 +148,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         fault = self._fault(served.name, weight, prepared, own_bias(layer))
         if fault is not None:
             return f"not right by the reference: {fault}"
-        served.hold(prepared)
+        served.hold(_in_the_place_of(weight.packed, prepared))
         self.session.packed.pop(served.name, None)
         self.session.by_name[in_graph.graph_name(served.name)] = served
         del weight
@@ -166,7 +165,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         self, name: str, weight: PackedWeight, prepared: PreparedWeight, bias: Tensor | None
     ) -> str | None:
         """Return what is wrong with this kind of layer, or None."""
-        if not same_tensors(weight, prepared.packed_weight()):
+        if not prepared.holds(weight):
             return "its layout does not give the checkpoint's bits back"
         key = ("base", prepared.signature, bias is None)
         dtype = self.session.dtype
@@ -176,6 +175,23 @@ class Int4Scheme(CompressedTensorsWNA16):
             lambda tokens: graph_of_layer(prepared, dtype, tokens),
             lambda tokens: fault_of_layer(weight, prepared, dtype, tokens, None, bias),
         )
+
+
+def _in_the_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:
+    """Return the same layout in the memory of the checkpoint's words, which are lost.
+
+    Layers are laid out one after the other between tensors that stay; what each of them frees is
+    not always given back, nor of use to the next.
+    """
+    moved = {}
+    for field in dataclasses.fields(prepared):  # type: ignore[arg-type]
+        laid_out = getattr(prepared, field.name)
+        same_size = isinstance(laid_out, Tensor) and laid_out.nbytes == packed.nbytes
+        if same_size and laid_out.is_contiguous() and packed.is_contiguous():
+            room = packed.view(-1).view(laid_out.dtype).view(laid_out.shape)
+            moved[field.name] = room.copy_(laid_out)
+            break
+    return dataclasses.replace(prepared, **moved)  # type: ignore[type-var]
 
 
 def _stock_is_better(kind: Kind, device: torch.device) -> str | None:

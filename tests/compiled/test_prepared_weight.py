@@ -26,6 +26,12 @@ CASES = [
 ]
 
 
+def with_another_code(weight):
+    packed = weight.packed.clone()
+    packed[-1, -1] ^= 1  # the lowest code of the last word, which no padding is
+    return dataclasses.replace(weight, packed=packed)
+
+
 class EveryLayout(unittest.TestCase):
     @parameterized.expand(CASES)
     def test_tensors_come_back_and_rows_are_the_same(self, name, arguments):
@@ -36,6 +42,8 @@ class EveryLayout(unittest.TestCase):
             assert isinstance(prepared, PreparedWeight)
             assert prepared.shape == weight.shape
             assert prepared.scale_dtype == weight.scale.dtype
+            assert prepared.holds(weight)
+            assert not prepared.holds(with_another_code(weight))
             back = prepared.packed_weight()
             for field in dataclasses.fields(PackedWeight):
                 mine, theirs = getattr(back, field.name), getattr(weight, field.name)

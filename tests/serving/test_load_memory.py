@@ -74,5 +74,5 @@ def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
     grown = peak_bytes() - before
     assert all(layer.int4_lora.weight is not None for layer in layers)
     assert resident_bytes() - before <= PACKED / 2  # one copy of each
-    assert grown <= 2.25 * PACKED  # a layer laid out anew, and its codes on the way
+    assert grown <= 1.4 * PACKED  # a layer laid out anew, and some rows' codes on the way
     assert grown < DENSE / 2
