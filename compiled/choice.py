@@ -21,7 +21,6 @@ from int4_lora.compiled.formulations import (
     GEMV,
     INT4PACK,
     MAGIC_GEMV,
-    PLANES,
     TILES,
     Formulation,
 )
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 KIND = "crossovers"
-FORMAT = 4  # counts up when a formulation changes so that old measurements say nothing
+FORMAT = 5  # counts up when a formulation changes so that old measurements say nothing
 INT4PACK_TOKENS = 24  # the most that torch's operator is the default for
 AS_USUAL = "default"  # in the place of a formulation's name: what is chosen without measurements
 Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), in order
@@ -92,7 +91,7 @@ def default(
         slices: the adapters, by slice of the outputs.
         inlined: whether it is to be part of somebody else's graph.
     """
-    for one in (INT4PACK, MAGIC_GEMV, GEMV, PLANES, DEFINITION):
+    for one in (INT4PACK, MAGIC_GEMV, GEMV, DEFINITION):  # ``PLANES`` is slower: measured
         many = one is INT4PACK and tokens > INT4PACK_TOKENS
         needs_options = inlined and one.backend is not None
         if not many and not needs_options and one.takes(weight, dtype, tokens, slices):

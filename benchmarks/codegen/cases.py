@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from int4_lora.compiled import PreparedLoRA, graphs, int4_lora_linear
-from int4_lora.compiled.choice import default
+from int4_lora.compiled import PreparedLoRA, graphs, int4_lora_linear, linear
+from int4_lora.compiled.formulations import MAGIC_GEMV, PLANES
 from int4_lora.compiled.planes_weight import PlanesWeight
 from int4_lora.compiled.prepared_lora import PreparedSlice
 
@@ -99,10 +99,8 @@ class Case:
         return x, weight, PreparedLoRA(tuple(parts)), ids, bias
 
     def formulation(self):
-        """Return the formulation that the product computes it by."""
-        with FakeTensorMode():
-            weight = self.operands(on_gpu)[1]
-            return default(weight, self.dtype, self.tokens)
+        """Return the formulation whose code is read."""
+        return MAGIC_GEMV if self.tokens == 1 else PLANES
 
     def packed_bytes(self):
         """Return the bytes of words, scales and zero-points."""
@@ -193,12 +191,11 @@ def generate(case):
         torch._functorch.config.patch(enable_autograd_cache=False),
         mock.patch.object(compile_fx, "compile_fx", noting_inputs),
         mock.patch.object(GraphLowering, "compile_to_module", stop),
+        mock.patch.object(linear, "choose", lambda *_: case.formulation()),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):
-        operands = case.operands(
-            lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cuda")
-        )
+        operands = case.operands(on_gpu)
         try:
             int4_lora_linear(*operands)
         except _Generated as found:

@@ -1,6 +1,6 @@
-"""One token on a GPU: one reduction over interleaved words, decoded by magic numbers.
+"""Few tokens on a GPU: one reduction over interleaved words, decoded by magic numbers.
 
-y[o] = sum over groups of s[o] * sum over words of
+y[t, o] = sum over groups of s[o] * sum over words of
            ( -sum over nibbles of (c + z) x  +  sum over nibbles of (1 + q/c) * (c x) )
 
 The first inner sum is shared by all outputs of a symmetric weight. The two inner sums cancel: each
@@ -30,15 +30,17 @@ from int4_lora.compiled.whole_blocks import whole_blocks, words_of_whole_blocks
 __all__ = ["MAGIC_GEMV", "base"]
 
 CANCELLATION = 20 * 288 * 2.0**-24  # roundings of sums of up to 272 sum |x|, and some to spare
+MOST_TOKENS = 4  # each is a row of outputs of its own, which reads the words again
 LAUNCHES = {  # by whether there are no zero-points, whose decoding is shared by more outputs
-    True: Launch(outputs=8, words=256, warps=2, stages=1),
+    True: Launch(outputs=4, words=256, warps=2, stages=1),
     False: Launch(outputs=16, words=128, warps=1, stages=1),
 }
+SEVERAL = Launch(outputs=8, words=512, warps=4, stages=1)  # for more than one token
 
 
 def base(x: Tensor, weight: PlanesWeight) -> Tensor:
     """Return ``x W^T`` in float32."""
-    x, weight = whole_blocks(weight.arrange(x), weight, _launch(weight).words)
+    x, weight = whole_blocks(weight.arrange(x), weight, _launch(weight, x.shape[0]).words)
     tokens, groups = x.shape[0], weight.groups
     planes = x.view(tokens, 1, groups, NIBBLES, -1).float()
     each = [planes[:, :, :, nibble] for nibble in range(NIBBLES)]
@@ -80,18 +82,20 @@ def _refuses(weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | N
         return "words that are not interleaved"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"x in {dtype}, which the magic numbers' cancellation would spoil"
-    if tokens > 1:
-        return f"{tokens} tokens, more than 1"
+    if tokens > MOST_TOKENS:
+        return f"{tokens} tokens, more than {MOST_TOKENS}"
     return None
 
 
 def _backend(weight: PreparedWeight, bucket: tuple[int, int]) -> Backend:
     assert isinstance(weight, PlanesWeight)
-    launch = _launch(weight)
+    launch = _launch(weight, bucket[1])
     return launching(launch, words_of_whole_blocks(weight, launch.words))
 
 
-def _launch(weight: PlanesWeight) -> Launch:
+def _launch(weight: PlanesWeight, tokens: int) -> Launch:
+    if tokens > 1:
+        return SEVERAL
     few = LAUNCHES[True]
     if weight.zero_point is None or weight.groups == 1:  # there the other would spill in float16
         return few

@@ -137,7 +137,7 @@ class Session:
             one for one in fused if one.weight is not None and one.weight.device.type != "cpu"
         ]
         if on_gpu:
-            return [line, "on CUDA this backend is experimental: it was never measured on a GPU"]
+            return [line, "on CUDA this backend is experimental: it never ran in vLLM on a GPU"]
         return [line]
 
 

@@ -5,7 +5,6 @@ import torch
 
 from int4_lora.compiled import choice, formulation_for, int4_linear, prepare, prepare_lora
 from int4_lora.compiled.disk_cache import cache_folder
-from int4_lora.compiled.kernel_launches import native_matmul_is_missing
 from int4_lora.reference import int4_linear as reference_linear
 from support.weights import random_stack, random_weight, random_x
 
@@ -138,10 +137,8 @@ def test_defaults_of_a_gpu_are_those_meant_for_one(monkeypatch):
     def chosen(dtype, tokens, slices=(), inlined=False):
         return choice.default(weight, dtype, tokens, slices, inlined=inlined).name
 
-    fused = native_matmul_is_missing() is None
-    assert chosen(torch.bfloat16, 1) == "magic_gemv"
-    assert chosen(torch.bfloat16, 64) == ("planes" if fused else "tiles")
-    assert chosen(torch.bfloat16, 65) == "tiles"
+    assert [chosen(torch.bfloat16, tokens) for tokens in (1, 4)] == ["magic_gemv"] * 2
+    assert [chosen(torch.bfloat16, tokens) for tokens in (5, 16, 65)] == ["tiles"] * 3
     wide = prepare_lora(random_stack(rows=48, columns=128, rank=65)).slices
     assert [chosen(torch.bfloat16, tokens, wide) for tokens in (1, 16)] == ["gemv", "tiles"]
     assert chosen(torch.float32, 1) == "gemv"
