@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from int4_lora.compiled.direct_entry import DirectEntry
 from int4_lora.compiled.formulations.formulation import Formulation
 from int4_lora.compiled.lora_terms import GATHERED_TOKENS, add_terms
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.compiled.prepared_weight import PreparedWeight
 
-__all__ = ["bucket_of", "run", "run_terms"]
+__all__ = ["bucket_of", "graph_of", "run", "run_terms"]
 
 MOST_TOKENS = 2**31 - 1
 LAST_TOKENS = {  # the identity of the adapters' term may not change within a bucket
@@ -66,17 +67,43 @@ def run(
         return formulation.layer(x, weight, slices, None, None)
     bucket = bucket_of(x.shape[0], x.device.type)
     slices = tuple(dataclasses.replace(one) for one in slices)  # as they are now: update() may come
-    operands = _operands((x, adapter_ids, bias), slices, weight.tensors)
-    key = (formulation.name, weight.signature, bucket, operands, _settings())
+    key = _key(formulation, x, weight, slices, adapter_ids, bias)
     graph = _graphs.get(key)
     if graph is None:
         backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
         layer = _within(bucket, formulation.layer)
-        graph = _compiled(key, layer, backend, _plain(x, adapter_ids, bias))
+        plain = _plain(x, adapter_ids, bias)
+        graph = _compiled(key, bucket, layer, backend, plain)
     x = _dynamic(x, bucket)
     bias = None if bias is None else bias.detach().resolve_neg().contiguous()
     adapter_ids = None if adapter_ids is None else _dynamic(adapter_ids, bucket)
     return graph(x, weight, slices, adapter_ids, bias)
+
+
+def graph_of(
+    formulation: Formulation,
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Callable[..., Tensor] | None:
+    """Return the graph that ``run`` takes for these operands, or None if it was not made yet."""
+    return _graphs.get(_key(formulation, x, weight, slices, adapter_ids, bias))
+
+
+def _key(
+    formulation: Formulation,
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Hashable:
+    """Return what the graph of a layer is told by."""
+    bucket = bucket_of(x.shape[0], x.device.type)
+    operands = _operands((x, adapter_ids, bias), slices, weight.tensors)
+    return formulation.name, weight.signature, bucket, operands, _settings()
 
 
 def run_terms(
@@ -90,7 +117,7 @@ def run_terms(
     graph = _graphs.get(key)
     if graph is None:
         terms = _within(bucket, _terms)
-        graph = _compiled(key, terms, "inductor", _plain(base, x, adapter_ids))
+        graph = _compiled(key, bucket, terms, "inductor", _plain(base, x, adapter_ids))
     base, x, adapter_ids = (_dynamic(one, bucket) for one in (base, x, adapter_ids))
     return graph(base, x, slices, adapter_ids)
 
@@ -117,18 +144,26 @@ def _within(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callabl
 
 
 def _compiled(
-    key: Hashable, function: Callable[..., Tensor], backend: Any, plain: bool
+    key: Hashable,
+    bucket: tuple[int, int],
+    function: Callable[..., Tensor],
+    backend: Any,
+    plain: bool,
 ) -> Callable[..., Tensor]:
     """Return the graph of a key, which another thread may have made first.
 
     Its key says all that Dynamo's guards on plain operands would, and costs less.
     """
     guards: dict[str, Any] | None = None
+    direct = plain and bucket[1] < MOST_TOKENS  # else guards say up to how many tokens it is right
     if plain and _GUARDS_CAN_GO:
         guards = {"guard_filter_fn": _kept_guards}
     with _lock:
-        own = _own_code(function, key)
-        made = torch.compile(own, fullgraph=plain, backend=backend, options=guards)
+        made: Callable[..., Tensor] = _own_code(function, key)
+        if direct:
+            made = DirectEntry(made, backend, guards)
+        else:
+            made = torch.compile(made, fullgraph=plain, backend=backend, options=guards)
         return _graphs.setdefault(key, made)
 
 

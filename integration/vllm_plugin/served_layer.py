@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear, int4_lora_linear
+from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear
+from int4_lora.compiled.bound_layer import BoundLayer
 from int4_lora.compiled.linear import any_tokens
 from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.reference import expand, shrink
@@ -43,6 +44,7 @@ class ServedLayer:
         self.weight: PreparedWeight | None = None
         self.lora: PreparedLoRA | None = None
         self.stock_lora_because: str | None = None
+        self._kept: BoundLayer | None = None
 
     def hold(self, weight: PreparedWeight) -> None:
         """Take a weight; a second one of the same kind is written over the first.
@@ -78,7 +80,21 @@ class ServedLayer:
             return any_tokens(x, self.weight, self.lora, adapter_ids, bias)
         if _none_active(adapter_ids):
             return int4_linear(x, self.weight, bias)
-        return int4_lora_linear(x, self.weight, self.lora, adapter_ids, bias)
+        return self._bound(bias)(x, adapter_ids)
+
+    def _bound(self, bias: Tensor | None) -> BoundLayer:
+        """Return the layer as it is called with adapters."""
+        kept = self._kept
+        if (
+            kept is None
+            or kept.weight is not self.weight
+            or kept.lora is not self.lora
+            or kept.bias is not bias
+        ):
+            assert self.weight is not None
+            assert self.lora is not None
+            kept = self._kept = BoundLayer(self.weight, self.lora, bias)
+        return kept
 
     def added(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
         """Return a base that was computed elsewhere with the adapters added."""
