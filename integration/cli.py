@@ -12,13 +12,16 @@ from typing import Annotated
 import typer
 
 import int4_lora
+from int4_lora.integration.command_annotate import annotate
 from int4_lora.integration.command_conform import conform
 from int4_lora.integration.command_demo import demo
 from int4_lora.integration.command_doctor import doctor
 from int4_lora.integration.command_golden import golden
 from int4_lora.integration.command_inspect import inspect
+from int4_lora.integration.command_merge import merge
 from int4_lora.integration.command_scoreboard import scoreboard
 from int4_lora.integration.command_tune import tune
+from int4_lora.integration.command_unpack import unpack
 from int4_lora.integration.command_verify import verify
 
 __all__ = ["app", "main"]
@@ -47,7 +50,19 @@ def _options(
     """INT4 base models with LoRA adapters."""
 
 
-for command in (inspect, verify, tune, doctor, demo, conform, scoreboard):
+COMMANDS = (
+    inspect,
+    verify,
+    unpack,
+    merge,
+    annotate,
+    tune,
+    doctor,
+    demo,
+    conform,
+    scoreboard,
+)
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(golden, name="golden")
 

@@ -5,6 +5,7 @@ Source: the safetensors format, https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from int4_lora.integration.json_files import read_json_object
 from int4_lora.integration.safetensors_header import StoredTensor, identity_of, read_headers
 
-__all__ = ["inside", "read_model_headers", "read_tensor"]
+__all__ = ["inside", "read_model_headers", "read_rows", "read_tensor"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -62,6 +63,29 @@ def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     except OSError as error:
         raise ValueError(f"{where}: cannot be read: {error}") from error
     return tensor
+
+
+def read_rows(stored: StoredTensor, name: str, start: int, stop: int) -> Tensor:
+    """Read some rows of one tensor, to the CPU.
+
+    Args:
+        stored: where the tensor is; it has a dimension of rows.
+        name: its name there.
+        start: the first row.
+        stop: the row after the last.
+
+    Raises:
+        ValueError: as ``read_tensor``.
+    """
+    rows, *others = stored.shape
+    each = stored.nbytes // rows if rows else 0
+    part = dataclasses.replace(
+        stored,
+        shape=(stop - start, *others),
+        start=stored.start + start * each,
+        nbytes=(stop - start) * each,
+    )
+    return read_tensor(part, name)
 
 
 def read_model_headers(folder: Path) -> dict[str, StoredTensor]:

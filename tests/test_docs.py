@@ -79,6 +79,18 @@ def test_the_quickstart_runs(desk):
         subprocess.run(line.split(), check=True, cwd=desk, env={**os.environ, "PATH": path})
 
 
+def test_the_page_of_owners_runs(tmp_path):
+    page = (DOCS / "owning-checkpoints.md").read_text()
+    programs = "".join(re.findall(r"```python\n(.*?)```", page, flags=re.S))
+    command = [sys.executable, "-c", programs]
+    said = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    lost = float(re.findall(r"lost in INT4: (.*)", said)[0])
+    assert 0.05 < lost < 0.2
+    names = {"cache", "dense", "merged", "merged-w4a16"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert (tmp_path / "merged-w4a16/lora_metadata.json").is_file()
+
+
 def test_the_page_of_conformance_runs():
     """Its backend conforms, its classes and functions are tests, its snippet holds."""
     from int4_lora.reference.conformance import Backend, run, select

@@ -36,6 +36,7 @@ __all__ = [
     "make_adapter",
     "make_model",
     "prepare",
+    "save_quantised",
 ]
 
 FOLDER = "demo-llama-w4a16-g128-1"  # the last number grows with the recipe
@@ -111,7 +112,6 @@ def prepare(cache: Path) -> DemoFiles:
     return DemoFiles(folder / "model", {name: folder / name for name in ADAPTERS})
 
 
-@torch.no_grad()
 def make_model(folder: Path, llama: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     """Make a random Llama, quantise its linear layers but lm_head, and save the checkpoint.
 
@@ -120,7 +120,18 @@ def make_model(folder: Path, llama: Mapping[str, Any], weights: Mapping[str, Any
         llama: arguments of transformers' ``LlamaConfig``.
         weights: arguments of compressed-tensors' ``QuantizationArgs``.
     """
-    model = _dense_model(llama)
+    save_quantised(_dense_model(llama), folder, weights)
+
+
+@torch.no_grad()
+def save_quantised(model: LlamaForCausalLM, folder: Path, weights: Mapping[str, Any]) -> None:
+    """Quantise a model's linear layers but lm_head, min-max, and save the checkpoint.
+
+    Args:
+        model: dense; it is changed.
+        folder: where to save it.
+        weights: arguments of compressed-tensors' ``QuantizationArgs``.
+    """
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
     apply_quantization_config(
         model,

@@ -1,41 +1,43 @@
-"""What llm-compressor's ``oneshot`` writes: it opens, and every module verifies."""
+"""What llm-compressor's ``oneshot`` writes: it opens, verifies, and is annotated."""
 
-import pytest
-import torch
+import json
+import shutil
+
 import transformers
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import QuantizationModifier
 
-from int4_lora.integration import open_checkpoint
+from int4_lora.integration import annotate, open_checkpoint
 from int4_lora.integration.inspection import inspect
 from int4_lora.integration.verification import verify
-from support.tiny import LLAMA
+from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")  # its use of oneshot
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """Return the folder of a small Llama in bfloat16; oneshot reads its config from there."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dense")
-    config = transformers.LlamaConfig(**LLAMA)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+ALL = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "bits", "symmetric"),
-    [("W4A16", 4, True), ("W4A16_ASYM", 4, False), ("W8A16", 8, True)],
-)
-def test_oneshot(dense, tmp_path, scheme, bits, symmetric):
-    recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
-    model = oneshot(model=model, recipe=recipe)
-    model.save_pretrained(tmp_path / "written", save_compressed=True)
-    checkpoint = open_checkpoint(tmp_path / "written")
+def test_it_opens_and_verifies(quantised):
+    checkpoint = open_checkpoint(quantised.folder)
     assert len(checkpoint.modules()) == 14
     assert {one.verdict for one in verify(checkpoint)} == {"same"}
     for one in inspect(checkpoint).modules:
-        assert (one.bits, one.symmetric, one.packed) == (bits, symmetric, True)
+        found = (one.bits, one.symmetric, one.packed)
+        assert found == (quantised.bits, quantised.symmetric, True)
         assert one.nan_scales == one.infinite_scales == 0
+
+
+def test_it_is_annotated(quantised, tmp_path):
+    folder = shutil.copytree(quantised.folder, tmp_path / "annotated")
+    old = {file.name: file.read_bytes() for file in folder.iterdir()}
+    found = annotate(folder)
+    new = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {name for name in new if new[name] != old.get(name)} == {*found.changed}
+    assert found.changed == ("lora_metadata.json", "config.json")
+    targets = ALL if quantised.bits == 4 else ()
+    assert (found.lora_compatible, found.lora_target_modules) == (bool(targets), targets)
+    config = json.loads(new["config.json"])
+    assert read_metadata(config, folder) == LoRAMetadata(bool(targets), targets)
+    described = json.loads(new["lora_metadata.json"])["modules"]
+    assert list(described) == open_checkpoint(folder).modules()
+    assert {one["symmetric"] for one in described.values()} == {quantised.symmetric}
+    assert {one["group_size"] for one in described.values()} <= {128, None}
+    assert annotate(folder).changed == ()
+    loaded = transformers.AutoConfig.from_pretrained(folder)
+    assert read_metadata(loaded.to_dict()) == LoRAMetadata(bool(targets), targets)

@@ -1,0 +1,151 @@
+"""Whether merging keeps what an adapter learned: ``python -m benchmarks.merge_quality``.
+
+A Llama of bytes is trained here on Python's standard library, quantised by compressed-tensors, and
+given an adapter that is trained on this project's pages. Then the loss on the part of the pages
+that was held back, of the dense model, the INT4 model, INT4 with the adapter, and the adapter
+merged, dense and into INT4 with scales by min-max and searched for. ``--output NAME`` writes
+``results/NAME.json`` and ``.md``.
+
+Source: "Quality" of the issue about merging.
+"""
+
+import argparse
+import json
+import math
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import machine
+from int4_lora.integration.conversion import merge_checkpoint, unpack_checkpoint
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+LIBRARY = ("argparse", "ast", "calendar", "configparser", "csv", "dataclasses", "difflib", "enum",
+           "fractions", "inspect", "mailbox", "optparse", "pathlib", "pickle", "statistics",
+           "subprocess", "tarfile", "textwrap", "turtle", "typing", "zipfile")  # fmt: skip
+LLAMA = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+LENGTH, BATCH = 128, 16
+HELD_BACK = 0.1  # of each text
+
+
+def texts():
+    """Return the bytes to train on and those held back, of the library and of the pages."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    library = b"".join((folder / f"{name}.py").read_bytes() for name in LIBRARY)
+    files = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/commands/*.md")])
+    pages = b"".join(file.read_bytes() for file in files)
+    return _split(library), _split(pages)
+
+
+def _split(text):
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    last = int(len(tokens) * (1 - HELD_BACK))
+    return tokens[:last], tokens[last:]
+
+
+def train(model, tokens, steps, rate, seed):
+    """Train the parameters that want gradients on random pieces of a text."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        starts = torch.randint(0, len(tokens) - LENGTH, (BATCH,), generator=generator)
+        batch = torch.stack([tokens[start : start + LENGTH] for start in starts])
+        optimizer.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def loss(model, tokens):
+    """Return the mean loss in nats a byte over a whole text."""
+    count = len(tokens) // LENGTH
+    pieces = tokens[: count * LENGTH].view(count, LENGTH)
+    losses = [model(piece, labels=piece).loss.item() * len(piece) for piece in pieces.split(BATCH)]
+    return sum(losses) / count
+
+
+def measured(folder, steps, steps_of_lora):
+    """Return the losses by name, and what merging into INT4 reported."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from int4_lora.integration.demo.recipe import save_quantised
+
+    (library, _), (pages, held) = texts()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    train(model, library, steps, 3e-3, seed=1)
+    found = {"dense": loss(model, held)}
+    save_quantised(model.to(torch.bfloat16), folder / "int4", WEIGHTS)
+    unpack_checkpoint(folder / "int4", folder / "unpacked", dtype=torch.float32)
+
+    def opened(name):
+        return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+
+    found["INT4"] = loss(opened("unpacked"), held)
+    tuned = get_peft_model(opened("unpacked"), LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    train(tuned, pages, steps_of_lora, 3e-3, seed=2)
+    tuned.save_pretrained(str(folder / "adapter"))
+    both = PeftModel.from_pretrained(opened("unpacked"), folder / "adapter")
+    found["INT4 + LoRA"] = loss(both, held)
+    adapters = [(folder / "adapter", 1.0)]
+    merge_checkpoint(folder / "int4", folder / "merged", adapters, dtype=torch.float32)
+    found["merged, dense"] = loss(opened("merged"), held)
+    reports = {}
+    for name, search in (("merged, INT4, min-max", False), ("merged, INT4, scale search", True)):
+        target = folder / name
+        outcome = merge_checkpoint(
+            folder / "int4", target, adapters, to="int4", search=search, max_error=1.0
+        )
+        reports[name] = outcome.report["total"]
+        unpack_checkpoint(target, folder / f"{name}, dense", dtype=torch.float32)
+        found[name] = loss(opened(f"{name}, dense"), held)
+    return found, reports
+
+
+def table(found, reports):
+    """Return the losses as a table in Markdown."""
+    lines = ["| model | loss, nats a byte | relative error of the weights |", "|---|---|---|"]
+    for name, value in found.items():
+        error = f"{reports[name]['relative_error']:.4f}" if name in reports else "-"
+        lines.append(f"| {name} | {value:.4f} | {error} |")
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    """Train, merge, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400, help="of the base (400)")
+    parser.add_argument("--steps-of-lora", type=int, default=200, help="of the adapter (200)")
+    parser.add_argument("--output", help="write results/OUTPUT.json and .md")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        found, reports = measured(Path(folder), options.steps, options.steps_of_lora)
+    print(table(found, reports))
+    if options.output:
+        record = {"machine": machine("cpu"), "loss": found, "merging": reports}
+        file = RESULTS / f"{options.output}.json"
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(found, reports) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

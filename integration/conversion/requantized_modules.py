@@ -1,0 +1,101 @@
+"""Packed modules with adapters merged in and quantised again.
+
+Source: ``int4_lora.integration.conversion.scale_search``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.conversion.deltas import Delta
+from int4_lora.integration.conversion.row_blocks import row_blocks, rows_of
+from int4_lora.integration.conversion.scale_search import requantize
+from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, source_of
+from int4_lora.reference import PackedWeight, dequantize
+
+__all__ = ["MADE_ANEW", "RequantizedModule"]
+
+MADE_ANEW = ("weight_packed", "weight_scale", "weight_zero_point")  # g_idx and shape stay
+
+
+class RequantizedModule(Task):
+    """The tensors of a packed module with adapters merged in.
+
+    Args:
+        checkpoint: an open checkpoint.
+        name: one of its packed modules, whose headers were checked.
+        deltas: what adapters add.
+        search: whether scales are searched for.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, deltas: Sequence[Delta], *, search: bool
+    ) -> None:
+        self.checkpoint, self.name, self.search = checkpoint, name, search
+        self.deltas = tuple(deltas)
+        stored = {part: checkpoint.tensors.get(f"{name}.{part}") for part in MADE_ANEW}
+        self.outputs = tuple(
+            OutputTensor(f"{name}.{part}", one.dtype, tuple(one.shape))
+            for part, one in stored.items()
+            if one is not None
+        )
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """The module's tensors, and the adapters."""
+        parts = (*MADE_ANEW, "weight_g_idx", "weight_shape")
+        stored = (self.checkpoint.tensors.get(f"{self.name}.{part}") for part in parts)
+        return {
+            "requantized": [source_of(one) for one in stored if one is not None],
+            "search": self.search,
+            "deltas": [one.source for one in self.deltas],
+        }
+
+    def run(self, write: Write) -> dict[str, Any]:
+        """Merge it and quantise it again; report what that cost."""
+        whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all share one scale
+        error = minmax = norm = delta_norm = largest = 0.0
+        for start, weight in row_blocks(self.checkpoint, self.name, whole=whole):
+            base = dequantize(weight, torch.float64)
+            exact = base.clone()
+            for delta in self.deltas:
+                delta.add_to(exact, start)
+            try:
+                found = requantize(exact, weight, search=self.search)
+            except ValueError as refused:
+                raise ValueError(f"{self.checkpoint.path}: {self.name}: {refused}") from refused
+            error += found.squared_error
+            minmax += found.minmax_squared_error
+            norm += found.squared_norm
+            delta_norm += float((exact - base).square().sum())
+            largest = max(largest, found.max_error)
+            self._write(write, start, found.weight)
+        return {
+            "module": self.name,
+            "weights": math.prod(self.checkpoint.shape_of(self.name)),
+            "squared_error": error,
+            "minmax_squared_error": minmax,
+            "squared_norm": norm,
+            "squared_delta": delta_norm,
+            "max_error": largest,
+        }
+
+    def _write(self, write: Write, start: int, block: PackedWeight) -> None:
+        """Write a block of rows of each tensor where it belongs."""
+        parts = {
+            "weight_packed": block.packed,
+            "weight_scale": block.scale,
+            "weight_zero_point": block.zero_point,
+        }
+        shared = rows_of(self.checkpoint, self.name)
+        for output in self.outputs:
+            part = output.name.rpartition(".")[2]
+            values = parts[part]
+            assert values is not None, "the block has the tensors of the whole"
+            first = start // shared[part]
+            write(output.name, first * (output.nbytes // output.shape[0]), values.contiguous())

@@ -1,0 +1,239 @@
+"""Results that grow: killed at any moment and taken up, shared between runs, put in place whole."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import time
+
+import pytest
+from conversion.test_unpack import bytes_of
+from typer.testing import CliRunner
+
+from int4_lora.integration import cli
+from int4_lora.integration.conversion import unpack_checkpoint, writing
+from int4_lora.integration.conversion.convert import Settings
+from support.checkpoints import shard
+from support.killing import begin
+from support.tiny import LLAMA
+
+SMALL = ("--max-shard-size", "0.0005")
+KILLS = {"unpack": 17, "merge-dense": 17, "merge-int4": 16}  # 50 in all
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def source(tiny_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed") / "source"
+    shutil.copytree(tiny_models["asym-g32"], folder)
+    shard(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    from int4_lora.integration.demo import recipe
+
+    folder = tmp_path_factory.mktemp("killed-adapter") / "adapter"
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    recipe.make_adapter(folder, LLAMA, "adapter", settings)
+    return folder
+
+
+@pytest.mark.parametrize("command", KILLS)
+def test_killed_at_random_moments_the_result_is_the_same(source, adapter, tmp_path, command):
+    options = {
+        "unpack": ["unpack", source],
+        "merge-dense": ["merge", source, "--adapter", adapter],
+        "merge-int4": ["merge", source, "--adapter", adapter, "--to", "int4"],
+    }[command]
+    before, chance = bytes_of(source), random.Random(command)
+    undisturbed, target, partial = (tmp_path / name for name in ("a", "result", "result.partial"))
+    begin(["--version"]).join()  # the imports are made once
+    started = time.perf_counter()
+    first = begin([*options, undisturbed, *SMALL])
+    first.join()
+    lasts = time.perf_counter() - started
+    assert first.exitcode == 0
+    expected, killed, met = bytes_of(undisturbed), 0, set()
+    while killed < KILLS[command]:
+        child = begin([*options, target, *SMALL])
+        child.join(chance.uniform(0, lasts))
+        child.kill()
+        child.join()
+        killed += child.exitcode != 0
+        met.add((target.exists(), len(list(partial.glob("result/*.safetensors")))))
+        if target.exists():
+            assert bytes_of(target) == expected  # whole, or not there
+        if target.exists() or chance.random() < 0.3:  # else it is killed again on its way
+            assert run(*options, target, *SMALL).exit_code == 0 or target.exists()
+            assert bytes_of(target) == expected
+            shutil.rmtree(target)
+            shutil.rmtree(partial, ignore_errors=True)
+    if not target.exists():
+        assert run(*options, target, *SMALL).exit_code == 0
+    assert bytes_of(target) == expected
+    assert len(met) > 1  # it was not killed at the same place every time
+    assert bytes_of(source) == before
+
+
+def test_a_run_that_was_killed_before_tidying_up_is_finished(source, tmp_path):
+    target = tmp_path / "dense"
+    assert run("unpack", source, target).exit_code == 0
+    expected = bytes_of(target)
+    assert run("unpack", source, target, *SMALL, "--shard", "1/1").exit_code == 2  # it is there
+    shutil.rmtree(target)
+    plan = tmp_path / "dense.partial/work/plan.json"
+    calls = []
+
+    def stop(folder, *arguments, **options):
+        calls.append(plan.is_file())
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            unpack_checkpoint(source, target)
+    assert calls == [True]
+    assert bytes_of(target) == expected
+    assert unpack_checkpoint(source, target).finished
+    assert not (tmp_path / "dense.partial").exists()
+    assert bytes_of(target) == expected
+
+
+def test_shares_are_joined_by_a_last_call(source, tmp_path):
+    assert run("unpack", source, tmp_path / "whole", *SMALL).exit_code == 0
+    target = tmp_path / "shared"
+    for share in ("3/3", "1/3"):
+        result = run("unpack", source, target, *SMALL, "--shard", share, "--json")
+        assert result.exit_code == 0
+        outcome = json.loads(result.stdout)
+        assert outcome["written"]
+        assert outcome["missing"]
+        assert not outcome["finished"]
+        assert not target.exists()
+    outcome = json.loads(run("unpack", source, target, *SMALL, "--json").stdout)
+    assert outcome["finished"]
+    assert 0 < len(outcome["written"]) < len(outcome["files"])
+    assert bytes_of(target) == bytes_of(tmp_path / "whole")
+
+
+def test_two_runs_at_once_do_not_meet(source, tmp_path):
+    assert run("unpack", source, tmp_path / "whole", *SMALL).exit_code == 0
+    children = [begin(["unpack", source, tmp_path / "both", *SMALL]) for _ in range(3)]
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    if not (tmp_path / "both").exists():  # the last file was another's when each looked
+        assert run("unpack", source, tmp_path / "both", *SMALL).exit_code == 0
+    assert bytes_of(tmp_path / "both") == bytes_of(tmp_path / "whole")
+    assert not (tmp_path / "both.partial").exists()
+
+
+def test_what_stands_there_is_replaced_only_when_told(source, tmp_path):
+    target = tmp_path / "dense"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    result = run("unpack", source, target)
+    assert result.exit_code == 2
+    assert "--force replaces it" in result.stderr
+    assert bytes_of(target) == {"mine": b"mine"}
+    assert not (tmp_path / "dense.partial").exists()
+    assert run("unpack", source, target, "--force").exit_code == 0
+    assert "mine" not in bytes_of(target)
+    assert {file.name for file in tmp_path.iterdir()} == {"dense"}
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert run("unpack", source, file, "--force").exit_code == 2
+    assert file.read_text() == "mine"
+
+
+def test_a_partial_result_of_another_plan_is_not_taken_up(source, tmp_path):
+    target = tmp_path / "dense"
+    assert run("unpack", source, target, *SMALL, "--shard", "1/2").exit_code == 0
+    for other in (["--dtype", "float32"], ["--max-shard-size", "1"]):
+        result = run("unpack", source, target, *other)
+        assert result.exit_code == 2
+        assert "another source or other options" in result.stderr
+    changed = shutil.copytree(source, tmp_path / "changed")
+    assert run("unpack", changed, target, *SMALL).exit_code == 2
+    assert run("unpack", source, target, "--dtype", "float32", "--force").exit_code == 0
+    assert not (tmp_path / "dense.partial").exists()
+
+
+def test_a_full_disk_changes_nothing_and_is_gone_on_from(source, tmp_path, monkeypatch):
+    target, written = tmp_path / "dense", []
+    original = os.pwrite
+
+    def full(descriptor, data, start):
+        written.append(len(data))
+        if sum(written) > 1_000_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor, data, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.os, "pwrite", full)
+        result = run("unpack", source, target, *SMALL)
+    assert result.exit_code == 2
+    assert "goes on where it was" in result.stderr
+    assert not target.exists()
+    outcome = json.loads(run("unpack", source, target, *SMALL, "--json").stdout)
+    assert outcome["finished"]
+    assert len(outcome["written"]) < len(outcome["files"])
+    assert run("unpack", source, tmp_path / "whole", *SMALL).exit_code == 0
+    assert bytes_of(target) == bytes_of(tmp_path / "whole")
+
+
+def test_room_is_checked_first(source, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9 - 1000, 1000))
+    result = run("unpack", source, tmp_path / "dense")
+    assert result.exit_code == 2
+    assert "1000 are free" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("unpack", source, tmp_path / "file/dense")
+    assert result.exit_code == 2
+    assert "file" in result.stderr
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_dry_run_writes_nothing(source, tmp_path):
+    result = run("unpack", source, tmp_path / "dense", "--dry-run", "--json", *SMALL)
+    assert result.exit_code == 0
+    planned = json.loads(result.stdout)
+    assert not list(tmp_path.iterdir())
+    outcome = unpack_checkpoint(
+        source, tmp_path / "dense", settings=Settings(most_bytes=500_000, jobs=1)
+    )
+    assert planned["files"] == outcome.files
+    sizes = {name: (tmp_path / "dense" / name).stat().st_size for name in outcome.files}
+    assert sizes == outcome.files
+
+
+def test_a_source_that_changes_on_the_way_is_noticed(source, tmp_path, monkeypatch):
+    from int4_lora.integration.conversion import dense_modules
+
+    changed = shutil.copytree(source, tmp_path / "changed")
+    original = dense_modules.dequantize
+
+    def change(*arguments):
+        file = changed / "model-00001-of-00003.safetensors"
+        os.utime(file, ns=(0, 0))
+        return original(*arguments)
+
+    monkeypatch.setattr(dense_modules, "dequantize", change)
+    result = run("unpack", changed, tmp_path / "dense")
+    assert result.exit_code == 2
+    assert "changed since it was opened" in result.stderr
+    assert not (tmp_path / "dense").exists()

@@ -1,0 +1,88 @@
+"""oneshot, annotate, serve: vLLM reads what annotate wrote, and answers are right.
+
+vLLM and llm-compressor need different versions of compressed-tensors, so vLLM is in an environment
+of its own, whose Python ``INT4_LORA_VLLM_PYTHON`` names.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from serving.test_answers import FLOOR, peft_logprobs
+
+from int4_lora.integration import annotate
+from int4_lora.integration.demo import recipe
+from support.tiny import LLAMA
+
+TESTS = Path(__file__).parents[1]
+PYTHON = os.environ.get("INT4_LORA_VLLM_PYTHON")
+PROGRAM = """
+import json, sys
+from serving.conftest import engine, logprobs, requests_of
+
+model, adapters, prompts = json.loads(sys.argv[1])
+settings = {
+    "quantization": "int4_lora",
+    "additional_config": {"int4_lora": {"backend": "compiled", "warm_up": False}},
+    "enable_lora": True,
+    "max_loras": 3,
+    "max_lora_rank": 16,
+}
+if __name__ == "__main__":
+    requests = [None, *requests_of(adapters).values()]
+    rows = [requests[row % len(requests)] for row in range(len(prompts))]
+    with engine(model, **settings) as llm:
+        config = llm.llm_engine.vllm_config.quant_config
+        said = [config.is_lora_compatible(), config.lora_compatible, config.lora_target_modules]
+        print("FOUND", json.dumps([said, logprobs(llm, prompts, rows)]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Return PEFT adapters of the tiny Llama, by name."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, settings in recipe.ADAPTERS.items():
+        recipe.make_adapter(root / name, LLAMA, name, settings)
+    return {name: root / name for name in recipe.ADAPTERS}
+
+
+def served(model, adapters, prompts, tmp_path):
+    """Return what vLLM's configuration says, and the log-probabilities of mixed rows."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    folders = {name: str(folder) for name, folder in adapters.items()}
+    done = subprocess.run(
+        [PYTHON, program, json.dumps([str(model), folders, prompts])],
+        env={**os.environ, "PYTHONPATH": str(TESTS), "VLLM_DO_NOT_TRACK": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, (done.stdout + done.stderr)[-4000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+@pytest.mark.skipif(PYTHON is None, reason="INT4_LORA_VLLM_PYTHON names no Python with vLLM")
+def test_vllm_serves_what_was_annotated(quantised, adapters, tmp_path):
+    if quantised.bits == 8:
+        pytest.skip("vLLM has no kernel for 8 bits on a CPU")
+    found = annotate(quantised.folder)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, LLAMA["vocab_size"], (4, 9), generator=generator).tolist()
+    said, answers = served(quantised.folder, adapters, prompts, tmp_path)
+    assert said == [True, True, list(found.lora_target_modules)]
+    folders = list(adapters.values())
+    truth, theirs = (
+        peft_logprobs(quantised.folder, folders, prompts, dtype)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    allowed = 2 * (theirs - truth).abs().amax() + FLOOR
+    right = torch.stack([truth[row % len(truth), row] for row in range(len(prompts))])
+    error = (torch.tensor(answers, dtype=torch.float64) - right).abs().amax()
+    assert error <= allowed, f"{error:.4f} of {allowed:.4f} nats"
