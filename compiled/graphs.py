@@ -29,9 +29,9 @@ from int4_lora.compiled.prepared_weight import PreparedWeight
 __all__ = ["bucket_of", "graph_of", "run", "run_terms"]
 
 MOST_TOKENS = 2**31 - 1
-LAST_TOKENS = {  # the identity of the adapters' term may not change within a bucket
-    "cpu": (1, GATHERED_TOKENS["cpu"][0]),
-    "cuda": (1, 16, GATHERED_TOKENS["cuda"][0]),
+LAST_TOKENS = {  # the adapters' identity may not change in one; 2^13 rows are indexed in 32 bits
+    "cpu": (1, GATHERED_TOKENS["cpu"][0], 2**15),
+    "cuda": (1, 16, GATHERED_TOKENS["cuda"][0], 2**13),
 }
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.row_blocks import row_blocks
 from int4_lora.integration.conversion.tasks import (
@@ -27,7 +28,6 @@ from int4_lora.integration.conversion.tasks import (
 from int4_lora.integration.safetensors_files import DTYPES, read_rows
 from int4_lora.integration.safetensors_header import StoredTensor
 from int4_lora.integration.upstream import decompress_module, module_tensors
-from int4_lora.reference import dequantize
 from int4_lora.reference.rounding import round_once
 
 __all__ = ["DenseModule", "MergedTensor", "OtherFormat"]
@@ -75,11 +75,11 @@ class DenseModule(Task):
         for start, weight in row_blocks(self.checkpoint, self.name):
             where = f"{self.checkpoint.path}: {self.name}"
             if not self.deltas:
-                dense = dequantize(weight)
+                dense = dense_rows(weight)
                 if dense.dtype != self.dtype:
                     dense = cast(dense, self.dtype, f"{where}: the weight")
             else:
-                exact = dequantize(weight, torch.float64)
+                exact = dense_rows(weight).to(torch.float64)
                 for delta in self.deltas:
                     delta.add_to(exact, start)
                 dense = _rounded(exact, self.dtype, where)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.row_blocks import row_blocks, rows_of
 from int4_lora.integration.conversion.scale_search import requantize
 from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, source_of
-from int4_lora.reference import PackedWeight, dequantize
+from int4_lora.reference import PackedWeight
 
 __all__ = ["MADE_ANEW", "RequantizedModule"]
 
@@ -61,7 +62,7 @@ class RequantizedModule(Task):
         whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all share one scale
         error = minmax = norm = delta_norm = largest = 0.0
         for start, weight in row_blocks(self.checkpoint, self.name, whole=whole):
-            base = dequantize(weight, torch.float64)
+            base = dense_rows(weight).to(torch.float64)
             exact = base.clone()
             for delta in self.deltas:
                 delta.add_to(exact, start)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -20,6 +21,7 @@ from int4_lora.integration.conversion.tasks import Task
 
 __all__ = ["sync_folder", "threads_shared", "write_file", "write_whole"]
 
+SYNC_SECONDS = 0.25
 Reports = list[dict[str, Any]]
 
 
@@ -51,11 +53,12 @@ def write_file(
             _write_all(descriptor, data, file.places[name] + start)
             advance(len(data))
 
-        futures = [pool.submit(task.run, write) for task in _largest_first(file)]
-        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        wait(waiting)
+        with _syncing(descriptor):
+            futures = [pool.submit(task.run, write) for task in _largest_first(file)]
+            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
         for future in futures:
             if future in done and future.exception() is not None:
                 raise future.exception() or AssertionError("it has one")
@@ -65,6 +68,29 @@ def write_file(
         return [one for one in found if one is not None]
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _syncing(descriptor: int) -> Iterator[None]:
+    """Force a file to the disk as it is written, so that little is left for the end."""
+    over, failed = threading.Event(), list[OSError]()
+
+    def sync() -> None:
+        try:
+            while not over.wait(SYNC_SECONDS):
+                os.fdatasync(descriptor)
+        except OSError as error:  # the system says it once
+            failed.append(error)
+
+    thread = threading.Thread(target=sync, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _largest_first(file: ResultFile) -> list[Task]:

@@ -64,7 +64,7 @@ def test_calls_like_one_before_go_to_the_graph(layer, dynamo, inference):
 
 def test_many_tokens_and_new_numbers_of_them_go_the_usual_way(layer):
     with torch.inference_mode():
-        for tokens in (25, 40, 25, 0, 3, 200):
+        for tokens in (25, 40, 25, 0, 3, 200, 2**15 + 1):
             for _ in range(2):
                 assert same(layer, random_x(tokens, COLUMNS, torch.bfloat16), ids_of(tokens))
 

@@ -225,14 +225,14 @@ def test_a_source_that_changes_on_the_way_is_noticed(source, tmp_path, monkeypat
     from int4_lora.integration.conversion import dense_modules
 
     changed = shutil.copytree(source, tmp_path / "changed")
-    original = dense_modules.dequantize
+    original = dense_modules.dense_rows
 
     def change(*arguments):
         file = changed / "model-00001-of-00003.safetensors"
         os.utime(file, ns=(0, 0))
         return original(*arguments)
 
-    monkeypatch.setattr(dense_modules, "dequantize", change)
+    monkeypatch.setattr(dense_modules, "dense_rows", change)
     result = run("unpack", changed, tmp_path / "dense")
     assert result.exit_code == 2
     assert "changed since it was opened" in result.stderr
