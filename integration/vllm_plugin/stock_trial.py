@@ -104,7 +104,7 @@ def _measured(kind: Kind, device: torch.device) -> tuple[dict[str, float], bool]
     for tokens in TOKENS:
         x = torch.randn(tokens, kind.inputs, device=device).to(kind.dtype)
         callables = {"ours": _ours(ours, x), "theirs": _theirs(theirs, x)}
-        found = []
+        found: list[float] = []
         while len(found) < TRIES and all(ratio > MARGIN for ratio in found):
             with as_when_serving():
                 times = measure(callables, rounds=ROUNDS, budget=BUDGET, seed=tokens)
