@@ -1,8 +1,9 @@
 """How fast a checkpoint is unpacked, beside copying as many bytes: ``python -m benchmarks.unpack``.
 
 A checkpoint of random INT4 weights is made, unpacked by ``int4-lora unpack`` in a process of its
-own whose peak of memory is read, and its result copied file by file; both are forced to the disk.
-They take turns. ``--output NAME`` writes ``results/NAME.json`` and ``.md``.
+own whose peak of memory is read, and its result copied file by file. What is read is not in the
+cache before, and what is written is forced to the disk, for both. They take turns. ``--output
+NAME`` writes ``results/NAME.json`` and ``.md``.
 
 Source: "Done when" of the issue about unpacking.
 """
@@ -90,21 +91,29 @@ def copy(source, target):
     return time.perf_counter() - started
 
 
+def forget(folder):
+    """Let the cache forget a folder's files, where the system can."""
+    os.sync()
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measured(folder, gigabytes, rounds, jobs):
     """Return what was found: bytes, seconds of each round, the peak of memory."""
     made = make(folder / "source", gigabytes * 1e9)
-    os.sync()
     found = {"int4_bytes": made, "unpack": [], "copy": [], "peak": []}
     for _ in range(rounds):
+        forget(folder / "source")
         seconds, peak = unpack(folder / "source", folder / "dense", jobs)
         found["unpack"].append(seconds)
         found["peak"].append(peak)
         files = list((folder / "dense").iterdir())
         found["dense_bytes"] = sum(file.stat().st_size for file in files)
+        forget(folder / "dense")
         found["copy"].append(copy(folder / "dense", folder / "copied"))
         shutil.rmtree(folder / "copied")
         shutil.rmtree(folder / "dense")
-        os.sync()
     return found
 
 
@@ -116,7 +125,7 @@ def table(found):
         f"{found['int4_bytes'] / 1e9:.1f} GB of INT4, {dense:.1f} GB dense; medians of "
         f"{len(found['copy'])} rounds in turns",
         "",
-        "| | seconds | GB/s of the dense bytes | peak memory, GB |",
+        "| nothing cached before | seconds | GB/s of the dense bytes | peak memory, GB |",
         "|---|---|---|---|",
         f"| copy, synced | {copied:.1f} | {dense / copied:.2f} | - |",
         f"| unpack, synced, the start of Python included | {unpacked:.1f} | "

@@ -54,7 +54,7 @@ class BoundLayer:
     """``int4_lora_linear`` of one weight, its adapters and its bias.
 
     Args:
-        weight: what ``prepare`` returned; its tensors may be written to.
+        weight: what ``prepare`` returned; its tensors may be written to, not replaced.
         lora: what ``prepare_lora`` returned; likewise.
         bias: ``[out_features]`` or None; likewise.
 
@@ -102,7 +102,7 @@ class BoundLayer:
             adapter_ids.shape,
             adapter_ids.dtype,
             adapter_ids.device,
-            adapter_ids.is_contiguous(),
+            adapter_ids.is_contiguous() and not adapter_ids.is_neg(),
             adapter_ids.is_inference(),
             type(adapter_ids),
             tuple([one.finite for one in self.lora.slices]),

@@ -94,6 +94,8 @@ def modes() -> Hashable:
         torch._C._len_torch_function_stack(),  # pyright: ignore[reportAttributeAccessIssue]
         torch._C._len_torch_dispatch_stack(),
         torch.compiler.is_compiling(),
+        torch._C._functorch.peek_interpreter_stack() is None,  # pyright: ignore[reportAttributeAccessIssue]
+        getattr(torch.autograd.forward_ad, "_current_level", -1),
     )
 
 

@@ -3,8 +3,7 @@
 Source: ``docs/commands/unpack.md`` and ``docs/commands/merge.md``.
 """
 
-from int4_lora.integration.conversion.convert import Conversion, convert
 from int4_lora.integration.conversion.merge import merge_checkpoint
 from int4_lora.integration.conversion.unpack import unpack_checkpoint
 
-__all__ = ["Conversion", "convert", "merge_checkpoint", "unpack_checkpoint"]
+__all__ = ["merge_checkpoint", "unpack_checkpoint"]

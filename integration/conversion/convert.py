@@ -36,7 +36,7 @@ class Conversion:
         source: the checkpoint's folder.
         others: other folders that are read, such as adapters.
         tasks: what makes the result's tensors.
-        config: the result's config.json.
+        config: the result's config.json, or None for that of the source.
         accept: takes what the tasks report and returns the result's own report, or None; raises
             to keep the result from its place.
         report: the file of the result that holds the report, or None.
@@ -45,7 +45,7 @@ class Conversion:
     source: Path
     others: tuple[Path, ...]
     tasks: tuple[Task, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] | None
     accept: Accept = field(default=lambda reports: None)
     report: str | None = None
 
@@ -114,19 +114,19 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
     """
     files = lay_out(conversion.tasks, settings.most_bytes)
     carried = other_files(conversion.source)
-    folder = ResultFolder(target, _digest(conversion, files))
+    target = target if target.name else target.resolve()
+    folder = ResultFolder(target, _digest(conversion, files, carried))
     folder.check_place((conversion.source, *conversion.others), force=settings.force)
     sizes = {file.name: file.size for file in files}
-    left = [file for file in files if not folder.is_whole(file.name)]
+    own = _own(files, settings.share)
+    _check_space(folder, [file for file in own if not folder.is_whole(file.name)])
     if settings.dry_run:
-        names = [file.name for file in left]
-        return Outcome(target, sizes, carried, [], names, finished=False)
+        planned = {file.name: file.size for file in own}
+        return Outcome(target, planned, carried, [], list(planned), finished=False)
     written: list[str] = []
     if not folder.is_finished():
-        _check_space(folder, left)
-        folder.open(force=settings.force)
-        left = [file for file in files if not folder.is_whole(file.name)]
-        written = _write(folder, _own(files, left, settings.share), settings)
+        folder.open()
+        written = _write(folder, own, settings)
     missing = _missing(folder, files)
     if missing or (settings.share is not None and settings.share[1] > 1):
         return Outcome(target, sizes, carried, written, missing, finished=False)
@@ -134,16 +134,19 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
         if not open_still:  # another run was first
             return Outcome(target, sizes, carried, written, [], finished=True)
         report = conversion.accept(folder.reports(sizes))
-        folder.finish(lambda place: _fill(place, conversion, files, carried, report))
+        folder.finish(
+            lambda place: _fill(place, conversion, files, carried, report), force=settings.force
+        )
     return Outcome(target, sizes, carried, written, [], finished=True, report=report)
 
 
-def _digest(conversion: Conversion, files: Sequence[ResultFile]) -> str:
+def _digest(conversion: Conversion, files: Sequence[ResultFile], carried: Sequence[str]) -> str:
     """Return what tells a plan from any other that would write other bytes."""
     plan = {
         "format": FORMAT,
         "source": str(conversion.source.resolve()),
         "config": conversion.config,
+        "carried": [[name, _changed(conversion.source / name)] for name in (CONFIG, *carried)],
         "files": {file.name: [task.sources for task in file.tasks] for file in files},
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
@@ -159,27 +162,33 @@ def _check_space(folder: ResultFolder, left: Sequence[ResultFile]) -> None:
         place = place.parent
     needed = sum(file.size for file in left)
     free = shutil.disk_usage(place).free + sum(
-        path.stat().st_size for path in map(folder.unfinished, _names(left)) if path.is_file()
+        512 * path.stat().st_blocks
+        for path in map(folder.unfinished, _names(left))
+        if path.is_file()
     )
     if needed > free:
         raise OSError(f"{folder.target} needs {needed} bytes, {free} are free on its disk")
 
 
-def _own(
-    files: Sequence[ResultFile], left: Sequence[ResultFile], share: tuple[int, int] | None
-) -> list[ResultFile]:
-    """Return the files that this run is to write."""
+def _changed(file: Path) -> list[int]:
+    """Return what tells a file from itself after a change."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _own(files: Sequence[ResultFile], share: tuple[int, int] | None) -> list[ResultFile]:
+    """Return the files that this run is to write, unless they are there."""
     number, of = share or (1, 1)
-    own = {file.name for place, file in enumerate(files) if place % of == number - 1}
-    return [file for file in left if file.name in own]
+    return [file for place, file in enumerate(files) if place % of == number - 1]
 
 
 def _write(folder: ResultFolder, files: Sequence[ResultFile], settings: Settings) -> list[str]:
     """Write files, but for those that another process is writing; return their names."""
     from filelock import Timeout
 
-    written = []
-    settings.begin(sum(task.nbytes for file in files for task in file.tasks))
+    written: list[str] = []
+    left = [file for file in files if not folder.is_whole(file.name)]
+    settings.begin(sum(task.nbytes for file in left for task in file.tasks))
     with threads_shared(settings.jobs) as pool:
         for file in files:
             if folder.is_gone():
@@ -195,7 +204,13 @@ def _write_one(
     folder: ResultFolder, file: ResultFile, pool: ThreadPoolExecutor, settings: Settings
 ) -> None:
     path = folder.unfinished(file.name)
-    reports = write_file(path, file, pool, settings.advance)
+    try:
+        reports = write_file(path, file, pool, settings.advance)
+    except (TypeError, ValueError) as error:  # no other run will do better
+        if folder.abandon():
+            raise
+        kept = f"{error}; what was written before is in {folder.home}"
+        raise type(error)(kept) from error
     folder.keep(file.name, reports)
 
 
@@ -217,13 +232,15 @@ def _fill(
     report: Mapping[str, Any] | None,
 ) -> None:
     """Write what stands beside the tensors."""
-    copy_files(conversion.source, list(carried), place)
+    kept = [] if conversion.config is not None else [CONFIG]
+    copy_files(conversion.source, [*carried, *kept], place)
     index = index_of(files)
     if index is not None:
         write_whole(place / INDEX, _json(index))
     if report is not None and conversion.report is not None:
         write_whole(place / conversion.report, _json(report))
-    write_whole(place / CONFIG, _json(conversion.config))
+    if conversion.config is not None:
+        write_whole(place / CONFIG, _json(conversion.config))
 
 
 def _json(value: object) -> bytes:

@@ -94,7 +94,9 @@ def _shape_in_base(checkpoint: Checkpoint, name: str, where: str) -> tuple[int, 
         return checkpoint.shape_of(name)
     stored = checkpoint.tensors.get(f"{name}.weight")
     if stored is None:
-        raise ValueError(f"{where}: {checkpoint.path} has no such module")
+        tied = name.endswith("lm_head") and checkpoint.config.get("tie_word_embeddings") is True
+        why = ": it is tied to the embeddings, which would change too" if tied else ""
+        raise ValueError(f"{where}: {checkpoint.path} has no such weight{why}")
     if len(stored.shape) != 2 or stored.dtype not in ("F16", "BF16", "F32", "F64"):
         found = f"{stored.dtype} {list(stored.shape)}"
         raise ValueError(f"{where}: its weight must be a floating matrix, the base has {found}")

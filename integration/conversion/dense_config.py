@@ -31,8 +31,8 @@ def dense_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[s
         {'dtype': 'bfloat16'}
     """
     found = copy.deepcopy(dict(config))
-    text = found.get("text_config")
-    for part in (found, text if isinstance(text, dict) else {}):
+    parts = [found, *(part for part in found.values() if isinstance(part, dict))]  # text, vision
+    for part in parts:
         for key in (*CONFIG_KEYS, *ABOUT_INT4):
             part.pop(key, None)
         for key in DTYPE_KEYS:

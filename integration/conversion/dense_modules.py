@@ -79,10 +79,8 @@ class DenseModule(Task):
                 if dense.dtype != self.dtype:
                     dense = cast(dense, self.dtype, f"{where}: the weight")
             else:
-                exact = dense_rows(weight).to(torch.float64)
-                for delta in self.deltas:
-                    delta.add_to(exact, start)
-                dense = _rounded(exact, self.dtype, where)
+                base = dense_rows(weight).to(torch.float64)
+                dense = _merged(base, self.deltas, start, self.dtype, where)
             write(output.name, start * each, dense)
 
 
@@ -113,13 +111,11 @@ class MergedTensor(Task):
     def run(self, write: Write) -> None:
         """Merge it, some rows at a time."""
         rows, columns = self.outputs[0].shape
-        step = max(1, ROWS_BYTES // (8 * columns))
+        step = max(1, ROWS_BYTES // max(1, 8 * columns))
         for start in range(0, rows, step):
             found = read_rows(self.stored, self.name, start, min(start + step, rows))
-            exact = found.to(torch.float64)
-            for delta in self.deltas:
-                delta.add_to(exact, start)
-            dense = _rounded(exact, self.dtype, f"{self.stored.file}: {self.name}")
+            where = f"{self.stored.file}: {self.name}"
+            dense = _merged(found.to(torch.float64), self.deltas, start, self.dtype, where)
             write(self.name, start * columns * self.dtype.itemsize, dense)
 
 
@@ -159,11 +155,27 @@ class OtherFormat(Task):
         write(output.name, 0, cast(dense, self.dtype, f"{where}: the weight").contiguous())
 
 
-def _rounded(exact: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
-    """Return merged weights, rounded once."""
-    dense = round_once(exact, dtype)
-    lost = dense.isinf() & exact.isfinite()
+def _merged(
+    rows: torch.Tensor, deltas: Sequence[Delta], start: int, dtype: torch.dtype, where: str
+) -> torch.Tensor:
+    """Return some rows with what adapters add to them, rounded once.
+
+    Args:
+        rows: float64, written over.
+        deltas: what adapters add.
+        start: the first of the rows in the whole weight.
+        dtype: of the result.
+        where: what they are, for the message.
+
+    Raises:
+        ValueError: a weight that was finite is not.
+    """
+    finite = rows.isfinite()
+    for delta in deltas:
+        delta.add_to(rows, start)
+    dense = round_once(rows, dtype)
+    lost = finite & ~dense.isfinite()
     if lost.any():
-        value, name = exact[lost][0].item(), str(dtype).removeprefix("torch.")
+        value, name = rows[lost][0].item(), str(dtype).removeprefix("torch.")
         raise ValueError(f"{where}: the merged weight must be finite in {name}, got {value:g}")
     return dense

@@ -5,6 +5,7 @@ Source: ``docs/commands/merge.md``.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from int4_lora.integration.conversion.dense_modules import MergedTensor
 from int4_lora.integration.conversion.merge_report import REPORT, Acceptance
 from int4_lora.integration.conversion.requantized_modules import MADE_ANEW, RequantizedModule
 from int4_lora.integration.conversion.tasks import Copy, Task
-from int4_lora.integration.conversion.unpack import dense_tasks
+from int4_lora.integration.conversion.unpack import check_dense_dtype, dense_tasks
 
 __all__ = ["MOST_ERROR", "To", "merge_checkpoint", "plan_merge"]
 
@@ -89,6 +90,12 @@ def plan_merge(
     """Return what ``merge_checkpoint`` does; headers and adapters are read and checked."""
     if not adapters:
         raise ValueError("merge needs at least one adapter")
+    if to not in ("dense", "int4"):
+        raise ValueError(f"to must be 'dense' or 'int4', got {to!r}")
+    for adapter, weight in adapters:
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"{adapter.path}: its weight must be a finite number, got {weight!r}")
+    check_dense_dtype(dtype)
     if to == "int4" and dtype is not None:
         raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
     deltas = deltas_of(checkpoint, adapters)
@@ -98,10 +105,12 @@ def plan_merge(
         config = dense_config(checkpoint.config, dtype)
         return Conversion(checkpoint.path, others, tuple(tasks), config)
     tasks = _int4_tasks(checkpoint, deltas, search=search)
-    accept = Acceptance(max_error, [(str(one.path), weight) for one, weight in adapters])
-    return Conversion(
-        checkpoint.path, others, tuple(tasks), checkpoint.config, accept=accept, report=REPORT
-    )
+    said = {
+        "adapters": [{"name": one.path.name, "weight": weight} for one, weight in adapters],
+        "scales": "search" if search else "minmax",
+    }
+    accept = Acceptance(max_error, said)
+    return Conversion(checkpoint.path, others, tuple(tasks), None, accept=accept, report=REPORT)
 
 
 def _int4_tasks(

@@ -38,13 +38,13 @@ class Acceptance:
 
     Args:
         max_error: the largest relative error of a module.
-        adapters: the folders, and what each is multiplied by.
+        said: what the report says of how it was merged.
     """
 
-    def __init__(self, max_error: float, adapters: Sequence[tuple[str, float]]) -> None:
+    def __init__(self, max_error: float, said: Mapping[str, Any]) -> None:
         if not max_error >= 0:
             raise ValueError(f"max_error must be 0 or more, got {max_error}")
-        self.max_error, self.adapters = max_error, adapters
+        self.max_error, self.said = max_error, said
 
     def __call__(self, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the report.
@@ -56,7 +56,7 @@ class Acceptance:
         sums = {name: math.fsum(one[name] for one in reports) for name in SUMS}
         worst = sorted(modules, key=lambda one: -one["relative_error"])
         report = {
-            "adapters": [{"weight": weight} for _, weight in self.adapters],
+            **self.said,
             "total": _of_sums(sums),
             "worst": [one["module"] for one in worst[:WORST]],
             "modules": modules,

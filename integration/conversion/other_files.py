@@ -15,7 +15,7 @@ __all__ = ["copy_files", "other_files"]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 INDEXES = ("safetensors.index.json", "bin.index.json")
-MADE_ANEW = ("config.json", "lora_metadata.json")
+MADE_ANEW = ("config.json", "lora_metadata.json", "merge_report.json")
 
 
 def other_files(folder: Path) -> list[str]:

@@ -1,9 +1,9 @@
 """The folder that a result grows in, which takes its name only when it is whole.
 
-Beside ``DST`` stands ``DST.partial``: ``result/`` becomes ``DST``; ``work/`` holds the plan's
-digest, a lock for each file, and what finished files report; ``replaced/`` is what ``--force``
-replaces. A file has its name once it is whole and on the disk, so a run that was killed is taken up
-at the first file that has none.
+Beside ``DST`` stands ``DST.partial`` with a folder for each plan, so that no two plans meet:
+``result/`` becomes ``DST``; ``work/`` holds the plan, a lock for each file, and what finished files
+report; ``replaced/`` is what ``--force`` replaces. A file has its name once it is whole and on the
+disk, so a run that was killed is taken up at the first file that has none.
 
 Source: ``rename(2)``, which replaces a name at once.
 """
@@ -24,6 +24,7 @@ from int4_lora.integration.json_files import read_json_object
 __all__ = ["ResultFolder"]
 
 PLAN = "plan.json"
+LETTERS = 16  # of a plan's digest
 
 
 class ResultFolder:
@@ -35,11 +36,11 @@ class ResultFolder:
     """
 
     def __init__(self, target: Path, digest: str) -> None:
-        self.target, self.digest = target, digest
+        self.target = target
         self.partial = target.with_name(f"{target.name}.partial")
-        self.result = self.partial / "result"
-        self.work = self.partial / "work"
-        self.replaced = self.partial / "replaced"
+        self.home = self.partial / digest[:LETTERS]
+        self.result, self.work = self.home / "result", self.home / "work"
+        self.replaced = self.home / "replaced"
 
     def check_place(self, sources: Iterable[Path], *, force: bool) -> None:
         """Check that the target may be written.
@@ -50,50 +51,54 @@ class ResultFolder:
 
         Raises:
             FileExistsError: something stands there.
-            ValueError: the target is a source, in one, or around one.
+            ValueError: the target, or where it grows, is a source, in one, or around one.
         """
-        place = self.target.resolve()
         for source in sources:
             other = source.resolve()
-            if place.is_relative_to(other) or other.is_relative_to(place):
-                raise ValueError(f"{self.target} must be apart from {source}, which is read")
-        if not os.path.lexists(self.target) or self.is_finished():
+            for place in (self.target.resolve(), self.partial.resolve()):
+                if place.is_relative_to(other) or other.is_relative_to(place):
+                    raise ValueError(f"{place} must be apart from {source}, which is read")
+        if os.path.lexists(self.partial) and not self._is_folder(self.partial):
+            raise FileExistsError(f"{self.partial} is there and is no folder")
+        if not self.is_finished():
+            self._check_target(force=force)
+
+    def _check_target(self, *, force: bool) -> None:
+        if not os.path.lexists(self.target):
             return
+        if not self._is_folder(self.target):
+            raise FileExistsError(f"{self.target} is there and is no folder")
         if not force:
             raise FileExistsError(f"{self.target} is there: --force replaces it")
-        if not self.target.is_dir() or self.target.is_symlink():
-            raise FileExistsError(f"{self.target} is there and no folder, which --force replaces")
+
+    def _is_folder(self, path: Path) -> bool:
+        return path.is_dir() and not path.is_symlink()
 
     def is_finished(self) -> bool:
         """Return whether an earlier run of this plan got as far as its last step."""
-        return self.target.is_dir() and self._planned() == self.digest and not self.result.is_dir()
+        return self.target.is_dir() and (self.work / PLAN).is_file() and not self.result.is_dir()
 
     def is_gone(self) -> bool:
         """Return whether another run has finished while this one was at it."""
         return self.target.is_dir() and not (self.work / PLAN).is_file()
 
-    def open(self, *, force: bool) -> None:
+    def open(self) -> None:
         """Make the folder, or take up the one of an earlier run.
 
-        Args:
-            force: whether one of another plan may be thrown away.
-
         Raises:
-            FileExistsError: one of another plan is there.
             OSError: it cannot be made.
         """
-        planned = self._planned()
-        if planned is not None and planned != self.digest:
-            if not force:
-                raise FileExistsError(
-                    f"{self.partial} is of a run with another source or other options: "
-                    "delete it, or --force"
-                )
-            shutil.rmtree(self.partial)
         self.result.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
-        if self._planned() is None:
-            write_whole(self.work / PLAN, json.dumps({"digest": self.digest}).encode())
+        if not (self.work / PLAN).is_file():
+            write_whole(self.work / PLAN, json.dumps({"digest": self.home.name}).encode())
+
+    def abandon(self) -> bool:
+        """Throw away what cannot become a result, unless a file of it is whole; say whether."""
+        if any(self.result.iterdir()):
+            return False
+        self._tidy_up()
+        return True
 
     def is_whole(self, name: str) -> bool:
         """Return whether a file of the result is written."""
@@ -124,32 +129,53 @@ class ResultFolder:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[bool]:
-        """Keep other runs from finishing; yield False where one has."""
-        if self.is_gone():
+        """Keep other runs of this plan from finishing; yield False where one has."""
+        from filelock import FileLock
+
+        lock = FileLock(self.partial / f"{self.home.name}.lock")
+        try:
+            lock.acquire()
+        except OSError:  # its folder went with the run that finished
+            if not self.is_gone():
+                raise
             yield False
             return
-        with self.lock("closing"):
+        try:
             yield not self.is_gone()
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it finds that it is gone
+            lock.release()
+            with contextlib.suppress(OSError):
+                self.partial.rmdir()  # unless other plans are at it
 
-    def finish(self, fill: Callable[[Path], None]) -> None:
+    def finish(self, fill: Callable[[Path], None], *, force: bool) -> None:
         """Put the result into its place, and tidy up.
 
         Args:
             fill: writes the last files into the folder that it is given.
+            force: whether what stands in the place is replaced.
+
+        Raises:
+            FileExistsError: something stands there by now.
         """
         if not self.is_finished():
             fill(self.result)
             sync_folder(self.result)
+            self._check_target(force=force)
             if self.target.is_dir():
+                shutil.rmtree(self.replaced, ignore_errors=True)
                 self.target.rename(self.replaced)
             self.result.rename(self.target)
             sync_folder(self.target.parent)
-        shutil.rmtree(self.partial)
+        self._tidy_up()
 
-    def _planned(self) -> str | None:
-        """Return the digest of the plan that the folder was made for, or None."""
-        file = self.work / PLAN
-        if not file.is_file():
-            return None
-        digest = read_json_object(file).get("digest")
-        return digest if isinstance(digest, str) else ""
+    def _tidy_up(self) -> None:
+        """Remove what is left of the plan, what says that it was finished at the very end."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
+        shutil.rmtree(self.result, ignore_errors=True)
+        for file in self.work.iterdir():
+            if file.name != PLAN:
+                file.unlink(missing_ok=True)
+        shutil.rmtree(self.home)
+        with contextlib.suppress(OSError):
+            self.partial.rmdir()

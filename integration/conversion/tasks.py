@@ -16,6 +16,7 @@ from torch import Tensor
 
 from int4_lora.integration.safetensors_files import DTYPES, read_tensor
 from int4_lora.integration.safetensors_header import BITS, StoredTensor
+from int4_lora.reference.rounding import round_once
 
 __all__ = ["Copy", "OutputTensor", "Task", "Write", "cast", "dtype_name", "source_of"]
 
@@ -149,7 +150,9 @@ def cast(values: Tensor, dtype: torch.dtype, where: str) -> Tensor:
         Traceback (most recent call last):
         ValueError: w must be finite in float16, got 100000
     """
-    found = values.to(dtype)
+    if values.element_size() == 1:  # of 8 bits, of which torch asks little
+        values = values.to(torch.float32)
+    found = round_once(values, dtype)
     lost = found.isinf() & ~values.isinf()
     if lost.any():
         value = values[lost].flatten()[0].item()

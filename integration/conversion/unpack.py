@@ -19,7 +19,13 @@ from int4_lora.integration.conversion.dense_modules import DenseModule, MergedTe
 from int4_lora.integration.conversion.tasks import Copy, Task
 from int4_lora.integration.safetensors_files import DTYPES
 
-__all__ = ["DTYPES_OF_DENSE", "dense_tasks", "plan_unpack", "unpack_checkpoint"]
+__all__ = [
+    "DTYPES_OF_DENSE",
+    "check_dense_dtype",
+    "dense_tasks",
+    "plan_unpack",
+    "unpack_checkpoint",
+]
 
 DTYPES_OF_DENSE = {
     "float16": torch.float16,
@@ -93,12 +99,23 @@ def plan_unpack(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Con
         checkpoint: an open checkpoint.
         dtype: as there.
     """
+    check_dense_dtype(dtype)
     return Conversion(
         source=checkpoint.path,
         others=(),
         tasks=tuple(dense_tasks(checkpoint, dtype, {})),
         config=dense_config(checkpoint.config, dtype),
     )
+
+
+def check_dense_dtype(dtype: torch.dtype | None) -> None:
+    """Check that a dense checkpoint may have a dtype.
+
+    Raises:
+        ValueError: it may not.
+    """
+    if dtype is not None and dtype not in DTYPES_OF_DENSE.values():
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or None, got {dtype!r}")
 
 
 def dense_tasks(
@@ -118,9 +135,10 @@ def dense_tasks(
     tasks: list[Task] = []
     modules = {f"{name}.{part}": name for name in checkpoint.modules() for part in OF_A_MODULE}
     begun: set[str] = set()
+    cache = checkpoint.quantization.get("kv_cache_scheme") is not None
     for full, stored in checkpoint.tensors.items():
         name = modules.get(full)
-        if name is None and not full.endswith(OF_A_CACHE):
+        if name is None and not (cache and full.endswith(OF_A_CACHE)):
             own = deltas.get(full.removesuffix(".weight")) if full.endswith(".weight") else None
             copied = MergedTensor(full, stored, dtype, own) if own else Copy(full, stored, dtype)
             tasks.append(copied)
@@ -135,6 +153,7 @@ def _dense_module(
 ) -> Task:
     if checkpoint.is_packed(name):
         checkpoint.check(name)
+        _check_g_idx(checkpoint, name)
         return DenseModule(checkpoint, name, dtype, deltas)
     form = checkpoint.schemes[name].format
     if form not in SHAPES:
@@ -143,9 +162,26 @@ def _dense_module(
     stored = checkpoint.tensors.get(f"{name}.{part}")
     if stored is None or len(stored.shape) != 2:
         raise ValueError(f"{checkpoint.path}: {name}: {part} of a {form} module must be a matrix")
-    scale = checkpoint.tensors[f"{name}.weight_scale"]
+    scale = checkpoint.tensors.get(f"{name}.weight_scale")
+    if scale is None:
+        raise ValueError(f"{checkpoint.path}: {name}: weight_scale of a {form} module is missing")
     if dtype is None:  # that of the scales where they are floats that a dense weight may have
         own = DTYPES.get(scale.dtype, torch.bfloat16)
         dtype = own if own in DTYPES_OF_DENSE.values() else torch.bfloat16
     shape = (stored.shape[0], stored.shape[1] * codes)
     return OtherFormat(checkpoint, name, shape, dtype)
+
+
+def _check_g_idx(checkpoint: Checkpoint, name: str) -> None:
+    """Check the one tensor of a packed module whose values have a rule."""
+    full = f"{name}.weight_g_idx"
+    if full not in checkpoint.tensors:
+        return
+    groups = checkpoint.tensors[f"{name}.weight_scale"].shape[-1]
+    g_idx = checkpoint.tensor(full)
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < -1 or high >= groups:
+        raise ValueError(
+            f"{checkpoint.tensors[full].file}: {name}: weight_g_idx must be in [-1, {groups}), "
+            f"got {low if low < -1 else high}"
+        )

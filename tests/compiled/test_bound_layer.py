@@ -154,3 +154,20 @@ def test_a_graph_that_dynamo_describes_otherwise_is_entered_through_it(layer, mo
             assert same(layer, x, ids_of(3, shift))
         assert not layer._calls
     assert all(one.direct((x, ids)) is None for one in graphs._graphs.values())
+
+
+def test_transforms_of_torch_func_go_the_usual_way(layer):
+    x, ids = random_x(3, COLUMNS, torch.float32), ids_of(3)
+    with torch.no_grad():
+        expected = layer(x, ids)
+        assert torch.equal(layer(x, ids), expected)
+        several = torch.func.vmap(lambda v: layer(v, ids))(torch.stack([x, -x]))
+        usual = torch.func.vmap(
+            lambda v: int4_lora_linear(v, layer.weight, layer.lora, ids, layer.bias)
+        )
+        assert torch.equal(several, usual(torch.stack([x, -x])))
+    _, tangent = torch.func.jvp(lambda v: layer(v, ids), (x,), (x,))
+    _, other = torch.func.jvp(
+        lambda v: int4_lora_linear(v, layer.weight, layer.lora, ids, layer.bias), (x,), (x,)
+    )
+    assert torch.equal(tangent, other)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from int4_lora.integration import cli, open_checkpoint, read_adapter
 from int4_lora.reference import dequantize
 from int4_lora.reference.rounding import round_once
-from support.checkpoints import Q_PROJ, edit_tensors, shard
+from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard
 from support.tiny import LLAMA, VARIANTS
 
 
@@ -115,8 +115,9 @@ def test_int4_reports_the_error_that_running_it_shows(tiny_models, adapters, tmp
     assert report["worst"] == [one["module"] for one in worst]
     head = tensors_of(target)["lm_head.weight"]
     assert torch.equal(head, round_once(exact["lm_head.weight"], head.dtype))
-    kept = json.loads((target / "config.json").read_text())
-    assert kept == json.loads((source / "config.json").read_text())
+    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert [one["name"] for one in report["adapters"]] == ["all", "some"]
+    assert report["scales"] == "search"
 
 
 @pytest.mark.parametrize("variant", ["g128", "asym-g32", "channel", "asym-channel"])
@@ -178,6 +179,7 @@ def refused(source, tmp_path, *options):
     result = run(source, target, *options)
     assert result.exit_code == 2, result.output
     assert not target.exists()
+    assert not target.with_name("merged.partial").exists()
     return result.stderr
 
 
@@ -216,8 +218,7 @@ def test_a_merged_weight_that_overflows_is_named(tiny_models, adapters, tmp_path
         assert result.exit_code == 2
         assert Q_PROJ in result.stderr
         assert "finite in float16" in result.stderr
-        assert not (tmp_path / "merged").exists()
-        shutil.rmtree(tmp_path / "merged.partial")
+        assert {file.name for file in tmp_path.iterdir()} == {"source"}
 
 
 def test_shards_and_a_module_across_them(tiny_models, adapters, tmp_path):
@@ -230,3 +231,38 @@ def test_shards_and_a_module_across_them(tiny_models, adapters, tmp_path):
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 3
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_head_that_is_tied_is_said_to_be(tiny_models, adapters, tmp_path):
+    source = shutil.copytree(tiny_models["g32"], tmp_path / "source")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file)
+    edit_config(source, lambda config, _: config.update(tie_word_embeddings=True))
+    said = refused(source, tmp_path, f"--adapter={adapters[1]}")
+    assert "lm_head" in said
+    assert "tied to the embeddings" in said
+
+
+def test_what_was_reported_of_another_merge_is_not_carried_along(tiny_models, adapters, tmp_path):
+    options = [f"--adapter={adapters[0]}", "--to=int4"]
+    assert run(tiny_models["g32"], tmp_path / "first", *options).exit_code == 0
+    assert run(tmp_path / "first", tmp_path / "second", f"--adapter={adapters[1]}").exit_code == 0
+    assert not (tmp_path / "second/merge_report.json").exists()
+
+
+def test_arguments_in_python_are_checked_first(tiny_models, adapters, tmp_path):
+    from int4_lora.integration.conversion import merge_checkpoint
+
+    source, target = tiny_models["g32"], tmp_path / "merged"
+    for weight in (float("inf"), float("nan"), "x"):
+        with pytest.raises(ValueError, match="finite number"):
+            merge_checkpoint(source, target, [(adapters[0], weight)])
+    with pytest.raises(ValueError, match="'int8'"):
+        merge_checkpoint(source, target, [(adapters[0], 1.0)], to="int8")
+    with pytest.raises(ValueError, match="float8"):
+        merge_checkpoint(source, target, [(adapters[0], 1.0)], dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="at least one"):
+        merge_checkpoint(source, target, [])
+    assert not list(tmp_path.iterdir())

@@ -67,7 +67,7 @@ def test_killed_at_random_moments_the_result_is_the_same(source, adapter, tmp_pa
         child.kill()
         child.join()
         killed += child.exitcode != 0
-        met.add((target.exists(), len(list(partial.glob("result/*.safetensors")))))
+        met.add((target.exists(), len(list(partial.glob("*/result/*.safetensors")))))
         if target.exists():
             assert bytes_of(target) == expected  # whole, or not there
         if target.exists() or chance.random() < 0.3:  # else it is killed again on its way
@@ -88,18 +88,17 @@ def test_a_run_that_was_killed_before_tidying_up_is_finished(source, tmp_path):
     expected = bytes_of(target)
     assert run("unpack", source, target, *SMALL, "--shard", "1/1").exit_code == 2  # it is there
     shutil.rmtree(target)
-    plan = tmp_path / "dense.partial/work/plan.json"
     calls = []
 
     def stop(folder, *arguments, **options):
-        calls.append(plan.is_file())
+        calls.append(len(list(tmp_path.glob("dense.partial/*/work/plan.json"))))
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             unpack_checkpoint(source, target)
-    assert calls == [True]
+    assert calls == [1]
     assert bytes_of(target) == expected
     assert unpack_checkpoint(source, target).finished
     assert not (tmp_path / "dense.partial").exists()
@@ -128,7 +127,7 @@ def test_two_runs_at_once_do_not_meet(source, tmp_path):
     children = [begin(["unpack", source, tmp_path / "both", *SMALL]) for _ in range(3)]
     for child in children:
         child.join()
-        assert child.exitcode == 0
+        assert child.exitcode in (0, 2)  # 2: begun when the result was there
     if not (tmp_path / "both").exists():  # the last file was another's when each looked
         assert run("unpack", source, tmp_path / "both", *SMALL).exit_code == 0
     assert bytes_of(tmp_path / "both") == bytes_of(tmp_path / "whole")
@@ -147,23 +146,135 @@ def test_what_stands_there_is_replaced_only_when_told(source, tmp_path):
     assert run("unpack", source, target, "--force").exit_code == 0
     assert "mine" not in bytes_of(target)
     assert {file.name for file in tmp_path.iterdir()} == {"dense"}
-    file = tmp_path / "file"
+    file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")
-    assert run("unpack", source, file, "--force").exit_code == 2
-    assert file.read_text() == "mine"
-
-
-def test_a_partial_result_of_another_plan_is_not_taken_up(source, tmp_path):
-    target = tmp_path / "dense"
-    assert run("unpack", source, target, *SMALL, "--shard", "1/2").exit_code == 0
-    for other in (["--dtype", "float32"], ["--max-shard-size", "1"]):
-        result = run("unpack", source, target, *other)
+    link.symlink_to(target)
+    for place in (file, link):
+        result = run("unpack", source, place, "--force")
         assert result.exit_code == 2
-        assert "another source or other options" in result.stderr
+        assert "is no folder" in result.stderr
+    assert file.read_text() == "mine"
+    assert link.is_symlink()
+
+
+def test_what_is_not_ours_beside_the_target_is_left_alone(source, tmp_path):
+    mine = tmp_path / "dense.partial" / "result" / "model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for options in (["--dry-run"], ["--shard", "1/1"], ["--force"]):
+        assert run("unpack", source, tmp_path / "dense", *options).exit_code == 0
+        assert bytes_of(tmp_path / "dense.partial") == {"result/model.safetensors": b"mine"}
+    assert "result/model.safetensors" not in bytes_of(tmp_path / "dense")
+    (tmp_path / "other.partial").write_text("mine")
+    result = run("unpack", source, tmp_path / "other", "--force")
+    assert result.exit_code == 2
+    assert "is no folder" in result.stderr
+    assert (tmp_path / "other.partial").read_text() == "mine"
+
+
+def test_a_source_that_is_called_as_a_partial_result_is_not_touched(source, tmp_path):
+    base = shutil.copytree(source, tmp_path / "model.partial")
+    inner = shutil.copytree(source, tmp_path / "outer.partial/base")
+    for folder, target in ((base, tmp_path / "model"), (inner, tmp_path / "outer")):
+        result = run("unpack", folder, target, "--force")
+        assert result.exit_code == 2
+        assert "must be apart" in result.stderr
+        assert bytes_of(folder) == bytes_of(source)
+
+
+def test_plans_do_not_meet(source, adapter, tmp_path):
+    """Another dtype, other files, another source: each begins anew, and is what it is alone."""
+    target = tmp_path / "dense"
     changed = shutil.copytree(source, tmp_path / "changed")
-    assert run("unpack", changed, target, *SMALL).exit_code == 2
-    assert run("unpack", source, target, "--dtype", "float32", "--force").exit_code == 0
-    assert not (tmp_path / "dense.partial").exists()
+    plans = [
+        ["unpack", source, target, *SMALL],
+        ["unpack", source, target, *SMALL, "--dtype", "float32"],
+        ["unpack", source, target, "--max-shard-size", "1"],
+        ["unpack", changed, target, *SMALL],
+        ["merge", source, target, *SMALL, "--adapter", adapter],
+        ["merge", source, target, *SMALL, "--adapter", f"{adapter}=0.5"],
+        ["merge", source, target, *SMALL, "--adapter", adapter, "--to", "int4"],
+        ["merge", source, target, *SMALL, "--adapter", adapter, "--to=int4", "--scales=minmax"],
+    ]
+    for plan in plans:  # all begun
+        outcome = json.loads(run(*plan, "--shard", "1/2", "--json").stdout)
+        assert outcome["written"], plan
+    os.utime(changed / "model-00001-of-00003.safetensors", ns=(0, 0))
+    begun = json.loads(run(*plans[3], "--shard", "1/2", "--json").stdout)
+    assert begun["written"]  # not taken up: the source is another
+    for plan in plans:
+        assert run(*plan, "--force").exit_code == 0
+        alone = [tmp_path / "alone" if one == target else one for one in plan]
+        assert run(*alone).exit_code == 0
+        assert bytes_of(target) == bytes_of(tmp_path / "alone")
+        shutil.rmtree(tmp_path / "alone")
+
+
+def test_what_appears_in_the_place_meanwhile_is_not_replaced(source, tmp_path, monkeypatch):
+    from int4_lora.integration.conversion import convert as module
+
+    target, fill = tmp_path / "dense", module._fill
+
+    def meanwhile(*arguments):
+        fill(*arguments)
+        target.mkdir()
+        (target / "mine").write_text("mine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_fill", meanwhile)
+        result = run("unpack", source, target)
+    assert result.exit_code == 2
+    assert "--force replaces it" in result.stderr
+    assert bytes_of(target) == {"mine": b"mine"}
+
+
+def test_a_replacement_that_was_stopped_halfway_loses_neither(source, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    target, rename = tmp_path / "dense", Path.rename
+    target.mkdir()
+    (target / "mine").write_text("mine")
+
+    def stop(path, place):
+        if path.name == "result":
+            raise KeyboardInterrupt
+        return rename(path, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            unpack_checkpoint(source, target, settings=Settings(force=True))
+    assert [file.read_text() for file in tmp_path.rglob("mine")] == ["mine"]
+    other = run("unpack", source, target, "--dtype", "float32")  # another plan lets it be
+    assert other.exit_code == 0
+    assert [file.read_text() for file in tmp_path.rglob("mine")] == ["mine"]
+    shutil.rmtree(target)
+    assert run("unpack", source, target, "--force").exit_code == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"dense"}
+
+
+def test_blocks_and_pieces_change_no_byte(source, adapter, tmp_path, monkeypatch):
+    from int4_lora.integration.conversion import dense_modules, row_blocks, tasks
+
+    merge = ["merge", source, "--adapter", adapter]
+    commands = {
+        "unpack": ["unpack", source, "--dtype", "float32"],
+        "dense": merge,
+        "int4": [*merge, "--to", "int4"],
+    }
+    for name, command in commands.items():
+        assert run(*command[:2], tmp_path / name, *command[2:]).exit_code == 0
+    monkeypatch.setattr(row_blocks, "WEIGHTS", 10_000)
+    monkeypatch.setattr(tasks.Copy, "PIECE", 1000)
+    monkeypatch.setattr(dense_modules, "ROWS_BYTES", 10_000)
+    for name, command in commands.items():
+        assert run(*command[:2], tmp_path / f"{name}-small", *command[2:]).exit_code == 0
+        small, large = bytes_of(tmp_path / f"{name}-small"), bytes_of(tmp_path / name)
+        report = [json.loads(one.pop("merge_report.json", b"{}")) for one in (small, large)]
+        assert small == large
+        if name == "int4":
+            totals = [one["total"]["relative_error"] for one in report]
+            assert totals[0] == pytest.approx(totals[1], rel=1e-12)
 
 
 def test_a_full_disk_changes_nothing_and_is_gone_on_from(source, tmp_path, monkeypatch):
@@ -194,9 +305,10 @@ def test_room_is_checked_first(source, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9 - 1000, 1000))
-    result = run("unpack", source, tmp_path / "dense")
-    assert result.exit_code == 2
-    assert "1000 are free" in result.stderr
+    for options in ([], ["--dry-run"]):
+        result = run("unpack", source, tmp_path / "dense", *options)
+        assert result.exit_code == 2
+        assert "1000 are free" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -206,6 +318,9 @@ def test_places_that_cannot_be_written(source, tmp_path):
     assert result.exit_code == 2
     assert "file" in result.stderr
     assert (tmp_path / "file").read_text() == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(source)
+        assert "apart from" in run("unpack", ".", ".").stderr
 
 
 def test_a_dry_run_writes_nothing(source, tmp_path):

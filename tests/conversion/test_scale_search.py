@@ -8,6 +8,7 @@ from parameterized import parameterized
 
 from int4_lora.integration.conversion.scale_search import requantize
 from int4_lora.reference import dequantize, merge_quantized
+from int4_lora.reference.dequantization import scale_columns, scale_rows
 from int4_lora.reference.lora_stack import LoRAStack
 from support.weights import every_format, random_weight
 
@@ -54,6 +55,21 @@ def test_without_a_search_it_is_the_references_merge(name, arguments):
     assert torch.equal(found.weight.scale, expected.scale)
     assert found.max_error == pytest.approx(cost.max_error, rel=1e-12)
     assert found.squared_error == found.minmax_squared_error
+
+
+@parameterized.expand(FORMATS)
+def test_no_group_is_worse_than_by_min_max(name, arguments):
+    weight = random_weight(**arguments)
+    exact, _ = merged(weight, seed=3)
+    lost = []
+    for search in (True, False):
+        found = requantize(exact, weight, search=search).weight
+        off = (dequantize(found, torch.float64) - exact).square()
+        groups = off.new_zeros(weight.out_features, int(scale_columns(weight).max()) + 1)
+        groups.index_add_(1, scale_columns(weight), off)
+        table = groups.new_zeros(int(scale_rows(weight).max()) + 1, groups.shape[1])
+        lost.append(table.index_add_(0, scale_rows(weight), groups))
+    assert (lost[0] <= lost[1] * (1 + 1e-12)).all()
 
 
 def test_the_search_is_better_on_ordinary_weights():
