@@ -19,7 +19,7 @@ from int4_lora.integration.conversion.other_files import copy_files, other_files
 from int4_lora.integration.conversion.result_files import ResultFile, index_of, lay_out
 from int4_lora.integration.conversion.result_folder import ResultFolder
 from int4_lora.integration.conversion.tasks import Task
-from int4_lora.integration.conversion.writing import threads_shared, write_file, write_whole
+from int4_lora.integration.conversion.writing import threads_shared, write_file, write_synced
 
 __all__ = ["Conversion", "Outcome", "Settings", "convert"]
 
@@ -231,16 +231,16 @@ def _fill(
     carried: Sequence[str],
     report: Mapping[str, Any] | None,
 ) -> None:
-    """Write what stands beside the tensors."""
+    """Write what stands beside the tensors; nobody sees it before it is whole."""
     kept = [] if conversion.config is not None else [CONFIG]
     copy_files(conversion.source, [*carried, *kept], place)
     index = index_of(files)
     if index is not None:
-        write_whole(place / INDEX, _json(index))
+        write_synced(place / INDEX, _json(index))
     if report is not None and conversion.report is not None:
-        write_whole(place / conversion.report, _json(report))
+        write_synced(place / conversion.report, _json(report))
     if conversion.config is not None:
-        write_whole(place / CONFIG, _json(conversion.config))
+        write_synced(place / CONFIG, _json(conversion.config))
 
 
 def _json(value: object) -> bytes:
