@@ -156,6 +156,7 @@ def test_a_graph_that_dynamo_describes_otherwise_is_entered_through_it(layer, mo
     assert all(one.direct((x, ids)) is None for one in graphs._graphs.values())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own, in jvp
 def test_transforms_of_torch_func_go_the_usual_way(layer):
     x, ids = random_x(3, COLUMNS, torch.float32), ids_of(3)
     with torch.no_grad():
