@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from int4_lora.integration import cli
 from int4_lora.integration.conversion import unpack_checkpoint, writing
-from int4_lora.integration.conversion.convert import Settings
 from support.checkpoints import shard
 from support.killing import begin
 from support.tiny import LLAMA
@@ -134,54 +133,6 @@ def test_two_runs_at_once_do_not_meet(source, tmp_path):
     assert not (tmp_path / "both.partial").exists()
 
 
-def test_what_stands_there_is_replaced_only_when_told(source, tmp_path):
-    target = tmp_path / "dense"
-    target.mkdir()
-    (target / "mine").write_text("mine")
-    result = run("unpack", source, target)
-    assert result.exit_code == 2
-    assert "--force replaces it" in result.stderr
-    assert bytes_of(target) == {"mine": b"mine"}
-    assert not (tmp_path / "dense.partial").exists()
-    assert run("unpack", source, target, "--force").exit_code == 0
-    assert "mine" not in bytes_of(target)
-    assert {file.name for file in tmp_path.iterdir()} == {"dense"}
-    file, link = tmp_path / "file", tmp_path / "link"
-    file.write_text("mine")
-    link.symlink_to(target)
-    for place in (file, link):
-        result = run("unpack", source, place, "--force")
-        assert result.exit_code == 2
-        assert "is no folder" in result.stderr
-    assert file.read_text() == "mine"
-    assert link.is_symlink()
-
-
-def test_what_is_not_ours_beside_the_target_is_left_alone(source, tmp_path):
-    mine = tmp_path / "dense.partial" / "result" / "model.safetensors"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
-    for options in (["--dry-run"], ["--shard", "1/1"], ["--force"]):
-        assert run("unpack", source, tmp_path / "dense", *options).exit_code == 0
-        assert bytes_of(tmp_path / "dense.partial") == {"result/model.safetensors": b"mine"}
-    assert "result/model.safetensors" not in bytes_of(tmp_path / "dense")
-    (tmp_path / "other.partial").write_text("mine")
-    result = run("unpack", source, tmp_path / "other", "--force")
-    assert result.exit_code == 2
-    assert "is no folder" in result.stderr
-    assert (tmp_path / "other.partial").read_text() == "mine"
-
-
-def test_a_source_that_is_called_as_a_partial_result_is_not_touched(source, tmp_path):
-    base = shutil.copytree(source, tmp_path / "model.partial")
-    inner = shutil.copytree(source, tmp_path / "outer.partial/base")
-    for folder, target in ((base, tmp_path / "model"), (inner, tmp_path / "outer")):
-        result = run("unpack", folder, target, "--force")
-        assert result.exit_code == 2
-        assert "must be apart" in result.stderr
-        assert bytes_of(folder) == bytes_of(source)
-
-
 def test_plans_do_not_meet(source, adapter, tmp_path):
     """Another dtype, other files, another source: each begins anew, and is what it is alone."""
     target = tmp_path / "dense"
@@ -208,49 +159,6 @@ def test_plans_do_not_meet(source, adapter, tmp_path):
         assert run(*alone).exit_code == 0
         assert bytes_of(target) == bytes_of(tmp_path / "alone")
         shutil.rmtree(tmp_path / "alone")
-
-
-def test_what_appears_in_the_place_meanwhile_is_not_replaced(source, tmp_path, monkeypatch):
-    from int4_lora.integration.conversion import convert as module
-
-    target, fill = tmp_path / "dense", module._fill
-
-    def meanwhile(*arguments):
-        fill(*arguments)
-        target.mkdir()
-        (target / "mine").write_text("mine")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_fill", meanwhile)
-        result = run("unpack", source, target)
-    assert result.exit_code == 2
-    assert "--force replaces it" in result.stderr
-    assert bytes_of(target) == {"mine": b"mine"}
-
-
-def test_a_replacement_that_was_stopped_halfway_loses_neither(source, tmp_path, monkeypatch):
-    from pathlib import Path
-
-    target, rename = tmp_path / "dense", Path.rename
-    target.mkdir()
-    (target / "mine").write_text("mine")
-
-    def stop(path, place):
-        if path.name == "result":
-            raise KeyboardInterrupt
-        return rename(path, place)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", stop)
-        with pytest.raises(KeyboardInterrupt):
-            unpack_checkpoint(source, target, settings=Settings(force=True))
-    assert [file.read_text() for file in tmp_path.rglob("mine")] == ["mine"]
-    other = run("unpack", source, target, "--dtype", "float32")  # another plan lets it be
-    assert other.exit_code == 0
-    assert [file.read_text() for file in tmp_path.rglob("mine")] == ["mine"]
-    shutil.rmtree(target)
-    assert run("unpack", source, target, "--force").exit_code == 0
-    assert {file.name for file in tmp_path.iterdir()} == {"dense"}
 
 
 def test_blocks_and_pieces_change_no_byte(source, adapter, tmp_path, monkeypatch):
@@ -298,42 +206,6 @@ def test_a_full_disk_changes_nothing_and_is_gone_on_from(source, tmp_path, monke
     assert len(outcome["written"]) < len(outcome["files"])
     assert run("unpack", source, tmp_path / "whole", *SMALL).exit_code == 0
     assert bytes_of(target) == bytes_of(tmp_path / "whole")
-
-
-def test_room_is_checked_first(source, tmp_path, monkeypatch):
-    from collections import namedtuple
-
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9 - 1000, 1000))
-    for options in ([], ["--dry-run"]):
-        result = run("unpack", source, tmp_path / "dense", *options)
-        assert result.exit_code == 2
-        assert "1000 are free" in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_places_that_cannot_be_written(source, tmp_path):
-    (tmp_path / "file").write_text("")
-    result = run("unpack", source, tmp_path / "file/dense")
-    assert result.exit_code == 2
-    assert "file" in result.stderr
-    assert (tmp_path / "file").read_text() == ""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(source)
-        assert "apart from" in run("unpack", ".", ".").stderr
-
-
-def test_a_dry_run_writes_nothing(source, tmp_path):
-    result = run("unpack", source, tmp_path / "dense", "--dry-run", "--json", *SMALL)
-    assert result.exit_code == 0
-    planned = json.loads(result.stdout)
-    assert not list(tmp_path.iterdir())
-    outcome = unpack_checkpoint(
-        source, tmp_path / "dense", settings=Settings(most_bytes=500_000, jobs=1)
-    )
-    assert planned["files"] == outcome.files
-    sizes = {name: (tmp_path / "dense" / name).stat().st_size for name in outcome.files}
-    assert sizes == outcome.files
 
 
 def test_a_source_that_changes_on_the_way_is_noticed(source, tmp_path, monkeypatch):
