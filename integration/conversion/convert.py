@@ -119,14 +119,15 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
     folder.check_place((conversion.source, *conversion.others), force=settings.force)
     sizes = {file.name: file.size for file in files}
     own = _own(files, settings.share)
+    if folder.is_finished() and not settings.dry_run:  # it was killed while it tidied up
+        folder.tidy_up()
+        return Outcome(target, sizes, carried, [], [], finished=True)
     _check_space(folder, [file for file in own if not folder.is_whole(file.name)])
     if settings.dry_run:
         planned = {file.name: file.size for file in own}
         return Outcome(target, planned, carried, [], list(planned), finished=False)
-    written: list[str] = []
-    if not folder.is_finished():
-        folder.open()
-        written = _write(folder, own, settings)
+    folder.open()
+    written = _write(folder, own, settings)
     missing = _missing(folder, files)
     if missing or (settings.share is not None and settings.share[1] > 1):
         return Outcome(target, sizes, carried, written, missing, finished=False)

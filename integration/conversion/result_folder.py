@@ -97,7 +97,7 @@ class ResultFolder:
         """Throw away what cannot become a result, unless a file of it is whole; say whether."""
         if any(self.result.iterdir()):
             return False
-        self._tidy_up()
+        self.tidy_up()
         return True
 
     def is_whole(self, name: str) -> bool:
@@ -158,18 +158,17 @@ class ResultFolder:
         Raises:
             FileExistsError: something stands there by now.
         """
-        if not self.is_finished():
-            fill(self.result)
-            sync_folder(self.result)
-            self._check_target(force=force)
-            if self.target.is_dir():
-                shutil.rmtree(self.replaced, ignore_errors=True)
-                self.target.rename(self.replaced)
-            self.result.rename(self.target)
-            sync_folder(self.target.parent)
-        self._tidy_up()
+        fill(self.result)
+        sync_folder(self.result)
+        self._check_target(force=force)
+        if self.target.is_dir():
+            shutil.rmtree(self.replaced, ignore_errors=True)
+            self.target.rename(self.replaced)
+        self.result.rename(self.target)
+        sync_folder(self.target.parent)
+        self.tidy_up()
 
-    def _tidy_up(self) -> None:
+    def tidy_up(self) -> None:
         """Remove what is left of the plan, what says that it was finished at the very end."""
         shutil.rmtree(self.replaced, ignore_errors=True)
         shutil.rmtree(self.result, ignore_errors=True)

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from conversion.test_unpack import bytes_of
@@ -102,6 +103,28 @@ def test_a_run_that_was_killed_before_tidying_up_is_finished(source, tmp_path):
     assert unpack_checkpoint(source, target).finished
     assert not (tmp_path / "dense.partial").exists()
     assert bytes_of(target) == expected
+
+
+def test_a_run_that_was_killed_while_tidying_up_is_finished(source, adapter, tmp_path):
+    target, stopped = tmp_path / "merged", []
+    unlink = Path.unlink
+
+    def stop(path, **options):
+        unlink(path, **options)
+        if path.suffix == ".report":  # one of them is gone
+            stopped.append(path)
+            raise KeyboardInterrupt
+
+    command = ["merge", source, target, *SMALL, "--adapter", adapter, "--to", "int4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        assert run(*command).exit_code != 0
+    expected = bytes_of(target)
+    assert stopped
+    assert list(tmp_path.glob("merged.partial/*"))
+    assert run(*command).exit_code == 0
+    assert bytes_of(target) == expected
+    assert {file.name for file in tmp_path.iterdir()} == {"merged"}
 
 
 def test_shares_are_joined_by_a_last_call(source, tmp_path):
