@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DirectEntry", "modes"]
+__all__ = ["DirectEntry", "is_transformed", "modes"]
 
 INDUCTOR = "torch._inductor.compile_fx"
 
@@ -40,10 +40,8 @@ class DirectEntry:
     ) -> None:
         self._backend = backend
         self._lock = threading.RLock()
-        self._graph: Callable[..., Sequence[Tensor]] | None = None
-        self._inputs: CodeType | None = None
-        self._modes: Hashable = None
         self._made: tuple[Any, CodeType | None] | None = None
+        self._entry: tuple[Any, CodeType | None, Hashable] = (None, None, None)
         self._compiled = torch.compile(
             function, fullgraph=True, backend=self._noting, options=options
         )
@@ -58,7 +56,7 @@ class DirectEntry:
             before = modes()
             y: Tensor = self._compiled(*operands)
             if self._made is not None:  # just now, else it was one that Dynamo had
-                (self._graph, self._inputs), self._modes, self._made = self._made, before, None
+                self._entry, self._made = (*self._made, before), None
         return y
 
     def direct(
@@ -69,8 +67,8 @@ class DirectEntry:
         Args:
             operands: of the function.
         """
-        graph, inputs = self._graph, self._inputs
-        if graph is None or inputs is None or modes() != self._modes:
+        graph, inputs, made_in = self._entry  # at once: another thread may compile
+        if inputs is None or modes() != made_in:
             return None
         return graph, eval(inputs, {"L": {"operands": operands}})
 
@@ -81,7 +79,7 @@ class DirectEntry:
         if backend == "inductor":
             backend = importlib.import_module(INDUCTOR).compile_fx
         compiled = backend(graph, examples)
-        self._made = (None if inputs is None else compiled, inputs)
+        self._made = (compiled, inputs)
         return compiled
 
 
@@ -94,9 +92,15 @@ def modes() -> Hashable:
         torch._C._len_torch_function_stack(),  # pyright: ignore[reportAttributeAccessIssue]
         torch._C._len_torch_dispatch_stack(),
         torch.compiler.is_compiling(),
-        torch._C._functorch.peek_interpreter_stack() is None,  # pyright: ignore[reportAttributeAccessIssue]
+        is_transformed(),
         getattr(torch.autograd.forward_ad, "_current_level", -1),
     )
+
+
+def is_transformed() -> bool:
+    """Return whether this is within torch.func's transforms, whose tensors say nothing of it."""
+    stack = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return stack.peek_interpreter_stack() is not None
 
 
 def _inputs_of(graph: torch.fx.GraphModule) -> CodeType | None:

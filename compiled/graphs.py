@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.direct_entry import DirectEntry
+from int4_lora.compiled.direct_entry import DirectEntry, is_transformed
 from int4_lora.compiled.formulations.formulation import Formulation
 from int4_lora.compiled.lora_terms import GATHERED_TOKENS, add_terms
 from int4_lora.compiled.prepared_lora import PreparedSlice
@@ -174,19 +174,13 @@ def _kept_guards(guards: Sequence[Any]) -> list[bool]:
 
 def _settings() -> tuple[Hashable, ...]:
     """Return what of torch's settings often differs: a recompile of one code object is counted."""
-    return torch.get_default_dtype(), torch.get_num_threads(), _is_transformed()
-
-
-def _is_transformed() -> bool:
-    """Return whether this is within torch.func's transforms, whose tensors say nothing of it."""
-    stack = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return stack.peek_interpreter_stack() is not None
+    return torch.get_default_dtype(), torch.get_num_threads(), is_transformed()
 
 
 def _plain(*operands: Tensor | None) -> bool:
     """Return whether the key can say all of the operands: no subclasses, no transforms."""
     plain = all(one is None or type(one) in (Tensor, torch.nn.Parameter) for one in operands)
-    return plain and not _is_transformed()
+    return plain and not is_transformed()
 
 
 def _dynamic(operand: Tensor, bucket: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from int4_lora.integration.checkpoint import Checkpoint
 
 __all__ = [
+    "PARTS",
     "decompress",
     "decompress_module",
     "decompress_tensors",

@@ -20,7 +20,7 @@ from int4_lora.reference.packing import pack
 from int4_lora.reference.quantization import quantize_groups
 from int4_lora.reference.rounding import round_once
 
-__all__ = ["MergeCost", "merge", "merge_quantized"]
+__all__ = ["MergeCost", "merge", "merge_quantized", "stored_zero_point"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def merge_quantized(
         weight,
         packed=pack(codes, bits=weight.bits),
         scale=scale.reshape(weight.scale.shape),
-        zero_point=_stored_zero_point(weight, zero_point),
+        zero_point=stored_zero_point(weight, zero_point),
     )
     difference = dequantize(merged, torch.float64) - exact
     norm = torch.linalg.matrix_norm(exact).item()
@@ -123,7 +123,7 @@ def merge_quantized(
     return merged, MergeCost(difference.abs().max().item(), relative)
 
 
-def _stored_zero_point(weight: PackedWeight, zero_point: Tensor) -> Tensor | None:
+def stored_zero_point(weight: PackedWeight, zero_point: Tensor) -> Tensor | None:
     """Return int8 zero-points as ``weight`` stores its own: absent, packed or unpacked."""
     if weight.zero_point is None:
         return None

@@ -164,7 +164,7 @@ def _check_space(folder: ResultFolder, left: Sequence[ResultFile]) -> None:
     needed = sum(file.size for file in left)
     free = shutil.disk_usage(place).free + sum(
         512 * path.stat().st_blocks
-        for path in map(folder.unfinished, _names(left))
+        for path in (folder.unfinished(file.name) for file in left)
         if path.is_file()
     )
     if needed > free:
@@ -219,10 +219,6 @@ def _missing(folder: ResultFolder, files: Sequence[ResultFile]) -> list[str]:
     """Return the files that are not written, of which there are none once a run has finished."""
     left = [file.name for file in files if not folder.is_whole(file.name)]
     return [] if folder.is_gone() or folder.is_finished() else left
-
-
-def _names(files: Sequence[ResultFile]) -> list[str]:
-    return [file.name for file in files]
 
 
 def _fill(

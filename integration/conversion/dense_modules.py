@@ -24,6 +24,7 @@ from int4_lora.integration.conversion.tasks import (
     cast,
     dtype_name,
     source_of,
+    sources_of_module,
 )
 from int4_lora.integration.safetensors_files import DTYPES, read_rows
 from int4_lora.integration.safetensors_header import StoredTensor
@@ -32,7 +33,6 @@ from int4_lora.reference.rounding import round_once
 
 __all__ = ["DenseModule", "MergedTensor", "OtherFormat"]
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
 ROWS_BYTES = 8 * 2**20  # of a dense weight that are merged at a time, in float64
 
 
@@ -61,9 +61,8 @@ class DenseModule(Task):
     @property
     def sources(self) -> dict[str, Any]:
         """The module's tensors, and the adapters."""
-        stored = (self.checkpoint.tensors.get(f"{self.name}.{part}") for part in PARTS)
         return {
-            "dense": [source_of(one) for one in stored if one is not None],
+            "dense": sources_of_module(self.checkpoint, self.name),
             "as": self.outputs[0].dtype,
             "deltas": [one.source for one in self.deltas],
         }

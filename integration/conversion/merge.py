@@ -18,11 +18,11 @@ from int4_lora.integration.checkpoint import Checkpoint, open_checkpoint
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import Delta, deltas_of
 from int4_lora.integration.conversion.dense_config import dense_config
-from int4_lora.integration.conversion.dense_modules import MergedTensor
 from int4_lora.integration.conversion.merge_report import REPORT, Acceptance
 from int4_lora.integration.conversion.requantized_modules import MADE_ANEW, RequantizedModule
-from int4_lora.integration.conversion.tasks import Copy, Task
-from int4_lora.integration.conversion.unpack import check_dense_dtype, dense_tasks
+from int4_lora.integration.conversion.row_blocks import check_packed
+from int4_lora.integration.conversion.tasks import Task
+from int4_lora.integration.conversion.unpack import check_dense_dtype, dense_tasks, plain_task
 
 __all__ = ["MOST_ERROR", "To", "merge_checkpoint", "plan_merge"]
 
@@ -119,17 +119,14 @@ def _int4_tasks(
     """Return what makes every tensor of a merged INT4 checkpoint, in the order of the source."""
     changed = [one for one in checkpoint.modules() if one in deltas]
     for one in changed:
-        checkpoint.check(one)
+        check_packed(checkpoint, one)
     made = {f"{one}.{part}": one for one in changed for part in MADE_ANEW}
     tasks: list[Task] = []
     begun: set[str] = set()
     for full, stored in checkpoint.tensors.items():
         name = made.get(full)
-        own = deltas.get(full.removesuffix(".weight")) if full.endswith(".weight") else None
-        if name is None and own:
-            tasks.append(MergedTensor(full, stored, None, own))
-        elif name is None:
-            tasks.append(Copy(full, stored))
+        if name is None:
+            tasks.append(plain_task(full, stored, None, deltas))
         elif name not in begun:
             begun.add(name)
             tasks.append(RequantizedModule(checkpoint, name, deltas[name], search=search))

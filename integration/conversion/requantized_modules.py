@@ -5,7 +5,6 @@ Source: ``int4_lora.integration.conversion.scale_search``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.row_blocks import row_blocks, rows_of
 from int4_lora.integration.conversion.scale_search import requantize
-from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, source_of
+from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, sources_of_module
 from int4_lora.reference import PackedWeight
 
 __all__ = ["MADE_ANEW", "RequantizedModule"]
@@ -49,10 +48,8 @@ class RequantizedModule(Task):
     @property
     def sources(self) -> dict[str, Any]:
         """The module's tensors, and the adapters."""
-        parts = (*MADE_ANEW, "weight_g_idx", "weight_shape")
-        stored = (self.checkpoint.tensors.get(f"{self.name}.{part}") for part in parts)
         return {
-            "requantized": [source_of(one) for one in stored if one is not None],
+            "requantized": sources_of_module(self.checkpoint, self.name),
             "search": self.search,
             "deltas": [one.source for one in self.deltas],
         }
@@ -78,7 +75,6 @@ class RequantizedModule(Task):
             self._write(write, start, found.weight)
         return {
             "module": self.name,
-            "weights": math.prod(self.checkpoint.shape_of(self.name)),
             "squared_error": error,
             "minmax_squared_error": minmax,
             "squared_norm": norm,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from int4_lora.integration.conversion.writing import sync_folder, write_whole
+from int4_lora.integration.conversion.writing import sync_folder, write_synced
 from int4_lora.integration.json_files import read_json_object
 
 __all__ = ["ResultFolder"]
@@ -91,7 +91,8 @@ class ResultFolder:
         self.result.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
         if not (self.work / PLAN).is_file():
-            write_whole(self.work / PLAN, json.dumps({"digest": self.home.name}).encode())
+            write_synced(self.work / PLAN, json.dumps({"digest": self.home.name}).encode())
+            sync_folder(self.work)
 
     def abandon(self) -> bool:
         """Throw away what cannot become a result, unless a file of it is whole; say whether."""
@@ -116,7 +117,7 @@ class ResultFolder:
 
     def keep(self, name: str, reports: list[dict[str, Any]]) -> None:
         """Give a file of the result its name; it must be on the disk."""
-        write_whole(self.work / f"{name}.report", json.dumps({"modules": reports}).encode())
+        write_synced(self.work / f"{name}.report", json.dumps({"modules": reports}).encode())
         self.unfinished(name).replace(self.result / name)
         sync_folder(self.result)
 

@@ -14,7 +14,7 @@ from int4_lora.integration.checkpoint import Checkpoint
 from int4_lora.integration.safetensors_files import read_rows, read_tensor
 from int4_lora.reference import PackedWeight
 
-__all__ = ["row_blocks", "rows_of"]
+__all__ = ["check_packed", "row_blocks", "rows_of"]
 
 WEIGHTS = 2**20  # of a block
 
@@ -41,6 +41,18 @@ def row_blocks(
     count = rows if whole else max(step, WEIGHTS // columns // step * step)
     for start in range(0, rows, count):
         yield start, _rows(checkpoint, name, start, min(start + count, rows), columns)
+
+
+def check_packed(checkpoint: Checkpoint, name: str) -> None:
+    """Check a packed module by its headers, and the values that have rules by its first rows.
+
+    Raises:
+        TypeError: a tensor of the wrong dtype.
+        ValueError: tensors that contradict each other, or a ``weight_g_idx`` out of range.
+    """
+    checkpoint.check(name)
+    if f"{name}.weight_g_idx" in checkpoint.tensors:
+        next(row_blocks(checkpoint, name))
 
 
 def rows_of(checkpoint: Checkpoint, name: str) -> dict[str, int]:

@@ -5,8 +5,7 @@ q = clamp(round(w / s + z)) and w' = RN((q - z) * s) in the scale's dtype. The c
 min-max rule of ``int4_lora.reference.quantize``, its scale times ``FACTORS``, and the scale and
 zero-point that the group had. So no group is worse off than by min-max.
 
-Source: ``int4_lora.reference.quantization``; the search by mean squared error is that of
-``MinMaxObserver``'s successors, such as llm-compressor's ``MemorylessMSEObserver``.
+Source: ``int4_lora.reference.quantization`` for the min-max rule.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from int4_lora.reference import PackedWeight, pack, unpack
 from int4_lora.reference.dequantization import scale_columns, scale_rows
+from int4_lora.reference.merging import stored_zero_point
 from int4_lora.reference.packing import code_range
 from int4_lora.reference.quantization import quantize_groups
 
@@ -95,7 +95,7 @@ def requantize(exact: Tensor, like: PackedWeight, *, search: bool = True) -> Req
         like.bits,
     )
     minmax = _errors(exact, scale, zero, groups, like.bits)
-    best, scale, zero = minmax, scale, zero
+    best = minmax
     if search:
         best, scale, zero = _searched(exact, like, groups, (minmax, scale, zero))
     codes = _codes(exact, scale, zero, groups, like.bits)
@@ -103,7 +103,7 @@ def requantize(exact: Tensor, like: PackedWeight, *, search: bool = True) -> Req
         like,
         packed=pack(codes, bits=like.bits),
         scale=scale.reshape(like.scale.shape),
-        zero_point=_stored(like, zero),
+        zero_point=stored_zero_point(like, zero),
     )
     difference = _values(codes, scale, zero, groups) - exact
     return Requantized(
@@ -156,15 +156,6 @@ def _zero_points(weight: PackedWeight, table: torch.Size) -> Tensor:
     if weight.zero_point.dtype == torch.int8:
         return weight.zero_point.reshape(table)
     return unpack(weight.zero_point, weight.out_features, bits=weight.bits, dim=0)
-
-
-def _stored(like: PackedWeight, zero: Tensor) -> Tensor | None:
-    """Return zero-points as ``like`` stores its own."""
-    if like.zero_point is None:
-        return None
-    if like.zero_point.dtype == torch.int8:
-        return zero.reshape(like.scale.shape)
-    return pack(zero, bits=like.bits, dim=0)
 
 
 def _codes(exact: Tensor, scale: Tensor, zero: Tensor, groups: _Groups, bits: int) -> Tensor:

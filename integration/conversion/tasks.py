@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from int4_lora.integration.checkpoint import Checkpoint
 from int4_lora.integration.safetensors_files import DTYPES, read_tensor
 from int4_lora.integration.safetensors_header import BITS, StoredTensor
+from int4_lora.integration.upstream import PARTS
 from int4_lora.reference.rounding import round_once
 
-__all__ = ["Copy", "OutputTensor", "Task", "Write", "cast", "dtype_name", "source_of"]
+__all__ = [
+    "Copy",
+    "OutputTensor",
+    "Task",
+    "Write",
+    "cast",
+    "dtype_name",
+    "source_of",
+    "sources_of_module",
+]
 
 Write = Callable[[str, int, Tensor], None]  # a tensor's name, the first byte of it, and a piece
 
@@ -122,6 +133,12 @@ def source_of(stored: StoredTensor) -> list[Any]:
     """Return what tells a stored tensor from any other, and from itself after a change."""
     _, _, size, changed = stored.identity
     return [stored.file.name, size, changed, stored.start, stored.nbytes]
+
+
+def sources_of_module(checkpoint: Checkpoint, name: str) -> list[list[Any]]:
+    """Return the same of every tensor of a packed module."""
+    stored = (checkpoint.tensors.get(f"{name}.{part}") for part in PARTS)
+    return [source_of(one) for one in stored if one is not None]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,13 +16,16 @@ from int4_lora.integration.conversion.convert import Conversion, Outcome, Settin
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.dense_config import dense_config
 from int4_lora.integration.conversion.dense_modules import DenseModule, MergedTensor, OtherFormat
+from int4_lora.integration.conversion.row_blocks import check_packed
 from int4_lora.integration.conversion.tasks import Copy, Task
 from int4_lora.integration.safetensors_files import DTYPES
+from int4_lora.integration.safetensors_header import StoredTensor
 
 __all__ = [
     "DTYPES_OF_DENSE",
     "check_dense_dtype",
     "dense_tasks",
+    "plain_task",
     "plan_unpack",
     "unpack_checkpoint",
 ]
@@ -139,21 +142,36 @@ def dense_tasks(
     for full, stored in checkpoint.tensors.items():
         name = modules.get(full)
         if name is None and not (cache and full.endswith(OF_A_CACHE)):
-            own = deltas.get(full.removesuffix(".weight")) if full.endswith(".weight") else None
-            copied = MergedTensor(full, stored, dtype, own) if own else Copy(full, stored, dtype)
-            tasks.append(copied)
+            tasks.append(plain_task(full, stored, dtype, deltas))
         elif name is not None and name not in begun:
             begun.add(name)
             tasks.append(_dense_module(checkpoint, name, dtype, deltas.get(name, ())))
     return tasks
 
 
+def plain_task(
+    full: str,
+    stored: StoredTensor,
+    dtype: torch.dtype | None,
+    deltas: Mapping[str, Sequence[Delta]],
+) -> Task:
+    """Return what makes a tensor that is no part of a quantised module.
+
+    Args:
+        full: its name.
+        stored: where it is.
+        dtype: of floating tensors, or None.
+        deltas: what adapters add, by module.
+    """
+    own = deltas.get(full.removesuffix(".weight")) if full.endswith(".weight") else None
+    return MergedTensor(full, stored, dtype, own) if own else Copy(full, stored, dtype)
+
+
 def _dense_module(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, deltas: Sequence[Delta]
 ) -> Task:
     if checkpoint.is_packed(name):
-        checkpoint.check(name)
-        _check_g_idx(checkpoint, name)
+        check_packed(checkpoint, name)
         return DenseModule(checkpoint, name, dtype, deltas)
     form = checkpoint.schemes[name].format
     if form not in SHAPES:
@@ -170,18 +188,3 @@ def _dense_module(
         dtype = own if own in DTYPES_OF_DENSE.values() else torch.bfloat16
     shape = (stored.shape[0], stored.shape[1] * codes)
     return OtherFormat(checkpoint, name, shape, dtype)
-
-
-def _check_g_idx(checkpoint: Checkpoint, name: str) -> None:
-    """Check the one tensor of a packed module whose values have a rule."""
-    full = f"{name}.weight_g_idx"
-    if full not in checkpoint.tensors:
-        return
-    groups = checkpoint.tensors[f"{name}.weight_scale"].shape[-1]
-    g_idx = checkpoint.tensor(full)
-    low, high = int(g_idx.min()), int(g_idx.max())
-    if low < -1 or high >= groups:
-        raise ValueError(
-            f"{checkpoint.tensors[full].file}: {name}: weight_g_idx must be in [-1, {groups}), "
-            f"got {low if low < -1 else high}"
-        )

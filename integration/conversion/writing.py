@@ -19,7 +19,7 @@ from torch import Tensor
 from int4_lora.integration.conversion.result_files import ResultFile
 from int4_lora.integration.conversion.tasks import Task
 
-__all__ = ["sync_folder", "threads_shared", "write_file", "write_synced", "write_whole"]
+__all__ = ["sync_folder", "threads_shared", "write_file", "write_synced"]
 
 SYNC_SECONDS = 0.25
 Reports = list[dict[str, Any]]
@@ -111,17 +111,6 @@ def write_synced(path: Path, data: bytes) -> None:
         opened.write(data)
         opened.flush()
         os.fsync(opened.fileno())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file and force it to the disk; it is there whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(beside, data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -100,3 +100,14 @@ def test_arguments_in_python_are_checked_first(tiny_models, adapters, tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         merge_checkpoint(source, target, [])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["dense", "int4"])
+def test_a_group_that_is_not_there_is_refused_before_anything_is_written(
+    tiny_models, adapters, tmp_path, to
+):
+    source = shutil.copytree(tiny_models["actorder-g128"], tmp_path / "source")
+    edit_tensors(source, weight_g_idx=lambda g_idx: g_idx + 1)
+    said = refused(source, tmp_path, f"--adapter={adapters[0]}", f"--to={to}")
+    assert Q_PROJ in said
+    assert "g_idx must be in [-1, 2), the groups of scale, got 2" in said

@@ -14,7 +14,6 @@ import torch
 from serving.test_answers import FLOOR, peft_logprobs
 
 from int4_lora.integration import annotate
-from int4_lora.integration.demo import recipe
 from support.tiny import LLAMA
 
 TESTS = Path(__file__).parents[1]
@@ -41,15 +40,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    """Return PEFT adapters of the tiny Llama, by name."""
-    root = tmp_path_factory.mktemp("adapters")
-    for name, settings in recipe.ADAPTERS.items():
-        recipe.make_adapter(root / name, LLAMA, name, settings)
-    return {name: root / name for name in recipe.ADAPTERS}
-
-
 def served(model, adapters, prompts, tmp_path):
     """Return what vLLM's configuration says, and the log-probabilities of mixed rows."""
     program = tmp_path / "program.py"
@@ -69,15 +59,15 @@ def served(model, adapters, prompts, tmp_path):
 
 
 @pytest.mark.skipif(PYTHON is None, reason="INT4_LORA_VLLM_PYTHON names no Python with vLLM")
-def test_vllm_serves_what_was_annotated(quantised, adapters, tmp_path):
+def test_vllm_serves_what_was_annotated(quantised, tiny_adapters, tmp_path):
     if quantised.bits == 8:
         pytest.skip("vLLM has no kernel for 8 bits on a CPU")
     found = annotate(quantised.folder)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, LLAMA["vocab_size"], (4, 9), generator=generator).tolist()
-    said, answers = served(quantised.folder, adapters, prompts, tmp_path)
+    said, answers = served(quantised.folder, tiny_adapters, prompts, tmp_path)
     assert said == [True, True, list(found.lora_target_modules)]
-    folders = list(adapters.values())
+    folders = list(tiny_adapters.values())
     truth, theirs = (
         peft_logprobs(quantised.folder, folders, prompts, dtype)
         for dtype in (torch.float64, torch.bfloat16)
