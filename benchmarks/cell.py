@@ -15,7 +15,7 @@ from benchmarks.operands import Layer
 from benchmarks.peers import PEERS
 from benchmarks.peers.peer import contenders as contenders_among
 from benchmarks.report import rates
-from int4_lora.compiled.timing import measure
+from int4_lora.compiled.selection.timing import measure
 
 MODES = {
     "one call": modes.one_call,

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from int4_lora import reference
-from int4_lora.compiled import graphs, int4_linear, int4_lora_linear, layouts, prepare_lora
-from int4_lora.compiled.choice import candidates
+from int4_lora.compiled import int4_linear, int4_lora_linear, layouts, prepare_lora
+from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.selection.choice import candidates
 
 
 @dataclass(frozen=True)

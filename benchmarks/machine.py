@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from int4_lora.compiled.timing import copy_bandwidth
+from int4_lora.compiled.selection.timing import copy_bandwidth
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # enough that a launch is nothing beside the copy
 

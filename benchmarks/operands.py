@@ -13,7 +13,7 @@ import torch
 
 from int4_lora import reference
 from int4_lora.compiled import prepare
-from int4_lora.compiled.timing import copies_beyond_the_cache
+from int4_lora.compiled.selection.timing import copies_beyond_the_cache
 
 ADAPTERS, RANK = 4, 16
 RMS_OF_CODES = 4.6  # of integers spread evenly over [-8, 7]

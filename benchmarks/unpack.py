@@ -31,7 +31,7 @@ WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
 MOST_BYTES, LEAST_SPEED = 1.5e9, 0.6
 PEAK = """
 import sys
-from int4_lora.integration.cli import app
+from int4_lora.integration.cli.app import app
 try:
     app(sys.argv[1:])
 finally:

@@ -6,12 +6,12 @@ declares. The reference is imported, never the other way round.
 Source: ``docs/compiled.md``.
 """
 
-from int4_lora.compiled.addition import add_lora
-from int4_lora.compiled.artifacts import load_artifacts, save_artifacts
+from int4_lora.compiled.adapters.addition import add_lora
+from int4_lora.compiled.adapters.prepared import PreparedLoRA
+from int4_lora.compiled.graphs.artifacts import load_artifacts, save_artifacts
+from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.linear import formulation_for, int4_linear, int4_lora_linear
 from int4_lora.compiled.preparation import layouts, prepare, prepare_lora
-from int4_lora.compiled.prepared_lora import PreparedLoRA
-from int4_lora.compiled.prepared_weight import PreparedWeight
 
 __all__ = [
     "PreparedLoRA",

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.planes_weight import PlanesWeight
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.layouts.interleaved import PlanesWeight
+from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.reference.lora import accumulation_dtype, without_autocast
 
 __all__ = ["differentiable", "needs_gradients"]

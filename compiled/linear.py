@@ -15,15 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from int4_lora.compiled import graphs
-from int4_lora.compiled.choice import choose
+from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
+from int4_lora.compiled.adapters.terms import add_terms
+from int4_lora.compiled.checks import check_operands
 from int4_lora.compiled.formulations import Formulation
 from int4_lora.compiled.formulations.tiles import base as tiles
 from int4_lora.compiled.gradients import differentiable, needs_gradients
-from int4_lora.compiled.lora_terms import add_terms
-from int4_lora.compiled.operands import check_operands
-from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.layouts.layout import PreparedWeight
+from int4_lora.compiled.selection.choice import choose
 
 __all__ = ["any_tokens", "formulation_for", "int4_linear", "int4_lora_linear"]
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from int4_lora.compiled import int4pack_weight, planes_weight
-from int4_lora.compiled.int4pack_weight import Int4PackWeight
-from int4_lora.compiled.planes_weight import PlanesWeight
-from int4_lora.compiled.prepared_lora import PreparedLoRA, PreparedSlice
-from int4_lora.compiled.prepared_weight import CheckpointWeight, PreparedWeight
+from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
+from int4_lora.compiled.layouts import int4pack as int4pack_weight
+from int4_lora.compiled.layouts import interleaved as planes_weight
+from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+from int4_lora.compiled.layouts.interleaved import PlanesWeight
+from int4_lora.compiled.layouts.layout import CheckpointWeight, PreparedWeight
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.linear import as_slices
 

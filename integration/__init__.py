@@ -3,13 +3,13 @@
 Source: compressed-tensors for checkpoints, PEFT for adapters.
 """
 
-from int4_lora.integration.adapter import Adapter, AdapterModule, read_adapter
-from int4_lora.integration.adapter_stack import stack_adapters
-from int4_lora.integration.adapter_writing import write_adapter
-from int4_lora.integration.annotation import Annotation, annotate
-from int4_lora.integration.checkpoint import Checkpoint, open_checkpoint
-from int4_lora.integration.unpacked_weight_cache import UnpackedWeightCache
-from int4_lora.integration.unpacking import unpack_int4_weights
+from int4_lora.integration.adapter.read import Adapter, AdapterModule, read_adapter
+from int4_lora.integration.adapter.stack import stack_adapters
+from int4_lora.integration.adapter.write import write_adapter
+from int4_lora.integration.annotation.write import Annotation, annotate
+from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
+from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.unpack import unpack_int4_weights
 
 __all__ = [
     "Adapter",

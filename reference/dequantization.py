@@ -13,7 +13,8 @@ block     i // rows  j // columns
 ========  =========  ====================
 
 Source: ``compressed_tensors/quantization/lifecycle/forward.py``; the single rounding was
-checked against it over every float16 and bfloat16 scale (``tests/test_upstream.py``).
+checked against it over every float16 and bfloat16 scale
+(``tests/integration/checkpoint/test_compressed_tensors.py``).
 """
 
 from __future__ import annotations

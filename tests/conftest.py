@@ -60,7 +60,7 @@ def tiny_adapters(tmp_path_factory):
 @pytest.fixture
 def run(tiny_models, tiny_adapters):
     """Return a call of ``int4-lora demo`` on a tiny model and its adapters."""
-    from int4_lora.integration import cli
+    from int4_lora.integration.cli import app as cli
 
     def call(*options, model=tiny_models["g32"], adapters=tiny_adapters):
         named = [f"--adapter={name}={folder}" for name, folder in adapters.items()]

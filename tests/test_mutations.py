@@ -10,8 +10,8 @@ import pytest
 
 from support.planting import check_noticed, plant, run, run_tests
 
-BOUNDS = ["test_bounds_constructed.py"]
-DEQUANTIZATION = ["test_dequantization.py", "lora/test_int4_unpacking.py"]
+BOUNDS = ["reference/test_bounds_constructed.py"]
+DEQUANTIZATION = ["reference/test_dequantization.py", "lora/test_int4_unpacking.py"]
 
 # name: (module, {right: wrong}, test files that must notice)
 MUTANTS = {
@@ -25,10 +25,10 @@ MUTANTS = {
                 "(per_word, dtype=torch.int32, device=codes.device).flip(0)"
             ),
         },
-        ["test_packing.py"],
+        ["reference/test_packing.py"],
     ),
-    "offset": ("packing", {":size] + low)": ":size] + low + 1)"}, ["test_packing.py"]),
-    "missing_mask": ("packing", {" & (2**bits - 1)": ""}, ["test_packing.py"]),
+    "offset": ("packing", {":size] + low)": ":size] + low + 1)"}, ["reference/test_packing.py"]),
+    "missing_mask": ("packing", {" & (2**bits - 1)": ""}, ["reference/test_packing.py"]),
     "zero_point_sign": (
         "dequantization",
         {"return codes - zero_point": "return codes + zero_point"},
@@ -77,13 +77,17 @@ MUTANTS = {
     "adapter_minus_one_indexed": (
         "lora",
         {"(adapter_ids == adapter)": "(adapter_ids % lora.adapters == adapter)"},
-        ["test_lora.py"],
+        ["reference/test_lora.py"],
     ),
-    "scaling_missing": ("lora", {"own = scaling * (torch": "own = (torch"}, ["test_lora.py"]),
+    "scaling_missing": (
+        "lora",
+        {"own = scaling * (torch": "own = (torch"},
+        ["reference/test_lora.py"],
+    ),
     "scaling_twice": (
         "lora",
         {"own = scaling * (torch": "own = scaling * scaling * (torch"},
-        ["test_lora.py"],
+        ["reference/test_lora.py"],
     ),
     "slices_swapped": (
         "linear",
@@ -95,28 +99,32 @@ MUTANTS = {
                 "(at.start, weight.out_features - at.start - part.stack.out_features)"
             ),
         },
-        ["test_linear.py"],
+        ["reference/test_linear.py"],
     ),
-    "gradients_leak": ("lora", {"torch.where(mine, x, 0).to": "x.to"}, ["test_linear.py"]),
+    "gradients_leak": (
+        "lora",
+        {"torch.where(mine, x, 0).to": "x.to"},
+        ["reference/test_linear.py"],
+    ),
     "merge_of_the_first_slice": (
         "merging",
         {"for part in slices:": "for part in slices[:1]:"},
-        ["test_merging.py"],
+        ["reference/test_merging.py"],
     ),
     "rounded_twice": (
         "merging",
         {"return round_once(": "return (lambda value, dtype: value.to(dtype))("},
-        ["test_merging.py"],
+        ["reference/test_merging.py"],
     ),
     "round_before_zero_point": (
         "quantization",
         {"(w / s[pick] + zero_point[pick])": "((w / s[pick]).round() + zero_point[pick])"},
-        ["test_quantization.py"],
+        ["reference/test_quantization.py"],
     ),
     "quantised_in_float32": (
         "quantization",
         {"w = weight if weight.dtype == torch.float64 else weight": "w = weight"},
-        ["test_quantization.py"],
+        ["reference/test_quantization.py"],
     ),
     "bound_without_bias": ("bounds", {"base + bias.abs()": "base + 0 * bias"}, BOUNDS),
     "bound_without_joins": ("bounds", {" + (delta.rank > 0) + (bias is not None)": ""}, BOUNDS),

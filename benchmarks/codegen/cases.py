@@ -11,10 +11,11 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from int4_lora.compiled import PreparedLoRA, graphs, int4_lora_linear, linear
+from int4_lora.compiled import PreparedLoRA, int4_lora_linear, linear
+from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.formulations import MAGIC_GEMV, PLANES
-from int4_lora.compiled.planes_weight import PlanesWeight
-from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.layouts.interleaved import PlanesWeight
 
 
 def on_gpu(shape, dtype):

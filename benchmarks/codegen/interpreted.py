@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from benchmarks.codegen.cases import operand
-from int4_lora.compiled.magic_numbers import EXPONENT_OF_ONE
+from int4_lora.compiled.formulations.magic_numbers import EXPONENT_OF_ONE
 from int4_lora.reference import LoRASlice, LoRAStack, error_bound, int4_lora_linear
 
 OWN_TILES = {"XBLOCK": 32, "R0_BLOCK": 1024}  # of kernels whose launch Inductor chooses

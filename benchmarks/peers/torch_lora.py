@@ -3,7 +3,7 @@
 y = base + ((x A^T) * own) B^T with A of all adapters ``[adapters * rank, in_features]``. Reads
 every adapter, whichever the tokens use. Rounds x A^T to the dtype of x, as the products do.
 
-Source: arXiv:2106.09685; the masking is that of ``int4_lora.compiled.lora_terms.masked``.
+Source: arXiv:2106.09685; the masking is that of ``int4_lora.compiled.adapters.terms.masked``.
 """
 
 import functools

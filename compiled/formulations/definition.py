@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.formulations.formulation import Formulation
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import CheckpointWeight, PreparedWeight
+from int4_lora.compiled.layouts.layout import CheckpointWeight, PreparedWeight
 from int4_lora.reference import int4_lora_linear
 
 __all__ = ["DEFINITION"]

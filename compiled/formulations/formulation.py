@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.layouts.layout import PreparedWeight
 
 __all__ = ["Backend", "Formulation", "Layer"]
 

@@ -6,7 +6,7 @@ With planes of x for each of a word's eight nibbles, ``x.view(tokens, 1, groups,
 codes are centred as integers, exactly; nothing is rounded before the sums in float32:
 ``weight_rounded=False, base_rounded=False``.
 
-Source: ``int4_lora.compiled.planes_weight`` for the layout.
+Source: ``int4_lora.compiled.layouts.interleaved`` for the layout.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.formulations.formulation import Formulation
-from int4_lora.compiled.lora_terms import add_terms
-from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.layouts.interleaved import NIBBLES, PlanesWeight
+from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["GEMV", "base"]

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.formulations.formulation import Formulation
-from int4_lora.compiled.int4pack_weight import Int4PackWeight
-from int4_lora.compiled.lora_terms import add_terms
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+from int4_lora.compiled.layouts.layout import PreparedWeight
 
 __all__ = ["INT4PACK", "base"]
 

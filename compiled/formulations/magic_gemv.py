@@ -8,7 +8,7 @@ is up to 264 sum |x|, so the sums in float32 are off by up to ``CANCELLATION`` t
 which no rounding flag says. They must be finite: an x that is infinite, or 2^119 and more, gives
 NaN. Nothing else is rounded: ``weight_rounded=False, base_rounded=False``.
 
-Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeight``.
+Source: ``int4_lora.compiled.formulations.magic_numbers``; the layout is that of ``PlanesWeight``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import UNROLLED_RANK, add_terms
 from int4_lora.compiled.formulations.formulation import Backend, Formulation
-from int4_lora.compiled.kernel_launches import Launch, launching
-from int4_lora.compiled.lora_terms import UNROLLED_RANK, add_terms
-from int4_lora.compiled.magic_numbers import CODE_SCALES, ORDER, decoded, decoded_rows
-from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
-from int4_lora.compiled.whole_blocks import whole_blocks, words_of_whole_blocks
+from int4_lora.compiled.formulations.kernel_launches import Launch, launching
+from int4_lora.compiled.formulations.magic_numbers import CODE_SCALES, ORDER, decoded, decoded_rows
+from int4_lora.compiled.formulations.whole_blocks import whole_blocks, words_of_whole_blocks
+from int4_lora.compiled.layouts.interleaved import NIBBLES, PlanesWeight
+from int4_lora.compiled.layouts.layout import PreparedWeight
 
 __all__ = ["MAGIC_GEMV", "base"]
 

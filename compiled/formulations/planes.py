@@ -11,7 +11,7 @@ down in 16 bits, whatever ``out_dtype`` says. So only adapters whose sums are wr
 
 Rows that fill no whole blocks of words repeat their last group (``whole_blocks``).
 
-Source: ``int4_lora.compiled.magic_numbers``; the layout is that of ``PlanesWeight``.
+Source: ``int4_lora.compiled.formulations.magic_numbers``; the layout is that of ``PlanesWeight``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import UNROLLED_RANK, add_terms
 from int4_lora.compiled.formulations.formulation import Backend, Formulation
-from int4_lora.compiled.kernel_launches import Launch, launching, native_matmul_is_missing
-from int4_lora.compiled.lora_terms import UNROLLED_RANK, add_terms
-from int4_lora.compiled.magic_numbers import CODE_SCALES, ORDER, decoded, decoded_rows
-from int4_lora.compiled.planes_weight import NIBBLES, PlanesWeight
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.formulations.kernel_launches import (
+    Launch,
+    launching,
+    native_matmul_is_missing,
+)
+from int4_lora.compiled.formulations.magic_numbers import CODE_SCALES, ORDER, decoded, decoded_rows
+from int4_lora.compiled.formulations.whole_blocks import whole_blocks, words_of_whole_blocks
+from int4_lora.compiled.layouts.interleaved import NIBBLES, PlanesWeight
+from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.products import product
-from int4_lora.compiled.whole_blocks import whole_blocks, words_of_whole_blocks
 
 __all__ = ["PLANES", "base"]
 

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from int4_lora.compiled import int4pack_tiles
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import add_terms
+from int4_lora.compiled.formulations import int4pack_tiles
 from int4_lora.compiled.formulations.formulation import Formulation
-from int4_lora.compiled.int4pack_weight import Int4PackWeight
-from int4_lora.compiled.lora_terms import add_terms
-from int4_lora.compiled.planes_weight import PlanesWeight
-from int4_lora.compiled.prepared_lora import PreparedSlice
-from int4_lora.compiled.prepared_weight import PreparedWeight
+from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+from int4_lora.compiled.layouts.interleaved import PlanesWeight
+from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.products import has_products
 from int4_lora.reference.lora import accumulation_dtype
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.adapter import Adapter, AdapterModule
-from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.adapter.read import Adapter, AdapterModule
+from int4_lora.integration.checkpoint.open import Checkpoint
 
 __all__ = ["Delta", "deltas_of"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from int4_lora.integration.quantization_config import CONFIG_KEYS
+from int4_lora.integration.checkpoint.scheme import CONFIG_KEYS
 
 __all__ = ["dense_config"]
 

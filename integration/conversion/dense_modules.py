@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.checkpoint.compressed_tensors import decompress_module, module_tensors
+from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.safetensors_files import DTYPES, read_rows
+from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.row_blocks import row_blocks
@@ -26,9 +29,6 @@ from int4_lora.integration.conversion.tasks import (
     source_of,
     sources_of_module,
 )
-from int4_lora.integration.safetensors_files import DTYPES, read_rows
-from int4_lora.integration.safetensors_header import StoredTensor
-from int4_lora.integration.upstream import decompress_module, module_tensors
 from int4_lora.reference.rounding import round_once
 
 __all__ = ["DenseModule", "MergedTensor", "OtherFormat"]

@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
-from int4_lora.integration.adapter import Adapter, read_adapter
-from int4_lora.integration.checkpoint import Checkpoint, open_checkpoint
+from int4_lora.integration.adapter.read import Adapter, read_adapter
+from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import Delta, deltas_of
 from int4_lora.integration.conversion.dense_config import dense_config

@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from int4_lora.integration.safetensors_files import inside
+from int4_lora.integration.checkpoint.safetensors_files import inside
 
 __all__ = ["copy_files", "other_files"]
 

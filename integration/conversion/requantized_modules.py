@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.row_blocks import row_blocks, rows_of

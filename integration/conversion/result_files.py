@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from int4_lora.integration.checkpoint.safetensors_header import BITS
 from int4_lora.integration.conversion.tasks import Task
-from int4_lora.integration.safetensors_header import BITS
 
 __all__ = ["ResultFile", "index_of", "lay_out"]
 

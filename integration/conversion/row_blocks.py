@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from int4_lora.integration.checkpoint import Checkpoint
-from int4_lora.integration.safetensors_files import read_rows, read_tensor
+from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.safetensors_files import read_rows, read_tensor
 from int4_lora.reference import PackedWeight
 
 __all__ = ["check_packed", "row_blocks", "rows_of"]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint import Checkpoint
-from int4_lora.integration.safetensors_files import DTYPES, read_tensor
-from int4_lora.integration.safetensors_header import BITS, StoredTensor
-from int4_lora.integration.upstream import PARTS
+from int4_lora.integration.checkpoint.compressed_tensors import PARTS
+from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.safetensors_files import DTYPES, read_tensor
+from int4_lora.integration.checkpoint.safetensors_header import BITS, StoredTensor
 from int4_lora.reference.rounding import round_once
 
 __all__ = [

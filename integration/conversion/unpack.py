@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from int4_lora.integration.checkpoint import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.safetensors_files import DTYPES
+from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.dense_config import dense_config
 from int4_lora.integration.conversion.dense_modules import DenseModule, MergedTensor, OtherFormat
 from int4_lora.integration.conversion.row_blocks import check_packed
 from int4_lora.integration.conversion.tasks import Copy, Task
-from int4_lora.integration.safetensors_files import DTYPES
-from int4_lora.integration.safetensors_header import StoredTensor
 
 __all__ = [
     "DTYPES_OF_DENSE",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from int4_lora.integration.adapter import Adapter
-from int4_lora.integration.checkpoint import Checkpoint
+from int4_lora.integration.adapter.read import Adapter
+from int4_lora.integration.checkpoint.compressed_tensors import decompress
+from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.demo.models import ReferenceLinear
-from int4_lora.integration.upstream import decompress
 from int4_lora.reference import error_bound
 
 __all__ = ["BoundCheck"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from int4_lora.integration.adapter import Adapter, read_adapter
-from int4_lora.integration.adapter_stack import check_fits
-from int4_lora.integration.checkpoint import Checkpoint, open_checkpoint
+from int4_lora.integration.adapter.read import Adapter, read_adapter
+from int4_lora.integration.adapter.stack import check_fits
+from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.demo.bound_check import BoundCheck
 from int4_lora.integration.demo.findings import Comparison, Row
 from int4_lora.integration.demo.models import (

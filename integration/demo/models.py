@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from int4_lora.integration.adapter import Adapter
-from int4_lora.integration.adapter_stack import stack_adapters
-from int4_lora.integration.checkpoint import Checkpoint
-from int4_lora.integration.upstream import decompress
+from int4_lora.integration.adapter.read import Adapter
+from int4_lora.integration.adapter.stack import stack_adapters
+from int4_lora.integration.checkpoint.compressed_tensors import decompress
+from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.reference import LoRAStack, PackedWeight, int4_lora_linear
 
 __all__ = [

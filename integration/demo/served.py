@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.vllm_plugin.upstream import untested
+from int4_lora.integration.vllm_plugin.contract import untested
 
 __all__ = ["FLOOR", "OURS", "STOCK", "Batch", "Engine", "Served", "serve", "why_not"]
 

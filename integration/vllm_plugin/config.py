@@ -24,12 +24,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from int4_lora.integration.vllm_plugin.contract import missing, untested
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 from int4_lora.integration.vllm_plugin.scheme import Int4Scheme
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.integration.vllm_plugin.session import Session, logger
-from int4_lora.integration.vllm_plugin.upstream import missing, untested
 
 __all__ = ["NAME", "Int4LoRAConfig"]
 

@@ -23,8 +23,8 @@ from int4_lora.compiled import (
     formulation_for,
     int4_lora_linear,
 )
-from int4_lora.compiled.graphs import bucket_of
-from int4_lora.compiled.prepared_lora import PreparedSlice
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, error_bound
 from int4_lora.reference import int4_lora_linear as reference_linear
 

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from int4_lora.compiled import PreparedWeight, prepare
-from int4_lora.compiled.graphs import bucket_of
+from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.integration.vllm_plugin import in_graph
 from int4_lora.integration.vllm_plugin.load_check import (
     fault_of_addition,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear
-from int4_lora.compiled.bound_layer import BoundLayer
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.graphs.entry import BoundLayer
 from int4_lora.compiled.linear import any_tokens
-from int4_lora.compiled.prepared_lora import PreparedSlice
 from int4_lora.reference import expand, shrink
 from int4_lora.reference.lora import accumulation_dtype
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from int4_lora.integration.hub import local_folder
-from int4_lora.integration.unpacked_weight_cache import UnpackedWeightCache
+from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
+from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.vllm_plugin.load_check import bucket_tokens
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, outside_targets
 from int4_lora.integration.vllm_plugin.options import Options, read_options

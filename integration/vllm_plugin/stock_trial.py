@@ -3,7 +3,7 @@
 It is measured while the model is being built, when its weights are not in memory yet, on random
 weights: the numbers do not matter, the shapes do. What was found is kept on disk.
 
-Source: ``int4_lora.compiled.timing``.
+Source: ``int4_lora.compiled.selection.timing``.
 """
 
 # pyright: reportMissingImports=false
@@ -21,11 +21,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from int4_lora.compiled import PreparedWeight, int4_linear, prepare
-from int4_lora.compiled.choice import device_name
-from int4_lora.compiled.disk_cache import recall, remember
-from int4_lora.compiled.timing import copies_beyond_the_cache, measure
+from int4_lora.compiled.selection.choice import device_name
+from int4_lora.compiled.selection.timing import copies_beyond_the_cache, measure
+from int4_lora.disk_cache import recall, remember
+from int4_lora.integration.vllm_plugin.contract import installed_version
 from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
-from int4_lora.integration.vllm_plugin.upstream import installed_version
 from int4_lora.reference import PackedWeight
 
 __all__ = ["Kind", "stock_is_faster"]

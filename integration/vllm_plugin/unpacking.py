@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.reference import PackedWeight
 
 __all__ = ["read_again", "unpacked"]

@@ -6,16 +6,16 @@ what is known to go wrong. It needs torch and the standard library only.
 Source: ``docs/conformance.md``.
 """
 
-from int4_lora.reference.conformance.answers import Answer, answer
 from int4_lora.reference.conformance.backend import Backend
-from int4_lora.reference.conformance.case import Case
+from int4_lora.reference.conformance.cases.case import Case
+from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
+from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS
+from int4_lora.reference.conformance.judging.answers import Answer, answer
+from int4_lora.reference.conformance.judging.verdict import Finding, judge
 from int4_lora.reference.conformance.manifest import FUNCTIONS, Manifest
-from int4_lora.reference.conformance.mistakes import IDENTIFIERS
-from int4_lora.reference.conformance.operands import Operands, tensors_of
 from int4_lora.reference.conformance.procedures import ask
 from int4_lora.reference.conformance.run import Outcome, run, run_case, settled
 from int4_lora.reference.conformance.suite import CASES, select
-from int4_lora.reference.conformance.verdict import Finding, judge
 
 __all__ = [
     "CASES",

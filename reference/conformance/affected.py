@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from int4_lora.reference.conformance.operands import Operands
+from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.dequantization import scale_columns
 
 __all__ = ["affected", "ranges"]

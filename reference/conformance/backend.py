@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference import LoRAStack
+from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
+from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.manifest import FUNCTIONS, Manifest
-from int4_lora.reference.conformance.operands import Operands, tensors_of
-from int4_lora.reference.conformance.verdict import Finding
 
 __all__ = ["Backend", "Prepared"]
 

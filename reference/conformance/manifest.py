@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference.conformance.operands import Operands
+from int4_lora.reference.conformance.cases.operands import Operands
 
 __all__ = ["FUNCTIONS", "Manifest"]
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference import LoRAStack
-from int4_lora.reference.conformance.answers import Answer, answer
 from int4_lora.reference.conformance.backend import Backend, Prepared
-from int4_lora.reference.conformance.bias import bias_of_errors
-from int4_lora.reference.conformance.case import Case
-from int4_lora.reference.conformance.draws import Draws
-from int4_lora.reference.conformance.eager import yardstick
-from int4_lora.reference.conformance.lora_operands import mixed_ids
+from int4_lora.reference.conformance.cases.case import Case
+from int4_lora.reference.conformance.cases.draws import Draws
+from int4_lora.reference.conformance.cases.lora_operands import mixed_ids
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.judging.answers import Answer, answer
+from int4_lora.reference.conformance.judging.systematic_error import bias_of_errors
+from int4_lora.reference.conformance.judging.verdict import Finding, judge
+from int4_lora.reference.conformance.judging.yardstick import yardstick
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.conformance.operands import Operands
 from int4_lora.reference.conformance.threads import one_thread
-from int4_lora.reference.conformance.verdict import Finding, judge
 
 __all__ = ["PROCEDURES", "Asked", "ask", "called", "judged"]
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from int4_lora.reference.conformance.affected import affected
 from int4_lora.reference.conformance.backend import Backend, Modified
-from int4_lora.reference.conformance.case import Case
-from int4_lora.reference.conformance.diagnosis import Diagnostician, Explanation
-from int4_lora.reference.conformance.minimal import smallest, snippet
-from int4_lora.reference.conformance.mistakes import IDENTIFIERS
-from int4_lora.reference.conformance.operands import Operands
+from int4_lora.reference.conformance.cases.case import Case
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS
+from int4_lora.reference.conformance.diagnosis.search import Diagnostician, Explanation
+from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.procedures import Asked, ask, called, judged
+from int4_lora.reference.conformance.reproduce import smallest, snippet
 from int4_lora.reference.conformance.threads import one_thread
-from int4_lora.reference.conformance.verdict import Finding
 
 __all__ = ["Outcome", "failed", "run", "run_case", "settled"]
 

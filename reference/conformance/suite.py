@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from int4_lora.reference.conformance.behaviour_cases import behaviour_cases
-from int4_lora.reference.conformance.case import Case
-from int4_lora.reference.conformance.format_cases import format_cases
-from int4_lora.reference.conformance.linear_cases import linear_cases
-from int4_lora.reference.conformance.lora_cases import lora_cases
-from int4_lora.reference.conformance.lora_part_cases import lora_part_cases
+from int4_lora.reference.conformance.cases.behaviour import behaviour_cases
+from int4_lora.reference.conformance.cases.case import Case
+from int4_lora.reference.conformance.cases.format import format_cases
+from int4_lora.reference.conformance.cases.linear import linear_cases
+from int4_lora.reference.conformance.cases.lora import lora_cases
+from int4_lora.reference.conformance.cases.lora_part import lora_part_cases
 
 __all__ = ["CASES", "select"]
 

@@ -10,14 +10,14 @@ import torch
 
 from int4_lora.compiled import (
     formulation_for,
-    graphs,
     int4_linear,
     int4_lora_linear,
     layouts,
     prepare,
     prepare_lora,
 )
-from int4_lora.compiled.graphs import bucket_of
+from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.reference import LoRASlice, LoRAStack, error_bound
 from int4_lora.reference import int4_lora_linear as reference
 from support.weights import narrow, random_stack, random_weight, random_x

@@ -4,37 +4,38 @@ import pytest
 
 from support.planting import check_noticed
 
-FORMULATIONS = ["compiled/test_formulations.py"]
+FORMULATIONS = ["compiled/formulations/test_formulations.py"]
 NAN = [f"{FORMULATIONS[0]}::test_a_nan_stays_with_its_own_tokens"]
 TOKENS = [f"{FORMULATIONS[0]}::test_tokens_and_dtypes"]
 RANKS = [f"{FORMULATIONS[0]}::EveryFormulation"]
-WEIGHTS = ["compiled/test_prepared_weight.py"]
+WEIGHTS = ["compiled/layouts/test_layouts.py"]
 
 # name: (module, {right: wrong}, tests that must notice)
 MUTANTS = {
     "ids_of_no_adapter_use_the_first": (
-        "lora_terms",
+        "adapters.terms",
         {"return torch.where(own.unsqueeze(1), delta, 0)": "return delta"},
         FORMULATIONS,
     ),
     "nan_of_b_reaches_others_gathered": (
-        "lora_terms",
+        "adapters.terms",
         {"return torch.where(own.unsqueeze(1), delta, 0)": "return delta * own.unsqueeze(1)"},
         NAN,
     ),
     "the_next_column_of_a_slice": (
-        "lora_terms", {"+ -start % width) % width": "+ start % width) % width"},
-        ["compiled/test_lora_terms.py"],
+        "adapters.terms", {"+ -start % width) % width": "+ start % width) % width"},
+        ["compiled/adapters/test_terms.py"],
     ),
     "repeated_groups_count": (
-        "whole_blocks",
+        "formulations.whole_blocks",
         {"torch.where(own, weight.scale.index_select(1, group), 0)":
          "weight.scale.index_select(1, group)"},
-        ["compiled/test_whole_blocks.py"],
+        ["compiled/formulations/test_whole_blocks.py"],
     ),
     "a_nibble_of_another_place": (
-        "magic_numbers", {"LEFT_SHIFTS = (15, 7, -1, -9)": "LEFT_SHIFTS = (15, 7, -9, -1)"},
-        ["compiled/test_magic_numbers.py"],
+        "formulations.magic_numbers",
+        {"LEFT_SHIFTS = (15, 7, -1, -9)": "LEFT_SHIFTS = (15, 7, -9, -1)"},
+        ["compiled/formulations/test_magic_numbers.py"],
     ),
     "zero_points_forgotten_by_planes": (
         "formulations.planes", {"if weight.zero_point is not None:": "if False:"}, RANKS,
@@ -46,45 +47,53 @@ MUTANTS = {
         TOKENS,
     ),
     "kept_for_any_dtype": (
-        "choice", {'        "x": str(dtype),\n': ""}, ["compiled/test_choice.py"],
+        "selection.choice",
+        {'        "x": str(dtype),\n': ""},
+        ["compiled/selection/test_choice.py"],
     ),
     "nan_of_b_reaches_others": (
-        "lora_terms", {"return masked if narrow and one.finite": "return masked if narrow"}, NAN,
+        "adapters.terms",
+        {"return masked if narrow and one.finite": "return masked if narrow"},
+        NAN,
     ),
     "grouped_by_the_next_adapter": (
-        "token_blocks", {"(block >= ends).sum(1)": "(block > ends).sum(1)"},
-        ["compiled/test_token_blocks.py"],
+        "adapters.grouping", {"(block >= ends).sum(1)": "(block > ends).sum(1)"},
+        ["compiled/adapters/test_grouping.py"],
     ),
     "too_few_blocks": (
-        "token_blocks", {"+ size - 1) // size + adapters)": "+ size - 1) // size)"},
-        ["compiled/test_token_blocks.py"],
+        "adapters.grouping", {"+ size - 1) // size + adapters)": "+ size - 1) // size)"},
+        ["compiled/adapters/test_grouping.py"],
     ),
     "ties_rounded_up": (
-        "int4pack_tiles", {" + ((bits >> 16) & 1)": " + 1"}, ["compiled/test_int4pack_tiles.py"],
+        "formulations.int4pack_tiles",
+        {" + ((bits >> 16) & 1)": " + 1"},
+        ["compiled/formulations/test_int4pack_tiles.py"],
     ),
     "masked_by_the_wrong_owner": (
-        "lora_terms", {"repeat_interleave(one.rank)": "repeat(one.rank)"},
+        "adapters.terms", {"repeat_interleave(one.rank)": "repeat(one.rank)"},
         [f"{FORMULATIONS[0]}::test_ranks_and_adapters"],
     ),
     "bias_of_the_first_slice": (
-        "lora_terms", {"bias[start:stop]": "bias[: stop - start]"},
-        ["compiled/test_lora_terms.py"],
+        "adapters.terms", {"bias[start:stop]": "bias[: stop - start]"},
+        ["compiled/adapters/test_terms.py"],
     ),
     "parts_in_the_order_of_blocks": (
-        "int4pack_tiles", {"torch.stack(both, dim=3)": "torch.stack(both, dim=2)"},
-        ["compiled/test_int4pack_tiles.py"],
+        "formulations.int4pack_tiles", {"torch.stack(both, dim=3)": "torch.stack(both, dim=2)"},
+        ["compiled/formulations/test_int4pack_tiles.py"],
     ),
     "columns_not_arranged": (
         "formulations.tiles", {"x = weight.arrange(x)": "pass"}, FORMULATIONS,
     ),
     "zero_points_of_the_wrong_row": (
-        "planes_weight", {"(4 * (row % ZEROS))": "(4 * ((row + 1) % ZEROS))"}, WEIGHTS,
+        "layouts.interleaved", {"(4 * (row % ZEROS))": "(4 * ((row + 1) % ZEROS))"}, WEIGHTS,
     ),
     "halves_swapped": (
-        "int4pack_tiles", {"low, high = (words & 15)": "high, low = (words & 15)"}, TOKENS,
+        "formulations.int4pack_tiles",
+        {"low, high = (words & 15)": "high, low = (words & 15)"},
+        TOKENS,
     ),
     "rows_after_the_blocks_lost": (
-        "int4pack_weight", {"[pairs & 15, pairs >> 4]": "[pairs >> 4, pairs & 15]"}, WEIGHTS,
+        "layouts.int4pack", {"[pairs & 15, pairs >> 4]": "[pairs >> 4, pairs & 15]"}, WEIGHTS,
     ),
     "gradient_of_columns_not_arranged": (
         "gradients", {"weight.order is not None": "False"}, ["compiled/test_gradients.py"],

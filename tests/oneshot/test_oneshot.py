@@ -6,8 +6,8 @@ import shutil
 import transformers
 
 from int4_lora.integration import annotate, open_checkpoint
-from int4_lora.integration.inspection import inspect
-from int4_lora.integration.verification import verify
+from int4_lora.integration.checkpoint.inspect import inspect
+from int4_lora.integration.checkpoint.verify import verify
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 
 ALL = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from serving.conftest import COMPILED, VOCABULARY, engine, logprobs, requests_of
 
-from int4_lora.integration.checkpoint import open_checkpoint
+from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.demo.models import Float64Inside, peft_model, peft_name
 
 VARIANTS = ["g128", "g32", "asym-g128", "channel"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from serving.conftest import CONFIG
 
-from int4_lora.integration.vllm_plugin import upstream
-from int4_lora.integration.vllm_plugin.upstream import Symbol, installed_version, missing, untested
+from int4_lora.integration.vllm_plugin import contract as upstream
+from int4_lora.integration.vllm_plugin.contract import Symbol, installed_version, missing, untested
 
 INPUTS, OUTPUTS, RANK, SLOTS = 256, 128, 8, 2
 PREFIX = "model.layers.0.mlp.up_proj"

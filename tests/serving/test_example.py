@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from int4_lora.integration.checkpoint import open_checkpoint
+from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.reference import dequantize
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lora_int4_example.py"

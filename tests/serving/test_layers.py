@@ -4,7 +4,7 @@ import pytest
 import torch
 from serving.conftest import COMPILED, engine, layers_of, logprobs, requests_of
 
-from int4_lora.integration.checkpoint import open_checkpoint
+from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.reference import dequantize
 

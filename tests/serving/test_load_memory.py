@@ -43,7 +43,7 @@ def a_session():
 def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    from int4_lora.integration.vllm_plugin import upstream
+    from int4_lora.integration.vllm_plugin import contract as upstream
     from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
 
     monkeypatch.setattr(upstream, "untested", lambda: None)

@@ -153,7 +153,7 @@ def test_an_adapter_that_vllm_does_not_take(settings, sentence, model, prompts, 
 
 
 def test_an_untested_minor(model, monkeypatch):
-    from int4_lora.integration.vllm_plugin import upstream
+    from int4_lora.integration.vllm_plugin import contract as upstream
 
     monkeypatch.setattr(upstream, "installed_version", lambda: "0.99.0")
     assert "vLLM 0.99.0 was never run with int4_lora" in refused(model, **FLAG)

@@ -6,9 +6,9 @@ import torch
 
 import int4_lora.reference as reference
 from int4_lora.reference import dequantize, error_bound, int4_lora_linear
-from int4_lora.reference.conformance.eager import eager, one_by_one
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.judging.yardstick import eager, one_by_one
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.conformance.operands import Operands
 from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
 
 

@@ -99,7 +99,7 @@ def spoil(folder, rng):
 def read(folder, kind):
     """Read everything there is to read."""
     from int4_lora.integration import open_checkpoint, read_adapter
-    from int4_lora.integration.inspection import inspect
+    from int4_lora.integration.checkpoint.inspect import inspect
 
     if kind == "adapter":
         read_adapter(folder)
@@ -115,7 +115,7 @@ def watch():
 
     Python itself may open its own modules, and this package its own cache.
     """
-    from int4_lora.compiled.disk_cache import cache_folder
+    from int4_lora.disk_cache import cache_folder
 
     watched, outside = [], []
     ours = tuple(str(Path(path).resolve()) for path in sys.path if path)

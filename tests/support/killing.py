@@ -4,7 +4,7 @@ import multiprocessing
 import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["int4_lora.integration.cli", "support.killing"]
+PRELOADED = ["int4_lora.integration.cli.app", "support.killing"]
 
 
 def begin(arguments):
@@ -18,7 +18,7 @@ def begin(arguments):
 def _invoke(arguments):
     from typer.testing import CliRunner
 
-    from int4_lora.integration import cli
+    from int4_lora.integration.cli import app as cli
 
     result = CliRunner().invoke(cli.app, arguments)
     print(result.output, file=sys.stderr)

@@ -8,12 +8,8 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-PACKAGES = [
-    "int4_lora",
-    "int4_lora.reference",
-    "int4_lora.compiled",
-    "int4_lora.compiled.formulations",
-]
+OTHERS = ["reference", "compiled", "integration"]  # folders of the umbrella that are packages too
+PACKAGES = ["int4_lora", "int4_lora.reference", "int4_lora.compiled"]
 
 
 def plant(folder, module="", changes=None):
@@ -21,9 +17,8 @@ def plant(folder, module="", changes=None):
     for package in PACKAGES:
         source = Path(importlib.import_module(package).__file__).parent
         target = folder.joinpath(*package.split("."))
-        target.mkdir(parents=True)
-        for file in source.glob("*.py"):
-            shutil.copy(file, target)
+        ignored = shutil.ignore_patterns("__pycache__", *([] if "." in package else OTHERS))
+        shutil.copytree(source, target, ignore=ignored)
     for right, wrong in (changes or {}).items():
         file = folder.joinpath("int4_lora", *module.split(".")).with_suffix(".py")
         text = file.read_text()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from int4_lora.integration.upstream import decompress_tensors
+from int4_lora.integration.checkpoint.compressed_tensors import decompress_tensors
 from int4_lora.reference import PackedWeight
 from int4_lora.reference.conformance import Manifest
 

@@ -1,0 +1,183 @@
+"""Products with dequantised blocks of rows of torch's INT4 layout for CPUs.
+
+A byte of a block holds a code of its first half of rows and one of its second half. So what comes
+out of bytes side by side is rows of the first half, and as many of the second:
+
+- ``paired``, for bfloat16: both weights of a byte are put into one 32-bit word, beside each other,
+  and the columns of the product are put in order afterwards. All vectors then have 32-bit lanes,
+  which Inductor's conversions are written for, and rounding costs four integer instructions.
+- ``halves``, for everything else: each half is a tensor, and a product, of its own.
+
+Weights come out transposed, since a block is stored column by column. Pairs come out in as many
+parts as there are threads, and the product is one of a batch: a thread multiplies what it has
+dequantised itself. One product of the whole tile would be split by columns where dequantising is
+split by groups; half of the tile would cross from core to core, which at times made the layer take
+1.6 times as long.
+
+Source: ``int4_lora.compiled.layouts.int4pack`` for the layout; round to nearest even in integers is
+that of ``c10/util/BFloat16.h`` of PyTorch.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+
+__all__ = ["Tile", "base", "halves", "paired", "scales_of"]
+
+UPPER, LOWER = -(2**16), 2**16 - 1  # the two 16-bit halves of a word
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some whole blocks of rows.
+
+    Args:
+        first: the first block.
+        parts: how many parts.
+        blocks: of each part.
+    """
+
+    first: int
+    parts: int
+    blocks: int
+
+    @property
+    def stop(self) -> int:
+        """The block after the last."""
+        return self.first + self.parts * self.blocks
+
+
+def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
+    """Return ``x W^T`` in x's dtype, some rows of W at a time.
+
+    Args:
+        x: ``[tokens, in_features]``.
+        weight: the weight.
+        workspace: bytes of dequantised rows, for each thread.
+    """
+    blocks = weight.out_features // weight.block
+    whole = blocks * weight.block
+    most = max(1, workspace // (x.dtype.itemsize * weight.in_features * weight.block))
+    pairs = x.dtype == weight.scale_dtype == torch.bfloat16 and sys.byteorder == "little"
+    part = _of_pairs if pairs else _of_halves
+    scales = scales_of(weight, torch.float32 if pairs else weight.scale_dtype)
+    tiles = _tiles(blocks, _threads(), most)
+    parts = [part(x, weight, tile, scales) for tile in tiles]
+    found = [_in_order(torch.cat(parts, dim=1), weight.block)] if pairs and parts else parts
+    if whole < weight.out_features:
+        found.append(x @ weight.columns(whole, weight.out_features, x.dtype))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _tiles(blocks: int, threads: int, most: int) -> list[Tile]:
+    """Return the tiles of some blocks: of as many parts as threads, and a last one of fewer."""
+    found, first = [], 0
+    while first < blocks:
+        parts = min(threads, blocks - first)
+        each = min(most, (blocks - first) // parts)
+        found.append(Tile(first, parts, each))
+        first += parts * each
+    return found
+
+
+def scales_of(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
+    """Return the scales out of the table, side by side: ``[groups, out_features]``.
+
+    They are the product of the table with (1, 0): exact, but -0 becomes 0. A product is kept in
+    memory by Inductor; a slice would be fused into every use, which would gather each weight's.
+    """
+    flat = weight.table.view(-1, 2).to(dtype)
+    first = torch.tensor([[1.0], [0.0]], dtype=dtype, device=flat.device)
+    return (flat @ first).view(weight.table.shape[:2])
+
+
+def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
+    """Return rows of the dense weight, transposed, in bfloat16: both of a byte beside each other.
+
+    Args:
+        weight: with scales in bfloat16.
+        tile: which rows.
+        scales: what ``scales_of`` returned, in float32.
+
+    Returns:
+        ``[parts, in_features, rows of a part]``: block by block, row by row of its first half, each
+        with the row of the second half that shares its bytes.
+    """
+    low, high = _codes_and_scales(weight, tile, scales)
+    words = (_rounded(high) & UPPER) | ((_rounded(low) >> 16) & LOWER)
+    return words.reshape(tile.parts, weight.in_features, -1).view(torch.bfloat16)
+
+
+def halves(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the first and the second half of the rows of some whole blocks, transposed.
+
+    Args:
+        weight: the weight.
+        tile: which rows.
+        scales: what ``scales_of`` returned.
+        dtype: what to cast to.
+
+    Returns:
+        Two ``[parts, in_features, rows of a part / 2]``, block by block.
+    """
+    both = _codes_and_scales(weight, tile, scales.float())
+    shape = (tile.parts, weight.in_features, -1)
+    return [half.to(weight.scale_dtype).to(dtype).reshape(shape) for half in both]
+
+
+def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(q - z) * s`` in float32, exact, of the two halves of the rows of some blocks.
+
+    Both are ``[parts, groups, columns, blocks, half]``.
+    """
+    groups, half = weight.table.shape[0], weight.block // 2
+    rows = slice(tile.first * weight.block, tile.stop * weight.block)
+    shape = (tile.parts, tile.blocks, groups, weight.columns_of_a_scale, half)
+    words = weight.data[rows].view(shape).permute(0, 2, 3, 1, 4).to(torch.int32)
+    scale = scales[:, rows].reshape(groups, tile.parts, tile.blocks, 2, half).transpose(0, 1)
+    low, high = (words & 15) - 8, (words >> 4) - 8
+    return low.float() * scale[:, :, None, :, 0], high.float() * scale[:, :, None, :, 1]
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Return float32 ``values`` rounded to bfloat16 in the upper half of each word; int32.
+
+    A NaN stays one: what bfloat16 scales make has no bits below those that are added to.
+    """
+    bits = values.view(torch.int32)
+    return bits + 0x7FFF + ((bits >> 16) & 1)
+
+
+def _of_pairs(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
+    """Return the outputs of a tile, ``[tokens, rows]`` in the order of ``paired``."""
+    return _multiplied(x, paired(weight, tile, scales)).transpose(0, 1).flatten(1)
+
+
+def _of_halves(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
+    """Return the outputs of a tile, ``[tokens, rows]`` in order."""
+    shape = (tile.parts, x.shape[0], tile.blocks, weight.block // 2)
+    both = [_multiplied(x, half).view(shape) for half in halves(weight, tile, scales, x.dtype)]
+    return torch.stack(both, dim=3).transpose(0, 1).flatten(1)  # tokens, part, block, half, row
+
+
+def _multiplied(x: Tensor, parts: Tensor) -> Tensor:
+    """Return the product of x with each part: ``[parts, tokens, rows of a part]``."""
+    return x.unsqueeze(0).expand(parts.shape[0], *x.shape) @ parts
+
+
+def _in_order(product: Tensor, block: int) -> Tensor:
+    """Return the outputs of whole blocks in order, from pairs."""
+    tokens, outputs = product.shape
+    pairs = product.view(tokens, outputs // block, block // 2, 2)
+    return pairs.transpose(2, 3).reshape(product.shape)

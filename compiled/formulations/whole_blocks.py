@@ -1,0 +1,69 @@
+"""Rows of whole blocks of words, for kernels that then mask nothing in their loop.
+
+Where a row does not fill the blocks of words that a kernel takes at a time, Inductor masks every
+load and every product. Here the last group is repeated instead, with scales of 0, until the blocks
+are full. It is a matter of indices: compiled, nothing is copied, and what is read again has just
+been read. 0 times what a group holds is 0 but for an x or a scale that is not finite: such an x of
+the last group may give NaN where the definition gives an infinity.
+
+Source: the blocks are those of ``int4_lora.compiled.formulations.kernel_launches``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.layouts.interleaved import NIBBLES, PlanesWeight
+
+__all__ = ["whole_blocks", "words_of_whole_blocks"]
+
+
+def words_of_whole_blocks(weight: PlanesWeight, words: int) -> int:
+    """Return the words of a row after ``whole_blocks``.
+
+    Args:
+        weight: any.
+        words: words of a block.
+
+    Example:
+        >>> from int4_lora.reference import quantize
+        >>> weight = PlanesWeight.from_packed(quantize(torch.ones(8, 96), group_size=32))
+        >>> weight.words.shape[1], words_of_whole_blocks(weight, 8)
+        (12, 16)
+    """
+    own = weight.words.shape[1]
+    if words % weight.words_of_a_group:
+        return own  # a group fills no whole part of a block
+    return -(-own // words) * words
+
+
+def whole_blocks(x: Tensor, weight: PlanesWeight, words: int) -> tuple[Tensor, PlanesWeight]:
+    """Return x and the weight with the last group repeated until blocks are full.
+
+    Args:
+        x: ``[tokens, in_features]``, arranged as the weight's columns.
+        weight: any; without ``order``, which x has followed, it is returned.
+        words: words of a block.
+    """
+    weight = dataclasses.replace(weight, order=None)
+    length = words_of_whole_blocks(weight, words)
+    if length == weight.words.shape[1]:
+        return x, weight
+    place = torch.arange(length // weight.words_of_a_group, dtype=torch.int32, device=x.device)
+    group = place.clamp(max=weight.groups - 1)
+    own = place < weight.groups
+    columns = x.view(x.shape[0], weight.groups, -1).index_select(1, group).flatten(1)
+    repeated = (
+        weight.words.view(weight.out_features, weight.groups, -1).index_select(1, group).flatten(1)
+    )
+    zeros = None if weight.zero_point is None else weight.zero_point.index_select(1, group)
+    return columns, dataclasses.replace(
+        weight,
+        words=repeated,
+        scale=torch.where(own, weight.scale.index_select(1, group), 0),
+        shape=(weight.out_features, length * NIBBLES),
+        zero_point=zeros,
+    )

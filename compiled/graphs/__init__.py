@@ -1,0 +1,1 @@
+"""Compiled graphs: made once for each kind of call, kept, entered, and saved."""

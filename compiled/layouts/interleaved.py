@@ -1,0 +1,192 @@
+"""Words whose eight codes belong to eight contiguous planes of x: the same bytes, interleaved.
+
+A group of g columns has g/8 words. In a checkpoint nibble j of word w is column 8 w + j of the
+group; here it is column j g/8 + w. So the same nibble of consecutive words, which is what vector
+instructions take at a time, meets consecutive columns of x, and decoding a row needs no shuffle.
+
+A checkpoint's word of eight rows' zero-points is two numbers of 16 bits here, the first four rows
+in the first. A GPU kernel then loads a number once for a group; words of 32 bits Triton would copy
+through shared memory, one for every word of the group.
+
+Columns with a ``g_idx`` of balanced groups are sorted by group first; x is then gathered.
+
+Source: the layout is this project's own; the codes are those of ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.layouts.layout import PreparedWeight, in_blocks
+from int4_lora.reference import PackedWeight, pack, unpack
+
+__all__ = ["EXPONENT_OF_ONE", "PlanesWeight", "refuses"]
+
+EXPONENT_OF_ONE = 0x3F800000  # the exponent bits of 1.0 in float32
+NIBBLES = 8  # codes of a word
+ZEROS = 4  # zero-points of a number
+
+
+@dataclass(frozen=True, eq=False)
+class PlanesWeight(PreparedWeight):
+    """An INT4 weight of one scale per row or per group of columns, interleaved.
+
+    Args:
+        words: int32 ``[out_features, in_features / 8]``, interleaved within each group.
+        scale: ``[out_features, groups]``, as in the checkpoint.
+        shape: ``(out_features, in_features)``.
+        zero_point: int16 ``[2 ceil(out_features / 8), groups]``, four rows in each number, or None.
+        g_idx: as in the checkpoint, or None.
+        order: int32 ``[in_features]``, the column of x that meets each column here, or None.
+        group_size: what the checkpoint's ``PackedWeight`` says.
+        exponent: on a GPU int32 ``[out_features]``, all ``EXPONENT_OF_ONE``, or None.
+
+    Source:
+        This module.
+    """
+
+    words: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    zero_point: Tensor | None
+    g_idx: Tensor | None
+    order: Tensor | None
+    group_size: int | tuple[int, int] | None
+    exponent: Tensor | None = None
+
+    @classmethod
+    def from_packed(cls, weight: PackedWeight) -> PlanesWeight:
+        """Interleave a weight that ``refuses`` does not refuse."""
+        order = None
+        if weight.g_idx is not None and not weight.column_order:
+            order = torch.argsort(weight.g_idx, stable=True)
+        groups, device = weight.scale.shape[1], weight.packed.device
+
+        def interleaved(start: int, stop: int) -> Tensor:
+            codes = unpack(weight.packed[start:stop], weight.in_features)
+            codes = codes if order is None else codes[:, order]
+            planes = codes.view(stop - start, groups, NIBBLES, -1)  # [out, group, j, w]
+            return pack(planes.transpose(2, 3).reshape(codes.shape))
+
+        return cls(
+            words=in_blocks(weight.out_features, interleaved),
+            scale=weight.scale,
+            shape=weight.shape,
+            zero_point=None if weight.zero_point is None else _split(weight.zero_point),
+            g_idx=weight.g_idx,
+            order=None if order is None else order.to(torch.int32),
+            group_size=weight.group_size,
+            exponent=_exponents(weight.out_features, device) if device.type == "cuda" else None,
+        )
+
+    @property
+    def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype that weights are rounded in."""
+        return self.scale.dtype
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return self.scale.shape[1]
+
+    @property
+    def words_of_a_group(self) -> int:
+        """Words that a group of a row fills."""
+        return self.words.shape[1] // self.groups
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.words.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors together."""
+        tensors = (self.words, self.scale, self.zero_point, self.g_idx, self.order, self.exponent)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def tile(self) -> int:
+        """Rows whose zero-points fill words."""
+        return NIBBLES
+
+    def packed_rows(self, start: int, stop: int) -> Tensor:
+        """Return the checkpoint's words of some rows."""
+        codes = unpack(self.words[start:stop], self.in_features)
+        words = codes.view(stop - start, self.groups, -1, NIBBLES)
+        codes = words.transpose(2, 3).reshape(codes.shape)
+        return pack(codes if self.order is None else codes[:, torch.argsort(self.order)])
+
+    def with_words(self, packed: Tensor) -> PackedWeight:
+        """Return the checkpoint's other tensors, bit for bit, with these words."""
+        return PackedWeight(
+            packed=packed,
+            scale=self.scale,
+            shape=self.shape,
+            zero_point=None if self.zero_point is None else _joined(self.zero_point),
+            g_idx=self.g_idx,
+            group_size=self.group_size,
+        )
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Return x with its columns in the order of this weight's."""
+        return x if self.order is None else x.index_select(1, self.order)
+
+    def zeros(self, start: int, stop: int) -> Tensor | None:
+        """Return the zero-points of some rows: int32 ``[stop - start, groups]``, or None."""
+        if self.zero_point is None:
+            return None
+        row = torch.arange(start, stop, dtype=torch.int32, device=self.device)
+        numbers = self.zero_point.index_select(0, row // ZEROS).to(torch.int32)
+        return ((numbers >> (4 * (row % ZEROS))[:, None]) & 15) - 8
+
+    def exponents(self) -> Tensor:
+        """Return int32 ``[out_features]``, all ``EXPONENT_OF_ONE``."""
+        if self.exponent is not None:
+            return self.exponent
+        return _exponents(self.out_features, self.device)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the dense weight, columns in this weight's order."""
+        words = self.words[start:stop].view(stop - start, self.groups, 1, -1)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.device)[:, None]
+        codes = ((words >> shifts) & 15) - 8  # [rows, groups, 8, words of a group]
+        zeros = self.zeros(start, stop)
+        if zeros is not None:
+            codes = codes - zeros[:, :, None, None]
+        dense = codes.to(self.scale.dtype) * self.scale[start:stop, :, None, None]
+        return dense.to(dtype).reshape(stop - start, self.in_features)
+
+
+def _split(words: Tensor) -> Tensor:
+    """Return int32 ``[n, groups]`` as int16 ``[2 n, groups]``, the low half of a word first."""
+    return torch.stack([(words << 16) >> 16, words >> 16], dim=1).flatten(0, 1).to(torch.int16)
+
+
+def _joined(halves: Tensor) -> Tensor:
+    """Return what ``_split`` was given."""
+    low, high = halves.to(torch.int32).view(-1, 2, halves.shape[1]).unbind(1)
+    return (high << 16) | (low & 0xFFFF)
+
+
+def _exponents(rows: int, device: torch.device) -> Tensor:
+    return torch.full((rows,), EXPONENT_OF_ONE, dtype=torch.int32, device=device)
+
+
+def refuses(weight: PackedWeight) -> str | None:
+    """Return why a weight cannot be interleaved, or None if it can."""
+    if weight.bits != 4:
+        return f"{weight.bits} bits"
+    if weight.strategy not in ("channel", "group"):
+        return f"strategy {weight.strategy}"
+    groups = weight.scale.shape[1]
+    if weight.in_features % (groups * NIBBLES):
+        return f"groups of {weight.in_features / groups:g} columns, which fill no whole words"
+    if weight.g_idx is not None and not weight.column_order:
+        sizes = torch.bincount(weight.g_idx, minlength=groups)
+        if int(sizes.min()) != int(sizes.max()):
+            return "unbalanced groups of g_idx"
+    return None

@@ -1,0 +1,216 @@
+"""Which formulation computes a layer: what was measured on this machine, else a stated default.
+
+Source: the defaults are those of ``benchmarks/results``; ``tuning`` beside this file
+measures.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import threading
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.formulations import (
+    DEFINITION,
+    FORMULATIONS,
+    GEMV,
+    INT4PACK,
+    MAGIC_GEMV,
+    TILES,
+    Formulation,
+)
+from int4_lora.compiled.layouts.layout import PreparedWeight
+from int4_lora.disk_cache import recall, remember
+
+__all__ = [
+    "AS_USUAL",
+    "candidates",
+    "choose",
+    "default",
+    "device_name",
+    "keep_crossovers",
+    "kept_crossovers",
+    "takes",
+]
+
+KIND = "crossovers"
+FORMAT = 5  # counts up when a formulation changes so that old measurements say nothing
+INT4PACK_TOKENS = 24  # the most that torch's operator is the default for
+AS_USUAL = "default"  # in the place of a formulation's name: what is chosen without measurements
+Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), in order
+
+_UNREAD = "not looked for yet"
+_tables: dict[Hashable, Crossovers | None] = {}
+_lock = threading.Lock()
+
+
+def choose(
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+) -> Formulation:
+    """Return the formulation of a layer: the measured one, or the default.
+
+    Within somebody else's torch.compile it is a default that needs no options of its own.
+
+    Args:
+        weight: what ``prepare`` returned.
+        dtype: the dtype of x.
+        tokens: rows of x.
+        slices: the adapters, by slice of the outputs.
+    """
+    if torch.compiler.is_compiling():
+        return default(weight, dtype, tokens, slices, inlined=True)
+    for most, name in kept_crossovers(weight, dtype, slices) or ():
+        if tokens <= most:
+            usual = name == AS_USUAL
+            return default(weight, dtype, tokens, slices) if usual else FORMULATIONS[name]
+    return default(weight, dtype, tokens, slices)
+
+
+def default(
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+    *,
+    inlined: bool = False,
+) -> Formulation:
+    """Return the formulation of a layer where nothing was measured.
+
+    Args:
+        weight: what ``prepare`` returned.
+        dtype: the dtype of x.
+        tokens: rows of x.
+        slices: the adapters, by slice of the outputs.
+        inlined: whether it is to be part of somebody else's graph.
+    """
+    for one in (INT4PACK, MAGIC_GEMV, GEMV, DEFINITION):  # ``PLANES`` is slower: measured
+        many = one is INT4PACK and tokens > INT4PACK_TOKENS
+        needs_options = inlined and one.backend is not None
+        if not many and not needs_options and one.takes(weight, dtype, tokens, slices):
+            return one
+    return TILES
+
+
+def candidates(
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+) -> list[Formulation]:
+    """Return every formulation that is meant for the weight's device and takes the operands."""
+    return [one for one in FORMULATIONS.values() if one.takes(weight, dtype, tokens, slices)]
+
+
+def kept_crossovers(
+    weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice] = ()
+) -> Crossovers | None:
+    """Return what was measured for a kind of layer on this machine, or None.
+
+    Adapters are of one kind where they have the same ranks and write the same outputs: how many
+    they are and their dtype hardly change which formulation is fastest.
+
+    The disk is read once a process for each kind of layer.
+    """
+    kind = _kind(weight, dtype, slices)
+    found = _tables.get(kind, _UNREAD)
+    if isinstance(found, str):
+        with _lock:
+            found = _checked(recall(KIND, _key(weight, dtype, slices)), weight, dtype, slices)
+            _tables[kind] = found
+    return found
+
+
+def keep_crossovers(
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    slices: Sequence[PreparedSlice],
+    crossovers: Crossovers,
+) -> bool:
+    """Keep what was measured for a kind of layer, for this process and on disk.
+
+    Returns:
+        Whether it could be written.
+    """
+    with _lock:
+        _tables[_kind(weight, dtype, slices)] = crossovers
+        return remember(KIND, _key(weight, dtype, slices), crossovers)
+
+
+def _kind(weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]) -> Hashable:
+    """Return what ``_key`` holds, fast enough to be asked at each call."""
+    adapters = tuple((one.rank, one.start, one.stop) for one in slices)
+    threads = torch.get_num_threads() if weight.device.type == "cpu" else 0
+    return weight.signature, dtype, adapters, threads
+
+
+def _checked(
+    kept: Any, weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]
+) -> Crossovers | None:
+    """Return kept crossovers if every formulation takes the tokens it was kept for."""
+    found: Crossovers = []
+    first = 1
+    for entry in kept if isinstance(kept, list) else ():
+        if not isinstance(entry, list) or [type(part) for part in entry] != [int, str]:
+            return None
+        most, name = entry
+        ends = (first, most)
+        known = name == AS_USUAL or all(takes(name, weight, dtype, one, slices) for one in ends)
+        if most < first or not known:
+            return None
+        found.append((most, name))
+        first = most + 1
+    return found or None
+
+
+def takes(
+    name: str,
+    weight: PreparedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    slices: Sequence[PreparedSlice] = (),
+) -> bool:
+    """Return whether there is a formulation of that name, and it is a candidate."""
+    return name in FORMULATIONS and FORMULATIONS[name].takes(weight, dtype, tokens, slices)
+
+
+def _key(
+    weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "device": device_name(weight.device),
+        "threads": torch.get_num_threads() if weight.device.type == "cpu" else 0,
+        "weight": [type(weight).__name__, *map(_plain, weight.signature[1:])],
+        "x": str(dtype),
+        "adapters": [[one.rank, one.start, one.stop] for one in slices],
+    }
+
+
+def _plain(value: object) -> Any:
+    """Return a part of a signature as JSON has it, without devices: the key names the device."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value if not isinstance(part, torch.device)]
+    return value if isinstance(value, (int, str, type(None))) else str(value)
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """Return the name that measurements on a device are kept under."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    lines = Path("/proc/cpuinfo")
+    text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

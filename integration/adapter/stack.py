@@ -1,0 +1,86 @@
+"""Several adapters of a whole model, stacked layer by layer.
+
+Source: the layout of ``int4_lora.reference.LoRAStack``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from int4_lora.integration.adapter.read import Adapter, AdapterModule
+from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.reference import LoRAStack
+
+__all__ = ["check_fits", "stack_adapters"]
+
+
+def stack_adapters(
+    adapters: Sequence[Adapter], name: str, in_features: int, out_features: int
+) -> LoRAStack | None:
+    """Stack what several adapters add to one layer; ids are positions in ``adapters``.
+
+    An adapter that leaves the layer alone adds zero. Adapters of different dtypes are widened to
+    the smallest dtype that holds all of them exactly.
+
+    Args:
+        adapters: the adapters.
+        name: the layer's name in the base model.
+        in_features: columns of the layer's weight.
+        out_features: rows of the layer's weight.
+
+    Returns:
+        The stack, or None where no adapter targets the layer.
+
+    Raises:
+        ValueError: an adapter whose shapes do not fit the layer; the message names both.
+    """
+    present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
+    if not present:
+        return None
+    dtype = present[0].a.dtype
+    for module in present:
+        dtype = torch.promote_types(dtype, module.a.dtype)
+    none = AdapterModule(
+        torch.zeros(1, in_features, dtype=dtype), torch.zeros(out_features, 1, dtype=dtype), 0.0
+    )
+    stacked = []
+    for adapter in adapters:
+        if name in adapter.modules:
+            _check_shape(adapter, name, out_features, in_features)
+        module = adapter.modules.get(name, none)
+        stacked.append((module.a.to(dtype), module.b.to(dtype), module.scaling))
+    return LoRAStack.stack(stacked)
+
+
+def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Check that every layer an adapter targets is a quantised module of its shapes.
+
+    Args:
+        adapter: an adapter.
+        checkpoint: the base it is to be used with.
+
+    Raises:
+        ValueError: a layer the base does not have packed in INT4, or of other shapes.
+    """
+    quantised = {name for name in checkpoint.modules() if checkpoint.is_packed(name)}
+    for name in adapter.modules:
+        if name not in quantised and f"{name}.weight" in checkpoint.tensors:
+            raise ValueError(
+                f"{adapter.path}: {name} is not packed in INT4 in {checkpoint.path}, and adapters "
+                "on other layers are not computed here"
+            )
+        if name not in quantised:
+            raise ValueError(f"{adapter.path}: {name} is no INT4 module of {checkpoint.path}")
+        _check_shape(adapter, name, *checkpoint.shape_of(name))
+
+
+def _check_shape(adapter: Adapter, name: str, out_features: int, in_features: int) -> None:
+    module = adapter.modules[name]
+    found = (module.b.shape[0], module.a.shape[1])
+    if found != (out_features, in_features):
+        raise ValueError(
+            f"{adapter.path}: {name}: the adapter is for a weight of {list(found)}, "
+            f"the base has [{out_features}, {in_features}]"
+        )

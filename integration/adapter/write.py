@@ -1,0 +1,170 @@
+"""Write a LoRA adapter as a folder that PEFT and engines load.
+
+Source: ``peft/utils/save_and_load.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from int4_lora.integration.adapter.read import (
+    CONFIG_FILE,
+    FLOATS,
+    TENSOR_FILE,
+    Adapter,
+    AdapterModule,
+    read_adapter,
+)
+
+__all__ = ["write_adapter"]
+
+PREFIX = "base_model.model."
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    modules: Mapping[str, AdapterModule],
+    *,
+    base_model: str | None = None,
+) -> Adapter:
+    """Write an adapter in PEFT's folder format; ``read_adapter`` gives the same back.
+
+    Tensors come back bit for bit. So does the scaling if some alpha / rank, or for all layers
+    alpha / sqrt(rank) with ``use_rslora``, is that number in float64; else the nearest one does,
+    within a relative 2^-52.
+
+    Rank and alpha that most layers have become ``r`` and ``lora_alpha``; layers that differ are
+    named in ``rank_pattern`` and ``alpha_pattern``. The folder is made beside its place and
+    renamed, so that it is there whole or not at all.
+
+    Args:
+        path: the folder to make; it must not exist.
+        modules: a and b and scaling of each layer, by the layer's name in the base model.
+        base_model: name or path of the base, kept in the config.
+
+    Returns:
+        The adapter as it was read back.
+
+    Raises:
+        FileExistsError: ``path`` is there already.
+        TypeError: a tensor of the wrong dtype, or a scaling that is no number.
+        ValueError: no modules, shapes that contradict each other, or a scaling that is not finite.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from int4_lora.integration import AdapterModule
+        >>> q_proj = AdapterModule(torch.ones(2, 8), torch.ones(4, 2), scaling=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adapter = write_adapter(f"{folder}/mine", {"model.q_proj": q_proj})
+        >>> adapter.config["r"], adapter.config["lora_alpha"]
+        (2, 1)
+
+    Source:
+        ``peft/tuners/lora/config.py``.
+    """
+    folder = Path(path)
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} is there already")
+    if not modules:
+        raise ValueError("modules must not be empty")
+    for name, module in modules.items():
+        _check(name, module)
+    config = _config(modules, base_model)
+    tensors = {}
+    for name, module in modules.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a.detach().cpu().clone().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b.detach().cpu().clone().contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        made = Path(beside) / folder.name
+        made.mkdir()
+        (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, made / TENSOR_FILE, metadata={"format": "pt"})
+        read_adapter(made)  # whatever is wrong shows before anything is in its place
+        made.rename(folder)
+    return read_adapter(folder)
+
+
+def _check(name: str, module: AdapterModule) -> None:
+    """Check one layer before anything is written."""
+    for matrix, tensor in (("a", module.a), ("b", module.b)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+            found = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name}: {matrix} must be a float tensor, got {found}")
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise ValueError(f"{name}: {matrix} must be 2-D and not empty, got {[*tensor.shape]}")
+    if module.a.dtype != module.b.dtype:
+        found = f"{module.a.dtype} and {module.b.dtype}"
+        raise TypeError(f"{name}: a and b must have one dtype, got {found}")
+    if module.a.shape[0] != module.b.shape[1]:
+        shapes = f"{list(module.a.shape)} and {list(module.b.shape)}"
+        raise ValueError(f"{name}: a must be [rank, in] and b [out, rank], got {shapes}")
+    if isinstance(module.scaling, bool) or not isinstance(module.scaling, (int, float)):
+        raise TypeError(f"{name}: scaling must be a number, got {type(module.scaling).__name__}")
+    if not math.isfinite(module.scaling):
+        raise ValueError(f"{name}: scaling must be finite, got {module.scaling}")
+
+
+def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dict[str, Any]:
+    ranks = {name: int(module.a.shape[0]) for name, module in modules.items()}
+    use_rslora, alphas = _alphas(modules, ranks)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": use_rslora,
+        "lora_dropout": 0.0,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(modules),
+        "rank_pattern": _patterns(ranks, rank),
+        "alpha_pattern": _patterns(alphas, alpha),
+    }
+
+
+def _alphas(
+    modules: Mapping[str, AdapterModule], ranks: Mapping[str, int]
+) -> tuple[bool, dict[str, int | float]]:
+    """Return use_rslora, and the alpha of each layer: plain if no choice gives every scaling."""
+    plain = {name: _alpha(float(one.scaling), ranks[name]) for name, one in modules.items()}
+    roots = {name: math.sqrt(rank) for name, rank in ranks.items()}
+    stabilised = {name: _alpha(float(one.scaling), roots[name]) for name, one in modules.items()}
+    for use_rslora, alphas, divisors in ((False, plain, ranks), (True, stabilised, roots)):
+        if all(alphas[name] / divisors[name] == one.scaling for name, one in modules.items()):
+            return use_rslora, alphas
+    return False, plain
+
+
+def _alpha(scaling: float, divisor: float) -> int | float:
+    """Return the alpha whose quotient by ``divisor`` is ``scaling``, or nearest to it."""
+    near = scaling * divisor
+    candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    alpha = next((alpha for alpha in candidates if alpha / divisor == scaling), near)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return the values that differ by patterns that match one name each.
+
+    PEFT takes the first pattern that matches the end of a name: longer names go first, so that a
+    name that is the end of another does not speak for it, and the other is listed with it.
+    """
+    different = {name for name, value in values.items() if value != default}
+    shadowed = {name for name in values if any(name.endswith(f".{other}") for other in different)}
+    names = sorted(different | shadowed, key=len, reverse=True)
+    return {re.escape(name): values[name] for name in names}

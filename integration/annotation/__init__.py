@@ -1,0 +1,1 @@
+"""What a checkpoint says of adapters: worked out, and written into its folder."""

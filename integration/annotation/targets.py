@@ -1,0 +1,119 @@
+"""Which modules of a checkpoint adapters can stand on, and which are a good choice.
+
+A module is INT4 here if it is pack-quantized, of 4 bits, and its activations are not quantised:
+what ``--quantization int4_lora`` of vLLM computes.
+
+Source: ``docs/commands/annotate.md``; PEFT's ``target_modules``, which match the ends of names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from int4_lora.integration.checkpoint.open import Checkpoint
+
+__all__ = ["LoRATargets", "lora_targets"]
+
+VOCABULARY = re.compile(r"(.*\.)?(\w*lm_head|wte|wpe|\w*embed\w*)")
+EXPERT = re.compile(r"(^|\.)experts\.")
+LAYER = re.compile(r"(^|\.)\d+\.")
+ROUTER = re.compile(r"(\w*_)?(gate|router)")
+ACTIVATION_ORDERS = ("group", "dynamic")
+SERVED_STRATEGIES = ("channel", "group")
+
+
+@dataclass(frozen=True)
+class LoRATargets:
+    """What a checkpoint offers adapters.
+
+    Args:
+        compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on INT4 layers.
+        incompatible_because: why not, a sentence for each reason.
+        modules: the last parts of the names of INT4 modules, vocabulary left out.
+        suggested: those of them that name nothing but INT4 projections of layers.
+    """
+
+    compatible: bool
+    incompatible_because: tuple[str, ...]
+    modules: tuple[str, ...]
+    suggested: tuple[str, ...]
+
+
+def lora_targets(checkpoint: Checkpoint) -> LoRATargets:
+    """Say which modules of a checkpoint adapters can stand on.
+
+    Args:
+        checkpoint: an open checkpoint.
+
+    Returns:
+        The names, in PEFT's terms: ``q_proj`` means every module whose last part that is.
+
+    Example:
+        >>> lora_targets(open_checkpoint("my-model-W4A16")).suggested  # doctest: +SKIP
+        ('down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj')
+
+    Source:
+        ``docs/commands/annotate.md``.
+    """
+    int4 = [name for name in checkpoint.modules() if _is_int4(checkpoint, name)]
+    reasons = tuple(_reasons(checkpoint, int4))
+    names = sorted({_last(name) for name in int4 if not VOCABULARY.fullmatch(name)})
+    own = {name for name in int4 if _is_projection(name)}
+    others = _linears(checkpoint) - own
+    spoilt = {_last(name) for name in others}
+    suggested = [name for name in names if name not in spoilt and not ROUTER.fullmatch(name)]
+    return LoRATargets(not reasons, reasons, tuple(names), tuple(suggested))
+
+
+def _is_int4(checkpoint: Checkpoint, name: str) -> bool:
+    scheme = checkpoint.schemes[name]
+    return checkpoint.is_packed(name) and scheme.bits == 4 and not scheme.activations
+
+
+def _is_projection(name: str) -> bool:
+    """Return whether a module stands in a numbered layer and is no expert and no vocabulary."""
+    return _served_alone(name) and LAYER.search(name) is not None
+
+
+def _linears(checkpoint: Checkpoint) -> set[str]:
+    """Return every module that has a weight, quantised or not."""
+    dense = [
+        name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")
+    ]
+    return {*checkpoint.modules(), *dense}
+
+
+def _reasons(checkpoint: Checkpoint, int4: Iterable[str]) -> list[str]:
+    """Return why vLLM does not take adapters on the checkpoint's INT4 layers; none if it does."""
+    packed = [name for name in checkpoint.modules() if checkpoint.is_packed(name)]
+    kinds = {
+        "is ordered by activation, which vLLM refuses: quantise with actorder static or none": [
+            name
+            for name in packed
+            if checkpoint.schemes[name].actorder in ACTIVATION_ORDERS
+            or f"{name}.weight_g_idx" in checkpoint.tensors
+        ],
+        "is of a strategy that vLLM does not serve: quantise by channel or group": [
+            name for name in packed if checkpoint.schemes[name].strategy not in SERVED_STRATEGIES
+        ],
+        "is quantised, and vLLM cannot put adapters beside it: add it to the ignore list": [
+            name for name in checkpoint.modules() if VOCABULARY.fullmatch(name)
+        ],
+    }
+    reasons = [] if any(map(_served_alone, int4)) else ["no linear layer is INT4"]
+    for reason, names in kinds.items():
+        if names:
+            others = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+            reasons.append(f"{names[0]} {reason}{others}")
+    return reasons
+
+
+def _served_alone(name: str) -> bool:
+    """Return whether a module is a linear layer of its own: no vocabulary, no expert."""
+    return not VOCABULARY.fullmatch(name) and not EXPERT.search(name)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

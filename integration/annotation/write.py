@@ -1,0 +1,161 @@
+"""What a checkpoint says of adapters, written into it: ``config.json``, ``lora_metadata.json``.
+
+Source: ``docs/commands/annotate.md``; the reader in vLLM is ``vllm_plugin/metadata.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from int4_lora.atomic_files import replace_files
+from int4_lora.integration.annotation.json_members import set_members
+from int4_lora.integration.annotation.metadata import KEYS, metadata_of, metadata_text
+from int4_lora.integration.annotation.targets import lora_targets
+from int4_lora.integration.checkpoint.open import open_checkpoint
+from int4_lora.integration.vllm_plugin.metadata import FILE
+
+__all__ = ["Annotation", "annotate", "preview_annotation"]
+
+CONFIG = "config.json"
+IN_CONFIG = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a checkpoint says of adapters, and which of its files did not say so before.
+
+    Args:
+        path: the checkpoint's folder.
+        lora_compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on its INT4
+            layers.
+        incompatible_because: why not, a sentence for each reason.
+        lora_target_modules: the last parts of the names of modules that adapters can stand on.
+        suggested_lora_targets: those of them that name nothing but INT4 projections of layers.
+        modules: how many modules ``lora_metadata.json`` describes.
+        changed: the names of the files that were written, or for a preview would be.
+    """
+
+    path: Path
+    lora_compatible: bool
+    incompatible_because: tuple[str, ...]
+    lora_target_modules: tuple[str, ...]
+    suggested_lora_targets: tuple[str, ...]
+    modules: int
+    changed: tuple[str, ...]
+
+
+def annotate(path: str | os.PathLike[str]) -> Annotation:
+    """Write into a checkpoint what it is to adapters.
+
+    ``config.json`` gets ``lora_compatible``, ``lora_target_modules`` and
+    ``suggested_lora_targets``, and no other byte of it changes; ``lora_metadata.json`` is written
+    whole. A second call changes nothing. Each file is the old or the new one at any moment.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: the folder, or a file it must have, is not there.
+        ImportError: compressed-tensors, which parses the config, is not installed.
+        OSError: a file cannot be written; then none is changed.
+        TypeError: a tensor of the wrong dtype.
+        ValueError: a checkpoint that cannot be read, tensors that contradict each other, a link, or
+            a ``lora_metadata.json`` that holds something else.
+
+    Example:
+        >>> oneshot(model="my-model", recipe=recipe, output_dir="my-W4A16")  # doctest: +SKIP
+        >>> annotate("my-W4A16").suggested_lora_targets  # doctest: +SKIP
+        ('down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj')
+
+    Source:
+        ``docs/commands/annotate.md``.
+    """
+    annotation, contents = _planned(Path(path))
+    replace_files(contents, like=annotation.path / CONFIG)
+    return annotation
+
+
+def preview_annotation(path: str | os.PathLike[str]) -> Annotation:
+    """Return what ``annotate`` would write, and write nothing.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Returns:
+        What would be written.
+
+    Raises:
+        FileNotFoundError: the folder, or a file it must have, is not there.
+        ImportError: compressed-tensors, which parses the config, is not installed.
+        TypeError: a tensor of the wrong dtype.
+        ValueError: what ``annotate`` refuses.
+
+    Example:
+        >>> preview_annotation("my-W4A16").changed  # doctest: +SKIP
+        ('lora_metadata.json', 'config.json')
+
+    Source:
+        ``docs/commands/annotate.md``.
+    """
+    return _planned(Path(path))[0]
+
+
+def _planned(folder: Path) -> tuple[Annotation, Mapping[Path, bytes]]:
+    """Return the annotation, and the new bytes of each file that has others."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder with a checkpoint")
+    config, beside = folder / CONFIG, folder / FILE
+    for file in (config, beside):
+        _check_is_no_link(file)
+    checkpoint = open_checkpoint(folder)
+    targets = lora_targets(checkpoint)
+    metadata = metadata_of(checkpoint, targets)
+    said = {key: metadata[key] for key in IN_CONFIG}
+    before = config.read_bytes()
+    new = set_members(before.decode("utf-8"), said, also_in="quantization_config").encode("utf-8")
+    contents = {beside: metadata_text(metadata).encode("ascii"), config: new}
+    old = {beside: beside.read_bytes() if beside.exists() else None, config: before}
+    different = {file: data for file, data in contents.items() if old[file] != data}
+    if beside in different:
+        _check_is_ours(beside, old[beside])
+    annotation = Annotation(
+        path=folder,
+        lora_compatible=targets.compatible,
+        incompatible_because=targets.incompatible_because,
+        lora_target_modules=targets.modules,
+        suggested_lora_targets=targets.suggested,
+        modules=len(metadata["modules"]),
+        changed=tuple(file.name for file in different),
+    )
+    return annotation, different
+
+
+def _check_is_no_link(file: Path) -> None:
+    """Refuse a link: what it leads to may be shared, and replacing it would cut it off."""
+    if file.is_symlink():
+        raise ValueError(
+            f"{file} must be a file, got a link to {os.readlink(file)}, which other folders may "
+            "share, as in the hub's cache: copy the folder with cp -rL and annotate the copy"
+        )
+
+
+def _check_is_ours(file: Path, old: bytes | None) -> None:
+    """Refuse to write over a file that holds what would be lost."""
+    if old is None:
+        return
+    try:
+        held = json.loads(old)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is there and is not JSON: {error}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{file} is there and must be an object, got {type(held).__name__}")
+    others = [key for key in held if key not in KEYS]
+    if others:
+        raise ValueError(f"{file} is there and holds {others[0]!r}, which would be lost: move it")

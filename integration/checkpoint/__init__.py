@@ -1,0 +1,1 @@
+"""Checkpoints of compressed-tensors: opened, inspected, verified and unpacked."""

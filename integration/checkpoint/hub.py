@@ -1,0 +1,82 @@
+"""A checkpoint by its name on the Hugging Face hub: from the local cache, or downloaded to it.
+
+Source: ``huggingface_hub.snapshot_download``, https://huggingface.co/docs/huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from pathlib import Path
+
+from int4_lora.integration.checkpoint.json_files import read_json_object
+from int4_lora.integration.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE
+
+__all__ = ["local_folder"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NEEDED = ["*.json", "*.safetensors"]  # never pickles
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder that ``path`` names, downloading it if it names a model of the hub.
+
+    A folder that exists is taken as it is. Otherwise ``owner/name`` is looked up in the local
+    cache of the hub, and then downloaded, with a progress bar, if the hub may be asked
+    (``HF_HUB_OFFLINE`` is not set).
+
+    Args:
+        path: a folder, or ``owner/name``.
+
+    Returns:
+        The folder, which exists.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a model that can be had.
+        ImportError: ``path`` is a name and huggingface_hub is not installed.
+
+    Example:
+        >>> local_folder(".")
+        PosixPath('.')
+
+    Source:
+        ``HF_HUB_CACHE`` and ``HF_ENDPOINT`` are those of huggingface_hub.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    name = os.fspath(path)
+    if folder.exists() or not isinstance(name, str) or not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"{folder} is not a folder with a checkpoint")
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is no folder; huggingface_hub is needed to look it up on the hub"
+        ) from error
+    try:
+        cached = Path(hub.snapshot_download(name, allow_patterns=NEEDED, local_files_only=True))
+        if _is_whole(cached):
+            return cached
+    except Exception:  # not in the cache
+        pass
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=NEEDED))
+    except Exception as error:  # the network, the hub and its client each have their own
+        detail = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise FileNotFoundError(
+            f"{name} is no folder, not in the hub's cache, and cannot be downloaded: {detail}"
+        ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a snapshot has what a model needs; other tools fetch config.json alone."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return (folder / SINGLE_FILE).is_file()
+    weight_map = read_json_object(index).get("weight_map")
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    return all(isinstance(shard, str) and (folder / shard).is_file() for shard in shards)

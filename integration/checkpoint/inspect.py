@@ -1,0 +1,236 @@
+"""What a checkpoint holds, module by module, and whether adapters fit it.
+
+Only headers and scales are read, so that a model of any size takes seconds.
+
+Source: ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int4_lora.integration.adapter.read import Adapter
+from int4_lora.integration.adapter.stack import check_fits
+from int4_lora.integration.checkpoint.open import Checkpoint
+
+__all__ = ["AdapterReport", "Inspection", "ModuleReport", "inspect"]
+
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
+DTYPE_BITS = re.compile(r"[A-Z]+(\d+)")
+LAYER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One quantised module.
+
+    Args:
+        name: its name.
+        format: compressed-tensors' name of the format.
+        bits: bits of a code.
+        strategy: which weights share a scale.
+        group_size: columns of a group, (rows, columns) of a block, or None.
+        symmetric: whether there are no zero-points.
+        g_idx: whether columns have groups of their own order.
+        scale_dtype: the header's name of the scale's dtype.
+        shape: ``[out_features, in_features]``.
+        nbytes: bytes of its tensors.
+        nan_scales: how many scales are NaN.
+        infinite_scales: how many scales are infinite.
+        zero_scales: how many scales are zero.
+        packed: whether this package reads it, and so whether an adapter can stand on it.
+    """
+
+    name: str
+    format: str
+    bits: int
+    strategy: str
+    group_size: int | tuple[int, int] | None
+    symmetric: bool
+    g_idx: bool
+    scale_dtype: str
+    shape: Sequence[int]
+    nbytes: int
+    nan_scales: int
+    infinite_scales: int
+    zero_scales: int
+    packed: bool
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the same weight in bfloat16."""
+        return 2 * math.prod(self.shape)
+
+    @property
+    def kind(self) -> str:
+        """The name with layer numbers left out, the same for all layers of a stack."""
+        return LAYER.sub(".*", self.name)
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter, held against the checkpoint.
+
+    Args:
+        path: its folder.
+        base: the model it says it was made for, or None.
+        targets: how many layers it targets, by the last part of their name.
+        ranks: the ranks that occur.
+        scalings: the scalings that occur.
+        fault: why it does not fit, or None.
+    """
+
+    path: str
+    base: str | None
+    targets: Mapping[str, int]
+    ranks: Sequence[int]
+    scalings: Sequence[float]
+    fault: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A whole checkpoint, and the adapters that were given with it.
+
+    Args:
+        path: the checkpoint's folder.
+        modules: its quantised modules.
+        dense_tensors: how many other tensors it has.
+        dense_bytes: their bytes.
+        lora_targets: the last parts of the names of modules that adapters can stand on.
+        adapters: the adapters.
+    """
+
+    path: str
+    modules: Sequence[ModuleReport]
+    dense_tensors: int
+    dense_bytes: int
+    lora_targets: Sequence[str]
+    adapters: Sequence[AdapterReport]
+
+    @property
+    def right(self) -> bool:
+        """Whether every scale is finite and every adapter fits."""
+        scales = all(one.nan_scales == one.infinite_scales == 0 for one in self.modules)
+        return scales and all(one.fault is None for one in self.adapters)
+
+
+def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspection:
+    """Describe a checkpoint, and hold adapters against it.
+
+    Args:
+        checkpoint: an open checkpoint.
+        adapters: adapters that are to fit it.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: a file that cannot be read, or a module without scale or shape.
+
+    Example:
+        >>> report = inspect(open_checkpoint("my-model-W4A16"))  # doctest: +SKIP
+        >>> report.lora_targets  # doctest: +SKIP
+        ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
+
+    Source:
+        ``docs/commands/inspect.md``.
+    """
+    modules = [_module(checkpoint, name) for name in checkpoint.modules()]
+    own = {f"{name}.{part}" for name in checkpoint.modules() for part in (*PARTS, "weight_shape")}
+    others = [name for name in checkpoint.tensors if name not in own]
+    return Inspection(
+        path=str(checkpoint.path),
+        modules=modules,
+        dense_tensors=len(others),
+        dense_bytes=sum(_nbytes(checkpoint, name) for name in others),
+        lora_targets=sorted({one.name.rpartition(".")[2] for one in modules if one.packed}),
+        adapters=[_adapter(checkpoint, adapter) for adapter in adapters],
+    )
+
+
+def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
+    scheme = checkpoint.schemes[name]
+    present = [part for part in PARTS if f"{name}.{part}" in checkpoint.tensors]
+    if checkpoint.is_packed(name):
+        checkpoint.check(name)
+    elif "weight_scale" not in present or not {"weight", "weight_packed"} & {*present}:
+        raise ValueError(
+            f"{checkpoint.path}: {name}: a {scheme.format} module needs weight_scale, and weight "
+            f"or weight_packed, got {present}"
+        )
+    nan, infinite, zero = _special_scales(checkpoint.tensor(f"{name}.weight_scale"))
+    return ModuleReport(
+        name=name,
+        format=scheme.format,
+        bits=scheme.bits,
+        strategy=scheme.strategy,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        g_idx="weight_g_idx" in present,
+        scale_dtype=checkpoint.tensors[f"{name}.weight_scale"].dtype,
+        shape=_shape(checkpoint, name),
+        nbytes=sum(_nbytes(checkpoint, f"{name}.{part}") for part in present),
+        nan_scales=nan,
+        infinite_scales=infinite,
+        zero_scales=zero,
+        packed=checkpoint.is_packed(name),
+    )
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
+    """Return the dense shape, from weight_shape or from the tensor that has it."""
+    if f"{name}.weight_shape" in checkpoint.tensors:
+        return list(checkpoint.shape_of(name))
+    if f"{name}.weight" in checkpoint.tensors:
+        return list(checkpoint.tensors[f"{name}.weight"].shape)
+    *rows, halves = checkpoint.tensors[f"{name}.weight_packed"].shape  # two 4-bit floats a byte
+    return [*rows, 2 * halves]
+
+
+def _nbytes(checkpoint: Checkpoint, name: str) -> int:
+    stored = checkpoint.tensors[name]
+    match = DTYPE_BITS.match(stored.dtype)
+    return math.prod(stored.shape) * (int(match[1]) if match else 8) // 8  # BOOL has no number
+
+
+def _special_scales(scale: Tensor) -> tuple[int, int, int]:
+    """Return how many scales are NaN, infinite and zero; for most that takes one look."""
+    if not scale.is_floating_point() or scale.element_size() == 1 or scale.numel() == 0:
+        return 0, 0, 0  # float8 and integer exponents have neither infinities nor a cheap test
+    integer, magnitude, infinity = {
+        torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+        torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+        torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+        torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+    }[scale.dtype]
+    sizes = scale.contiguous().view(integer) & magnitude  # bit patterns of |scale| are ordered
+    smallest, largest = (int(one) for one in torch.aminmax(sizes))
+    nan = int((sizes > infinity).sum()) if largest > infinity else 0
+    infinite = int((sizes == infinity).sum()) if largest >= infinity else 0
+    zero = sizes.numel() - int(torch.count_nonzero(sizes)) if smallest == 0 else 0
+    return nan, infinite, zero
+
+
+def _adapter(checkpoint: Checkpoint, adapter: Adapter) -> AdapterReport:
+    fault = None
+    try:
+        check_fits(adapter, checkpoint)
+    except ValueError as error:
+        fault = str(error)
+    parts = adapter.modules.values()
+    return AdapterReport(
+        path=str(adapter.path),
+        base=adapter.config.get("base_model_name_or_path"),
+        targets=dict(sorted(Counter(name.rpartition(".")[2] for name in adapter.modules).items())),
+        ranks=sorted({int(part.a.shape[0]) for part in parts}),
+        scalings=sorted({part.scaling for part in parts}),
+        fault=fault,
+    )

@@ -1,0 +1,167 @@
+"""safetensors files of a folder: what they hold, read from their headers, and one tensor at a time.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from int4_lora.integration.checkpoint.json_files import read_json_object
+from int4_lora.integration.checkpoint.safetensors_header import (
+    StoredTensor,
+    identity_of,
+    read_headers,
+)
+
+__all__ = ["inside", "read_model_headers", "read_rows", "read_tensor"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_tensor(stored: StoredTensor, name: str) -> Tensor:
+    """Read one tensor, to the CPU.
+
+    The bytes are read, not mapped: page faults can cost far more (docs/commands/inspect.md).
+
+    Args:
+        stored: where it is.
+        name: its name there.
+
+    Raises:
+        ValueError: torch has no such dtype, or the file changed since its header was read.
+    """
+    where = f"{stored.file}: {name}"
+    if stored.dtype not in DTYPES:
+        raise ValueError(f"{where}: torch cannot hold the dtype {stored.dtype}")
+    try:
+        with stored.file.open("rb", buffering=0) as opened:
+            if identity_of(opened.fileno()) != stored.identity:
+                raise ValueError(f"{where}: the file changed since it was opened")
+            tensor = torch.empty(tuple(stored.shape), dtype=DTYPES[stored.dtype])
+            target = tensor.reshape(-1).view(torch.uint8).numpy().data
+            opened.seek(stored.start)
+            if not _fill(opened, target):
+                raise ValueError(f"{where}: the file changed since it was opened")
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read: {error}") from error
+    return tensor
+
+
+def read_rows(stored: StoredTensor, name: str, start: int, stop: int) -> Tensor:
+    """Read some rows of one tensor, to the CPU.
+
+    Args:
+        stored: where the tensor is; it has a dimension of rows.
+        name: its name there.
+        start: the first row.
+        stop: the row after the last.
+
+    Raises:
+        ValueError: as ``read_tensor``.
+    """
+    rows, *others = stored.shape
+    each = stored.nbytes // rows if rows else 0
+    part = dataclasses.replace(
+        stored,
+        shape=(stop - start, *others),
+        start=stored.start + start * each,
+        nbytes=(stop - start) * each,
+    )
+    return read_tensor(part, name)
+
+
+def read_model_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a model by name, from one file or from shards with an index.
+
+    Args:
+        folder: the model's folder.
+
+    Raises:
+        FileNotFoundError: neither the one file nor the index is there, or a shard is missing.
+        ValueError: a file that cannot be read or is outside the folder, or an index that lies.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return read_headers(inside(folder, SINGLE_FILE))
+    if not (folder / INDEX_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    index = inside(folder, INDEX_FILE)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise ValueError(f"{index}: weight_map must map tensor names to file names")
+    present = {
+        shard: read_headers(_shard_file(index, folder, shard))
+        for shard in sorted(set(weight_map.values()))
+    }
+    for name, shard in weight_map.items():
+        if name not in present[shard]:
+            raise ValueError(f"{index}: {name} is said to be in {shard}, which does not hold it")
+    return {name: present[shard][name] for name, shard in weight_map.items()}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name``, which must stay in the folder when links are followed.
+
+    The cache of the Hugging Face hub links its snapshots to files beside them; those may be used.
+
+    Raises:
+        ValueError: the file is elsewhere.
+    """
+    file = folder / name
+    try:
+        home, place = folder.resolve(), file.resolve()
+    except (OSError, RuntimeError) as error:  # the second up to Python 3.12
+        raise ValueError(f"{file} is a link that leads nowhere: {error}") from error
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(place.is_relative_to(root) for root in allowed):
+        raise ValueError(f"{file} is a link that leaves the folder")
+    return file
+
+
+def _shard_file(index: Path, folder: Path, shard: str) -> Path:
+    if Path(shard).name != shard or shard in ("", ".", "..") or "\0" in shard:
+        raise ValueError(f"{index}: a shard must be a file name in the folder, got {shard!r}")
+    try:
+        file = inside(folder, shard)
+        there = file.is_file()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{index}: {shard[:80]!r} cannot be a file name: {error}") from error
+    if not there:
+        raise FileNotFoundError(f"{index} names {shard}, which is not there")
+    return file
+
+
+def _fill(opened: io.RawIOBase, target: memoryview) -> bool:
+    """Read until ``target`` is full; return whether the file had that much."""
+    done = 0
+    while done < len(target):
+        count = opened.readinto(target[done:])  # Linux reads at most 2 GiB at once
+        if not count:
+            return False
+        done += count
+    return True

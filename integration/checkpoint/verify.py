@@ -1,0 +1,113 @@
+"""Every module against compressed-tensors' own decompression, bit for bit.
+
+Source: ``compressed_tensors`` beside this file; the faults are those of ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from int4_lora.integration.checkpoint.compressed_tensors import decompress_tensors, stored_tensors
+from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.reference import PackedWeight, dequantize
+
+__all__ = ["Finding", "Verdict", "verify"]
+
+Verdict = Literal["same", "upstream_wrong", "different", "unreadable", "not_int4"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found for one module.
+
+    Args:
+        name: the module.
+        verdict: "same"; "upstream_wrong" where compressed-tensors gives what a known mistake
+            gives; "different" where it gives anything else; "unreadable" where the tensors
+            contradict each other; "not_int4" for a format that is not compared.
+        detail: why, in words; empty for "same".
+    """
+
+    name: str
+    verdict: Verdict
+    detail: str = ""
+
+
+def verify(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield a finding for each quantised module, in the order of the checkpoint.
+
+    Args:
+        checkpoint: an open checkpoint.
+
+    Example:
+        >>> [one.name for one in verify(checkpoint) if one.verdict != "same"]  # doctest: +SKIP
+        []
+
+    Source:
+        ``compressed_tensors/compressors/pack_quantized/base.py``.
+    """
+    for name in checkpoint.modules():
+        yield _verify(checkpoint, name)
+
+
+def _verify(checkpoint: Checkpoint, name: str) -> Finding:
+    if not checkpoint.is_packed(name):
+        scheme = checkpoint.schemes[name]
+        return Finding(name, "not_int4", f"{scheme.format}, {scheme.kind}, {scheme.bits} bits")
+    try:
+        weight = checkpoint.packed_weight(name)
+        tensors = stored_tensors(checkpoint, name)
+    except (OSError, TypeError, ValueError) as error:
+        return Finding(name, "unreadable", str(error))
+    ours = dequantize(weight)
+    try:
+        theirs = decompress_tensors(tensors, checkpoint.schemes[name].upstream)
+    except Exception as error:  # upstream raises whatever its tensor code raises
+        detail = f"compressed-tensors cannot decompress it: {type(error).__name__}: {error}"
+        return Finding(name, "upstream_wrong", detail.partition("\n")[0])
+    if same_bits(ours, theirs):
+        return Finding(name, "same")
+    for detail, mistaken in _known_mistakes(weight):
+        if same_bits(dequantize(mistaken), theirs):
+            return Finding(name, "upstream_wrong", detail)
+    wrong = "another shape or dtype"
+    if ours.shape == theirs.shape and ours.dtype == theirs.dtype:
+        wrong = f"{int((ours != theirs).sum())} of {ours.numel()} weights differ"
+    return Finding(name, "different", wrong)
+
+
+def _known_mistakes(weight: PackedWeight) -> Iterator[tuple[str, PackedWeight]]:
+    """Yield what upstream is known to take a weight for, with the mistake in words."""
+    if not weight.column_order and weight.in_features % weight.scale.shape[1] == 0:
+        yield "weight_g_idx is ignored", dataclasses.replace(weight, g_idx=None, group_size=None)
+    if isinstance(weight.group_size, tuple):
+        rows, columns = weight.shape
+        inferred = (rows // weight.scale.shape[0], columns // weight.scale.shape[1])
+        fits = (-(-rows // inferred[0]), -(-columns // inferred[1])) == tuple(weight.scale.shape)
+        if inferred != weight.group_size and fits:
+            detail = f"blocks are taken to be {inferred}, not {weight.group_size}"
+            yield detail, dataclasses.replace(weight, group_size=inferred)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two float tensors are the same bit for bit, NaN counting as NaN.
+
+    Example:
+        >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+        False
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    nan = one.isnan()
+    if not torch.equal(nan, other.isnan()):
+        return False
+    zero = torch.zeros((), dtype=one.dtype)
+    bits = [torch.where(nan, zero, part).contiguous().view(integer) for part in (one, other)]
+    return torch.equal(*bits)

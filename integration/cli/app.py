@@ -1,0 +1,72 @@
+"""The command line ``int4-lora``; each command has a module of its own.
+
+Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input.
+
+Source: ``docs/commands/README.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import int4_lora
+from int4_lora.integration.cli.annotate import annotate
+from int4_lora.integration.cli.conform import conform
+from int4_lora.integration.cli.demo import demo
+from int4_lora.integration.cli.doctor import doctor
+from int4_lora.integration.cli.golden import golden
+from int4_lora.integration.cli.inspect import inspect
+from int4_lora.integration.cli.merge import merge
+from int4_lora.integration.cli.scoreboard import scoreboard
+from int4_lora.integration.cli.tune import tune
+from int4_lora.integration.cli.unpack import unpack
+from int4_lora.integration.cli.verify import verify
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="int4-lora",
+    help="INT4 base models with LoRA adapters.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"int4-lora {int4_lora.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it.")
+    ] = False,
+) -> None:
+    """INT4 base models with LoRA adapters."""
+
+
+COMMANDS = (
+    inspect,
+    verify,
+    unpack,
+    merge,
+    annotate,
+    tune,
+    doctor,
+    demo,
+    conform,
+    scoreboard,
+)
+for command in COMMANDS:
+    app.command()(command)
+app.add_typer(golden, name="golden")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,183 @@
+"""``int4-lora doctor``.
+
+Source: ``docs/commands/doctor.md``; the requirements are those of the installed package's metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Annotated
+
+import torch
+import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion
+from rich.console import Console
+from rich.table import Table
+
+from int4_lora.compiled.formulations import FORMULATIONS
+from int4_lora.compiled.formulations.kernel_launches import native_matmul_is_missing
+from int4_lora.integration.cli.console import wide_console
+
+__all__ = ["Need", "doctor", "formulations", "needs"]
+
+PARTS = {
+    "": "reference, unpacking and the cache",
+    "checkpoints": "checkpoints: open, inspect, verify",
+    "hf": "the demo (with checkpoints)",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """One package that a part of int4-lora needs.
+
+    Args:
+        part: the extra that asks for it, "" for the core.
+        package: its name.
+        specifier: the versions that are taken.
+        found: the version that is installed, or None.
+        fits: whether the found version is taken.
+        by: who needs it: "int4-lora", or an installed package that does not go with it.
+    """
+
+    part: str
+    package: str
+    specifier: str
+    found: str | None
+    fits: bool
+    by: str = "int4-lora"
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+) -> None:
+    """Say which versions are installed, which parts work with them, and what to install.
+
+    Also which formulations of the compiled layer can run here, and why the others cannot. Exit code
+    1 if the core, or a package that is installed, does not fit.
+
+    Example: int4-lora doctor
+    """
+    found = needs()
+    works = {
+        part: all(one.fits for one in found if one.part in ("", *_before(part))) for part in PARTS
+    }
+    right = works[""] and all(one.fits for one in found if one.found is not None)
+    if as_json:
+        plain = [dataclasses.asdict(one) for one in found]
+        parts = {PARTS[part]: fits for part, fits in works.items()}
+        whole = {"right": right, "python": platform.python_version(), "parts": parts}
+        rest = {"packages": plain, "formulations": formulations()}
+        typer.echo(json.dumps({**whole, **rest}, indent=2))
+    else:
+        _print(wide_console(), found, works)
+    raise typer.Exit(0 if right else 1)
+
+
+def needs() -> list[Need]:
+    """Return what the installed package needs, and what is there of it.
+
+    Example:
+        >>> next(one.fits for one in needs() if one.package == "torch")
+        True
+    """
+    own = [
+        _need(part, Requirement(text))
+        for part in PARTS
+        for text in requires("int4-lora") or []
+        if _is_of(part, Requirement(text))
+    ]
+    return [*own, *_conflicts(own)]
+
+
+def formulations() -> dict[str, str | None]:
+    """Return why each formulation of the compiled layer cannot run here, or None where it can.
+
+    Example:
+        >>> formulations()["definition"] is None
+        True
+    """
+    return {name: _missing(one.devices, name) for name, one in FORMULATIONS.items()}
+
+
+def _missing(devices: tuple[str, ...], name: str) -> str | None:
+    if "cpu" not in devices and not torch.cuda.is_available():
+        return "meant for a GPU, and torch finds none"
+    if name == "planes":
+        return native_matmul_is_missing()
+    compiler = os.environ.get("CXX", "g++")
+    if name != "int4pack" and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        return f"Inductor needs a C++ compiler: {compiler} is not there"
+    return None
+
+
+def _before(part: str) -> tuple[str, ...]:
+    """Return the parts that a part stands on, and itself."""
+    return tuple(PARTS)[: tuple(PARTS).index(part) + 1]
+
+
+def _conflicts(own: list[Need]) -> Iterator[Need]:
+    """Yield what installed packages of the list need of each other and do not find."""
+    parts = {canonicalize_name(one.package): one.part for one in own}
+    for one in own:
+        for text in requires(one.package) or [] if one.found is not None else []:
+            requirement = Requirement(text)
+            known = canonicalize_name(requirement.name) in parts
+            if known and _is_of("", requirement):
+                need = _need(one.part, requirement)
+                if need.found is not None and not need.fits:
+                    yield dataclasses.replace(need, by=one.package)
+
+
+def _is_of(part: str, requirement: Requirement) -> bool:
+    """Return whether an extra asks for a requirement, on this Python and platform."""
+    if requirement.marker is None:
+        return part == ""
+    if part == "":
+        return requirement.marker.evaluate({"extra": ""})
+    if part and requirement.marker.evaluate({"extra": ""}):
+        return False  # the core asks for it already
+    return requirement.marker.evaluate({"extra": part})
+
+
+def _need(part: str, requirement: Requirement) -> Need:
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        found = None
+    fits = found is not None and _contains(requirement, found)
+    return Need(part, requirement.name, str(requirement.specifier) or "any", found, fits)
+
+
+def _contains(requirement: Requirement, found: str) -> bool:
+    """Return whether a version is taken; a source build may have one that is none."""
+    try:
+        return requirement.specifier.contains(found, prereleases=True)
+    except InvalidVersion:
+        return not requirement.specifier
+
+
+def _print(console: Console, found: list[Need], works: dict[str, bool]) -> None:
+    table = Table(title=f"Python {platform.python_version()}, int4-lora {version('int4-lora')}")
+    for title in ("package", "needed", "by", "found", ""):
+        table.add_column(title)
+    for one in found:
+        verdict = "fits" if one.fits else "missing" if one.found is None else "does not fit"
+        style = None if one.fits else "yellow" if one.found is None else "red"
+        table.add_row(one.package, one.specifier, one.by, one.found or "-", verdict, style=style)
+    console.print(table)
+    for part, fits in works.items():
+        name = f"int4-lora[{part}]" if part else "int4-lora"
+        hint = "works" if fits else f"install {name}"
+        console.print(f"{PARTS[part]}: {hint}", markup=False)
+    for name, why in formulations().items():
+        console.print(f"formulation {name}: {why or 'can run'}", markup=False)

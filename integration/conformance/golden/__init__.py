@@ -1,0 +1,1 @@
+"""Golden files: the oracle's cases for backends in any language, written and checked."""

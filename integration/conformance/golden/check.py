@@ -1,0 +1,197 @@
+"""Hold results against golden files, with nothing but what the files say.
+
+Source: ``docs/golden-format.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from int4_lora.integration.conformance.golden.recorded import NO_FILE, read_result
+from int4_lora.integration.conformance.golden.write import VERSION
+from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
+from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, answer, judge
+from int4_lora.reference.conformance.affected import affected
+from int4_lora.reference.conformance.diagnosis.search import Diagnostician
+from int4_lora.reference.conformance.judging.yardstick import yardstick as eager_yardstick
+from int4_lora.reference.conformance.manifest import DTYPES
+
+__all__ = ["check_golden", "read_index"]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the index of a folder of golden files.
+
+    Raises:
+        ValueError: there is none, or it is of another version.
+    """
+    file = folder / "index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != "int4-lora golden":
+        raise ValueError(f"{file}: it is no index of golden files")
+    if index.get("version") != VERSION:
+        raise ValueError(f"{file}: version must be {VERSION}, got {index.get('version')!r}")
+    named = isinstance(index.get("cases"), list) and all(
+        isinstance(one, dict) and isinstance(one.get("file"), str) and "/" not in one["file"]
+        for one in index["cases"]
+    )
+    if not named or not isinstance(index.get("seed"), int):
+        raise ValueError(f"{file}: it needs a seed, and cases that each name a file in the folder")
+    return index
+
+
+def check_golden(folder: Path, results: Path, manifest: Manifest) -> Iterator[Outcome]:
+    """Judge result files against golden files; yield what came of each case.
+
+    Args:
+        folder: what ``golden write`` wrote.
+        results: a folder with a file of the same name for each case, whose tensor is "result".
+        manifest: what the backend claims.
+
+    Raises:
+        ValueError: a file that cannot be read, or no result at all.
+    """
+    entries = read_index(folder)["cases"]
+    if not any((results / entry["file"]).exists() for entry in entries):
+        raise ValueError(f"{results}: there is no result of any of the cases of {folder}")
+    diagnostician = Diagnostician()
+    for entry in entries:
+        try:
+            yield _one(entry, folder, results, manifest, diagnostician)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{folder / entry['file']}: it is not what was written: {why}"
+            ) from error
+
+
+def _one(
+    entry: dict[str, Any],
+    folder: Path,
+    results: Path,
+    manifest: Manifest,
+    diagnostician: Diagnostician,
+) -> Outcome:
+    passed = Outcome(entry["name"], entry["exercises"], "passed")
+    try:
+        tensors = load_file(folder / entry["file"])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{folder / entry['file']}: {error}") from error
+    operands = _operands(entry, tensors)
+    why = manifest.why_not(operands)
+    if why is None and not (results / entry["file"]).exists():
+        why = NO_FILE
+    if why is not None:
+        return replace(passed, status="skipped", message=why)
+    result = read_result(results / entry["file"])
+    declared = _declaration(entry, manifest)
+    held = _answer(entry, tensors, declared)
+    yardstick = None if declared is None else declared["rms"]
+    if not _has_bound_for(entry, manifest):  # a claim that the files hold no bound for
+        held = answer(entry["function"], operands, manifest)
+        yardstick = eager_yardstick(entry["function"], operands, manifest, held)
+    finding = judge(result, held, equal=entry["equal"], yardstick=yardstick)
+    if finding is None:
+        return passed
+    found = diagnostician.explain(entry["function"], operands, result, manifest)
+    where = affected(entry["function"], operands, finding.wrong)
+    return replace(
+        passed,
+        status="failed",
+        rule=finding.rule,
+        message=finding.message,
+        where=where,
+        explanations=tuple(found),
+        elements=result.numel(),
+    )
+
+
+def _has_bound_for(entry: dict[str, Any], manifest: Manifest) -> bool:
+    if manifest.delta_rounded or manifest.accumulate != torch.float32:
+        return bool(entry["equal"])
+    return manifest.weight_rounded or entry["function"] != "dequantize"
+
+
+def _declaration(entry: dict[str, Any], manifest: Manifest) -> dict[str, Any] | None:
+    """Return the bounds that go with the roundings declared, or None where there are none."""
+    words = [] if manifest.weight_rounded else ["weight_unrounded"]
+    words += ["base_rounded"] if manifest.base_rounded else []
+    bounds: dict[str, dict[str, Any]] = entry["bounds"]
+    return bounds.get("_".join(words) or "none") or bounds.get("none")
+
+
+def _answer(
+    entry: dict[str, Any], tensors: dict[str, Tensor], declared: dict[str, Any] | None
+) -> Answer:
+    expected, dtype = tensors["expected"], RESULT_DTYPES[entry["result"]["dtype"]]
+    if entry["function"] == "dequantize":
+        expected = expected.to(dtype)
+    if declared is None:
+        bound = torch.zeros(expected.shape, dtype=torch.float64)
+    else:
+        bound = tensors[declared["tensor"]]
+        if not bool((bound >= 0).all()):
+            raise ValueError(f"{entry['file']}: {declared['tensor']} must not be negative or NaN")
+        if bound.shape != expected.shape:
+            raise ValueError(
+                f"{entry['file']}: {declared['tensor']} must have the shape of expected"
+            )
+    return Answer(expected, dtype, bound, (expected,))
+
+
+def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
+    attributes = entry["attributes"]
+    weight = None
+    if "weight.packed" in tensors:
+        block = attributes.get("block")
+        weight = PackedWeight(
+            tensors["weight.packed"],
+            tensors["weight.scale"],
+            shape=(attributes["out_features"], attributes["in_features"]),
+            zero_point=tensors.get("weight.zero_point"),
+            g_idx=tensors.get("weight.g_idx"),
+            group_size=None if block is None else tuple(block),
+        )
+    named = {name: tensors.get(name) for name in ("codes", "packed", "x", "h", "bias")}
+    return Operands(
+        **named,
+        size=attributes.get("size", 0),
+        dim=attributes.get("dim", 1),
+        weight=weight,
+        dtype=DTYPES.get(attributes.get("dtype", "")),
+        lora=_lora(attributes, tensors),
+        adapter_ids=tensors.get("adapter_ids"),
+    )
+
+
+def _lora(
+    attributes: dict[str, Any], tensors: dict[str, Tensor]
+) -> LoRAStack | list[LoRASlice] | None:
+    if "lora.0.a" not in tensors:
+        return None
+    count = sum(name.endswith(".scaling") for name in tensors)
+    stacks = [
+        LoRAStack(*(tensors[f"lora.{index}.{part}"] for part in ("a", "b", "scaling")))
+        for index in range(count)
+    ]
+    if "slices" not in attributes:
+        return stacks[0]
+    starts = attributes["slices"]
+    return [LoRASlice(stack, start) for stack, start in zip(stacks, starts, strict=True)]
+
+
+RESULT_DTYPES = {**DTYPES, "int8": torch.int8, "int32": torch.int32}

@@ -1,0 +1,96 @@
+"""Results that were written to files, by a backend in any language.
+
+Source: ``docs/golden-format.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from int4_lora.integration.conformance.golden.write import exportable, file_name
+from int4_lora.reference.conformance import Case, Manifest, Outcome
+from int4_lora.reference.conformance.diagnosis.search import Diagnostician
+from int4_lora.reference.conformance.procedures import Asked, judged
+from int4_lora.reference.conformance.run import failed
+
+__all__ = ["RESULT", "read_manifest", "read_result", "run_recorded"]
+
+RESULT = "result"
+NEEDS_CALLS = "needs a backend that can be called"
+NO_FILE = "no result file"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the claims in ``manifest.json``, or the default ones without it.
+
+    Raises:
+        ValueError: the file is no JSON object, or claims what there is none of.
+    """
+    file = folder / "manifest.json"
+    if not file.exists():
+        return Manifest()
+    try:
+        return Manifest.of(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_result(file: Path) -> Tensor:
+    """Return the tensor "result" of a file.
+
+    Raises:
+        ValueError: the file is no safetensors file, or has no such tensor.
+    """
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    if RESULT not in tensors:
+        raise ValueError(f"{file}: there is no tensor {RESULT!r}, only {sorted(tensors)}")
+    return tensors[RESULT]
+
+
+def run_recorded(
+    folder: Path, cases: Sequence[Case], manifest: Manifest, seed: int = 0
+) -> Iterator[Outcome]:
+    """Judge the results in a folder; yield what came of each case.
+
+    Args:
+        folder: one safetensors file for a case, named as in golden files.
+        cases: what ``select`` returned.
+        manifest: the claims.
+        seed: that the golden files were written with.
+
+    Raises:
+        ValueError: no file is there for any case, or one cannot be read.
+    """
+    if not any((folder / file_name(case.name)).exists() for case in exportable(cases)):
+        raise ValueError(f"{folder}: there is no result of any of the cases")
+    diagnostician = Diagnostician()
+    for case in cases:
+        yield _one(folder, case, manifest, seed, diagnostician)
+
+
+def _one(
+    folder: Path, case: Case, manifest: Manifest, seed: int, diagnostician: Diagnostician
+) -> Outcome:
+    passed = Outcome(case.name, case.exercises, "passed")
+    file = folder / file_name(case.name)
+    if not exportable([case]):
+        return replace(passed, status="skipped", message=NEEDS_CALLS)
+    operands = case.operands(seed)
+    why = manifest.why_not(operands) or (None if file.exists() else NO_FILE)
+    if why is not None:
+        return replace(passed, status="skipped", message=why)
+    result = read_result(file)
+    finding = judged(case, operands, result, manifest)
+    if finding is None:
+        return passed
+    return failed(case, Asked(operands, result, finding, manifest), diagnostician)

@@ -1,0 +1,160 @@
+"""Golden files: inputs, exact answers and bounds, for backends in any language.
+
+Source: ``docs/golden-format.md``; ONNX's backend tests, whose cases are exported likewise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+import int4_lora
+from int4_lora.integration.conformance.golden.ordered_sums import ordered_sums
+from int4_lora.reference import LoRAStack
+from int4_lora.reference.conformance import Case, Manifest, Operands, answer, tensors_of
+from int4_lora.reference.conformance.judging.yardstick import yardstick
+
+__all__ = ["DECLARATIONS", "VERSION", "exportable", "file_name", "write_golden"]
+
+VERSION = 1
+DECLARATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "weight_unrounded": {"weight_rounded": False},
+    "base_rounded": {"base_rounded": True},
+    "weight_unrounded_base_rounded": {"weight_rounded": False, "base_rounded": True},
+}
+"""What a backend may declare, by the name that its bound has in a file."""
+
+
+def exportable(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases that are one call, and so can be a file."""
+    return [case for case in cases if case.procedure == "answer" and not case.optional]
+
+
+def file_name(case: str) -> str:
+    """Return the name of a case's file.
+
+    Example:
+        >>> file_name("int4_linear/ragged/bf16")
+        'int4_linear.ragged.bf16.safetensors'
+    """
+    return f"{case.replace('/', '.')}.safetensors"
+
+
+def write_golden(folder: Path, cases: Sequence[Case], seed: int = 0) -> Iterator[Case]:
+    """Write cases into an empty or new folder; yield each when its file is there.
+
+    ``index.json`` comes last: a folder without it is not complete.
+
+    Args:
+        folder: where to.
+        cases: those that are no single call are left out.
+        seed: of the inputs.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} must be empty or new: it holds files")
+    entries = []
+    for case in exportable(cases):
+        operands = case.operands(seed)
+        with ordered_sums():
+            entry, tensors = _vector(case, operands)
+        file = folder / file_name(case.name)
+        save_file(tensors, file, metadata=_metadata(entry))
+        _sort_header(file)
+        entries.append(entry)
+        yield case
+    index = {
+        "format": "int4-lora golden",
+        "version": VERSION,
+        "int4_lora": int4_lora.__version__,
+        "seed": seed,
+        "cases": entries,
+    }
+    text = json.dumps(index, indent=1, sort_keys=True) + "\n"
+    (folder / "index.json").write_text(text, encoding="utf-8")
+
+
+def _sort_header(file: Path) -> None:
+    """Sort the keys of a header, which the library writes in an order of chance."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # what follows stays aligned
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def _vector(case: Case, operands: Operands) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the entry of the index, and the tensors of the file."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(operands).items()}
+    bounds: dict[str, dict[str, Any]] = {}
+    held = answer(case.function, operands, Manifest())
+    expected = held.exact.double() if held.exact.is_floating_point() else held.exact
+    tensors["expected"] = expected.contiguous()
+    equal = case.equal or not bool(held.bound.any())
+    if not equal:
+        for name, flags in DECLARATIONS.items():
+            if name and case.function in ("shrink", "expand"):
+                continue
+            manifest = Manifest(**flags)
+            own = answer(case.function, operands, manifest)
+            key = "bound" + (f".{name}" if name else "")
+            tensors[key] = own.bound.contiguous()
+            bounds[name or "none"] = {
+                "tensor": key,
+                "rms": yardstick(case.function, operands, manifest, own),
+            }
+    entry = {
+        "name": case.name,
+        "file": file_name(case.name),
+        "exercises": case.exercises,
+        "function": case.function,
+        "operands": sorted(set(tensors) & set(tensors_of(operands))),
+        "attributes": _attributes(case, operands),
+        "result": {"dtype": str(held.dtype)[6:], "shape": list(held.exact.shape)},
+        "equal": equal,
+        "bounds": bounds,
+    }
+    return entry, tensors
+
+
+def _attributes(case: Case, operands: Operands) -> dict[str, Any]:
+    """Return what a call needs besides tensors."""
+    if case.function == "pack":
+        return {"dim": operands.dim}
+    if case.function == "unpack":
+        return {"dim": operands.dim, "size": operands.size}
+    found: dict[str, Any] = {}
+    weight = operands.weight
+    if weight is not None:
+        found = {
+            "out_features": weight.out_features,
+            "in_features": weight.in_features,
+            "strategy": weight.strategy,
+        }
+        if isinstance(weight.group_size, tuple):
+            found["block"] = list(weight.group_size)
+    if operands.dtype is not None:
+        found["dtype"] = str(operands.dtype)[6:]
+    if operands.lora is not None and not isinstance(operands.lora, LoRAStack):
+        found["slices"] = [part.start for part in operands.slices]
+    return found
+
+
+def _metadata(entry: dict[str, Any]) -> dict[str, str]:
+    """Return the entry as strings, so that a file can be used without the index."""
+    found = {"case": entry["name"], "function": entry["function"]}
+    for name, value in entry["attributes"].items():
+        found[name] = value if isinstance(value, str) else json.dumps(value)
+    found["result_dtype"] = entry["result"]["dtype"]
+    return found

@@ -1,0 +1,1 @@
+"""The questions: each case is data, drawn from a seed, for one function of the contract."""

@@ -1,0 +1,107 @@
+"""Cases of behaviour: what one call cannot show.
+
+Source: ggml's test-backend-ops, which repeats each case since later replays broke.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from int4_lora.reference.conformance.cases.case import Case
+from int4_lora.reference.conformance.cases.draws import Draws
+from int4_lora.reference.conformance.cases.format import FLOATS
+from int4_lora.reference.conformance.cases.lora_operands import with_adapters
+from int4_lora.reference.conformance.cases.operands import Operands, adapters, weight
+
+__all__ = ["behaviour_cases"]
+
+
+# procedure, what it exercises, dtypes of x
+PROCEDURES = (
+    ("alone", "a token alone has the answer that it has in a batch", ("bf16", "fp32")),
+    ("replay", "the same buffers again, with other adapter ids in them", ("bf16", "fp32")),
+    ("resized", "fewer tokens, then more again, with the same weight", ("bf16",)),
+    ("repeat", "a call repeated gives the same bits", ("bf16", "fp32")),
+    ("kept", "what a call returned is not written over by a later one", ("bf16",)),
+    ("unmodified", "no operand is written to", ("bf16",)),
+    ("written", "every output is written: memory is poisoned before", ("bf16", "fp32")),
+)
+
+
+def behaviour_cases() -> Iterator[Case]:
+    """Yield the cases of behaviour, each asked by a procedure of its own."""
+    for procedure, exercises, shorts in PROCEDURES:
+        for short in shorts:
+            yield Case(
+                f"int4_lora_linear/{procedure}/{short}",
+                exercises,
+                "int4_lora_linear",
+                with_adapters(FLOATS[short], bias=FLOATS[short]),
+                procedure=procedure,
+                quick=short == "bf16",
+            )
+    for short in ("bf16", "fp16", "fp32"):
+        yield Case(
+            f"int4_lora_linear/bias_of_errors/{short}",
+            "over many draws errors go both ways",
+            "int4_lora_linear",
+            with_adapters(FLOATS[short], count=64, columns=64, groups=2, rank=4),
+            procedure="many_draws",
+            quick=short == "fp32",
+        )
+    yield Case(
+        "int4_linear/repeat/bf16",
+        "a call repeated gives the same bits, where sums are long",
+        "int4_linear",
+        lambda draws: _long(draws),
+        procedure="repeat",
+    )
+    yield Case(
+        "int4_lora_linear/large_output/bf16",
+        "an output of more than 2^31 bytes",
+        "int4_lora_linear",
+        _large_output,
+        optional=True,
+    )
+    yield Case(
+        "int4_linear/large_weight/bf16",
+        "packed words of more than 2^31 bytes",
+        "int4_linear",
+        _large_weight,
+        optional=True,
+    )
+
+
+def _long(draws: Draws) -> Operands:
+    made = weight(draws, 64, 4096, groups=32)
+    return Operands(x=draws.normal("x", (8, 4096)).to(torch.bfloat16), weight=made)
+
+
+LARGE_TOKENS = 2**16 + 256
+
+
+def _large_output(draws: Draws) -> Operands:
+    """Return 65,792 tokens of 32 columns, to 16,384 outputs: 2^31 + 2^23 bytes of bfloat16."""
+    x = draws.normal("x", (256, 32)).to(torch.bfloat16).repeat(LARGE_TOKENS // 256, 1)
+    return Operands(
+        x=x,
+        weight=weight(draws, 2**14, 32, groups=1),
+        lora=adapters(draws, 2**14, 32, rank=4),
+        adapter_ids=torch.arange(LARGE_TOKENS) % 4 - 1,
+    )
+
+
+def _large_weight(draws: Draws) -> Operands:
+    """Return a weight of 2^17 + 256 rows and 2^15 columns, whose rows repeat after 256."""
+    few = weight(draws, 256, 2**15, groups=2**8)
+    repeats = 2**9 + 1
+    return Operands(
+        x=draws.normal("x", (1, 2**15)).to(torch.bfloat16),
+        weight=type(few)(
+            few.packed.repeat(repeats, 1),
+            few.scale.repeat(repeats, 1),
+            shape=(256 * repeats, 2**15),
+        ),
+    )

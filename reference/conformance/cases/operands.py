@@ -1,0 +1,242 @@
+"""What a backend's function is called with, and how a case makes it.
+
+Source: the public contract of ``int4_lora.reference``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
+from int4_lora.reference.conformance.cases.draws import Draws
+from int4_lora.reference.linear import as_slices
+
+__all__ = ["Operands", "adapters", "tensors_of", "tokens", "weight"]
+
+SCALINGS = (2 / 3, 2.0, 0.37, -1.5, 1.25)  # all differ from 1 and from one another
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """The arguments of one call, under the contract's names; None is what a function lacks.
+
+    Args:
+        codes: int8, for ``pack``.
+        packed: int32, for ``unpack``.
+        size: for ``unpack``.
+        dim: for ``pack`` and ``unpack``.
+        weight: for ``dequantize`` and the layers.
+        dtype: for ``dequantize``.
+        x: ``[tokens, in_features]``, for the layers and ``shrink``.
+        h: ``[tokens, rank]``, for ``expand``.
+        lora: adapters or slices.
+        adapter_ids: ``[tokens]``.
+        bias: ``[out_features]``.
+    """
+
+    codes: Tensor | None = None
+    packed: Tensor | None = None
+    size: int = 0
+    dim: int = 1
+    weight: PackedWeight | None = None
+    dtype: torch.dtype | None = None
+    x: Tensor | None = None
+    h: Tensor | None = None
+    lora: LoRAStack | Sequence[LoRASlice] | None = None
+    adapter_ids: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def slices(self) -> tuple[LoRASlice, ...]:
+        """The adapters as slices: none, one, or those given."""
+        return as_slices(self.lora)
+
+    @property
+    def activations(self) -> Tensor:
+        """What is summed over: ``x``, or the ``h`` of ``expand``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        value = self.x if self.h is None else self.h
+        if value is None:
+            raise ValueError("there are no activations: x and h are None")
+        return value
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(tensors_of(self).values())).device
+
+    def to(self, device: torch.device | str) -> Operands:
+        """Return the same operands with every tensor on ``device``."""
+        changed: dict[str, Any] = {}
+        for name in ("codes", "packed", "weight", "x", "h", "adapter_ids", "bias"):
+            value = getattr(self, name)
+            changed[name] = None if value is None else value.to(device)
+        if isinstance(self.lora, LoRAStack):
+            changed["lora"] = self.lora.to(device)
+        elif self.lora is not None:
+            changed["lora"] = [
+                dataclasses.replace(part, stack=part.stack.to(device)) for part in self.lora
+            ]
+        return dataclasses.replace(self, **changed)
+
+    def with_tokens(self, chosen: Tensor) -> Operands:
+        """Return the operands of some tokens alone.
+
+        Args:
+            chosen: int64, which tokens.
+        """
+        changed = {
+            name: value[chosen.to(value.device)]
+            for name in ("x", "h", "adapter_ids")
+            if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **changed)
+
+    def with_outputs(self, start: int, stop: int) -> Operands:
+        """Return the operands of some outputs alone; ``start`` is a multiple of 8.
+
+        For the strategies "channel" and "group".
+        """
+        old = self.weight
+        changed: dict[str, Any] = {}
+        if old is not None:
+            words = slice(start // 8, (stop + 7) // 8)
+            changed["weight"] = PackedWeight(
+                old.packed[start:stop],
+                old.scale[start:stop],
+                shape=(stop - start, old.in_features),
+                zero_point=None if old.zero_point is None else old.zero_point[words],
+                g_idx=old.g_idx,
+            )
+        if self.bias is not None:
+            changed["bias"] = self.bias[start:stop]
+        kept = []
+        for part in self.slices:
+            low, high = max(part.start, start), min(part.stop, stop)
+            if low < high:
+                b = part.stack.b[:, low - part.start : high - part.start]
+                stack = LoRAStack(part.stack.a, b, part.stack.scaling)
+                kept.append(LoRASlice(stack, low - start))
+        if isinstance(self.lora, LoRAStack):
+            changed["lora"] = kept[0].stack
+        elif self.lora is not None:
+            changed["lora"] = kept or None
+            changed["adapter_ids"] = self.adapter_ids if kept else None
+        return dataclasses.replace(self, **changed)
+
+
+def tensors_of(operands: Operands) -> dict[str, Tensor]:
+    """Return every tensor of the operands by name: ``weight.scale``, ``lora.0.a`` and so on.
+
+    Example:
+        >>> list(tensors_of(Operands(x=torch.zeros(1, 8))))
+        ['x']
+    """
+    found: dict[str, Tensor | None] = {}
+    for name in ("codes", "packed", "x", "h", "adapter_ids", "bias"):
+        found[name] = getattr(operands, name)
+    if operands.weight is not None:
+        for name in ("packed", "scale", "zero_point", "g_idx"):
+            found[f"weight.{name}"] = getattr(operands.weight, name)
+    for index, part in enumerate(operands.slices):
+        for name in ("a", "b", "scaling"):
+            found[f"lora.{index}.{name}"] = getattr(part.stack, name)
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def weight(
+    draws: Draws,
+    rows: int = 64,
+    columns: int = 256,
+    *,
+    groups: int = 2,
+    strategy: str = "group",
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    g_idx: str | None = None,
+    block: tuple[int, int] = (16, 32),
+    what: str = "weight",
+) -> PackedWeight:
+    """Return a random weight whose scales all differ, so that no two groups can be confused.
+
+    Args:
+        draws: where the numbers come from.
+        rows: out_features.
+        columns: in_features.
+        groups: scales of a row, for the strategy "group"; 1 is "channel".
+        strategy: "group", "tensor" or "block".
+        symmetric: whether there are no zero-points.
+        dtype: of the scales.
+        g_idx: None, "balanced", "unbalanced" or "minus_one".
+        block: rows and columns that share a scale, for the strategy "block".
+        what: the name that the numbers are drawn under.
+    """
+    codes = draws.integers(f"{what}.codes", (rows, columns), -8, 7).to(torch.int8)
+    table = {"tensor": (1,), "block": (-(-rows // block[0]), -(-columns // block[1]))}.get(
+        strategy, (rows, groups)
+    )
+    scale = (draws.uniform(f"{what}.scale", table) + 0.2) * 0.05
+    zero_point = draws.integers(f"{what}.zero_point", table, -8, 7).to(torch.int8)
+    if strategy == "group":
+        zero_point = pack(zero_point, dim=0)
+    return PackedWeight(
+        packed=pack(codes),
+        scale=scale.to(dtype),
+        shape=(rows, columns),
+        zero_point=None if symmetric else zero_point,
+        g_idx=_group_of_each_column(draws, what, g_idx, columns, groups),
+        group_size=block if strategy == "block" else None,
+    )
+
+
+def _group_of_each_column(
+    draws: Draws, what: str, how: str | None, columns: int, groups: int
+) -> Tensor | None:
+    if how is None:
+        return None
+    if how == "unbalanced":
+        squared = draws.uniform(f"{what}.g_idx", (columns,)) ** 2  # the first groups are larger
+        return (squared * groups).floor().to(torch.int32)
+    g_idx = (draws.permutation(f"{what}.g_idx", columns) // (columns // groups)).to(torch.int32)
+    if how == "minus_one":
+        g_idx[columns // 2] = -1
+    return g_idx
+
+
+def adapters(
+    draws: Draws,
+    rows: int = 64,
+    columns: int = 256,
+    *,
+    count: int = 3,
+    rank: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    what: str = "lora",
+) -> LoRAStack:
+    """Return random adapters, their ranks falling from ``rank`` and their scalings differing.
+
+    The deltas are about as large as the base of ``weight``, so that no fault in them is small.
+    """
+    triples, first = [], int(draws.integers(f"{what}.first", (1,), 0, len(SCALINGS) - 1))
+    for index in range(count):
+        own = max(1, rank - index)
+        a = draws.normal(f"{what}.{index}.a", (own, columns)) * 0.1
+        b = draws.normal(f"{what}.{index}.b", (rows, own)) * (1.5 / own**0.5)
+        triples.append((a.to(dtype), b.to(dtype), SCALINGS[(first + index) % len(SCALINGS)]))
+    return LoRAStack.stack(triples)
+
+
+def tokens(
+    draws: Draws, count: int = 16, columns: int = 256, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Return random activations ``[count, columns]``."""
+    return draws.normal("x", (count, columns)).to(dtype)

@@ -1,0 +1,191 @@
+"""The exact answer of a call, how far from it a right backend may be, and an honest example.
+
+==============  ==============================================  ===============================
+function        exact answer                                    bound
+==============  ==============================================  ===============================
+pack, unpack    the reference's integers                        equal
+dequantize      the reference's bits                            equal, or u |w| where the weight
+                                                                is declared unrounded
+int4_linear     the reference on float64 operands               ``error_bound``
+shrink, expand  the same                                        gamma_n of the sums, ``docs``
+==============  ==============================================  ===============================
+
+Source: ``docs/numerics.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference import (
+    dequantize,
+    error_bound,
+    expand,
+    int4_lora_linear,
+    pack,
+    shrink,
+    unpack,
+)
+from int4_lora.reference.bounds import FORMATS
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
+from int4_lora.reference.lora_stack import LoRAStack
+
+__all__ = ["Answer", "answer", "delta_magnitude", "exact_answer", "unrounded_weight"]
+
+T = TypeVar("T")
+DELTA_ROUNDINGS = 4  # of x A^T, of B, of the delta, and what they make of one another
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a call is held against.
+
+    Args:
+        exact: integers, a weight in its own dtype, or float64 ``[tokens, width]``.
+        dtype: the dtype that the result must have.
+        bound: float64 like ``exact``: the largest error; 0 where the result must be equal.
+        loose: exact answers of which each class of result is honest: NaN, infinite, finite.
+        free: bool like ``exact``, or None: where a sum may overflow on the way, so that any result
+            is honest.
+    """
+
+    exact: Tensor
+    dtype: torch.dtype
+    bound: Tensor
+    loose: tuple[Tensor, ...]
+    free: Tensor | None = None
+
+    def to_cpu(self) -> Answer:
+        """Return the same answer with every tensor on the CPU."""
+        return Answer(
+            self.exact.to("cpu"),
+            self.dtype,
+            self.bound.to("cpu"),
+            tuple(one.to("cpu") for one in self.loose),
+            None if self.free is None else self.free.to("cpu"),
+        )
+
+
+def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
+    """Return what a call of ``function`` is held against, given what the backend declares."""
+    exact = exact_answer(function, operands.to("cpu")).to(operands.device)
+    if function in ("pack", "unpack"):
+        return Answer(exact, exact.dtype, torch.zeros(exact.shape, dtype=torch.float64), (exact,))
+    if function == "dequantize":
+        return _weight_answer(operands, manifest, exact)
+    if function in ("shrink", "expand"):
+        wide = torch.float64 if operands.activations.dtype == torch.float64 else torch.float32
+        return Answer(exact, wide, _part_bound(function, operands, manifest, exact), (exact,))
+    x = operands.activations
+    loose = [exact]
+    if not manifest.weight_rounded:
+        loose.append(_layer_on(unrounded_weight(operands), operands))
+    bound = error_bound(
+        x,
+        _of(operands.weight),
+        operands.lora,
+        operands.adapter_ids,
+        operands.bias,
+        accumulate=manifest.accumulate,
+        weight_rounded=manifest.weight_rounded,
+        base_rounded=manifest.base_rounded,
+    )
+    if manifest.delta_rounded and operands.slices:
+        u = FORMATS[x.dtype].u
+        bound = bound + DELTA_ROUNDINGS * u * delta_magnitude(operands).nan_to_num(nan=torch.inf)
+    narrow = FORMATS[manifest.accumulate].overflow < FORMATS[torch.float32].overflow / 2
+    free = bound.isinf() & exact.isfinite() if narrow else None
+    return Answer(exact, x.dtype, bound, tuple(loose), free)
+
+
+def delta_magnitude(operands: Operands) -> Tensor:
+    """Return |scaling| (|x| |A|^T) |B|^T: float64 ``[tokens, out_features]``."""
+    x, ids, weight = operands.activations, _of(operands.adapter_ids), _of(operands.weight)
+    total = torch.zeros(len(x), weight.out_features, dtype=torch.float64, device=x.device)
+    for part in operands.slices:
+        own = part.stack
+        sizes = LoRAStack(own.a.abs().double(), own.b.abs().double(), own.scaling.abs().double())
+        h = shrink(x.abs().double(), sizes, ids)
+        total[:, part.start : part.stop] = expand(h, sizes, ids)
+    return total
+
+
+def exact_answer(function: str, operands: Operands) -> Tensor:
+    """Return the reference's answer: integers, a weight, or float64."""
+    if function == "pack":
+        return pack(_of(operands.codes), dim=operands.dim)
+    if function == "unpack":
+        return unpack(_of(operands.packed), operands.size, dim=operands.dim)
+    if function == "dequantize":
+        return dequantize(_of(operands.weight), operands.dtype)
+    wide = operands.activations.to(torch.float64)
+    if function == "shrink":
+        return shrink(wide, operands.slices[0].stack, _of(operands.adapter_ids))
+    if function == "expand":
+        return expand(wide, operands.slices[0].stack, _of(operands.adapter_ids))
+    return int4_lora_linear(
+        wide, _of(operands.weight), operands.lora, operands.adapter_ids, operands.bias
+    )
+
+
+def unrounded_weight(operands: Operands) -> Tensor:
+    """Return (q - z) * s without its rounding: float64 ``[out_features, in_features]``."""
+    weight = _of(operands.weight)
+    return centred_codes(weight).double() * scale_of_each_weight(weight).double()
+
+
+def _layer_on(dense: Tensor, operands: Operands) -> Tensor:
+    """Return the exact layer on another dense weight."""
+    x = operands.activations.double()
+    own = int4_lora_linear(x, _of(operands.weight), operands.lora, operands.adapter_ids)
+    plain = int4_lora_linear(x, _of(operands.weight))
+    delta = torch.where(plain.isfinite(), own - plain, 0.0)  # [tokens, out_features]
+    bias = 0.0 if operands.bias is None else operands.bias.double()
+    result: Tensor = x @ dense.T + delta + bias
+    return result
+
+
+def _weight_answer(operands: Operands, manifest: Manifest, exact: Tensor) -> Answer:
+    dtype = operands.dtype or _of(operands.weight).scale.dtype
+    bound = torch.zeros(exact.shape, dtype=torch.float64, device=exact.device)
+    if manifest.weight_rounded:
+        return Answer(exact, dtype, bound, (exact,))
+    unrounded = unrounded_weight(operands)
+    rounded, last = FORMATS[_of(operands.weight).scale.dtype], FORMATS[dtype]
+    once = exact.double().abs() * (rounded.u + last.u)
+    bound = once + rounded.output_underflow + last.output_underflow
+    return Answer(exact, dtype, torch.where(bound.isnan(), torch.inf, bound), (exact, unrounded))
+
+
+def _part_bound(function: str, operands: Operands, manifest: Manifest, exact: Tensor) -> Tensor:
+    """Return gamma_n of the sums of ``shrink`` or ``expand``, where +2 is for the scaling."""
+    stack, value = operands.slices[0].stack, operands.activations
+    inside, truth = FORMATS[manifest.sums_of(value)], FORMATS[torch.float64]
+    sizes = LoRAStack(stack.a.abs().double(), stack.b.abs().double(), stack.scaling.abs().double())
+    magnitude = exact_answer(
+        function, dataclasses.replace(operands, lora=sizes, **_named(operands, value.abs()))
+    )
+    n = value.shape[1] + 2
+    if n * inside.u >= 1:
+        return torch.full_like(exact, torch.inf)
+    gamma = n * inside.u / (1 - n * inside.u) + n * truth.u / (1 - n * truth.u)
+    bound = gamma * magnitude + inside.product_underflow * (n + magnitude)
+    return torch.where(bound.isnan() | ~exact.isfinite(), torch.inf, bound)
+
+
+def _named(operands: Operands, value: Tensor) -> dict[str, Any]:
+    return {"x" if operands.h is None else "h": value}
+
+
+def _of(value: T | None) -> T:
+    """Return an operand that the function needs."""
+    if value is None:
+        raise ValueError("an operand that the function needs is None")
+    return value

@@ -1,0 +1,150 @@
+"""The yardstick: the declared order, computed eagerly with sums kept one product after the other.
+
+A bound must hold for the worst rounding, so random errors lie far below it. What a right backend
+errs in the mean is about what this errs, and at most twice as much.
+
+Source: flash-attention's tests: "at most twice the error of the same maths in low precision".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference import dequantize
+from int4_lora.reference.bounds import FORMATS
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.judging.answers import Answer
+from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS, error_of, rms_of
+from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
+
+__all__ = ["ORDERS", "eager", "interleaved", "one_by_one", "yardstick"]
+
+
+Order = Callable[[int], Sequence[int]]
+"""How many products there are -> the order in which they are added."""
+
+
+def interleaved(count: int) -> Sequence[int]:
+    """Return every second number first: where neighbours cancel, sums still grow large."""
+    return (*range(0, count, 2), *range(1, count, 2))
+
+
+ORDERS: tuple[Order, ...] = (range, interleaved)
+"""The orders that a yardstick is taken of."""
+
+
+def eager(function: str, operands: Operands, manifest: Manifest, order: Order = range) -> Tensor:
+    """Return what an eager backend of the same declaration returns.
+
+    Args:
+        function: "int4_linear", "int4_lora_linear", "shrink" or "expand".
+        operands: its arguments.
+        manifest: which dtype sums are kept in, and which roundings are made.
+        order: of the products.
+    """
+    if function == "shrink":
+        return _shrunk(operands, manifest, order)[0]
+    if function == "expand":
+        return _expanded(operands, manifest, order)
+    x, weight = operands.x, operands.weight
+    if x is None or weight is None:
+        raise ValueError(f"{function} needs x and weight")
+    inside = manifest.sums_of(x)
+    if manifest.weight_rounded:
+        dense = dequantize(weight, inside)
+    else:
+        dense = centred_codes(weight).to(inside) * scale_of_each_weight(weight).to(inside)
+    y = one_by_one(x.to(inside), dense, order)
+    if manifest.base_rounded:
+        y = y.to(x.dtype).to(inside)
+    for part, h in zip(operands.slices, _shrunk(operands, manifest, order), strict=True):
+        columns, b, scaling = slice(part.start, part.stop), part.stack.b, part.stack.scaling
+        if manifest.delta_rounded:
+            h = h.to(x.dtype).to(inside)
+            b = (b.to(inside) * scaling.to(inside)[:, None, None]).to(x.dtype)
+            delta = _by_adapter(h, b, torch.ones_like(scaling), operands, order)
+            y[:, columns] += delta.to(x.dtype).to(inside)
+        else:
+            y[:, columns] += _by_adapter(h, b, scaling, operands, order)
+    if operands.bias is not None:
+        y = y + operands.bias.to(inside)
+    return y.to(x.dtype)
+
+
+def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:
+    """Return ``x @ dense.T``, each sum kept in the dtype of x and added to term by term.
+
+    Args:
+        x: ``[tokens, columns]``.
+        dense: ``[outputs, columns]``.
+        order: of the products.
+    """
+    total = torch.zeros(x.shape[0], dense.shape[0], dtype=x.dtype, device=x.device)
+    for column in order(x.shape[1]):
+        total += x[:, column, None] * dense[:, column]
+    return total
+
+
+def _shrunk(operands: Operands, manifest: Manifest, order: Order) -> list[Tensor]:
+    """Return x A^T of each slice: ``[tokens, rank]`` in the dtype of the sums."""
+    x, ids = operands.x, operands.adapter_ids
+    found = []
+    for part in operands.slices:
+        if x is None or ids is None:
+            raise ValueError("adapters need x and adapter_ids")
+        inside = manifest.sums_of(x)
+        h = torch.zeros(x.shape[0], part.stack.rank, dtype=inside, device=x.device)
+        for adapter in range(part.stack.adapters):
+            mine = ids == adapter
+            a = part.stack.a[adapter].to(inside)
+            h[mine] = one_by_one(x[mine].to(inside), a, order)
+        found.append(h)
+    return found
+
+
+def _expanded(operands: Operands, manifest: Manifest, order: Order) -> Tensor:
+    stack, h = operands.slices[0].stack, operands.h
+    if h is None:
+        raise ValueError("expand needs h")
+    return _by_adapter(h.to(manifest.sums_of(h)), stack.b, stack.scaling, operands, order)
+
+
+def _by_adapter(h: Tensor, b: Tensor, scaling: Tensor, operands: Operands, order: Order) -> Tensor:
+    """Return scaling * h B^T by the adapter of each token: ``[tokens, outputs]``."""
+    ids = operands.adapter_ids
+    if ids is None:
+        raise ValueError("adapters need adapter_ids")
+    delta = torch.zeros(h.shape[0], b.shape[1], dtype=h.dtype, device=h.device)
+    for adapter in range(len(scaling)):
+        mine = ids == adapter
+        own = one_by_one(h[mine], b[adapter].to(h.dtype), order)
+        delta[mine] = scaling[adapter].to(h.dtype) * own
+    return delta
+
+
+def yardstick(function: str, operands: Operands, manifest: Manifest, held: Answer) -> float | None:
+    """Return the rms error of the same maths done eagerly, in the worse of two orders.
+
+    Args:
+        function: what was called.
+        operands: with what.
+        manifest: the roundings declared.
+        held: its exact answer and bounds.
+
+    Returns:
+        The rms error over the elements that have a bound, with what results lose that are flushed
+        to zero, as they may be; or None where nothing is summed or the elements are too few.
+    """
+    judged = held.bound.isfinite()
+    if function in ("pack", "unpack", "dequantize") or int(judged.sum()) < RMS_ELEMENTS:
+        return None
+    on_cpu = operands.to("cpu")
+    results = (eager(function, on_cpu, manifest, order).to(judged.device) for order in ORDERS)
+    flushed = FORMATS[manifest.sums_of(operands.activations)].product_underflow
+    return max(rms_of(error_of(result, held)[judged]) for result in results) + flushed * (
+        operands.activations.shape[1] + 1
+    )

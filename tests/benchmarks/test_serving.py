@@ -1,0 +1,244 @@
+"""The serving benchmark without vLLM: what is asked, ratios, bars, text. No time is measured."""
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Return an import of ``benchmarks``, which is no part of the wheel."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_workloads_have_a_base_of_the_same_rows(module):
+    found = module("serving.workloads").workloads(16)
+    assert len({one.name for one in found}) == len(found)
+    assert {one.shape for one in found} == {one.shape for one in found if one.mix == "base"}
+    for one in found:
+        assert one.rows * one.prompt == 512 or one.kind == "decode"
+    adapters = {one.name: one.adapters for one in found}
+    assert adapters["decode, 1 row, 1 adapter"] == [0]
+    assert adapters["decode, 8 rows, 4 adapters"] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert adapters["decode, 16 rows, 16 adapters"] == list(range(16))
+    assert adapters["prefill, 8 x 64, mixed"] == [0, None, 1, None, 2, None, 3, None]
+    assert adapters["prefill, 8 x 64, base"] == [None] * 8
+
+
+def test_measures_of_a_run(module):
+    workloads = module("serving.workloads")
+    decode = workloads.Workload("decode", 2, 4, 3, "base")
+    found = workloads.measures(decode, [[1.0, 1.5, 2.0], [3.0, 4.0, 5.0]])
+    assert found == {"seconds": 5.0, "ttft": 2.0, "itl": 0.75, "tokens_per_second": 6 / 5}
+    prefill = workloads.Workload("prefill", 2, 10, 1, "base")
+    found = workloads.measures(prefill, [[1.0], [4.0]])
+    assert found == {"seconds": 4.0, "ttft": 2.5, "itl": None, "tokens_per_second": 5.0}
+    with pytest.raises(ValueError, match=r"3 tokens a row were asked, got \[3, 2\]"):
+        workloads.measures(decode, [[1.0, 1.5, 2.0], [3.0, 4.0]])
+
+
+MACHINE = {
+    "date": "2026-11-25", "gpu": None, "cpu": "EPYC", "cores": 2, "threads": 2, "torch": "2.13.0",
+    "triton": None, "vllm": "0.32.0", "int4-lora": "0.1.0",
+}  # fmt: skip
+# What each engine needs a run, in seconds: bars are reached exactly, or all but one are
+TIMES = {
+    ("ours", "prefill, 8 x 64", "base"): 1.0, ("ours", "prefill, 8 x 64", "4 adapters"): 1.15,
+    ("stock", "prefill, 8 x 64", "base"): 1.1, ("stock", "prefill, 8 x 64", "4 adapters"): 3.45,
+    ("ours", "decode, 8 rows", "base"): 1.0, ("ours", "decode, 8 rows", "4 adapters"): 1.25,
+    ("stock", "decode, 8 rows", "base"): 1.0, ("stock", "decode, 8 rows", "4 adapters"): 1.5,
+    ("ours", "decode, 16 rows", "base"): 1.0, ("stock", "decode, 16 rows", "base"): 1.0,
+    ("ours", "decode, 1 row", "base"): 1.0, ("ours", "decode, 1 row", "1 adapter"): 1.0,
+    ("stock", "decode, 1 row", "base"): 1.3, ("stock", "decode, 1 row", "1 adapter"): 1.2,
+}  # fmt: skip
+SLOWER = [  # who becomes slower, and how many bars are then missed
+    (("ours", "prefill, 8 x 64", "4 adapters"), 2),
+    (("ours", "prefill, 8 x 64", "base"), 1),
+    (("ours", "decode, 8 rows", "4 adapters"), 2),
+    (("ours", "decode, 8 rows", "base"), 1),
+    (("ours", "decode, 16 rows", "base"), 1),
+    (("ours", "decode, 1 row", "base"), 1),
+    (("ours", "decode, 1 row", "1 adapter"), 1),
+]
+
+
+def entry(module, key, seconds):
+    engine, shape, mix = key
+    asked = {(one.shape, one.mix): one for one in module("serving.workloads").workloads(2)}
+    workload = asked[shape, mix]
+    rate = workload.rows * (workload.prompt if workload.new == 1 else workload.new) / seconds
+    measured = {"seconds": seconds, "ttft": seconds, "tokens_per_second": rate}
+    measured["itl"] = seconds if workload.new > 1 else None
+    tokens = [[7] * workload.new] * workload.rows
+    return {
+        "engine": engine, "workload": workload, "rounds": [measured] * 5, "cold": measured,
+        "tokens": tokens,
+    }  # fmt: skip
+
+
+def found_of(module, times):
+    return [entry(module, key, seconds) for key, seconds in times.items()]
+
+
+def engine_facts(first=1.5, fused=28):
+    return {
+        "load_seconds": 60.0, "load_bytes": {"now": 2**30, "peak": 2**31}, "threads": 2,
+        "peak_starts_again": True, "load_graphs": 12,
+        "serving_bytes": {"now": 2**30, "peak": 2**30, "graphs": 12},
+        "first_requests": [first, *[1.0] * 9], "said": [f"{fused} of 28 linear layers fused; 1 on"],
+        "idle_share": 0.0001, "arguments": {"enable_lora": True},
+    }  # fmt: skip
+
+
+def test_bars_that_are_just_reached(module):
+    rows = module("serving.bars").judged(found_of(module, TIMES), {"ours": engine_facts()})
+    assert len(rows) == 11
+    assert {row["bar"]: row["ratio"] for row in rows if row["reached"] is not True} == {}
+
+
+@pytest.mark.parametrize(("slower", "missed"), SLOWER, ids=lambda one: str(one))
+def test_bars_that_are_just_missed(module, slower, missed):
+    times = {**TIMES, slower: 1.01 * TIMES[slower]}
+    rows = module("serving.bars").judged(found_of(module, times), {"ours": engine_facts()})
+    assert sum(row["reached"] is False for row in rows) == missed
+
+
+def test_first_request_is_held_against_the_tenth(module):
+    rows = module("serving.bars").judged(found_of(module, TIMES), {"ours": engine_facts(1.51)})
+    missed = [row["bar"] for row in rows if not row["reached"]]
+    assert missed == ["ours, first request over the tenth"]
+
+
+def test_nine_tenths_of_the_layers_are_fused(module):
+    for fused, reached in ((26, True), (25, False)):
+        facts = {"ours": engine_facts(fused=fused)}
+        (row,) = module("serving.bars").judged(found_of(module, TIMES), facts)[-1:]
+        assert row["bar"] == "ours, share of the linear layers that are fused"
+        assert row["reached"] is reached
+
+
+def test_what_was_not_measured_is_no_bar_reached(module):
+    rows = module("serving.bars").judged(found_of(module, {}), {})
+    assert [row["reached"] for row in rows] == [None] * 11
+    nan = [bar.reached(float("nan")) for bar in module("serving.bars").BARS]
+    assert not any(nan)
+
+
+def options_of(module, *given):
+    return module("serving.__main__").options_of(list(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ([], None),
+        (["--rounds", "5", "--layers", "8"], None),
+        (["--rounds", "4"], "they are for 5 rounds or more"),
+        (["--layers", "3"], "they are for hidden 2048 with 4 to 8 layers"),
+        (["--hidden", "1024"], "they are for hidden 2048 with 4 to 8 layers"),
+        (["--max-loras", "16"], "they are for 4 slots"),
+        (["--quick"], "they are for hidden 2048 with 4 to 8 layers"),
+    ],
+)
+def test_when_the_bars_hold(module, given, why):
+    assert module("serving.bars").not_judged(options_of(module, *given)) == why
+
+
+@pytest.mark.parametrize(
+    "given", [["--hidden", "300"], ["--rounds", "0"], ["--max-loras", "3"], ["--backend", "fast"]]
+)
+def test_wrong_options_are_refused(module, given, capsys):
+    with pytest.raises(SystemExit):
+        options_of(module, *given)
+    assert given[0] in capsys.readouterr().err
+
+
+def test_quick_gives_way_to_what_is_said(module):
+    options = options_of(module, "--quick", "--layers", "3")
+    assert (options.layers, options.hidden, options.rounds) == (3, 256, 2)
+
+
+def test_arguments_of_the_engines(module):
+    rounds, options = module("serving.rounds"), options_of(module, "--backend", "compiled")
+    stock, ours, without = (rounds.arguments_of(name, options) for name in rounds.ENGINES)
+    own = {"quantization": "int4_lora", "additional_config": {"int4_lora": {"backend": "compiled"}}}
+    assert ours == {**stock, **own}
+    assert "enable_lora" not in without
+    assert {key: stock[key] for key in without} == without
+
+
+def test_what_is_measured_stays_with_the_run(module, monkeypatch, tmp_path):
+    rounds = module("serving.rounds")
+    monkeypatch.delenv("INT4_LORA_CACHE")
+    assert rounds.environment_of(tmp_path)["INT4_LORA_CACHE"] == str(tmp_path / "cache")
+    monkeypatch.setenv("INT4_LORA_CACHE", "mine")
+    assert rounds.environment_of(tmp_path)["INT4_LORA_CACHE"] == "mine"
+
+
+def test_sizes_of_the_model(module):
+    sizes = module("serving.files").llama(2048, 4)
+    assert (sizes["intermediate_size"], sizes["num_attention_heads"]) == (5632, 16)
+    assert (sizes["num_key_value_heads"], sizes["vocab_size"]) == (8, 8192)
+    assert module("serving.files").llama(256, 2)["intermediate_size"] % 128 == 0
+
+
+def test_report_says_what_was_missed(module):
+    found = found_of(module, {**TIMES, ("ours", "decode, 16 rows", "base"): 1.1})
+    engines = {"stock": engine_facts(), "ours": engine_facts()}
+    text = module("serving.report").report(
+        MACHINE, found, engines, options_of(module, "--rounds", "5")
+    )
+    lines = text.splitlines()
+    assert lines[0] == (
+        "2026-11-25, EPYC, 2 cores, 2 threads, torch 2.13.0, vllm 0.32.0, int4-lora 0.1.0; a Llama "
+        "of 4 layers, hidden 2048, INT4 in groups of 128, bfloat16, adapters of rank 16; "
+        "backend auto."
+    )
+    assert "| decode of 16 rows, base only: stock over ours | >= 1.0 | 0.91 | **missed** |" in lines
+    assert "| ours, first request over the tenth | <= 1.5 | 1.50 | reached |" in lines
+    assert "| prefill, 8 x 64 | 4 adapters | 1.15 | 3.14 | 3.00 |" in lines
+    assert "| decode, 1 row | base | - | - | 1.30 |" in lines
+    assert "| prefill, 8 x 64 | base | ours | 512.0 ±0 % | 1000.0 ±0 % | - |" in lines
+    assert "- ours said: 28 of 28 linear layers fused; 1 on" in lines
+    assert any(line.startswith("- 4 slots: 16 adapters share them; 4 rows") for line in lines)
+    assert text.count("**missed**") == 1
+    assert "of no use" not in text
+
+
+def test_report_names_a_busy_engine_a_cold_run_and_other_tokens(module):
+    found = found_of(module, TIMES)
+    found[0]["cold"] = {**found[0]["cold"], "seconds": 2.0}
+    found[0]["tokens"] = [[8], *found[0]["tokens"][1:]]
+    engines = {"stock": {**engine_facts(), "idle_share": 0.5}, "ours": engine_facts()}
+    engines["stock"]["peak_starts_again"] = False
+    engines["ours"]["load_graphs"] = 10
+    options = options_of(module, "--quick", "--max-loras", "16")
+    text = module("serving.report").report(MACHINE, found, engines, options)
+    assert "- stock was not idle while others ran: the times are of no use" in text
+    assert "- ours compiled 2 graphs while it served" in text
+    assert "stock compiled" not in text
+    assert "- stock: its peak serving includes loading" in text
+    assert (
+        "- ours: the first, unmeasured run over the median: prefill, 8 x 64, base (2.0)\n" in text
+    )
+    assert "prefill, 8 x 64, base 88%" in text
+    assert "- 16 slots: 16 adapters have a slot each." in text
+    assert "The bars are not judged: they are for hidden 2048" in text
+    assert "missed" not in text
+    assert "reached" not in text
+
+
+def test_lines_of_the_log(module):
+    log = "INFO int4_lora: 8 of 8 fused\nother\n INFO int4_lora: 8 of 8 fused\nx int4_lora: slow\n"
+    assert module("serving.rounds").lines_about_us(log) == ["8 of 8 fused", "slow"]
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_plot(module, tmp_path):
+    module("serving.report").plot(found_of(module, TIMES), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -1,0 +1,123 @@
+"""Every formulation, compiled, on poisoned buffers: its bound, its rms beside eager's, its replay.
+
+Here each one is run whether or not it would be chosen; ``test_formulations.py`` calls the same
+functions uncompiled, on more operands. ``planes`` rounds by giving a GPU's matrix units factors of
+16 bits; compiled for a CPU that rounding is left out, so it is checked by ``tox run -e codegen``.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from int4_lora.compiled import layouts, prepare, prepare_lora
+from int4_lora.compiled.formulations import FORMULATIONS
+from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.reference import (
+    error_bound,
+    expand,
+    int4_linear,
+    int4_lora_linear,
+    quantize,
+    shrink,
+)
+from support.weights import random_stack, random_x
+
+ROWS, COLUMNS = 208, 256  # three blocks of 64 rows, and a rest
+RMS_OVER_EAGER = 2.0
+COMPILED = {name: one for name, one in FORMULATIONS.items() if name != "planes"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _poisoned(tmp_path_factory):
+    """Fill every buffer that a graph allocates with NaN before it is written."""
+    allocate, poisoned_once = torch._C._dynamo.guards._empty_strided_cpu, []
+
+    def poisoned(size, stride, dtype):
+        poisoned_once.append(dtype)
+        buffer = allocate(size, stride, dtype)
+        return buffer.fill_(torch.nan) if dtype.is_floating_point else buffer.fill_(-1)
+
+    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(fx_graph_cache=False):
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", poisoned)
+        patch.setattr(graphs, "_graphs", {})
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            yield
+    assert poisoned_once
+
+
+def operands(dtype, tokens, *, seed):
+    """Return (weight, stack, x, bias) of ordinary values, fresh for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
+    stack = random_stack(rows=ROWS, columns=COLUMNS, dtype=dtype, seed=seed)
+    stack.a.div_(COLUMNS**0.5)
+    bias = torch.randn(ROWS, generator=generator).to(dtype)
+    return quantize(dense, group_size=64), stack, random_x(tokens, COLUMNS, dtype, seed), bias
+
+
+def eager(formulation, weight, stack, x, ids, bias):
+    """Return the layer in the dtype of x, eager, with the roundings that a formulation declares."""
+    if not formulation.weight_rounded:
+        weight = dataclasses.replace(weight, scale=weight.scale.float())
+    if not formulation.base_rounded:
+        return int4_lora_linear(x, weight, stack, ids, bias)
+    delta = expand(shrink(x, stack, ids), stack, ids)
+    return (int4_linear(x, weight).float() + delta + bias.float()).to(x.dtype)
+
+
+def check(formulation, weight, prepared, stack, slices, x, ids, bias):
+    """Hold one result against the bound, and its rms against that of the eager reference."""
+    y = graphs.run(formulation, x, prepared, slices, ids, bias)
+    exact = int4_lora_linear(x.double(), weight, stack, ids, bias)
+    flags = {
+        "weight_rounded": formulation.weight_rounded,
+        "base_rounded": formulation.base_rounded,
+    }
+    bound = error_bound(x, weight, stack, ids, bias, **flags)
+    assert y.isfinite().all()
+    assert y.dtype == x.dtype
+    assert ((y.double() - exact).abs() <= bound).all()
+    usual = eager(formulation, weight, stack, x, ids, bias)
+    own, other = ((one.double() - exact).square().mean().sqrt() for one in (y, usual))
+    assert own <= RMS_OVER_EAGER * other, f"rms {own:.3g}, eager {other:.3g}"
+    return y
+
+
+@pytest.mark.parametrize(
+    ("dtype", "several"), [(torch.bfloat16, (1, 4, 40)), (torch.float16, (1, 40))], ids=str
+)
+@pytest.mark.parametrize("name", sorted(COMPILED))
+def test_each_is_right_and_replays(name, dtype, several):
+    formulation, ran = COMPILED[name], 0
+    for tokens in several:
+        weight, stack, x, bias = operands(dtype, tokens, seed=tokens)
+        lora = prepare_lora(stack)
+        for layout in layouts(weight):
+            prepared = prepare(weight, layout=layout)
+            if formulation.refuses(prepared, dtype, tokens) is not None:
+                continue
+            ran += 1
+            for shift in range(3):  # the same graph, other adapters for the same rows
+                ids = (torch.arange(tokens) + shift) % 4 - 1
+                check(formulation, weight, prepared, stack, lora.slices, x, ids, bias)
+    assert ran
+
+
+def test_a_row_alone_and_in_a_batch():
+    weight, stack, x, bias = operands(torch.bfloat16, 24, seed=9)
+    ids, lora = torch.arange(24) % 4 - 1, prepare_lora(stack)
+    for formulation, layout in itertools.product(COMPILED.values(), layouts(weight)):
+        prepared = prepare(weight, layout=layout)
+        counts = [n for n in (1, 3, 24) if formulation.refuses(prepared, x.dtype, n) is None]
+        for few, many in itertools.pairwise(counts):
+            alone, batch = (
+                check(formulation, weight, prepared, stack, lora.slices, x[:n], ids[:n], bias)
+                for n in (few, many)
+            )
+            bound = error_bound(
+                x[:few], weight, stack, ids[:few], bias, weight_rounded=False, base_rounded=True
+            )
+            assert ((alone - batch[:few]).double().abs() <= 2 * bound).all(), formulation.name

@@ -1,0 +1,175 @@
+"""A layer called at the least cost: the same results, and no Dynamo once a call was met."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from int4_lora.compiled import int4_lora_linear, prepare, prepare_lora
+from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs.direct_entry import DirectEntry
+from int4_lora.compiled.graphs.entry import BoundLayer
+from support.weights import random_stack, random_weight, random_x
+
+ROWS, COLUMNS = 48, 128
+
+
+@pytest.fixture
+def layer():
+    weight = prepare(random_weight(rows=ROWS, columns=COLUMNS, dtype=torch.bfloat16))
+    stack = random_stack(adapters=3, rank=4, rows=ROWS, columns=COLUMNS, dtype=torch.bfloat16)
+    return BoundLayer(weight, prepare_lora(stack), torch.linspace(-1, 1, ROWS).bfloat16())
+
+
+@pytest.fixture
+def dynamo(monkeypatch):
+    """How often Dynamo is asked."""
+    asked = []
+    slow = DirectEntry.__call__
+
+    def counted(self, *operands):
+        asked.append(self.direct(operands) is None)
+        return slow(self, *operands)
+
+    monkeypatch.setattr(DirectEntry, "__call__", counted)
+    return asked
+
+
+def ids_of(tokens, shift=0):
+    return (torch.arange(tokens) + shift) % 4 - 1
+
+
+def same(layer, x, ids):
+    expected = int4_lora_linear(x, layer.weight, layer.lora, ids, layer.bias)
+    found = layer(x, ids)
+    assert found.dtype == expected.dtype
+    return torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_calls_like_one_before_go_to_the_graph(layer, dynamo, inference):
+    with torch.inference_mode(inference), torch.no_grad():
+        for tokens in (1, 2, 7, 24):
+            layer(random_x(tokens, COLUMNS, torch.bfloat16), ids_of(tokens))
+        kept = len(dynamo)
+        for seed, tokens in enumerate((7, 1, 24, 2, 7)):
+            x = random_x(tokens, COLUMNS, torch.bfloat16, seed)
+            found = layer(x, ids_of(tokens, seed))
+            assert len(dynamo) == kept
+            expected = int4_lora_linear(
+                x, layer.weight, layer.lora, ids_of(tokens, seed), layer.bias
+            )
+            assert torch.equal(found, expected)
+            kept = len(dynamo)
+    assert sum(dynamo) == 2  # the buckets {1} and {2 to 24}
+
+
+def test_many_tokens_and_new_numbers_of_them_go_the_usual_way(layer):
+    with torch.inference_mode():
+        for tokens in (25, 40, 25, 0, 3, 200, 2**15 + 1):
+            for _ in range(2):
+                assert same(layer, random_x(tokens, COLUMNS, torch.bfloat16), ids_of(tokens))
+
+
+def test_what_differs_from_the_call_before_is_seen(layer):
+    x, ids = random_x(5, COLUMNS, torch.bfloat16), ids_of(5)
+    with torch.no_grad():
+        assert same(layer, x, ids)
+        assert same(layer, x.float(), ids)
+        assert same(layer, random_x(5, 2 * COLUMNS, torch.bfloat16)[:, ::2], ids)
+        assert same(layer, x, ids.to(torch.int32))
+        assert same(layer, x, ids_of(10)[::2])
+        with torch.inference_mode():
+            assert same(layer, x, ids)
+            assert same(layer, x.clone(), ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same(layer, x, ids)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert same(layer, x, ids)
+        finally:
+            torch.set_num_threads(threads)
+    wanted = x.clone().requires_grad_()
+    assert same(layer, wanted, ids)
+    layer(wanted, ids).sum().backward()
+    assert wanted.grad is not None
+    with pytest.raises(ValueError, match=r"\[tokens, in_features\]"):
+        layer(x[:, :-1], ids)
+    with pytest.raises(ValueError, match=r"\[tokens\]"):
+        layer(x, ids[:-1])
+
+
+def test_an_adapter_put_in_place_is_used_and_an_infinite_one_reaches_nobody_else(layer):
+    x, ids = random_x(6, COLUMNS, torch.bfloat16), torch.tensor([0, 1, 2, -1, 0, 1])
+    with torch.inference_mode():
+        before = layer(x, ids)
+        a, b = torch.ones(4, COLUMNS).bfloat16(), torch.ones(ROWS, 4).bfloat16()
+        layer.lora.update(1, [(a, b, 0.5)])
+        after = layer(x, ids)
+        assert torch.equal(before[[0, 2, 3, 4]], after[[0, 2, 3, 4]])
+        assert not torch.equal(before[[1, 5]], after[[1, 5]])
+        layer.lora.update(1, [(a, torch.full_like(b, float("inf")), 0.5)])
+        assert same(layer, x, ids)
+        assert layer(x, ids)[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_a_weight_that_is_written_to_is_read_anew(layer):
+    x, ids = random_x(6, COLUMNS, torch.bfloat16), ids_of(6)
+    other = prepare(random_weight(rows=ROWS, columns=COLUMNS, dtype=torch.bfloat16, seed=1))
+    with torch.inference_mode():
+        before = layer(x, ids)
+        for old, new in zip(layer.weight.tensors, other.tensors, strict=True):
+            old.copy_(new)
+        after = layer(x, ids)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, int4_lora_linear(x, other, layer.lora, ids, layer.bias))
+
+
+class Counting(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_under_a_mode_of_torch_dynamo_is_asked(layer, dynamo):
+    x, ids = random_x(3, COLUMNS, torch.bfloat16), ids_of(3)
+    with torch.no_grad():
+        expected = layer(x, ids)
+        assert torch.equal(layer(x, ids), expected)
+        asked = sum(dynamo)
+        with Counting():
+            assert torch.equal(layer(x, ids), expected)
+        assert sum(dynamo) > asked
+
+
+def test_a_graph_that_dynamo_describes_otherwise_is_entered_through_it(layer, monkeypatch):
+    monkeypatch.setattr("int4_lora.compiled.graphs.direct_entry._inputs_of", lambda graph: None)
+    monkeypatch.setattr(graphs, "_graphs", {})
+    x, ids = random_x(3, COLUMNS, torch.bfloat16), ids_of(3)
+    with torch.no_grad():
+        for shift in range(3):
+            assert same(layer, x, ids_of(3, shift))
+        assert not layer._calls
+    assert all(one.direct((x, ids)) is None for one in graphs._graphs.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own, in jvp
+def test_transforms_of_torch_func_go_the_usual_way(layer):
+    x, ids = random_x(3, COLUMNS, torch.float32), ids_of(3)
+    with torch.no_grad():
+        expected = layer(x, ids)
+        assert torch.equal(layer(x, ids), expected)
+        several = torch.func.vmap(lambda v: layer(v, ids))(torch.stack([x, -x]))
+        usual = torch.func.vmap(
+            lambda v: int4_lora_linear(v, layer.weight, layer.lora, ids, layer.bias)
+        )
+        assert torch.equal(several, usual(torch.stack([x, -x])))
+    _, tangent = torch.func.jvp(lambda v: layer(v, ids), (x,), (x,))
+    _, other = torch.func.jvp(
+        lambda v: int4_lora_linear(v, layer.weight, layer.lora, ids, layer.bias), (x,), (x,)
+    )
+    assert torch.equal(tangent, other)

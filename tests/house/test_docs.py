@@ -1,0 +1,140 @@
+"""The documentation: what it names exists, what it shows runs, what it lists is complete."""
+
+import configparser
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from int4_lora.integration.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+COMMANDS = get_command(app).commands
+CITED = re.compile(r"`(test_\w+\.py)::(\w+)`")
+
+
+def test_every_statement_of_the_format_has_a_test_that_exists():
+    text = (DOCS / "format.md").read_text()
+    statements = re.findall(r"^- (.*?)(?=^- |^\|?$|\Z)", text, flags=re.M | re.S)
+    assert len(statements) > 40
+    files = {file.name: file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
+    for statement in statements:
+        cited = CITED.findall(statement)
+        assert statement.rstrip().endswith(")"), statement
+        assert cited, statement
+        for file, name in cited:
+            assert re.search(rf"^\s*(def|class) {name}\(", files[file], flags=re.M), (file, name)
+
+
+def test_every_environment_of_the_matrix_has_its_row():
+    tox = configparser.ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    label = tox["tox"]["labels"].replace("\\", "").strip().removeprefix("matrix =")
+    page = (DOCS / "compatibility.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .*\| (?:passed|\*\*failed\*\*) \|$", page, flags=re.M)
+    assert sorted(rows) == sorted(name.strip() for name in label.split(","))
+
+
+def test_links_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_page_with_its_options_and_an_example(name):
+    page = (DOCS / "commands" / f"{name}.md").read_text()
+    parts = list(getattr(COMMANDS[name], "commands", {name: COMMANDS[name]}).values())
+    parameters = [each for part in parts for each in part.params]
+    options = {option for each in parameters for option in each.opts if option.startswith("--")}
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", page, flags=re.M))
+    assert documented == options
+    assert f"$ int4-lora {name}" in page
+    assert f"({name}.md)" in (DOCS / "commands" / "README.md").read_text()
+    assert all("Example: int4-lora" in part.help for part in parts)
+
+
+@pytest.fixture
+def desk(tmp_path, demo_files):
+    """Return a folder laid out as the quickstart says."""
+    (tmp_path / "model").symlink_to(demo_files.model)
+    (tmp_path / "sql-lora").symlink_to(demo_files.adapters["a"])
+    return tmp_path
+
+
+def test_the_quickstart_runs(desk):
+    text = (DOCS / "quickstart.md").read_text()
+    text += (DOCS / "compiled.md").read_text()  # which goes on with the same names
+    programs = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.S))
+    subprocess.run([sys.executable, "-c", programs], check=True, cwd=desk)
+    lines = re.findall(r"^\$ (int4-lora .*)$", text, flags=re.M)
+    assert len(lines) == 3
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for line in lines:
+        subprocess.run(line.split(), check=True, cwd=desk, env={**os.environ, "PATH": path})
+
+
+def test_the_page_of_owners_runs(tmp_path):
+    page = (DOCS / "owning-checkpoints.md").read_text()
+    programs = "".join(re.findall(r"```python\n(.*?)```", page, flags=re.S))
+    command = [sys.executable, "-c", programs]
+    said = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    lost = float(re.findall(r"lost in INT4: (.*)", said)[0])
+    assert 0.05 < lost < 0.2
+    names = {"cache", "dense", "merged", "merged-w4a16"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert (tmp_path / "merged-w4a16/lora_metadata.json").is_file()
+
+
+def test_the_page_of_conformance_runs():
+    """Its backend conforms, its classes and functions are tests, its snippet holds."""
+    from int4_lora.reference.conformance import Backend, run, select
+
+    page = (DOCS / "conformance.md").read_text()
+    space = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S):
+        exec(block, space)
+    found = list(run(Backend(space["Backend"](), "page"), select("int4_linear/ragged*/*")))
+    assert {one.status for one in found} == {"passed", "skipped"}
+    assert hasattr(space["TestMyKernels"], "test_case_000_pack_all_codes")
+
+
+def test_the_page_of_conformance_lists_every_name_and_claim():
+    import dataclasses
+
+    from int4_lora.reference.conformance import FUNCTIONS, IDENTIFIERS, Manifest
+
+    page = (DOCS / "conformance.md").read_text()
+    rows = set(re.findall(r"`([a-z0-9_]+)", "\n".join(re.findall(r"^\| `.*?\|", page, flags=re.M))))
+    claims = {field.name for field in dataclasses.fields(Manifest)}
+    assert {*IDENTIFIERS, *claims, *FUNCTIONS} <= rows
+
+
+def test_every_symbol_of_vllm_that_is_relied_on_is_listed():
+    from int4_lora.integration.vllm_plugin.contract import SYMBOLS
+
+    rows = [
+        line.split(" | ")
+        for line in (DOCS / "vllm-maintainers.md").read_text().splitlines()
+        if line.startswith("| `vllm.")
+    ]
+    listed = {
+        (module.strip("| `"), name.strip("`"), parameters.replace("`", ""), why.rstrip(" |"))
+        for module, names, parameters, why in rows
+        for name in names.split(", ")
+    }
+    assert listed == {
+        (one.module, one.name, ", ".join(one.parameters) or "-", one.why) for one in SYMBOLS
+    }
+    assert all(one.why for one in SYMBOLS)
+
+
+def test_every_file_of_the_vllm_backend_is_described():
+    page = (DOCS / "vllm-maintainers.md").read_text()
+    files = {file.name for file in (ROOT / "integration" / "vllm_plugin").glob("[a-z]*.py")}
+    assert files <= set(re.findall(r"`(\w+\.py)`", page))

@@ -1,0 +1,179 @@
+"""int4-lora annotate: what it writes, what it leaves alone, and when it writes nothing."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from int4_lora.integration import annotate, open_checkpoint
+from int4_lora.integration.annotation.write import preview_annotation
+from int4_lora.integration.cli import app as cli
+from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
+from support.checkpoints import Q_PROJ, edit_config, edit_tensors, weights
+from support.tiny import LLAMA, VARIANTS
+
+ALL = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+WRITTEN = ("config.json", "lora_metadata.json")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["annotate", *(str(one) for one in arguments)])
+
+
+def state(folder):
+    """Return what tells every file from itself after a change."""
+    return {
+        file.name: (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in folder.iterdir()
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant(variant, tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models[variant], tmp_path / "copied")
+    old, before = state(folder), json.loads((folder / "config.json").read_text())
+    found = annotate(folder)
+    int4 = variant != "w8-g128"
+    assert found.lora_compatible == (variant not in ("w8-g128", "actorder-g128"))
+    assert found.lora_target_modules == (ALL if int4 else ())
+    assert found.suggested_lora_targets == (ALL if int4 else ())
+    assert (found.modules, sorted(found.changed)) == (14, sorted(WRITTEN))
+    config = json.loads((folder / "config.json").read_text())
+    said = {
+        "lora_compatible": found.lora_compatible,
+        "lora_target_modules": list(found.lora_target_modules),
+        "suggested_lora_targets": list(found.suggested_lora_targets),
+    }
+    assert config == {**before, **said}
+    assert list(config)[-3:] == list(said)
+    beside = json.loads((folder / "lora_metadata.json").read_text())
+    assert {key: beside[key] for key in said} == said
+    read = LoRAMetadata(found.lora_compatible, found.lora_target_modules)
+    assert read_metadata(config, folder) == read
+    assert read_metadata({}, folder) == read_metadata(config) == read
+    new = state(folder)
+    assert {name for name in new if new[name] != old.get(name)} == {*WRITTEN}
+    again = annotate(folder)
+    assert again.changed == ()
+    assert state(folder) == new  # not even a time
+
+
+def test_peft_finds_the_int4_modules_by_what_is_suggested(copied_model):
+    import peft
+    import transformers
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    suggested = list(annotate(copied_model).suggested_lora_targets)
+    found = peft.get_peft_model(model, peft.LoraConfig(target_modules=suggested))
+    assert sorted(found.targeted_module_names) == sorted(open_checkpoint(copied_model).modules())
+
+
+INSERTED = ["lora_compatible", "lora_target_modules", "suggested_lora_targets"]
+FORMATS = {
+    "two spaces": {"indent": 2},
+    "tabs": {"indent": "\t"},
+    "one line": {},
+    "compact": {"separators": (",", ":")},
+    "not ascii": {"indent": 2, "ensure_ascii": False},
+    "escaped": {"indent": 4, "ensure_ascii": True},
+}
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n \t"])
+@pytest.mark.parametrize("crlf", [False, True])
+@pytest.mark.parametrize("style", FORMATS)
+def test_no_other_byte_of_the_config_changes(copied_model, style, crlf, ending):
+    file = copied_model / "config.json"
+    config = {**json.loads(file.read_text()), "_name_or_path": 'modèle/名 \U0001f600 \\ "'}
+    text = json.dumps(config, **FORMATS[style]) + ending
+    old = (text.replace("\n", "\r\n") if crlf else text).encode()
+    file.write_bytes(old)
+    annotate(copied_model)
+    new = file.read_bytes()
+    added = len(new) - len(old)
+    start = next(at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+    assert old == new[:start] + new[start + added :]  # one piece was put in, and nothing else
+    assert (b"\n" in new) == (b"\n" in old)
+    assert new.count(b"\n") - new.count(b"\r\n") == (0 if crlf else new.count(b"\n"))
+    assert list(json.loads(new))[-3:] == INSERTED
+    assert annotate(copied_model).changed == ()
+    assert file.read_bytes() == new
+
+
+def test_values_that_stand_there_are_replaced_in_place(copied_model):
+    def spoil(config, quantization):
+        whole = dict(config)
+        config.clear()
+        config.update(lora_compatible=False, lora_target_modules=["x"], **whole)
+        quantization.update(lora_compatible=False, lora_target_modules=["y"])
+
+    edit_config(copied_model, spoil)
+    file = copied_model / "config.json"
+    old = file.read_text()
+    assert annotate(copied_model).changed == ("lora_metadata.json", "config.json")
+    names = json.dumps(list(ALL))
+    right = old.replace("false", "true", 1).replace('["x"]', names).replace('["y"]', names)
+    head, _, tail = right.rpartition('"lora_compatible": false')
+    right = f'{head}"lora_compatible": true{tail}'
+    assert file.read_text() == f'{right[:-1]}, "suggested_lora_targets": {names}}}'
+    assert read_metadata(json.loads(file.read_text()), copied_model) == LoRAMetadata(True, ALL)
+
+
+def test_duplicate_keys(copied_model):
+    file = copied_model / "config.json"
+    text = file.read_text().strip()
+    file.write_text(f'{{"lora_compatible": 1, "a": 1, "a": 2, "lora_compatible": 0, {text[1:]}')
+    annotate(copied_model)
+    new = file.read_text()
+    assert new.startswith('{"lora_compatible": true, "a": 1, "a": 2, "lora_compatible": true, ')
+
+
+def test_a_quantization_config_within_text_config(copied_model):
+    def move(config, quantization):
+        config["text_config"] = {"quantization_config": quantization, "lora_compatible": "kept"}
+        del config["quantization_config"]
+
+    edit_config(copied_model, move)
+    before = json.loads((copied_model / "config.json").read_text())
+    annotate(copied_model)
+    config = json.loads((copied_model / "config.json").read_text())
+    assert config["text_config"] == before["text_config"]
+    assert read_metadata(config, copied_model) == LoRAMetadata(True, ALL)
+
+
+def test_a_model_that_was_quantised_anew(copied_model):
+    annotate(copied_model)
+    edit_config(copied_model, weights(actorder="group"))
+    edit_tensors(copied_model, weight_g_idx=lambda _: torch.arange(256, dtype=torch.int32) // 32)
+    with pytest.raises(ValueError, match="weight_g_idx of a module"):  # the other modules have none
+        annotate(copied_model)
+    edit_config(copied_model, weights(actorder=None))
+    found = annotate(copied_model)
+    assert found.incompatible_because[0].startswith(f"{Q_PROJ} is ordered by activation")
+    config = json.loads((copied_model / "config.json").read_text())
+    assert read_metadata(config, copied_model) == LoRAMetadata(False, ALL)
+
+
+def test_the_command(copied_model):
+    old = state(copied_model)
+    dry = run(copied_model, "--dry-run")
+    assert (dry.exit_code, state(copied_model)) == (0, old)
+    assert "would write: lora_metadata.json, config.json" in dry.output
+    assert preview_annotation(copied_model).changed == ("lora_metadata.json", "config.json")
+    first = run(copied_model, "--json")
+    assert first.exit_code == 0
+    found = json.loads(first.stdout)
+    assert (found["path"], found["modules"], found["dry_run"]) == (str(copied_model), 14, False)
+    assert (found["lora_compatible"], found["suggested_lora_targets"]) == (True, list(ALL))
+    assert found["changed"] == ["lora_metadata.json", "config.json"]
+    again = run(copied_model)
+    assert again.output.splitlines() == [
+        "lora_compatible: true",
+        f"lora_target_modules: {', '.join(ALL)}",
+        f"suggested_lora_targets: {', '.join(ALL)}",
+        "14 modules described",
+        "wrote: nothing",
+    ]

@@ -1,0 +1,65 @@
+"""Weights read again from the checkpoint, merged and split over ranks as vLLM's layers are."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from int4_lora.integration.checkpoint.open import open_checkpoint
+from int4_lora.integration.vllm_plugin.unpacking import read_again
+from int4_lora.reference import dequantize
+
+MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+
+
+def read(model, name, sizes, columns, rank, **own):
+    layer = SimpleNamespace(
+        int4_lora=SimpleNamespace(name=name),
+        output_partition_sizes=sizes,
+        input_size_per_partition=columns,
+        tp_rank=rank,
+        **own,
+    )
+    session = SimpleNamespace(folder=lambda: model, packed_modules=MERGED)
+    return dequantize(read_again(layer, session))
+
+
+def dense(model, module):
+    return dequantize(open_checkpoint(model).packed_weight(module))
+
+
+@pytest.mark.parametrize("variant", ["g32", "asym-g32", "channel", "asym-channel"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_are_split_over_two_ranks(variant, rank, tiny_models):
+    model = tiny_models[variant]
+    found = read(model, f"{ATTENTION}.qkv_proj", [128, 64, 64], 256, rank)
+    parts = [dense(model, f"{ATTENTION}.{part}_proj").chunk(2)[rank] for part in ("q", "k", "v")]
+    assert torch.equal(found, torch.cat(parts))
+    found = read(model, f"{MLP}.gate_up_proj", [256, 256], 256, rank)
+    parts = [dense(model, f"{MLP}.{part}_proj").chunk(2)[rank] for part in ("gate", "up")]
+    assert torch.equal(found, torch.cat(parts))
+
+
+@pytest.mark.parametrize("variant", ["g32", "asym-g32", "channel", "asym-channel"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_columns_are_split_over_two_ranks(variant, rank, tiny_models):
+    model = tiny_models[variant]
+    found = read(model, f"{MLP}.down_proj", [256], 256, rank)
+    assert torch.equal(found, dense(model, f"{MLP}.down_proj").chunk(2, dim=1)[rank])
+
+
+def test_key_heads_that_are_fewer_than_ranks_are_on_several(tiny_models):
+    """Four ranks, two key heads: ranks 2 and 3 have the second."""
+    model = tiny_models["asym-g32"]
+    query, key, value = (dense(model, f"{ATTENTION}.{part}_proj") for part in ("q", "k", "v"))
+    for rank in range(4):
+        own = {"num_kv_head_replicas": 2}
+        found = read(model, f"{ATTENTION}.qkv_proj", [64, 64, 64], 256, rank, **own)
+        right = [query.chunk(4)[rank], key.chunk(2)[rank // 2], value.chunk(2)[rank // 2]]
+        assert torch.equal(found, torch.cat(right))
+
+
+def test_a_module_that_is_not_there_is_named(tiny_models):
+    with pytest.raises(ValueError, match=r"has no module model\.layers\.9\.mlp\.down_proj"):
+        read(tiny_models["g32"], "model.layers.9.mlp.down_proj", [256], 512, 0)

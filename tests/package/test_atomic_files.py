@@ -1,0 +1,75 @@
+"""replace_files: all or none, whole or not at all, and permissions kept."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from int4_lora import atomic_files as file_replacement
+from int4_lora.atomic_files import replace_files
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def folder():
+    """Return a folder that anybody may look into."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        for file in ("a", "b"):
+            Path(name, file).write_bytes(b"old")
+        yield Path(name)
+
+
+def held(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_new_contents_in_new_files(folder):
+    os.chmod(folder / "a", 0o640)
+    before = os.stat(folder / "a").st_ino
+    replace_files({folder / "a": b"new", folder / "c": b"\0\n"}, like=folder / "a")
+    assert held(folder) == {"a": b"new", "b": b"old", "c": b"\0\n"}
+    assert os.stat(folder / "a").st_ino != before  # what shares the old file by name keeps it
+    assert {stat.S_IMODE(os.stat(folder / name).st_mode) for name in "ac"} == {0o640}
+
+
+def test_nothing_to_replace(folder):
+    replace_files({}, like=folder / "a")
+    assert held(folder) == {"a": b"old", "b": b"old"}
+
+
+def test_a_full_disk_changes_nothing(folder, monkeypatch):
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file_replacement.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_files({folder / "a": b"new", folder / "b": b"new"}, like=folder / "a")
+    assert held(folder) == {"a": b"old", "b": b"old"}
+
+
+@pytest.fixture
+def powerless(folder):
+    """Be somebody who may not write into the folder; root may always."""
+    os.chmod(folder, 0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    yield
+    if root:
+        os.seteuid(0)
+    os.chmod(folder, 0o755)
+
+
+@pytest.mark.usefixtures("powerless")
+def test_a_folder_that_is_read_only(folder):
+    with pytest.raises(PermissionError, match=r"\.a\..*\.tmp"):
+        replace_files({folder / "a": b"new"}, like=folder / "a")
+    assert held(folder) == {"a": b"old", "b": b"old"}

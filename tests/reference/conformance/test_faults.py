@@ -1,0 +1,62 @@
+"""Faults that are easy to miss, and what is said of them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from int4_lora.integration.cli.app import app
+from int4_lora.reference.conformance import Backend, run, select, settled
+from support import conformance_backends as backends
+from support import conformance_faults as faults
+
+SPEC = "support.conformance_faults:Exits"
+
+
+@pytest.mark.parametrize(
+    ("kind", "case", "rule"),
+    [
+        (faults.PreparesInPlace, "int4_linear/ragged/bf16", "modified"),
+        (faults.Exits, "int4_linear/ragged/bf16", "call"),
+        (faults.FirstScalings, "int4_lora_linear/slices_qkv/bf16", "bound"),
+        (faults.NoBiasOfSlices, "int4_lora_linear/slices_qkv/fp32", "bound"),
+        (faults.LastAdapter, "int4_lora_linear/adapters_16/bf16", "bound"),
+        (faults.FirstBias, "int4_lora_linear/replay/bf16", "bound"),
+        (faults.Contiguous, "int4_lora_linear/non_contiguous/bf16", "class"),
+        (faults.OwnBuffer, "int4_lora_linear/kept/bf16", "kept"),
+        (faults.OneNanForAll, "int4_lora_linear/special_x/bf16", "class"),
+    ],
+)
+def test_faults_that_are_easy_to_miss(kind, case, rule):
+    (found,) = run(Backend(kind(), "x"), select(case))
+    assert (found.status, found.rule) == ("failed", rule), found.message
+
+
+def test_the_layer_without_adapters_is_the_other_layer_with_none():
+    found = list(run(Backend(backends.EagerLow(), "x"), select("int4_linear/ragged*/bf16")))
+    assert {one.status for one in found} == {"passed"}
+
+
+def test_what_is_right_but_for_a_rounding_is_said_to_be_so():
+    undeclared = type("Undeclared", (backends.BaseRounded,), {"manifest": None})
+    cases = select("int4_lora_linear/bias/*,int4_lora_linear/mixed/fp16")
+    found = settled(list(run(Backend(undeclared(), "x"), cases)))
+    failed = [one for one in found if one.status == "failed"]
+    assert failed
+    assert {one.diagnosis for one in failed} == {("unknown",)}
+    assert {one.variants for one in failed} == {("right if the manifest says base_rounded=True",)}
+
+
+def test_what_a_backend_prints_is_not_in_the_json():
+    found = CliRunner().invoke(
+        app,
+        [
+            "conform",
+            "support.conformance_faults:Exits",
+            "--cases",
+            "int4_linear/ragged/bf16",
+            "--json",
+        ],
+    )
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)["counts"]["failed"] == 1
