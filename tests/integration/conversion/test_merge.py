@@ -5,30 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conversion.test_unpack import bytes_of, tensors_of
-from typer.testing import CliRunner
 
 from int4_lora.integration import open_checkpoint, read_adapter
-from int4_lora.integration.cli import app as cli
 from int4_lora.reference import dequantize
 from int4_lora.reference.rounding import round_once
 from support.checkpoints import shard
-from support.tiny import LLAMA, VARIANTS
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, ["merge", *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    from int4_lora.integration.demo import recipe
-
-    root = tmp_path_factory.mktemp("merged-adapters")
-    for name, targets in (("all", "all-linear"), ("some", ["q_proj", "down_proj", "lm_head"])):
-        settings = {"r": 5, "lora_alpha": 2, "target_modules": targets}
-        recipe.make_adapter(root / name, LLAMA, name, settings)
-    return [root / "all", root / "some"]
+from support.conversion import bytes_of, convert, run, tensors_of
+from support.tiny import VARIANTS
 
 
 def exact_weights(source, adapters, factors):
@@ -50,7 +33,7 @@ def test_dense_is_the_exact_sum_rounded_once(tiny_models, adapters, tmp_path, va
     source = tiny_models[variant]
     before = bytes_of(source)
     options = [f"--adapter={adapters[0]}", f"--adapter={adapters[1]}=-0.25"]
-    result = run(source, tmp_path / "merged", *options)
+    result = run("merge", source, tmp_path / "merged", *options)
     assert result.exit_code == 0, result.output
     found, exact = tensors_of(tmp_path / "merged"), exact_weights(source, adapters, (1, -0.25))
     for name, expected in exact.items():
@@ -68,9 +51,8 @@ def test_dense_gives_the_logits_of_base_and_adapter(tiny_models, adapters, tmp_p
     from transformers import AutoModelForCausalLM
 
     source, merged, dense = tiny_models["g32"], tmp_path / "merged", tmp_path / "dense"
-    assert run(source, merged, f"--adapter={adapters[0]}").exit_code == 0
-    command = ["unpack", str(source), str(dense), "--dtype", "float32"]
-    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    convert("merge", source, merged, f"--adapter={adapters[0]}")
+    convert("unpack", source, dense, "--dtype", "float32")
     tokens = torch.arange(24).view(2, 12)
 
     def logits(folder, dtype, adapter=None):
@@ -91,10 +73,9 @@ def test_dense_gives_the_logits_of_base_and_adapter(tiny_models, adapters, tmp_p
 def test_int4_reports_the_error_that_running_it_shows(tiny_models, adapters, tmp_path, variant):
     source, target = tiny_models[variant], tmp_path / "merged"
     options = [f"--adapter={adapters[0]}", f"--adapter={adapters[1]}=0.5", "--to=int4"]
-    result = run(source, target, *options, "--json")
-    assert result.exit_code == 0, result.output
+    outcome = convert("merge", source, target, *options)
     report = json.loads((target / "merge_report.json").read_text())
-    assert json.loads(result.stdout)["report"] == report
+    assert outcome["report"] == report
     exact, merged = exact_weights(source, adapters, (1, 0.5)), open_checkpoint(target)
     assert {one["module"] for one in report["modules"]} == set(merged.modules())
     errors, norms = [], []
@@ -128,7 +109,7 @@ def test_no_worse_than_upstreams_quantiser(tiny_models, adapters, tmp_path, vari
     source = tiny_models[variant]
     for scales in ("search", "minmax"):
         options = [f"--adapter={adapters[0]}", "--to=int4", f"--scales={scales}"]
-        assert run(source, tmp_path / scales, *options).exit_code == 0
+        convert("merge", source, tmp_path / scales, *options)
     exact = exact_weights(source, adapters[:1], [1.0])
     lost = {"search": 0.0, "minmax": 0.0, "theirs": 0.0}
     for name, expected in exact.items():
@@ -152,7 +133,7 @@ def test_no_worse_than_upstreams_quantiser(tiny_models, adapters, tmp_path, vari
 def test_untouched_modules_stay_as_they_are(tiny_models, adapters, tmp_path):
     source = tiny_models["asym-g32"]
     options = [f"--adapter={adapters[1]}", "--to=int4"]
-    assert run(source, tmp_path / "merged", *options).exit_code == 0
+    convert("merge", source, tmp_path / "merged", *options)
     before, after = tensors_of(source), tensors_of(tmp_path / "merged")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -165,8 +146,8 @@ def test_shards_and_a_module_across_them(tiny_models, adapters, tmp_path):
     source = shutil.copytree(tiny_models["asym-g32"], tmp_path / "source")
     shard(source)
     options = [f"--adapter={adapters[0]}", "--to=int4"]
-    assert run(source, tmp_path / "a", *options, "--max-shard-size=0.0002").exit_code == 0
-    assert run(tiny_models["asym-g32"], tmp_path / "b", *options).exit_code == 0
+    convert("merge", source, tmp_path / "a", *options, "--max-shard-size=0.0002")
+    convert("merge", tiny_models["asym-g32"], tmp_path / "b", *options)
     one, other = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 3
     assert one.keys() == other.keys()
@@ -175,6 +156,6 @@ def test_shards_and_a_module_across_them(tiny_models, adapters, tmp_path):
 
 def test_what_was_reported_of_another_merge_is_not_carried_along(tiny_models, adapters, tmp_path):
     options = [f"--adapter={adapters[0]}", "--to=int4"]
-    assert run(tiny_models["g32"], tmp_path / "first", *options).exit_code == 0
-    assert run(tmp_path / "first", tmp_path / "second", f"--adapter={adapters[1]}").exit_code == 0
+    convert("merge", tiny_models["g32"], tmp_path / "first", *options)
+    convert("merge", tmp_path / "first", tmp_path / "second", f"--adapter={adapters[1]}")
     assert not (tmp_path / "second/merge_report.json").exists()

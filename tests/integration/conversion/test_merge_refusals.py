@@ -5,35 +5,23 @@ import shutil
 
 import pytest
 import torch
-from conversion.test_merge import adapters, run
 from safetensors.torch import load_file, save_file
 
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors
+from support.conversion import convert, refusal, run
 from support.tiny import LLAMA
-
-__all__ = ["adapters"]  # the fixture
 
 
 def test_an_error_above_the_bar_is_refused_and_accepted_when_told(tiny_models, adapters, tmp_path):
     target, options = tmp_path / "merged", [f"--adapter={adapters[0]}", "--to=int4"]
-    result = run(tiny_models["g128"], target, *options, "--max-error=0.01", "--json")
+    result = run("merge", tiny_models["g128"], target, *options, "--max-error=0.01", "--json")
     assert result.exit_code == 1
     assert "14 of 14 modules" in result.stderr
     assert json.loads(result.stdout)["report"]["total"]["relative_error"] > 0.01
     assert not target.exists()
-    result = run(tiny_models["g128"], target, *options, "--max-error=0.5", "--json")
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)["written"] == []  # it was computed before
-    assert run(tiny_models["g128"], tmp_path / "a", *options, "--max-error=nan").exit_code == 2
-
-
-def refused(source, tmp_path, *options):
-    target = tmp_path / "merged"
-    result = run(source, target, *options)
-    assert result.exit_code == 2, result.output
-    assert not target.exists()
-    assert not target.with_name("merged.partial").exists()
-    return result.stderr
+    outcome = convert("merge", tiny_models["g128"], target, *options, "--max-error=0.5")
+    assert outcome["written"] == []  # it was computed before
+    refusal("merge", tiny_models["g128"], tmp_path / "a", *options, "--max-error=nan")
 
 
 def test_bad_adapters_and_options(tiny_models, adapters, tmp_path):
@@ -42,17 +30,18 @@ def test_bad_adapters_and_options(tiny_models, adapters, tmp_path):
     source, good = tiny_models["g32"], f"--adapter={adapters[0]}"
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     recipe.make_adapter(tmp_path / "wide", {**LLAMA, "hidden_size": 512}, "wide", settings)
-    said = refused(source, tmp_path, f"--adapter={tmp_path / 'wide'}")
+    said = refusal("merge", source, tmp_path / "merged", f"--adapter={tmp_path / 'wide'}")
     assert "the adapter is for a weight of [512, 512], the base has [256, 256]" in said
     assert Q_PROJ in said
     recipe.make_adapter(tmp_path / "deep", {**LLAMA, "num_hidden_layers": 3}, "deep", settings)
-    said = refused(source, tmp_path, f"--adapter={tmp_path / 'deep'}")
+    said = refusal("merge", source, tmp_path / "merged", f"--adapter={tmp_path / 'deep'}")
     assert "model.layers.2.self_attn.q_proj" in said
-    assert "PATH=WEIGHT" in refused(source, tmp_path, f"{good}=x")
-    assert "finite weight" in refused(source, tmp_path, f"{good}=inf")
-    assert "dtype is of a dense" in refused(source, tmp_path, good, "--to=int4", "--dtype=float16")
+    assert "PATH=WEIGHT" in refusal("merge", source, tmp_path / "merged", f"{good}=x")
+    assert "finite weight" in refusal("merge", source, tmp_path / "merged", f"{good}=inf")
+    options = [good, "--to=int4", "--dtype=float16"]
+    assert "dtype is of a dense" in refusal("merge", source, tmp_path / "merged", *options)
     inside = adapters[0] / "merged"
-    result = run(source, inside, good)
+    result = run("merge", source, inside, good)
     assert result.exit_code == 2
     assert not inside.exists()
     spoilt = shutil.copytree(adapters[0], tmp_path / "spoilt")
@@ -60,14 +49,16 @@ def test_bad_adapters_and_options(tiny_models, adapters, tmp_path):
     tensors = load_file(file)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, file)
-    assert "must be finite" in refused(source, tmp_path, f"--adapter={spoilt}")
+    assert "must be finite" in refusal("merge", source, tmp_path / "merged", f"--adapter={spoilt}")
 
 
 def test_a_merged_weight_that_overflows_is_named(tiny_models, adapters, tmp_path):
     source = shutil.copytree(tiny_models["g32"], tmp_path / "source")
     edit_tensors(source, weight_scale=lambda scale: torch.full_like(scale, 8000).half())
     for options in ([], ["--to=int4"]):
-        result = run(source, tmp_path / "merged", f"--adapter={adapters[0]}=1e12", *options)
+        result = run(
+            "merge", source, tmp_path / "merged", f"--adapter={adapters[0]}=1e12", *options
+        )
         assert result.exit_code == 2
         assert Q_PROJ in result.stderr
         assert "finite in float16" in result.stderr
@@ -81,7 +72,7 @@ def test_a_head_that_is_tied_is_said_to_be(tiny_models, adapters, tmp_path):
     del tensors["lm_head.weight"]
     save_file(tensors, file)
     edit_config(source, lambda config, _: config.update(tie_word_embeddings=True))
-    said = refused(source, tmp_path, f"--adapter={adapters[1]}")
+    said = refusal("merge", source, tmp_path / "merged", f"--adapter={adapters[1]}")
     assert "lm_head" in said
     assert "tied to the embeddings" in said
 
@@ -108,6 +99,6 @@ def test_a_group_that_is_not_there_is_refused_before_anything_is_written(
 ):
     source = shutil.copytree(tiny_models["actorder-g128"], tmp_path / "source")
     edit_tensors(source, weight_g_idx=lambda g_idx: g_idx + 1)
-    said = refused(source, tmp_path, f"--adapter={adapters[0]}", f"--to={to}")
+    said = refusal("merge", source, tmp_path / "merged", f"--adapter={adapters[0]}", f"--to={to}")
     assert Q_PROJ in said
     assert "g_idx must be in [-1, 2), the groups of scale, got 2" in said

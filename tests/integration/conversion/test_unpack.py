@@ -5,43 +5,25 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from safetensors.torch import save_file
 
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.checkpoint.compressed_tensors import decompress
 from int4_lora.integration.checkpoint.verify import same_bits
-from int4_lora.integration.cli import app as cli
 from int4_lora.integration.conversion import unpack_checkpoint
 from int4_lora.integration.conversion.convert import Settings
 from int4_lora.reference import dequantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard, weights
+from support.conversion import bytes_of, convert, refusal, run, tensors_of
 from support.tiny import VARIANTS
 from support.upstream_versions import REFUSES_ZERO_POINTS
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, ["unpack", *map(str, arguments)])
-
-
-def tensors_of(folder):
-    return {name: one for file in sorted(folder.glob("*.safetensors")) for name, one in
-            load_file(file).items()}  # fmt: skip
-
-
-def bytes_of(folder):
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_what_upstream_decompresses(tiny_models, tmp_path, variant):
     source = tiny_models[variant]
     before = bytes_of(source)
-    assert run(source, tmp_path / "dense").exit_code == 0
+    convert("unpack", source, tmp_path / "dense")
     found, checkpoint = tensors_of(tmp_path / "dense"), open_checkpoint(source)
     for name in checkpoint.modules():
         dense = found.pop(f"{name}.weight")
@@ -63,7 +45,7 @@ LOADED = ["g128", "channel", "actorder-weight-g128", *([] if REFUSES_ZERO_POINTS
 def test_transformers_computes_the_same_logits(tiny_models, tmp_path, variant):
     from transformers import AutoModelForCausalLM
 
-    assert run(tiny_models[variant], tmp_path / "dense").exit_code == 0
+    convert("unpack", tiny_models[variant], tmp_path / "dense")
     tokens = torch.arange(24).view(2, 12)
     found = []
     for folder in (tiny_models[variant], tmp_path / "dense"):
@@ -84,9 +66,7 @@ def test_shards_and_other_files(tiny_models, tmp_path):
     (source / ".cache").mkdir()
     (source / ".cache/b").write_text("b")
     (source / "pytorch_model.bin").write_text("c")
-    result = run(source, tmp_path / "dense", "--max-shard-size", 0.001, "--json")
-    assert result.exit_code == 0, result.output
-    outcome = json.loads(result.stdout)
+    outcome = convert("unpack", source, tmp_path / "dense", "--max-shard-size", 0.001)
     assert outcome["carried"] == ["generation_config.json", "templates/a.jinja", "tokenizer.json"]
     dense = tmp_path / "dense"
     index = json.loads((dense / "model.safetensors.index.json").read_text())
@@ -105,7 +85,7 @@ def test_shards_and_other_files(tiny_models, tmp_path):
 
 def test_a_dtype_is_that_of_every_floating_tensor(tiny_models, tmp_path):
     for name, dtype in (("float16", torch.float16), ("float32", torch.float32)):
-        assert run(tiny_models["g32"], tmp_path / name, "--dtype", name).exit_code == 0
+        convert("unpack", tiny_models["g32"], tmp_path / name, "--dtype", name)
         found = tensors_of(tmp_path / name)
         assert {one.dtype for one in found.values()} == {dtype}
         checkpoint = open_checkpoint(tiny_models["g32"])
@@ -115,28 +95,20 @@ def test_a_dtype_is_that_of_every_floating_tensor(tiny_models, tmp_path):
         assert name in (config.get("dtype"), config.get("torch_dtype"))
 
 
-def refused(source, target, *options):
-    result = run(source, target, *options)
-    assert result.exit_code == 2, result.output
-    assert not target.exists()
-    assert not target.with_name(f"{target.name}.partial").exists()
-    return result.stderr
-
-
 def test_what_cannot_be_used_is_said_before_anything_is_written(copied_model, tmp_path):
     target = tmp_path / "dense"
-    assert "--dtype must be one of" in refused(copied_model, target, "--dtype", "int8")
-    assert "--jobs must be" in refused(copied_model, target, "--jobs", 0)
-    assert "I/N" in refused(copied_model, target, "--shard", "3/2")
-    assert "I/N" in refused(copied_model, target, "--shard", "0/2")
-    assert "--max-shard-size" in refused(copied_model, target, "--max-shard-size", 0)
-    assert "apart from" in refused(copied_model, copied_model / "dense")
-    assert str(tmp_path / "none") in refused(tmp_path / "none", target)
+    assert "--dtype must be one of" in refusal("unpack", copied_model, target, "--dtype", "int8")
+    assert "--jobs must be" in refusal("unpack", copied_model, target, "--jobs", 0)
+    assert "I/N" in refusal("unpack", copied_model, target, "--shard", "3/2")
+    assert "I/N" in refusal("unpack", copied_model, target, "--shard", "0/2")
+    assert "--max-shard-size" in refusal("unpack", copied_model, target, "--max-shard-size", 0)
+    assert "apart from" in refusal("unpack", copied_model, copied_model / "dense")
+    assert str(tmp_path / "none") in refusal("unpack", tmp_path / "none", target)
     index = shard(copied_model)
     (copied_model / "model-00002-of-00003.safetensors").unlink()
-    assert "model-00002-of-00003" in refused(copied_model, target)
+    assert "model-00002-of-00003" in refusal("unpack", copied_model, target)
     index.unlink()
-    assert "neither" in refused(copied_model, target)
+    assert "neither" in refusal("unpack", copied_model, target)
 
 
 @pytest.mark.parametrize(
@@ -151,27 +123,27 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(copied_model, tm
 )
 def test_tensors_that_contradict_each_other(copied_model, tmp_path, changes, message):
     edit_tensors(copied_model, **changes)
-    said = refused(copied_model, tmp_path / "dense")
+    said = refusal("unpack", copied_model, tmp_path / "dense")
     assert Q_PROJ in said
     assert message in said
 
 
 def test_a_format_that_nobody_can_unpack_is_named(copied_model, tmp_path):
     edit_config(copied_model, lambda _, q: q["config_groups"]["group_0"].update(format="marlin-24"))
-    assert "marlin-24 cannot be unpacked" in refused(copied_model, tmp_path / "dense")
+    assert "marlin-24 cannot be unpacked" in refusal("unpack", copied_model, tmp_path / "dense")
     edit_config(copied_model, weights(num_bits=3))
-    refused(copied_model, tmp_path / "dense")
+    refusal("unpack", copied_model, tmp_path / "dense")
 
 
 def test_a_value_that_a_dtype_cannot_hold(tiny_models, tmp_path):
     source = shutil.copytree(tiny_models["g32"], tmp_path / "source")
     edit_tensors(source, weight_scale=lambda scale: torch.full_like(scale, 60000))
-    result = run(source, tmp_path / "dense", "--dtype", "float16")
+    result = run("unpack", source, tmp_path / "dense", "--dtype", "float16")
     assert result.exit_code == 2
     assert Q_PROJ in result.stderr
     assert "finite in float16" in result.stderr
     assert not (tmp_path / "dense").exists()
-    assert run(source, tmp_path / "dense", "--dtype", "bfloat16", "--force").exit_code == 0
+    convert("unpack", source, tmp_path / "dense", "--dtype", "bfloat16", "--force")
 
 
 def test_other_formats_go_through_compressed_tensors(tmp_path):
@@ -186,8 +158,7 @@ def test_other_formats_go_through_compressed_tensors(tmp_path):
     quantization = {"quant_method": "compressed-tensors", "format": "int-quantized",
                     "config_groups": {"group_0": group}}  # fmt: skip
     (source / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    result = run(source, dense)
-    assert result.exit_code == 0, result.output
+    convert("unpack", source, dense)
     assert torch.equal(tensors_of(dense)["a.weight"], (codes.to(torch.bfloat16) * scale))
 
 
