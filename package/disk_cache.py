@@ -1,20 +1,20 @@
-"""What was found out once and is kept on disk: one small JSON file for each key.
+"""Results of measurements, kept on disk: one small JSON file per key.
 
-A file is written beside its place and renamed, so that a reader sees all of it or none, and no two
-keys share one, so that writers need no lock. A file that is missing, spoilt or of another key is a
-miss; a folder that cannot be written costs the time of finding out again, never an error.
+Each file is replaced whole and no two keys share one, so neither readers nor writers need a lock.
+A file that is missing, damaged or of another key is a miss. A folder that cannot be written costs
+the time of measuring again, never an error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from int4_lora.atomic_files import replace_files
 
 __all__ = ["cache_folder", "check_writable", "recall", "remember"]
 
@@ -31,8 +31,8 @@ def recall(kind: str, key: Mapping[str, Any]) -> Any:
     """Return the value last remembered under a key, or None.
 
     Args:
-        kind: the folder of values of this sort.
-        key: what the value depends on, as JSON would have it.
+        kind: the folder for values of this kind.
+        key: what the value depends on; JSON's own types.
     """
     try:
         kept = json.loads(_file(kind, key).read_text(encoding="utf-8"))
@@ -43,34 +43,27 @@ def recall(kind: str, key: Mapping[str, Any]) -> Any:
 
 
 def remember(kind: str, key: Mapping[str, Any], value: Any) -> bool:
-    """Keep a value under a key.
+    """Store a value under a key.
 
     Args:
-        kind: the folder of values of this sort.
-        key: what the value depends on, as JSON would have it.
-        value: the value, as JSON would have it.
+        kind: the folder for values of this kind.
+        key: what the value depends on; JSON's own types.
+        value: the value; JSON's own types.
 
     Returns:
         Whether it could be written.
     """
-    beside = None
     try:
         file = _file(kind, key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=".", suffix=".json", dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            json.dump({"key": key, "value": value}, opened, indent=1)
-        os.replace(beside, file)
-    except (OSError, RuntimeError):
-        if beside is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
+        replace_files({file: json.dumps({"key": key, "value": value}, indent=1).encode()})
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return False
     return True
 
 
 def check_writable() -> None:
-    """Check that something can be remembered.
+    """Check that the cache can be written.
 
     Raises:
         OSError: it cannot; the message names the folder.

@@ -6,10 +6,11 @@ Source: ``torch.compiler.save_cache_artifacts`` and ``load_cache_artifacts``.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import torch
+
+from int4_lora.atomic_files import replace_files
 
 __all__ = ["load_artifacts", "save_artifacts"]
 
@@ -37,11 +38,7 @@ def save_artifacts(path: str | os.PathLike[str]) -> int:
     if found is None:
         raise ValueError(f"{path}: nothing was compiled that could be saved")
     content, _ = found
-    file = Path(path)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside:
-        made = Path(beside) / file.name
-        made.write_bytes(content)
-        os.replace(made, file)
+    replace_files({Path(path): content})
     return len(content)
 
 

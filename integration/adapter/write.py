@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from int4_lora.atomic_files import new_folder
 from int4_lora.integration.adapter.read import (
     CONFIG_FILE,
     FLOATS,
@@ -85,14 +85,10 @@ def write_adapter(
     for name, module in modules.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a.detach().cpu().clone().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b.detach().cpu().clone().contiguous()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        made = Path(beside) / folder.name
-        made.mkdir()
+    with new_folder(folder) as made:
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, made / TENSOR_FILE, metadata={"format": "pt"})
         read_adapter(made)  # whatever is wrong shows before anything is in its place
-        made.rename(folder)
     return read_adapter(folder)
 
 

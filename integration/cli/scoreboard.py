@@ -18,6 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from int4_lora.atomic_files import replace_files
 from int4_lora.integration.cli.conform import check_device
 from int4_lora.integration.cli.console import wide_console
 from int4_lora.integration.cli.exits import unusable
@@ -61,7 +62,7 @@ def scoreboard(
         rows = _rows(names, cases, device, seed, quiet=as_json)
         table = as_markdown(rows, device=device, seed=seed, cases=len(cases))
         if write is not None:
-            write.write_text(replaced(write, table), encoding="utf-8")
+            replace_files({write.resolve(): replaced(write, table).encode()})
     except (OSError, ValueError) as error:
         raise unusable(str(error)) from error
     if as_json:

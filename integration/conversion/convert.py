@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from int4_lora.atomic_files import write_synced
 from int4_lora.integration.conversion.other_files import copy_files, other_files
 from int4_lora.integration.conversion.result_files import ResultFile, index_of, lay_out
 from int4_lora.integration.conversion.result_folder import ResultFolder
 from int4_lora.integration.conversion.tasks import Task
-from int4_lora.integration.conversion.writing import threads_shared, write_file, write_synced
+from int4_lora.integration.conversion.writing import threads_shared, write_file
 
 __all__ = ["Conversion", "Outcome", "Settings", "convert"]
 

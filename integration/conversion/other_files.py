@@ -5,10 +5,10 @@ Source: the folder layout of transformers' ``save_pretrained``.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
+from int4_lora.atomic_files import sync_file
 from int4_lora.integration.checkpoint.safetensors_files import inside
 
 __all__ = ["copy_files", "other_files"]
@@ -54,5 +54,4 @@ def copy_files(folder: Path, names: list[str], target: Path) -> None:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, place)
-        with place.open("rb") as copied:
-            os.fsync(copied.fileno())
+        sync_file(place)

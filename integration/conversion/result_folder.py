@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from int4_lora.atomic_files import sync_folder, write_synced
 from int4_lora.integration.checkpoint.json_files import read_json_object
-from int4_lora.integration.conversion.writing import sync_folder, write_synced
 
 __all__ = ["ResultFolder"]
 

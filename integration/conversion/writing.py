@@ -19,7 +19,7 @@ from torch import Tensor
 from int4_lora.integration.conversion.result_files import ResultFile
 from int4_lora.integration.conversion.tasks import Task
 
-__all__ = ["sync_folder", "threads_shared", "write_file", "write_synced"]
+__all__ = ["threads_shared", "write_file"]
 
 SYNC_SECONDS = 0.25
 Reports = list[dict[str, Any]]
@@ -103,24 +103,6 @@ def _write_all(descriptor: int, data: memoryview, start: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, start)
         data, start = data[count:], start + count
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file and force it to the disk; what stands there is written over."""
-    with path.open("wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ Source: ``ModelCompressor`` of compressed-tensors, ``get_peft_model`` of PEFT.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,8 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from int4_lora.atomic_files import new_folder
 
 __all__ = [
     "ADAPTERS",
@@ -82,8 +82,8 @@ class DemoFiles:
 def prepare(cache: Path) -> DemoFiles:
     """Return the demo's files, made first where the cache has none.
 
-    They are made beside their place and renamed, so that a run that was stopped leaves nothing
-    that looks whole, and of two runs at once one wins.
+    They are made beside their place and renamed: a run that was stopped leaves nothing that looks
+    whole, and of two runs at once one wins.
 
     Args:
         cache: the cache folder; it is made if it is missing.
@@ -96,19 +96,14 @@ def prepare(cache: Path) -> DemoFiles:
     """
     folder = cache / FOLDER
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f"{FOLDER}.", dir=cache))
         try:
-            make_model(made / "model", LLAMA, WEIGHTS)
-            for name, settings in ADAPTERS.items():
-                make_adapter(made / name, LLAMA, name, settings)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another run was first
-                    raise
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+            with new_folder(folder) as made:
+                make_model(made / "model", LLAMA, WEIGHTS)
+                for name, settings in ADAPTERS.items():
+                    make_adapter(made / name, LLAMA, name, settings)
+        except OSError:
+            if not folder.is_dir():  # otherwise another run was first
+                raise
     return DemoFiles(folder / "model", {name: folder / name for name in ADAPTERS})
 
 

@@ -1,4 +1,4 @@
-"""replace_files: all or none, whole or not at all, and permissions kept."""
+"""Files and folders: all or none, whole or not at all, and permissions kept."""
 
 import os
 import stat
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from int4_lora import atomic_files as file_replacement
-from int4_lora.atomic_files import replace_files
+from int4_lora import atomic_files
+from int4_lora.atomic_files import new_folder, replace_files
 
 NOBODY = 65534
 
@@ -36,6 +36,12 @@ def test_new_contents_in_new_files(folder):
     assert {stat.S_IMODE(os.stat(folder / name).st_mode) for name in "ac"} == {0o640}
 
 
+def test_a_new_file_without_a_model_gets_the_permissions_of_the_umask(folder):
+    (folder / "ordinary").write_bytes(b"")
+    replace_files({folder / "c": b"new"})
+    assert (folder / "c").stat().st_mode == (folder / "ordinary").stat().st_mode
+
+
 def test_nothing_to_replace(folder):
     replace_files({}, like=folder / "a")
     assert held(folder) == {"a": b"old", "b": b"old"}
@@ -49,7 +55,7 @@ def test_a_full_disk_changes_nothing(folder, monkeypatch):
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(file_replacement.os, "fsync", full)
+    monkeypatch.setattr(atomic_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         replace_files({folder / "a": b"new", folder / "b": b"new"}, like=folder / "a")
     assert held(folder) == {"a": b"old", "b": b"old"}
@@ -73,3 +79,34 @@ def test_a_folder_that_is_read_only(folder):
     with pytest.raises(PermissionError, match=r"\.a\..*\.tmp"):
         replace_files({folder / "a": b"new"}, like=folder / "a")
     assert held(folder) == {"a": b"old", "b": b"old"}
+
+
+def test_a_folder_is_there_once_it_is_whole(folder):
+    with new_folder(folder / "deep" / "made") as made:
+        (made / "file").write_text("whole")
+        assert not (folder / "deep" / "made").exists()
+    (folder / "ordinary").mkdir()
+    assert [file.name for file in (folder / "deep").iterdir()] == ["made"]
+    assert (folder / "deep" / "made" / "file").read_text() == "whole"
+    assert (folder / "deep" / "made").stat().st_mode == (folder / "ordinary").stat().st_mode
+
+
+def make(folder, text):
+    with new_folder(folder) as made:
+        (made / "file").write_text(text)
+        if text == "second":
+            make(folder, "first")
+        assert text != "half"
+
+
+def test_a_folder_whose_making_fails_leaves_nothing(folder):
+    with pytest.raises(AssertionError):
+        make(folder / "made", "half")
+    assert held(folder) == {"a": b"old", "b": b"old"}
+
+
+def test_of_two_that_make_one_folder_the_first_wins(folder):
+    with pytest.raises(OSError, match="not empty"):
+        make(folder / "made", "second")
+    assert (folder / "made" / "file").read_text() == "first"
+    assert sorted(file.name for file in folder.iterdir()) == ["a", "b", "made"]

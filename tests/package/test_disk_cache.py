@@ -63,7 +63,7 @@ def test_a_write_that_fails_leaves_nothing_behind(monkeypatch):
     remember("kind", KEY, 1)
     before = kept_files()
     with monkeypatch.context() as patch:
-        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         assert not remember("kind", KEY, 2)
     assert kept_files() == before
     assert recall("kind", KEY) == 1

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import int4_lora
+from int4_lora.atomic_files import replace_files
 from int4_lora.integration.conformance.golden.ordered_sums import ordered_sums
 from int4_lora.reference import LoRAStack
 from int4_lora.reference.conformance import Case, Manifest, Operands, answer, tensors_of
@@ -81,7 +82,7 @@ def write_golden(folder: Path, cases: Sequence[Case], seed: int = 0) -> Iterator
         "cases": entries,
     }
     text = json.dumps(index, indent=1, sort_keys=True) + "\n"
-    (folder / "index.json").write_text(text, encoding="utf-8")
+    replace_files({folder / "index.json": text.encode()})
 
 
 def _sort_header(file: Path) -> None:
