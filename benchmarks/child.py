@@ -31,13 +31,14 @@ class Child:
         module: what ``python -m`` runs; it calls ``serve``.
         log: file for whatever the child prints.
         environment: variables beside the parent's own.
+        python: the interpreter; None means the parent's.
     """
 
-    def __init__(self, module, log, environment=None):
+    def __init__(self, module, log, environment=None, python=None):
         self.log = Path(log)
         with self.log.open("w", encoding="utf-8") as printed:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [python or sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=printed,

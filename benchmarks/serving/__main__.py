@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.serving.bars import judged, not_judged, ratios
 from benchmarks.serving.files import prepare
 from benchmarks.serving.report import plot, report
-from benchmarks.serving.rounds import ENGINES, Turns, arguments_of
+from benchmarks.serving.rounds import BEFORE, ENGINES, OURS, Turns, arguments_of
 from benchmarks.serving.workloads import workloads
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -34,6 +34,11 @@ def options_of(arguments):
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of ours")
     parser.add_argument("--max-loras", type=int, default=4, help="slots (4)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument(
+        "--before",
+        metavar="PYTHON",
+        help="of an environment with another version of int4-lora, which is measured beside",
+    )
     parser.add_argument("--hidden", type=int, help="width, a multiple of 256 (2048)")
     parser.add_argument("--layers", type=int, help="decoder layers (4)")
     parser.add_argument("--rounds", type=int, help="how often everything is measured (7)")
@@ -73,6 +78,8 @@ def measured(options):
     try:
         for name in options.engines:
             turns.load(name, files, arguments_of(name, options))
+        if options.before:
+            turns.load(BEFORE, files, arguments_of(OURS, options), options.before)
         asked = workloads(options.new, quick=options.quick)
         found = turns.run(asked, options.rounds, options.seed)
         turns.note()
@@ -85,7 +92,7 @@ def record(found, engines, options):
     """Return everything as JSON can hold it."""
     from benchmarks.machine import machine
 
-    kept = {**vars(options), "cache": None}
+    kept = {**vars(options), "cache": None, "before": options.before is not None}
     return {
         "machine": machine("cpu"),
         "options": kept,

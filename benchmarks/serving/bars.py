@@ -10,7 +10,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.serving.rounds import OURS, STOCK
+from benchmarks.serving.rounds import BEFORE, OURS, STOCK
 
 PREFILL, PREFILL_16 = "prefill, 8 x 64", "prefill, 16 x 32"
 DECODE_1, DECODE_8, DECODE_16 = "decode, 1 row", "decode, 8 rows", "decode, 16 rows"
@@ -95,16 +95,17 @@ def costs(found):
 
 
 def ratios(found):
-    """Return the ratios of each workload: over base of either engine, and stock over ours."""
+    """Return the ratios of each workload: over base, and of the others over ours."""
     cost, rows = costs(found), []
     for shape, mix in dict.fromkeys((shape, mix) for _, shape, mix in cost):
         pairs = {
             "ours: over base": ((OURS, shape, mix), (OURS, shape, "base")),
             "stock: over base": ((STOCK, shape, mix), (STOCK, shape, "base")),
             "stock over ours": ((STOCK, shape, mix), (OURS, shape, mix)),
+            "before over ours": ((BEFORE, shape, mix), (OURS, shape, mix)),
         }
         if mix == "base":
-            pairs = {"stock over ours": pairs["stock over ours"]}
+            pairs = {name: pair for name, pair in pairs.items() if name.endswith("over ours")}
         rows.append(
             {
                 "shape": shape,

@@ -59,6 +59,8 @@ def ratios_table(found):
     """Return the ratios of each workload."""
     rows = ratios(found)
     names = ["ours: over base", "stock: over base", "stock over ours"]
+    if any(row["before over ours"] is not None for row in rows):
+        names.append("before over ours")
     texts = [
         [row["shape"], row["mix"], *(_number(row.get(name)) for name in names)] for row in rows
     ]

@@ -15,6 +15,7 @@ from benchmarks.child import Child
 from benchmarks.serving.workloads import measures
 
 STOCK, OURS, WITHOUT = "stock", "ours", "stock without LoRA"
+BEFORE = "ours before"  # an earlier version, from an environment of its own
 ENGINES = (STOCK, OURS, WITHOUT)
 FIRST_REQUESTS = 10
 FIRST = {"rows": 1, "prompt": 64, "new": 8}  # each of another adapter, so that each loads one
@@ -74,11 +75,11 @@ class Turns:
         self.children, self.engines = {}, {}
         self._idle = {}  # by engine, processor seconds while others ran, and for how long they did
 
-    def load(self, name, files, arguments):
+    def load(self, name, files, arguments, python=None):
         """Start an engine, and ask its first requests: each brings an adapter that is new to it."""
         log = self._folder / f"{name.replace(' ', '-')}.log"
         environment = environment_of(self._folder)
-        self.children[name] = child = Child("benchmarks.serving.engine", log, environment)
+        self.children[name] = child = Child("benchmarks.serving.engine", log, environment, python)
         adapters = [str(folder) for folder in files.adapters]
         found = child.ask("load", model=str(files.model), adapters=adapters, arguments=arguments)
         lora = arguments.get("enable_lora", False)

@@ -242,3 +242,13 @@ def test_lines_of_the_log(module):
 def test_plot(module, tmp_path):
     module("serving.report").plot(found_of(module, TIMES), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_an_earlier_version_is_compared_with_this_one(module):
+    key = ("prefill, 8 x 64", "4 adapters")
+    times = {**TIMES, ("ours before", *key): 1.5 * TIMES[("ours", *key)]}
+    rows = module("serving.bars").ratios(found_of(module, times))
+    (row,) = (row for row in rows if (row["shape"], row["mix"]) == key)
+    assert row["before over ours"] == 1.5
+    assert "| before over ours |" in module("serving.report").ratios_table(found_of(module, times))
+    assert "before" not in module("serving.report").ratios_table(found_of(module, TIMES))
