@@ -14,6 +14,9 @@ collect_ignore = [] if find_spec("llmcompressor") else ["oneshot"]
 hypothesis.settings.register_profile(
     "house", derandomize=True, deadline=None, max_examples=60, print_blob=True
 )
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=600, print_blob=True
+)  # with --hypothesis-profile=thorough, as ``tox run -m nightly`` does
 hypothesis.settings.load_profile("house")
 
 
