@@ -44,13 +44,14 @@ from int4_lora.reference.dequantization import (
     centred_codes,
     dequantize,
     scale_of_each_weight,
+    unrounded_weight,
 )
 from int4_lora.reference.linear import check_operands, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
 
-__all__ = ["error_bound"]
+__all__ = ["FORMATS", "Format", "error_bound", "gamma"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def error_bound(
         u = TENSOR_CORE_U
 
     size = x.abs().to(torch.float64)
-    used = dequantize(weight, torch.float64) if weight_rounded else _unrounded(weight)
+    used = dequantize(weight, torch.float64) if weight_rounded else unrounded_weight(weight)
     base = size @ used.abs().T  # [tokens, out_features]
     largest, lost = (base, torch.zeros_like(base)) if weight_rounded else _unscaled(size, weight)
     if bias is not None:
@@ -151,8 +152,8 @@ def error_bound(
 
     n = weight.in_features + delta.rank + (delta.rank > 0) + (bias is not None)
     n = n + (0 if weight_rounded else 2)
-    error = _gamma(n, u) * base + _gamma(n + 2, u) * delta.sum
-    error = error + _gamma(n + 2, FORMATS[torch.float64].u) * (base + delta.sum)
+    error = gamma(n, u) * base + gamma(n + 2, u) * delta.sum
+    error = error + gamma(n + 2, FORMATS[torch.float64].u) * (base + delta.sum)
     error = error + inside.product_underflow * (n + delta.underflows + lost)
     if not weight_rounded:
         distance = x.to(torch.float64) @ (used - dequantize(weight, torch.float64)).T
@@ -168,13 +169,10 @@ def error_bound(
     return torch.where(unbounded | error.isnan() | ~exact.isfinite(), torch.inf, error)
 
 
-def _gamma(n: Tensor, u: float) -> Tensor:
-    return torch.where(n * u < 1, n * u / (1 - n * u), torch.inf)
-
-
-def _unrounded(weight: PackedWeight) -> Tensor:
-    """Return (q - z) * s exactly: float64 ``[out_features, in_features]``."""
-    return centred_codes(weight).to(torch.float64) * scale_of_each_weight(weight).to(torch.float64)
+def gamma(n: Tensor | int, u: float) -> Tensor:
+    """Return gamma_n = n u / (1 - n u) in float64, infinite where n u is 1 or more."""
+    nu = torch.as_tensor(n, dtype=torch.float64) * u
+    return torch.where(nu < 1, nu / (1 - nu), torch.inf)
 
 
 def _unscaled(size: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
@@ -184,7 +182,7 @@ def _unscaled(size: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """
     scale = scale_of_each_weight(weight).abs().to(torch.float64).amax(dim=1)  # [out_features]
     sums = size @ centred_codes(weight).abs().to(torch.float64).T
-    held = torch.maximum(_unrounded(weight).abs().amax(dim=1), scale)
+    held = torch.maximum(unrounded_weight(weight).abs().amax(dim=1), scale)
     lost = size.sum(dim=1, keepdim=True) + 2 * weight.in_features * scale
     return torch.maximum(sums, held), lost
 

@@ -26,7 +26,14 @@ from int4_lora.reference.checks import X_DTYPES
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import unpack
 
-__all__ = ["centred_codes", "dequantize", "scale_columns", "scale_of_each_weight", "scale_rows"]
+__all__ = [
+    "centred_codes",
+    "dequantize",
+    "scale_columns",
+    "scale_of_each_weight",
+    "scale_rows",
+    "unrounded_weight",
+]
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
@@ -57,6 +64,14 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor
     scale = scale_of_each_weight(weight)
     dense = centred_codes(weight).to(scale.dtype) * scale
     return dense if dtype is None else dense.to(dtype)
+
+
+def unrounded_weight(weight: PackedWeight, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return ``(q - z) * s`` multiplied in ``dtype``: ``[out_features, in_features]``.
+
+    In float64 it is exact: the weight without the rounding of ``dequantize``.
+    """
+    return centred_codes(weight).to(dtype) * scale_of_each_weight(weight).to(dtype)
 
 
 def centred_codes(weight: PackedWeight) -> Tensor:

@@ -11,7 +11,6 @@ Source: the declared order of this project, ``docs/numerics.md``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from int4_lora.reference.lora import (
     shrink,
     without_autocast,
 )
-from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
+from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, check_slices_fit
 from int4_lora.reference.packed_weight import PackedWeight
 
 __all__ = ["as_slices", "check_operands", "check_slices", "int4_linear", "int4_lora_linear"]
@@ -155,27 +154,13 @@ def check_slices(
     slices = as_slices(lora)
     for part in slices:
         check_one_device(weight=weight.packed, lora=part.stack.a)
-        if part.stack.in_features != weight.in_features:
-            raise ValueError(
-                f"lora must have the in_features of weight, {weight.in_features}, "
-                f"got a of {list(part.stack.a.shape)}"
-            )
-        if part.stop > weight.out_features:
-            raise ValueError(
-                f"lora must write outputs of [0, {weight.out_features}), "
-                f"got [{part.start}, {part.stop})"
-            )
+    placed = [(part.stack.a, part.start, part.stop) for part in slices]
+    check_slices_fit(placed, weight.in_features, weight.out_features, "weight")
     if isinstance(lora, LoRAStack) and lora.out_features != weight.out_features:
         raise ValueError(
             f"lora must have the out_features of weight, {weight.out_features}, "
             f"got b of {list(lora.b.shape)}"
         )
-    for one, other in combinations(slices, 2):
-        if one.start < other.stop and other.start < one.stop:
-            raise ValueError(
-                f"slices must not overlap: [{one.start}, {one.stop}) and "
-                f"[{other.start}, {other.stop})"
-            )
     return slices
 
 

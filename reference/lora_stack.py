@@ -6,8 +6,9 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from int4_lora.reference.checks import (
     check_shape,
 )
 
-__all__ = ["LoRASlice", "LoRAStack"]
+__all__ = ["LoRASlice", "LoRAStack", "check_slices_fit", "rows_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,3 +196,64 @@ class LoRASlice:
     def stop(self) -> int:
         """One past the last output that is written."""
         return self.start + self.stack.out_features
+
+
+def rows_of(slices: Sequence[LoRASlice], index: Tensor) -> list[LoRASlice]:
+    """Return what slices write to some outputs, as slices of those outputs alone.
+
+    Output ``i`` of the result is output ``index[i]`` of the layer, as in ``PackedWeight.rows``.
+
+    Args:
+        slices: slices of the whole layer.
+        index: int64 ``[outputs]``, each a row of the layer's weight, in any order.
+
+    Returns:
+        One slice for each run of neighbours that one of the slices writes, in the order of the
+        slices; empty where none writes any of the outputs.
+
+    Example:
+        >>> stack = LoRAStack.stack([(torch.ones(1, 8), torch.arange(4.0)[:, None], 1.0)])
+        >>> (taken,) = rows_of([LoRASlice(stack, start=4)], torch.tensor([0, 7, 5]))
+        >>> taken.start, taken.stack.b.flatten().tolist()
+        (1, [3.0, 1.0])
+    """
+    taken = []
+    for part in slices:
+        written = (index >= part.start) & (index < part.stop)
+        edge = torch.zeros(1, dtype=torch.bool, device=index.device)
+        runs = torch.cat([edge, written, edge]).diff().nonzero().reshape(-1, 2)
+        for first, last in runs.tolist():
+            b = part.stack.b[:, index[first:last].to(part.stack.b.device) - part.start]
+            taken.append(LoRASlice(dataclasses.replace(part.stack, b=b), first))
+    return taken
+
+
+def check_slices_fit(
+    slices: Sequence[tuple[Tensor, int, int]], in_features: int, out_features: int, base: str
+) -> None:
+    """Check that slices have the width of a layer, stay within its outputs and do not overlap.
+
+    Args:
+        slices: ``(a, start, stop)`` of each: its A, ``[adapters, rank, in_features]``, and the
+            outputs ``[start, stop)`` that it writes.
+        in_features: of the layer.
+        out_features: of the layer.
+        base: what messages call the layer that the adapters are added to.
+
+    Raises:
+        ValueError: a slice that does not fit the layer, or two that overlap.
+    """
+    for a, start, stop in slices:
+        if a.shape[2] != in_features:
+            raise ValueError(
+                f"lora must have the in_features of {base}, {in_features}, got a of {[*a.shape]}"
+            )
+        if stop > out_features:
+            raise ValueError(
+                f"lora must write outputs of [0, {out_features}), got [{start}, {stop})"
+            )
+    for (_, start, stop), (_, other_start, other_stop) in combinations(slices, 2):
+        if start < other_stop and other_start < stop:
+            raise ValueError(
+                f"slices must not overlap: [{start}, {stop}) and [{other_start}, {other_stop})"
+            )

@@ -20,7 +20,7 @@ from int4_lora.reference.checks import (
     check_one_device,
     check_shape,
 )
-from int4_lora.reference.packing import check_bits, code_range, words_for
+from int4_lora.reference.packing import check_bits, code_range, pack, unpack, words_for
 
 __all__ = ["PackedWeight", "Strategy"]
 
@@ -135,6 +135,74 @@ class PackedWeight:
         )
         object.__setattr__(moved, "column_order", self.column_order)
         return moved
+
+    def rows(self, index: Tensor | slice) -> PackedWeight:
+        """Return the weight of some outputs: row ``i`` of the result is row ``index[i]`` of this.
+
+        Every strategy keeps its grouping. Zero-points that are packed along the outputs are
+        packed again; ``g_idx``, ``group_size`` and ``bits`` stay as they are.
+
+        Args:
+            index: int64 ``[rows]`` in any order, repeats allowed, or a slice. The rows of a weight
+                in blocks must keep to its blocks: those that share a scale in the result must
+                share one here.
+
+        Raises:
+            TypeError: ``index`` is neither an int64 tensor nor a slice.
+            ValueError: no rows, a row out of range, or rows that do not keep to the blocks.
+
+        Example:
+            >>> packed = torch.tensor([[-162254320], [0x76543210]], dtype=torch.int32)
+            >>> weight = PackedWeight(packed, torch.tensor([[0.5], [0.25]]), shape=(2, 8))
+            >>> weight.rows(slice(1, 2)).scale
+            tensor([[0.2500]])
+        """
+        index = _row_index(index, self.out_features).to(self.packed.device)
+        scale, zero_point = self.scale, self.zero_point
+        if self.strategy in ("channel", "group"):
+            scale = scale[index]
+            if zero_point is not None:
+                unpacked = unpack(zero_point, self.out_features, bits=self.bits, dim=0)
+                zero_point = pack(unpacked[index], bits=self.bits, dim=0)
+        elif isinstance(self.group_size, tuple):
+            blocks = _block_index(index, self.group_size[0])
+            scale = scale[blocks]
+            zero_point = None if zero_point is None else zero_point[blocks]
+        return dataclasses.replace(
+            self,
+            packed=self.packed[index],
+            scale=scale,
+            shape=(len(index), self.in_features),
+            zero_point=zero_point,
+        )
+
+
+def _row_index(index: Tensor | slice, rows: int) -> Tensor:
+    """Return the rows that ``index`` chooses of ``rows``: int64 ``[chosen]``."""
+    if isinstance(index, slice):
+        index = torch.tensor(range(rows)[index], dtype=torch.int64)
+    check_dtype("index", index, (torch.int64,))
+    check_shape("index", index, (None,), "[rows]")
+    if not len(index):
+        raise ValueError("index must choose at least one row, got none")
+    wrong = index[(index < 0) | (index >= rows)]
+    if len(wrong):
+        raise ValueError(f"index must be in [0, {rows}), the rows of weight, got {wrong[0].item()}")
+    return index
+
+
+def _block_index(index: Tensor, size: int) -> Tensor:
+    """Return which old block each new block of ``size`` rows is: int64 ``[new blocks]``."""
+    block_of_row = index // size
+    blocks = block_of_row[::size]
+    wrong = (block_of_row != blocks.repeat_interleave(size)[: len(index)]).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"index must keep to the blocks of {size} rows that share a scale, "
+            f"got row {int(index[row])} in one block with row {int(index[row // size * size])}"
+        )
+    return blocks
 
 
 def _as_shape(shape: object) -> tuple[int, int]:

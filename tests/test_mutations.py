@@ -131,7 +131,7 @@ MUTANTS = {
     "bound_without_rank": ("bounds", {"in_features + delta.rank +": "in_features +"}, BOUNDS),
     "bound_without_scaling": (
         "bounds",
-        {"_gamma(n + 2, u) * delta.sum": "_gamma(n, u) * delta.sum"},
+        {"gamma(n + 2, u) * delta.sum": "gamma(n, u) * delta.sum"},
         BOUNDS,
     ),
     "bound_without_scale_on_sums": ("bounds", {"(0 if weight_rounded else 2)": "0"}, BOUNDS),

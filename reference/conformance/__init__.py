@@ -11,6 +11,7 @@ from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS
 from int4_lora.reference.conformance.judging.answers import Answer, answer
+from int4_lora.reference.conformance.judging.check import check_addition, check_linear
 from int4_lora.reference.conformance.judging.verdict import Finding, judge
 from int4_lora.reference.conformance.manifest import FUNCTIONS, Manifest
 from int4_lora.reference.conformance.procedures import ask
@@ -30,6 +31,8 @@ __all__ = [
     "Outcome",
     "answer",
     "ask",
+    "check_addition",
+    "check_linear",
     "judge",
     "run",
     "run_case",

@@ -21,10 +21,9 @@ from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.draws import Draws
 from int4_lora.reference.conformance.cases.lora_operands import mixed_ids
 from int4_lora.reference.conformance.cases.operands import Operands
-from int4_lora.reference.conformance.judging.answers import Answer, answer
+from int4_lora.reference.conformance.judging.check import answer_on_cpu, check_call
 from int4_lora.reference.conformance.judging.systematic_error import bias_of_errors
-from int4_lora.reference.conformance.judging.verdict import Finding, judge
-from int4_lora.reference.conformance.judging.yardstick import yardstick
+from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.conformance.threads import one_thread
 
@@ -84,26 +83,9 @@ def judged(case: Case, operands: Operands, result: object, manifest: Manifest) -
         result: what it returned.
         manifest: the roundings declared.
     """
-    if isinstance(result, Tensor) and result.device != operands.device:
-        return Finding("form", f"returned on {result.device}, not on {operands.device}")
     if case.optional:
         return _sampled(case, operands, result, manifest)
-    held = _held(case, operands, manifest)
-    own = None if case.equal else yardstick(case.function, operands.to("cpu"), manifest, held)
-    return judge(_on_cpu(result), held, equal=case.equal, yardstick=own)
-
-
-def _held(case: Case, operands: Operands, manifest: Manifest) -> Answer:
-    """Return what a call is held against, on the CPU, where every device's results are judged.
-
-    The bound is computed on CUDA for operands there: that is how it knows of tensor cores.
-    """
-    known = operands if operands.device.type == "cuda" else operands.to("cpu")
-    return answer(case.function, known, manifest).to_cpu()
-
-
-def _on_cpu(result: object) -> object:
-    return result.detach().to("cpu") if isinstance(result, Tensor) else result
+    return check_call(case.function, operands, result, manifest, equal=case.equal)
 
 
 def _sampled(case: Case, operands: Operands, result: object, manifest: Manifest) -> Finding | None:
@@ -114,11 +96,15 @@ def _sampled(case: Case, operands: Operands, result: object, manifest: Manifest)
     chosen = torch.tensor(sorted({*range(min(tokens, 32)), *range(max(0, tokens - 32), tokens)}))
     for start in (0, outputs - 64):
         part = operands.with_outputs(start, start + 64).with_tokens(chosen)
-        own = _on_cpu(result[chosen.to(result.device), start : start + 64])
-        found = judge(own, _held(case, part, manifest), equal=False, yardstick=None)
-        if found is not None:
-            return Finding(found.rule, f"outputs from {start}: {found.message}")
+        part_of_result = result[chosen.to(result.device), start : start + 64]
+        finding = check_call(case.function, part, part_of_result, manifest)
+        if finding is not None:
+            return Finding(finding.rule, f"outputs from {start}: {finding.message}")
     return None
+
+
+def _on_cpu(result: object) -> object:
+    return result.detach().to("cpu") if isinstance(result, Tensor) else result
 
 
 def _once(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
@@ -219,7 +205,7 @@ def _many_draws(case: Case, backend: Backend, operands: Operands, seed: int) -> 
         yield last
         if last.finding is not None or not isinstance(last.result, Tensor):
             return
-        held = _held(case, own, last.manifest)
+        held = answer_on_cpu(case.function, own, last.manifest)
         errors.append(last.result.detach().to("cpu").double() - held.exact)
         exacts.append(held.exact)
         bounds.append(held.bound)

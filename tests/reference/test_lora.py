@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from int4_lora.reference import LoRASlice, LoRAStack, expand, shrink
-from support.weights import random_stack, random_x
+from int4_lora.reference.lora_stack import rows_of
+from support.weights import narrow, random_stack, random_x
 
 STACK = random_stack()
 X = random_x()
@@ -87,6 +88,35 @@ def test_zero_tokens_and_zero_adapters():
 def test_to_moves_everything():
     moved = STACK.to("meta")
     assert {moved.a.device.type, moved.b.device.type, moved.scaling.device.type} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [0, 1, 4, 5, 6, 11, 12],
+        [12, 6, 6, 0, 5, 2, 13],
+        [3, 4, 11],
+        [],
+    ],
+)
+def test_rows_of_slices_write_what_the_slices_write_there(index):
+    slices = [LoRASlice(narrow(STACK, 3), 5), LoRASlice(narrow(STACK, 3, 3), 0)]
+    chosen = torch.tensor(index, dtype=torch.int64)
+
+    def written(slices, outputs):
+        delta = torch.zeros(len(X), outputs, dtype=torch.float64)
+        for part in slices:
+            h = shrink(X.double(), part.stack, IDS)
+            delta[:, part.start : part.stop] += expand(h, part.stack, IDS)
+        return delta
+
+    expected = written(slices, 14)[:, chosen]
+    actual = written(rows_of(slices, chosen), len(index))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_no_slice_writes_have_none():
+    assert rows_of([LoRASlice(STACK, 2)], torch.tensor([0, 1, 15, 20])) == []
 
 
 A, B = torch.ones(2, 8), torch.ones(4, 2)

@@ -7,13 +7,28 @@ import pytest
 import torch
 from parameterized import parameterized
 
-from int4_lora.reference import PackedWeight
-from support.weights import every_format, random_weight
+from int4_lora.reference import PackedWeight, dequantize
+from support.weights import bits_of, every_format, random_weight
 
 GROUP = random_weight("group", symmetric=False)
 BLOCK = random_weight("block", symmetric=False)
 G_IDX = random_weight("g_idx")
 TENSOR = random_weight("tensor", symmetric=False)
+
+ROWS = (
+    torch.tensor([12]),
+    torch.tensor([11, 0, 7, 7, 12, 3]),
+    torch.arange(12, -1, -1),
+    slice(3, 12, 4),
+    slice(None),
+)
+ROWS_OF_BLOCKS = (  # of 5 rows: 0 to 4, 5 to 9, 10 to 12
+    slice(0, 5),
+    slice(5, 13),
+    torch.tensor([10, 11, 12]),
+    torch.tensor([5, 6, 7, 8, 9, 0, 1, 2, 3, 4]),
+    torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 10, 11]),
+)
 
 
 class EveryFormat(unittest.TestCase):
@@ -32,6 +47,34 @@ class EveryFormat(unittest.TestCase):
             mine, theirs = getattr(weight, field.name), getattr(moved, field.name)
             same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
             assert same, field.name
+
+    @parameterized.expand(every_format())
+    def test_some_rows_are_those_rows_of_the_dense_weight(self, name, arguments):
+        weight = random_weight(**arguments)
+        dense = dequantize(weight)
+        for index in ROWS_OF_BLOCKS if weight.strategy == "block" else ROWS:
+            taken = weight.rows(index)
+            chosen = torch.arange(13)[index]
+            assert taken.shape == (len(chosen), 44)
+            assert torch.equal(bits_of(dequantize(taken)), bits_of(dense[chosen])), index
+            assert (taken.strategy, taken.group_size) == (weight.strategy, weight.group_size)
+            assert (taken.bits, taken.column_order) == (weight.bits, weight.column_order)
+            assert (taken.zero_point is None) == weight.symmetric
+            assert (taken.g_idx is None) == (weight.g_idx is None)
+
+
+def test_rows_keep_a_stated_group_size():
+    weight = dataclasses.replace(G_IDX, group_size=11)
+    assert weight.rows(slice(3, 4)).group_size == 11
+    assert torch.equal(weight.rows(slice(3, 4)).g_idx, G_IDX.g_idx)
+
+
+def test_rows_of_a_weight_are_a_weight_of_their_own():
+    rows = GROUP.rows(slice(None))
+    rows.packed.zero_()
+    rows.zero_point.zero_()
+    assert (GROUP.packed != 0).any()
+    assert (GROUP.zero_point != 0).any()
 
 
 def test_the_shape_tensor_of_a_checkpoint_is_taken():
@@ -126,6 +169,21 @@ def replaced(weight, **fields):
          replaced(G_IDX, group_size=999)),
         (TypeError, "shape must hold two ints", replaced(GROUP, shape=(True, True))),
         (ValueError, "shape must be .out_features", replaced(GROUP, shape=b"\x0d\x2c")),
+        (ValueError, "index must choose at least one row, got none",
+         lambda: GROUP.rows(torch.tensor([], dtype=torch.int64))),
+        (ValueError, "index must choose at least one row", lambda: GROUP.rows(slice(5, 5))),
+        (ValueError, r"index must be in \[0, 13\), the rows of weight, got 13",
+         lambda: GROUP.rows(torch.tensor([0, 13]))),
+        (ValueError, r"index must be in \[0, 13\), .* got -1",
+         lambda: GROUP.rows(torch.tensor([-1]))),
+        (TypeError, "index must be int64, got int32",
+         lambda: GROUP.rows(torch.tensor([1], dtype=torch.int32))),
+        (TypeError, "index must be a tensor of int64, got list", lambda: GROUP.rows([1])),
+        (ValueError, r"index must be \[rows\]", lambda: GROUP.rows(torch.tensor([[1]]))),
+        (ValueError, "index must keep to the blocks of 5 rows .* got row 5 in one block with row 4",
+         lambda: BLOCK.rows(slice(4, 9))),
+        (ValueError, "got row 0 in one block with row 10",
+         lambda: BLOCK.rows(torch.tensor([10, 11, 12, 0, 1]))),
         (TypeError, "device must be a torch.device", lambda: GROUP.to(torch.float16)),
         (ValueError, "group_size of blocks", replaced(BLOCK, group_size=(5, 8, 1))),
         (ValueError, "scale must be one per block", replaced(BLOCK, group_size=(5, 11))),

@@ -22,7 +22,7 @@ from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, answer, judge
 from int4_lora.reference.conformance.affected import affected
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician
-from int4_lora.reference.conformance.judging.yardstick import yardstick as eager_yardstick
+from int4_lora.reference.conformance.judging.yardstick import yardstick_rms
 from int4_lora.reference.conformance.manifest import DTYPES
 
 __all__ = ["check_golden", "read_index"]
@@ -103,7 +103,7 @@ def _one(
     yardstick = None if declared is None else declared["rms"]
     if not _has_bound_for(entry, manifest):  # a claim that the files hold no bound for
         held = answer(entry["function"], operands, manifest)
-        yardstick = eager_yardstick(entry["function"], operands, manifest, held)
+        yardstick = yardstick_rms(entry["function"], operands, manifest, held)
     finding = judge(result, held, equal=entry["equal"], yardstick=yardstick)
     if finding is None:
         return passed

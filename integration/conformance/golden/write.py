@@ -18,7 +18,7 @@ from int4_lora.atomic_files import replace_files
 from int4_lora.integration.conformance.golden.ordered_sums import ordered_sums
 from int4_lora.reference import LoRAStack
 from int4_lora.reference.conformance import Case, Manifest, Operands, answer, tensors_of
-from int4_lora.reference.conformance.judging.yardstick import yardstick
+from int4_lora.reference.conformance.judging.yardstick import yardstick_rms
 
 __all__ = ["DECLARATIONS", "VERSION", "exportable", "file_name", "write_golden"]
 
@@ -113,7 +113,7 @@ def _vector(case: Case, operands: Operands) -> tuple[dict[str, Any], dict[str, T
             tensors[key] = own.bound.contiguous()
             bounds[name or "none"] = {
                 "tensor": key,
-                "rms": yardstick(case.function, operands, manifest, own),
+                "rms": yardstick_rms(case.function, operands, manifest, own),
             }
     entry = {
         "name": case.name,

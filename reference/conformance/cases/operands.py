@@ -16,6 +16,7 @@ from torch import Tensor
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
 from int4_lora.reference.conformance.cases.draws import Draws
 from int4_lora.reference.linear import as_slices
+from int4_lora.reference.lora_stack import rows_of
 
 __all__ = ["Operands", "adapters", "tensors_of", "tokens", "weight"]
 
@@ -102,35 +103,18 @@ class Operands:
         return dataclasses.replace(self, **changed)
 
     def with_outputs(self, start: int, stop: int) -> Operands:
-        """Return the operands of some outputs alone; ``start`` is a multiple of 8.
-
-        For the strategies "channel" and "group".
-        """
-        old = self.weight
+        """Return the operands of the outputs ``[start, stop)`` alone."""
+        index = torch.arange(start, stop, device=self.device)
         changed: dict[str, Any] = {}
-        if old is not None:
-            words = slice(start // 8, (stop + 7) // 8)
-            changed["weight"] = PackedWeight(
-                old.packed[start:stop],
-                old.scale[start:stop],
-                shape=(stop - start, old.in_features),
-                zero_point=None if old.zero_point is None else old.zero_point[words],
-                g_idx=old.g_idx,
-            )
+        if self.weight is not None:
+            changed["weight"] = self.weight.rows(index)
         if self.bias is not None:
             changed["bias"] = self.bias[start:stop]
-        kept = []
-        for part in self.slices:
-            low, high = max(part.start, start), min(part.stop, stop)
-            if low < high:
-                b = part.stack.b[:, low - part.start : high - part.start]
-                stack = LoRAStack(part.stack.a, b, part.stack.scaling)
-                kept.append(LoRASlice(stack, low - start))
-        if isinstance(self.lora, LoRAStack):
-            changed["lora"] = kept[0].stack
-        elif self.lora is not None:
-            changed["lora"] = kept or None
-            changed["adapter_ids"] = self.adapter_ids if kept else None
+        if self.lora is not None:
+            slices = rows_of(self.slices, index)
+            whole = isinstance(self.lora, LoRAStack)
+            changed["lora"] = slices[0].stack if whole else slices or None
+            changed["adapter_ids"] = self.adapter_ids if slices else None
         return dataclasses.replace(self, **changed)
 
 

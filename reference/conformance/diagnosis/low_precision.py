@@ -23,7 +23,7 @@ from int4_lora.reference.bounds import FORMATS
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import Answer, answer
 from int4_lora.reference.conformance.judging.systematic_error import bias_of_errors
-from int4_lora.reference.conformance.judging.yardstick import eager, one_by_one
+from int4_lora.reference.conformance.judging.yardstick import one_by_one, yardstick
 from int4_lora.reference.conformance.manifest import Manifest
 
 __all__ = ["accumulated_low"]
@@ -86,7 +86,7 @@ def _fits(
         return None if float(error[judged].amax()) <= LARGEST * largest else False
 
     spread = _Spread(held, judged)
-    ours, usual = spread(result), spread(eager(function, operands, manifest))
+    ours, usual = spread(result), spread(yardstick(function, operands, manifest))
     if not any(own > EXCESS * other for own, other in zip(ours, usual, strict=True)):
         return False
     if bias_of_errors((result.double() - held.exact)[judged], held.exact[judged], bound[judged]):

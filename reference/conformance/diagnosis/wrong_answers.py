@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference.bounds import FORMATS
+from int4_lora.reference.bounds import FORMATS, gamma
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.diagnosis.definition_steps import Way, dense_weight, read_codes
 from int4_lora.reference.conformance.judging.answers import DELTA_ROUNDINGS
@@ -153,6 +153,6 @@ def _ids(operands: Operands, part: LoRASlice, way: Way, earlier_ids: Tensor | No
     return way.ids(operands.adapter_ids, part.stack.adapters, earlier_ids if usable else None)
 
 
-def _gamma(n: int, x: Tensor, manifest: Manifest) -> float:
-    u = 2 * FORMATS[manifest.sums_of(x)].u  # also for tensor cores, which truncate
-    return n * u / (1 - n * u) if n * u < 1 else float("inf")
+def _gamma(n: int, x: Tensor, manifest: Manifest) -> Tensor:
+    """Return gamma_n at twice u, which covers tensor cores: they truncate."""
+    return gamma(n, 2 * FORMATS[manifest.sums_of(x)].u)

@@ -31,13 +31,13 @@ from int4_lora.reference import (
     shrink,
     unpack,
 )
-from int4_lora.reference.bounds import FORMATS
+from int4_lora.reference.bounds import FORMATS, gamma
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
+from int4_lora.reference.dequantization import unrounded_weight
 from int4_lora.reference.lora_stack import LoRAStack
 
-__all__ = ["Answer", "answer", "delta_magnitude", "exact_answer", "unrounded_weight"]
+__all__ = ["Answer", "answer", "delta_magnitude", "exact_answer"]
 
 T = TypeVar("T")
 DELTA_ROUNDINGS = 4  # of x A^T, of B, of the delta, and what they make of one another
@@ -86,7 +86,7 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
     x = operands.activations
     loose = [exact]
     if not manifest.weight_rounded:
-        loose.append(_layer_on(unrounded_weight(operands), operands))
+        loose.append(_layer_on(unrounded_weight(_of(operands.weight)), operands))
     bound = error_bound(
         x,
         _of(operands.weight),
@@ -135,12 +135,6 @@ def exact_answer(function: str, operands: Operands) -> Tensor:
     )
 
 
-def unrounded_weight(operands: Operands) -> Tensor:
-    """Return (q - z) * s without its rounding: float64 ``[out_features, in_features]``."""
-    weight = _of(operands.weight)
-    return centred_codes(weight).double() * scale_of_each_weight(weight).double()
-
-
 def _layer_on(dense: Tensor, operands: Operands) -> Tensor:
     """Return the exact layer on another dense weight."""
     x = operands.activations.double()
@@ -157,7 +151,7 @@ def _weight_answer(operands: Operands, manifest: Manifest, exact: Tensor) -> Ans
     bound = torch.zeros(exact.shape, dtype=torch.float64, device=exact.device)
     if manifest.weight_rounded:
         return Answer(exact, dtype, bound, (exact,))
-    unrounded = unrounded_weight(operands)
+    unrounded = unrounded_weight(_of(operands.weight))
     rounded, last = FORMATS[_of(operands.weight).scale.dtype], FORMATS[dtype]
     once = exact.double().abs() * (rounded.u + last.u)
     bound = once + rounded.output_underflow + last.output_underflow
@@ -173,10 +167,8 @@ def _part_bound(function: str, operands: Operands, manifest: Manifest, exact: Te
         function, dataclasses.replace(operands, lora=sizes, **_named(operands, value.abs()))
     )
     n = value.shape[1] + 2
-    if n * inside.u >= 1:
-        return torch.full_like(exact, torch.inf)
-    gamma = n * inside.u / (1 - n * inside.u) + n * truth.u / (1 - n * truth.u)
-    bound = gamma * magnitude + inside.product_underflow * (n + magnitude)
+    bound = (gamma(n, inside.u) + gamma(n, truth.u)) * magnitude
+    bound = bound + inside.product_underflow * (n + magnitude)
     return torch.where(bound.isnan() | ~exact.isfinite(), torch.inf, bound)
 
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from int4_lora.reference.bounds import FORMATS
 from int4_lora.reference.conformance.judging.answers import Answer
 
-__all__ = ["Finding", "error_of", "judge", "rms_of", "rms_rule"]
+__all__ = [
+    "RMS_ELEMENTS",
+    "RMS_FACTOR",
+    "Finding",
+    "error_of",
+    "judge",
+    "rms_of",
+    "rms_rule",
+]
 
 RMS_FACTOR = 2.0
 RMS_ELEMENTS = 512  # with fewer, the rms of honest errors can differ by more than that

@@ -1,7 +1,7 @@
-"""The yardstick: the declared order, computed eagerly with sums kept one product after the other.
+"""The yardstick: the same layer in eager PyTorch, which adds its products one after the other.
 
-A bound must hold for the worst rounding, so random errors lie far below it. What a right backend
-errs in the mean is about what this errs, and at most twice as much.
+A bound must hold for the worst roundings, so random errors lie far below it. A correct backend's
+rms error is about the yardstick's, and at most twice as large.
 
 Source: flash-attention's tests: "at most twice the error of the same maths in low precision".
 """
@@ -19,31 +19,41 @@ from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import Answer
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS, error_of, rms_of
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
+from int4_lora.reference.dequantization import unrounded_weight
 
-__all__ = ["ORDERS", "eager", "interleaved", "one_by_one", "yardstick"]
+__all__ = [
+    "ORDERS",
+    "Order",
+    "interleaved",
+    "largest_rms",
+    "one_by_one",
+    "yardstick",
+    "yardstick_rms",
+]
 
 
 Order = Callable[[int], Sequence[int]]
-"""How many products there are -> the order in which they are added."""
+"""The number of products -> the order in which they are added."""
 
 
 def interleaved(count: int) -> Sequence[int]:
-    """Return every second number first: where neighbours cancel, sums still grow large."""
+    """Return the even positions, then the odd ones: where neighbours cancel, sums still grow."""
     return (*range(0, count, 2), *range(1, count, 2))
 
 
 ORDERS: tuple[Order, ...] = (range, interleaved)
-"""The orders that a yardstick is taken of."""
+"""The orders in which the yardstick is computed; the larger rms error counts."""
 
 
-def eager(function: str, operands: Operands, manifest: Manifest, order: Order = range) -> Tensor:
-    """Return what an eager backend of the same declaration returns.
+def yardstick(
+    function: str, operands: Operands, manifest: Manifest, order: Order = range
+) -> Tensor:
+    """Return the result of an eager backend that makes the declared roundings.
 
     Args:
         function: "int4_linear", "int4_lora_linear", "shrink" or "expand".
         operands: its arguments.
-        manifest: which dtype sums are kept in, and which roundings are made.
+        manifest: the dtype that sums are kept in, and the roundings that are made.
         order: of the products.
     """
     if function == "shrink":
@@ -57,7 +67,7 @@ def eager(function: str, operands: Operands, manifest: Manifest, order: Order = 
     if manifest.weight_rounded:
         dense = dequantize(weight, inside)
     else:
-        dense = centred_codes(weight).to(inside) * scale_of_each_weight(weight).to(inside)
+        dense = unrounded_weight(weight, inside)
     y = one_by_one(x.to(inside), dense, order)
     if manifest.base_rounded:
         y = y.to(x.dtype).to(inside)
@@ -126,25 +136,32 @@ def _by_adapter(h: Tensor, b: Tensor, scaling: Tensor, operands: Operands, order
     return delta
 
 
-def yardstick(function: str, operands: Operands, manifest: Manifest, held: Answer) -> float | None:
-    """Return the rms error of the same maths done eagerly, in the worse of two orders.
+def yardstick_rms(
+    function: str, operands: Operands, manifest: Manifest, held: Answer
+) -> float | None:
+    """Return the yardstick's rms error in the worse of two orders, or None.
 
     Args:
-        function: what was called.
-        operands: with what.
-        manifest: the roundings declared.
-        held: its exact answer and bounds.
+        function: the function that was called.
+        operands: its arguments.
+        manifest: the declared roundings.
+        held: the exact answer and its bound.
 
     Returns:
-        The rms error over the elements that have a bound, with what results lose that are flushed
-        to zero, as they may be; or None where nothing is summed or the elements are too few.
+        The rms error over the elements that have a bound, plus what results lose when they are
+        flushed to zero, which is allowed. None where nothing is summed, and where too few elements
+        have a bound for the rms rule.
     """
     judged = held.bound.isfinite()
     if function in ("pack", "unpack", "dequantize") or int(judged.sum()) < RMS_ELEMENTS:
         return None
     on_cpu = operands.to("cpu")
-    results = (eager(function, on_cpu, manifest, order).to(judged.device) for order in ORDERS)
+    results = [yardstick(function, on_cpu, manifest, order) for order in ORDERS]
     flushed = FORMATS[manifest.sums_of(operands.activations)].product_underflow
-    return max(rms_of(error_of(result, held)[judged]) for result in results) + flushed * (
-        operands.activations.shape[1] + 1
-    )
+    return largest_rms(results, held) + flushed * (operands.activations.shape[1] + 1)
+
+
+def largest_rms(results: Sequence[Tensor], held: Answer) -> float:
+    """Return the largest rms error of several results, over the elements that have a bound."""
+    judged = held.bound.isfinite()
+    return max(rms_of(error_of(result.to(judged.device), held)[judged]) for result in results)

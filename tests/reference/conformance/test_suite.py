@@ -15,7 +15,7 @@ from int4_lora.reference.conformance.diagnosis.definition_steps import RIGHT, de
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS, MISTAKES
 from int4_lora.reference.conformance.diagnosis.wrong_answers import wrong_answer
 from int4_lora.reference.conformance.judging.answers import answer, exact_answer
-from int4_lora.reference.conformance.judging.yardstick import eager, interleaved, one_by_one
+from int4_lora.reference.conformance.judging.yardstick import interleaved, one_by_one, yardstick
 from int4_lora.reference.conformance.threads import one_thread
 from support.weights import bits_of
 
@@ -113,10 +113,10 @@ def test_the_eager_yardstick_is_the_declared_order():
     operands = case.operands()
     held = answer(case.function, operands, Manifest())
     for order in (range, interleaved):
-        y = eager(case.function, operands, Manifest(), order)
+        y = yardstick(case.function, operands, Manifest(), order)
         assert y.dtype == torch.bfloat16
         assert ((y.double() - held.exact).abs() <= held.bound).all()
-    rounded = eager(case.function, operands, Manifest(base_rounded=True))
+    rounded = yardstick(case.function, operands, Manifest(base_rounded=True))
     assert not torch.equal(rounded, y)
     x = torch.randn(3, 9)
     w = torch.randn(4, 9)

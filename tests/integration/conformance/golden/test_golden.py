@@ -17,7 +17,7 @@ from int4_lora.integration.conformance import write_golden
 from int4_lora.integration.conformance.golden.ordered_sums import ordered_sums
 from int4_lora.integration.conformance.golden.write import exportable, file_name
 from int4_lora.reference.conformance import Backend, Manifest, select
-from int4_lora.reference.conformance.judging.yardstick import eager
+from int4_lora.reference.conformance.judging.yardstick import yardstick
 from support.conformance_backends import HalfSums
 
 ROOT = Path(__file__).parents[4]
@@ -192,7 +192,7 @@ def test_claims_without_a_bound_in_the_files_are_judged_by_their_own(golden, tmp
     results.mkdir()
     manifest = Manifest(delta_rounded=True, base_rounded=True)
     (case,) = select("int4_lora_linear/on_ragged_asym/bf16")
-    rounded = eager(case.function, case.operands(), manifest)
+    rounded = yardstick(case.function, case.operands(), manifest)
     save_file({"result": rounded}, results / file_name(case.name))
     assert checked(golden, results)[0] == 1
     (results / "manifest.json").write_text('{"delta_rounded": true, "base_rounded": true}')

@@ -1,0 +1,162 @@
+"""One judge for every result: the exact answer, the yardstick and the verdict, put together.
+
+The conformance suite, the plug-in's check of each layer, the demo and the benchmarks call it, so
+that no tolerance is written anywhere else.
+
+Source: ``docs/conformance.md``, "The verdict".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.judging.answers import Answer, answer
+from int4_lora.reference.conformance.judging.verdict import Finding, judge
+from int4_lora.reference.conformance.judging.yardstick import (
+    ORDERS,
+    largest_rms,
+    yardstick,
+    yardstick_rms,
+)
+from int4_lora.reference.conformance.manifest import Manifest
+
+__all__ = ["answer_on_cpu", "check_addition", "check_call", "check_linear"]
+
+
+def check_linear(
+    y: object,
+    x: Tensor,
+    weight: PackedWeight,
+    lora: LoRAStack | Sequence[LoRASlice] | None = None,
+    adapter_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    weight_rounded: bool,
+    base_rounded: bool,
+    delta_rounded: bool = False,
+) -> Finding | None:
+    """Judge a result of ``int4_lora_linear``: form, classes, bound and rms error.
+
+    The rms rule needs 512 elements that have a bound. To judge a layer at one token, call it with
+    several x, and judge all results together.
+
+    Args:
+        y: the result, ``[tokens, out_features]`` in the dtype of x if it is right.
+        x: ``[tokens, in_features]``, where the layer had it: on CUDA the bound allows for tensor
+            cores.
+        weight: the packed base weight.
+        lora: adapters, slices, or None.
+        adapter_ids: ``[tokens]``, or None without adapters.
+        bias: ``[out_features]``, or None.
+        weight_rounded: whether the layer rounds (q - z) * s to the scale's dtype before use.
+        base_rounded: whether it rounds the base to the dtype of x before bias or delta is added.
+        delta_rounded: whether it rounds x A^T, B multiplied by the scaling, and the delta to the
+            dtype of x.
+
+    Returns:
+        What is wrong, with a sentence in ``message``, or None.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape, value or device does not fit.
+
+    Example:
+        >>> from int4_lora.reference import int4_linear, quantize
+        >>> weight, x = quantize(torch.eye(64), group_size=32), torch.ones(8, 64)
+        >>> check_linear(int4_linear(x, weight), x, weight, weight_rounded=True, base_rounded=False)
+        >>> check_linear(x + 1, x, weight, weight_rounded=True, base_rounded=False).rule
+        'bound'
+    """
+    operands = Operands(x=x, weight=weight, lora=lora, adapter_ids=adapter_ids, bias=bias)
+    manifest = Manifest(
+        weight_rounded=weight_rounded, base_rounded=base_rounded, delta_rounded=delta_rounded
+    )
+    return check_call("int4_lora_linear", operands, y, manifest)
+
+
+def check_addition(
+    y: object,
+    base: Tensor,
+    x: Tensor,
+    lora: LoRAStack | Sequence[LoRASlice],
+    adapter_ids: Tensor,
+) -> Finding | None:
+    """Judge adapters added to the outputs of a base layer: ``RN_x(base + delta)``.
+
+    The bound is that of the delta alone, rounded to the dtype of x, and twice the rounding of the
+    sum.
+
+    Args:
+        y: the result, of the shape and dtype of ``base`` if it is right.
+        base: ``[tokens, out_features]``, in the dtype of x.
+        x: ``[tokens, in_features]``.
+        lora: adapters or slices.
+        adapter_ids: ``[tokens]``.
+
+    Returns:
+        What is wrong, or None.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape, value or device does not fit.
+    """
+    outputs, in_features = base.shape[1], x.shape[1]
+    codes = torch.zeros(outputs, in_features, dtype=torch.int8, device=x.device)
+    scale = torch.ones(outputs, 1, device=x.device)
+    no_base = PackedWeight(pack(codes), scale, shape=(outputs, in_features))
+    operands = Operands(x=x, weight=no_base, lora=lora, adapter_ids=adapter_ids)
+    manifest = Manifest(base_rounded=True)
+    delta = answer_on_cpu("int4_lora_linear", operands, manifest)
+    added_to = base.to("cpu").double()
+    exact = added_to + delta.exact
+    last_rounding = exact.abs() * torch.finfo(x.dtype).eps
+    held = Answer(exact, x.dtype, delta.bound + last_rounding, (exact,))
+    wide = dataclasses.replace(operands, x=x.to(manifest.sums_of(x))).to("cpu")
+    deltas = [yardstick("int4_lora_linear", wide, manifest, order) for order in ORDERS]
+    rms = largest_rms([(added_to + one).to(x.dtype) for one in deltas], held)
+    return _judge_on_cpu(y, x.device, held, equal=False, yardstick=rms)
+
+
+def check_call(
+    function: str, operands: Operands, result: object, manifest: Manifest, *, equal: bool = False
+) -> Finding | None:
+    """Judge what a backend's function returned.
+
+    Args:
+        function: a name of ``FUNCTIONS``.
+        operands: its arguments.
+        result: what it returned.
+        manifest: the roundings that the backend declares.
+        equal: whether the exact answer is demanded.
+
+    Returns:
+        The first finding against the result, or None.
+    """
+    held = answer_on_cpu(function, operands, manifest)
+    rms = None if equal else yardstick_rms(function, operands, manifest, held)
+    return _judge_on_cpu(result, operands.device, held, equal=equal, yardstick=rms)
+
+
+def answer_on_cpu(function: str, operands: Operands, manifest: Manifest) -> Answer:
+    """Return what a call is held against, on the CPU, where results of every device are judged.
+
+    The bound is computed on CUDA for operands there: so it allows for tensor cores.
+    """
+    known = operands if operands.device.type == "cuda" else operands.to("cpu")
+    return answer(function, known, manifest).to_cpu()
+
+
+def _judge_on_cpu(
+    result: object, device: torch.device, held: Answer, *, equal: bool, yardstick: float | None
+) -> Finding | None:
+    if not isinstance(result, Tensor):
+        return judge(result, held, equal=equal, yardstick=yardstick)
+    if result.device != device:
+        return Finding("form", f"returned on {result.device}, not on {device}")
+    return judge(result.detach().to("cpu"), held, equal=equal, yardstick=yardstick)
