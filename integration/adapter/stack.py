@@ -13,7 +13,7 @@ from int4_lora.integration.adapter.read import Adapter, AdapterModule
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.reference import LoRAStack
 
-__all__ = ["check_fits", "stack_adapters"]
+__all__ = ["check_fits", "check_shape", "stack_adapters"]
 
 
 def stack_adapters(
@@ -48,7 +48,7 @@ def stack_adapters(
     stacked = []
     for adapter in adapters:
         if name in adapter.modules:
-            _check_shape(adapter, name, out_features, in_features)
+            check_shape(adapter, name, out_features, in_features)
         module = adapter.modules.get(name, none)
         stacked.append((module.a.to(dtype), module.b.to(dtype), module.scaling))
     return LoRAStack.stack(stacked)
@@ -73,14 +73,19 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
             )
         if name not in quantised:
             raise ValueError(f"{adapter.path}: {name} is no INT4 module of {checkpoint.path}")
-        _check_shape(adapter, name, *checkpoint.shape_of(name))
+        check_shape(adapter, name, *checkpoint.shape_of(name))
 
 
-def _check_shape(adapter: Adapter, name: str, out_features: int, in_features: int) -> None:
+def check_shape(adapter: Adapter, name: str, out_features: int, in_features: int) -> None:
+    """Check that an adapter's pair of matrices fits a weight ``[out_features, in_features]``.
+
+    Raises:
+        ValueError: it does not; the message names both shapes.
+    """
     module = adapter.modules[name]
-    found = (module.b.shape[0], module.a.shape[1])
-    if found != (out_features, in_features):
+    shape = (module.b.shape[0], module.a.shape[1])
+    if shape != (out_features, in_features):
         raise ValueError(
-            f"{adapter.path}: {name}: the adapter is for a weight of {list(found)}, "
+            f"{adapter.path}: {name}: the adapter is for a weight of {list(shape)}, "
             f"the base has [{out_features}, {in_features}]"
         )

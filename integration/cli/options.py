@@ -30,7 +30,7 @@ from int4_lora.integration.cli.console import wide_console
 from int4_lora.integration.cli.exits import unusable
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.merge_report import MergeRefusedError
-from int4_lora.integration.conversion.unpack import DTYPES_OF_DENSE
+from int4_lora.integration.conversion.unpack import DENSE_DTYPES
 
 __all__ = ["DryRun", "Force", "Jobs", "MaxShardSize", "Share", "dtype_of", "run", "settings_of"]
 
@@ -75,9 +75,9 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """
     if name is None:
         return None
-    if name not in DTYPES_OF_DENSE:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES_OF_DENSE)}, got {name!r}")
-    return DTYPES_OF_DENSE[name]
+    if name not in DENSE_DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DENSE_DTYPES)}, got {name!r}")
+    return DENSE_DTYPES[name]
 
 
 def run(plan: Conversion, target: Path, settings: Settings, *, as_json: bool) -> None:

@@ -1,4 +1,8 @@
-"""One checkpoint made of another, tensor by tensor, whatever their size.
+"""Make one checkpoint from another, tensor by tensor, whatever their size.
+
+``unpack`` and ``merge`` plan a conversion as a list of ``tasks``; ``convert`` runs the plan:
+``result_files`` lays the result out and writes it, ``result_folder`` keeps it apart until it is
+whole.
 
 Source: ``docs/commands/unpack.md`` and ``docs/commands/merge.md``.
 """

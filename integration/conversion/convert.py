@@ -1,4 +1,4 @@
-"""A conversion from its plan to its result: laid out, written, put in place.
+"""Run a conversion: lay out the files of the result, write them, put the result in its place.
 
 Source: ``docs/commands/unpack.md``.
 """
@@ -11,36 +11,41 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from int4_lora.atomic_files import write_synced
 from int4_lora.integration.conversion.other_files import copy_files, other_files
-from int4_lora.integration.conversion.result_files import ResultFile, index_of, lay_out
+from int4_lora.integration.conversion.result_files import (
+    ResultFile,
+    index_of,
+    lay_out,
+    thread_pool,
+    write_file,
+)
 from int4_lora.integration.conversion.result_folder import ResultFolder
 from int4_lora.integration.conversion.tasks import Task
-from int4_lora.integration.conversion.writing import threads_shared, write_file
 
 __all__ = ["Conversion", "Outcome", "Settings", "convert"]
 
-FORMAT = 1  # counts up when the same plan makes other bytes
+FORMAT = 1  # to be raised when the same plan makes other bytes
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 Accept = Callable[[list[dict[str, Any]]], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is to be made of a checkpoint.
+    """The plan of a conversion: what to make from a checkpoint.
 
     Args:
         source: the checkpoint's folder.
         others: other folders that are read, such as adapters.
-        tasks: what makes the result's tensors.
-        config: the result's config.json, or None for that of the source.
-        accept: takes what the tasks report and returns the result's own report, or None; raises
-            to keep the result from its place.
-        report: the file of the result that holds the report, or None.
+        tasks: the tasks that make the result's tensors.
+        config: the result's config.json, or None to copy that of the source.
+        accept: takes the reports of the tasks and returns that of the result, or None; raises to
+            refuse the result.
+        report: the name of the file that holds the result's report, or None.
     """
 
     source: Path
@@ -53,17 +58,17 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a conversion is run; none of it changes a byte but ``most_bytes``.
+    """How to run a conversion; only ``most_bytes`` changes what is written.
 
     Args:
-        jobs: tensors that are worked on at a time.
-        share: ``(number, of)``: this run makes the number-th of so many shares of the files, and
-            leaves the rest and the joining to others; None for everything.
-        most_bytes: of tensors in a file.
-        force: whether what stands in the result's place is replaced.
-        dry_run: whether nothing is written.
-        advance: is told of bytes that are written.
-        begin: is told how many bytes there are to write.
+        jobs: how many tensors to work on at a time.
+        share: ``(number, of)``: this run writes only the number-th of so many shares of the files,
+            and another run puts the result in its place; None for everything.
+        most_bytes: the most bytes of tensors in a file.
+        force: whether to replace what is at the target.
+        dry_run: whether to write nothing.
+        advance: called with the number of bytes after each piece is written.
+        begin: called with the number of bytes to write.
     """
 
     jobs: int = 2
@@ -81,12 +86,12 @@ class Outcome:
 
     Args:
         target: the result's folder.
-        files: the bytes of each of its safetensors files.
-        carried: the other files that are carried along.
-        written: which files this run wrote.
-        missing: which files are still to be written, by others.
+        files: the size in bytes of each of its safetensors files.
+        carried: the other files that are copied from the source.
+        written: the files that this run wrote.
+        missing: the files that other runs have yet to write.
         finished: whether the result is in its place.
-        report: what the conversion reports, or None.
+        report: the report of the conversion, or None.
     """
 
     target: Path
@@ -99,56 +104,61 @@ class Outcome:
 
 
 def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome:
-    """Write the result of a conversion, or what is left of it by earlier runs.
+    """Write the result of a conversion, or the part of it that earlier runs left.
 
     Args:
         conversion: what to make.
-        target: where it is to stand.
-        settings: how.
+        target: the folder to make.
+        settings: how to run it.
 
     Returns:
-        What was done.
+        What was written.
 
     Raises:
-        OSError: the target is there, cannot be written, or the disk is too small or full.
-        ValueError: a source that cannot be used; nothing stands in the target's place then.
+        OSError: the target exists or cannot be written, or the disk is too small or full.
+        TypeError, ValueError: the source cannot be used, or the result is refused; then there is
+            nothing at the target.
     """
     files = lay_out(conversion.tasks, settings.most_bytes)
     carried = other_files(conversion.source)
     target = target if target.name else target.resolve()
     folder = ResultFolder(target, _digest(conversion, files, carried))
     folder.check_place((conversion.source, *conversion.others), force=settings.force)
+
     sizes = {file.name: file.size for file in files}
-    own = _own(files, settings.share)
-    if folder.is_finished() and not settings.dry_run:  # it was killed while it tidied up
+    outcome = Outcome(target, sizes, carried, written=[], missing=[], finished=True)
+    share = _share_of(files, settings.share)
+    if folder.is_in_place() and not settings.dry_run:
         folder.tidy_up()
-        return Outcome(target, sizes, carried, [], [], finished=True)
-    _check_space(folder, [file for file in own if not folder.is_whole(file.name)])
+        return outcome
+    _check_space(folder, share)
     if settings.dry_run:
-        planned = {file.name: file.size for file in own}
-        return Outcome(target, planned, carried, [], list(planned), finished=False)
+        share_sizes = {file.name: file.size for file in share}
+        return replace(outcome, files=share_sizes, missing=list(share_sizes), finished=False)
+
     folder.open()
-    written = _write(folder, own, settings)
+    outcome = replace(outcome, written=_write(folder, share, settings))
     missing = _missing(folder, files)
     if missing or (settings.share is not None and settings.share[1] > 1):
-        return Outcome(target, sizes, carried, written, missing, finished=False)
-    with folder.closing() as open_still:
-        if not open_still:  # another run was first
-            return Outcome(target, sizes, carried, written, [], finished=True)
+        return replace(outcome, missing=missing, finished=False)
+    with folder.finishing() as unfinished:
+        if not unfinished:  # another run was first
+            return outcome
         report = conversion.accept(folder.reports(sizes))
         folder.finish(
-            lambda place: _fill(place, conversion, files, carried, report), force=settings.force
+            lambda place: _write_other_files(place, conversion, files, carried, report),
+            force=settings.force,
         )
-    return Outcome(target, sizes, carried, written, [], finished=True, report=report)
+    return replace(outcome, report=report)
 
 
 def _digest(conversion: Conversion, files: Sequence[ResultFile], carried: Sequence[str]) -> str:
-    """Return what tells a plan from any other that would write other bytes."""
+    """Return a digest that differs between plans that write different bytes."""
     plan = {
         "format": FORMAT,
         "source": str(conversion.source.resolve()),
         "config": conversion.config,
-        "carried": [[name, _changed(conversion.source / name)] for name in (CONFIG, *carried)],
+        "carried": [[name, _identity(conversion.source / name)] for name in (CONFIG, *carried)],
         "files": {file.name: [task.sources for task in file.tasks] for file in files},
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
@@ -157,81 +167,79 @@ def _digest(conversion: Conversion, files: Sequence[ResultFile], carried: Sequen
     return digest.hexdigest()
 
 
-def _check_space(folder: ResultFolder, left: Sequence[ResultFile]) -> None:
-    """Check that the disk has room for the files that are left to write."""
+def _identity(file: Path) -> list[int]:
+    """Return what changes when a file is written again."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _share_of(files: Sequence[ResultFile], share: tuple[int, int] | None) -> list[ResultFile]:
+    """Return the files that belong to the share of this run."""
+    number, of = share or (1, 1)
+    return [file for position, file in enumerate(files) if position % of == number - 1]
+
+
+def _check_space(folder: ResultFolder, files: Sequence[ResultFile]) -> None:
+    """Check that the disk has room for those of the files that are not yet written."""
+    unwritten = [file for file in files if not folder.is_whole(file.name)]
     place = folder.target.absolute().parent
     while not place.exists():
         place = place.parent
-    needed = sum(file.size for file in left)
+    needed = sum(file.size for file in unwritten)
     free = shutil.disk_usage(place).free + sum(
         512 * path.stat().st_blocks
-        for path in (folder.unfinished(file.name) for file in left)
+        for path in (folder.unfinished(file.name) for file in unwritten)
         if path.is_file()
     )
     if needed > free:
         raise OSError(f"{folder.target} needs {needed} bytes, {free} are free on its disk")
 
 
-def _changed(file: Path) -> list[int]:
-    """Return what tells a file from itself after a change."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _own(files: Sequence[ResultFile], share: tuple[int, int] | None) -> list[ResultFile]:
-    """Return the files that this run is to write, unless they are there."""
-    number, of = share or (1, 1)
-    return [file for place, file in enumerate(files) if place % of == number - 1]
-
-
 def _write(folder: ResultFolder, files: Sequence[ResultFile], settings: Settings) -> list[str]:
-    """Write files, but for those that another process is writing; return their names."""
+    """Write files, except those that another process is writing; return their names."""
     from filelock import Timeout
 
     written: list[str] = []
-    left = [file for file in files if not folder.is_whole(file.name)]
-    settings.begin(sum(task.nbytes for file in left for task in file.tasks))
-    with threads_shared(settings.jobs) as pool:
+    unwritten = [file for file in files if not folder.is_whole(file.name)]
+    settings.begin(sum(task.nbytes for file in unwritten for task in file.tasks))
+    with thread_pool(settings.jobs) as pool:
         for file in files:
             if folder.is_gone():
                 break
             with contextlib.suppress(Timeout), folder.lock(file.name).acquire(timeout=0):
                 if not folder.is_whole(file.name):
-                    _write_one(folder, file, pool, settings)
+                    _write_result_file(folder, file, pool, settings)
                     written.append(file.name)
     return written
 
 
-def _write_one(
+def _write_result_file(
     folder: ResultFolder, file: ResultFile, pool: ThreadPoolExecutor, settings: Settings
 ) -> None:
-    path = folder.unfinished(file.name)
     try:
-        reports = write_file(path, file, pool, settings.advance)
-    except (TypeError, ValueError) as error:  # no other run will do better
-        if folder.abandon():
+        reports = write_file(folder.unfinished(file.name), file, pool, settings.advance)
+    except (TypeError, ValueError) as error:  # another run would fail in the same way
+        if folder.discard_if_empty():
             raise
-        kept = f"{error}; what was written before is in {folder.home}"
-        raise type(error)(kept) from error
-    folder.keep(file.name, reports)
+        raise type(error)(f"{error}; what was written before is in {folder.home}") from error
+    folder.complete(file.name, reports)
 
 
 def _missing(folder: ResultFolder, files: Sequence[ResultFile]) -> list[str]:
-    """Return the files that are not written, of which there are none once a run has finished."""
-    left = [file.name for file in files if not folder.is_whole(file.name)]
-    return [] if folder.is_gone() or folder.is_finished() else left
+    """Return the files that are not yet written; none are missing once a run has finished."""
+    unwritten = [file.name for file in files if not folder.is_whole(file.name)]
+    return [] if folder.is_gone() or folder.is_in_place() else unwritten
 
 
-def _fill(
+def _write_other_files(
     place: Path,
     conversion: Conversion,
     files: Sequence[ResultFile],
     carried: Sequence[str],
     report: Mapping[str, Any] | None,
 ) -> None:
-    """Write what stands beside the tensors; nobody sees it before it is whole."""
-    kept = [] if conversion.config is not None else [CONFIG]
-    copy_files(conversion.source, [*carried, *kept], place)
+    """Write everything but the tensors, before the result gets its name."""
+    copy_files(conversion.source, carried, place)
     index = index_of(files)
     if index is not None:
         write_synced(place / INDEX, _json(index))
@@ -239,6 +247,8 @@ def _fill(
         write_synced(place / conversion.report, _json(report))
     if conversion.config is not None:
         write_synced(place / CONFIG, _json(conversion.config))
+    else:
+        copy_files(conversion.source, [CONFIG], place)
 
 
 def _json(value: object) -> bytes:

@@ -1,4 +1,4 @@
-"""What an adapter adds to a weight, some rows at a time.
+"""What adapters add to the weights of a checkpoint.
 
 delta = weight * scaling * B A
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.adapter.read import Adapter, AdapterModule
+from int4_lora.integration.adapter.stack import check_shape
 from int4_lora.integration.checkpoint.open import Checkpoint
 
 __all__ = ["Delta", "deltas_of"]
@@ -24,8 +25,8 @@ class Delta:
     """What one adapter adds to one weight.
 
     Args:
-        module: its pair of matrices.
-        weight: what the adapter as a whole is multiplied by.
+        module: the adapter's pair of matrices for this weight.
+        weight: the factor of the whole adapter.
     """
 
     def __init__(self, module: AdapterModule, weight: float) -> None:
@@ -34,19 +35,19 @@ class Delta:
 
     @property
     def source(self) -> list[Any]:
-        """What tells it from any other, as JSON."""
+        """A digest of the matrices, and the factor, as JSON."""
         digest = hashlib.sha256()
-        for one in (self.a, self.b):
-            digest.update(str(one.dtype).encode())
-            digest.update(one.contiguous().view(torch.uint8).numpy().tobytes())
+        for matrix in (self.a, self.b):
+            digest.update(str(matrix.dtype).encode())
+            digest.update(matrix.contiguous().view(torch.uint8).numpy().tobytes())
         return [digest.hexdigest(), self.scaling]
 
     def add_to(self, rows: Tensor, start: int) -> None:
-        """Add it to some rows of the weight, in place.
+        """Add the delta to some rows of the weight, in place.
 
         Args:
             rows: float64 ``[any, in_features]``.
-            start: the first of them in the whole weight.
+            start: the position of the first of the rows in the whole weight.
         """
         b = self.b[start : start + rows.shape[0]].to(torch.float64)
         rows += self.scaling * (b @ self.a.to(torch.float64))
@@ -59,32 +60,27 @@ def deltas_of(
 
     Args:
         checkpoint: the base.
-        adapters: adapters, and what each is multiplied by.
+        adapters: adapters and their factors.
 
     Raises:
-        ValueError: a module that the base does not have, has in another format or in another
-            shape, or an adapter that is not finite; the message names adapter and module.
+        ValueError: a module that the base lacks, or that it has in another shape or in a format
+            that cannot be merged into, or an adapter that is not finite; the message names adapter
+            and module.
     """
-    found: dict[str, list[Delta]] = {}
+    deltas: dict[str, list[Delta]] = {}
     for adapter, weight in adapters:
         for name, module in adapter.modules.items():
             where = f"{adapter.path}: {name}"
-            rows, columns = _shape_in_base(checkpoint, name, where)
-            shape = (module.b.shape[0], module.a.shape[1])
-            if shape != (rows, columns):
-                raise ValueError(
-                    f"{where}: the adapter is for a weight of {list(shape)}, "
-                    f"the base has [{rows}, {columns}]"
-                )
+            check_shape(adapter, name, *_shape_in_base(checkpoint, name, where))
             for matrix, values in (("lora_A", module.a), ("lora_B", module.b)):
                 if not values.isfinite().all():
                     raise ValueError(f"{where}: {matrix} must be finite to be merged")
-            found.setdefault(name, []).append(Delta(module, weight))
-    return found
+            deltas.setdefault(name, []).append(Delta(module, weight))
+    return deltas
 
 
 def _shape_in_base(checkpoint: Checkpoint, name: str, where: str) -> tuple[int, int]:
-    """Return the shape of a module's weight."""
+    """Return the shape of a module's weight in the base."""
     if name in checkpoint.schemes:
         if not checkpoint.is_packed(name):
             form = checkpoint.schemes[name].format
@@ -98,6 +94,6 @@ def _shape_in_base(checkpoint: Checkpoint, name: str, where: str) -> tuple[int, 
         why = ": it is tied to the embeddings, which would change too" if tied else ""
         raise ValueError(f"{where}: {checkpoint.path} has no such weight{why}")
     if len(stored.shape) != 2 or stored.dtype not in ("F16", "BF16", "F32", "F64"):
-        found = f"{stored.dtype} {list(stored.shape)}"
-        raise ValueError(f"{where}: its weight must be a floating matrix, the base has {found}")
+        actual = f"{stored.dtype} {list(stored.shape)}"
+        raise ValueError(f"{where}: its weight must be a floating matrix, the base has {actual}")
     return stored.shape[0], stored.shape[1]

@@ -1,4 +1,4 @@
-"""Dense weights of quantised modules, with adapters merged in or without.
+"""Dense weights of quantised modules, with or without merged adapters.
 
 w = RN(W + sum over adapters of weight * scaling * B A), rounded once from float64; without
 adapters w = W, as ``int4_lora.reference.dequantize`` defines it.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from int4_lora.integration.checkpoint.compressed_tensors import decompress_module, module_tensors
 from int4_lora.integration.checkpoint.open import Checkpoint
@@ -29,11 +30,10 @@ from int4_lora.integration.conversion.tasks import (
     source_of,
     sources_of_module,
 )
-from int4_lora.reference.rounding import round_once
 
-__all__ = ["DenseModule", "MergedTensor", "OtherFormat"]
+__all__ = ["DecompressedModule", "DenseModule", "MergedTensor"]
 
-ROWS_BYTES = 8 * 2**20  # of a dense weight that are merged at a time, in float64
+ROWS_BYTES = 8 * 2**20  # of float64 rows that are merged at a time
 
 
 class DenseModule(Task):
@@ -42,8 +42,8 @@ class DenseModule(Task):
     Args:
         checkpoint: an open checkpoint.
         name: one of its packed modules, whose headers were checked.
-        dtype: of the result; None for the scale's.
-        deltas: what adapters add.
+        dtype: the dtype of the result; None means the scale's.
+        deltas: what adapters add to the weight.
     """
 
     def __init__(
@@ -60,37 +60,35 @@ class DenseModule(Task):
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The module's tensors, and the adapters."""
+        """The module's tensors, the dtype of the result, and the adapters."""
         return {
             "dense": sources_of_module(self.checkpoint, self.name),
             "as": self.outputs[0].dtype,
-            "deltas": [one.source for one in self.deltas],
+            "deltas": [delta.source for delta in self.deltas],
         }
 
     def run(self, write: Write) -> None:
-        """Dequantise it, some rows at a time."""
+        """Dequantise and merge the module, some rows at a time."""
         output = self.outputs[0]
-        each = output.nbytes // output.shape[0]
+        row_bytes = output.nbytes // output.shape[0]
+        where = f"{self.checkpoint.path}: {self.name}"
         for start, weight in row_blocks(self.checkpoint, self.name):
-            where = f"{self.checkpoint.path}: {self.name}"
-            if not self.deltas:
-                dense = dense_rows(weight)
-                if dense.dtype != self.dtype:
-                    dense = cast(dense, self.dtype, f"{where}: the weight")
-            else:
-                base = dense_rows(weight).to(torch.float64)
-                dense = _merged(base, self.deltas, start, self.dtype, where)
-            write(output.name, start * each, dense)
+            dense = dense_rows(weight)
+            if self.deltas:
+                dense = _merged(dense, self.deltas, start, self.dtype, where)
+            elif dense.dtype != self.dtype:
+                dense = cast(dense, self.dtype, f"{where}: the weight")
+            write(output.name, start * row_bytes, dense)
 
 
 class MergedTensor(Task):
-    """A weight that is dense in the source, with adapters merged in.
+    """A weight that is dense in the source, with adapters merged into it.
 
     Args:
         name: the weight's full name.
-        stored: where it is.
-        dtype: of the result; None for its own.
-        deltas: what adapters add.
+        stored: where the weight is.
+        dtype: the dtype of the result; None means the weight's own.
+        deltas: what adapters add to the weight.
     """
 
     def __init__(
@@ -103,29 +101,29 @@ class MergedTensor(Task):
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The tensor, and the adapters."""
-        deltas = [one.source for one in self.deltas]
+        """The stored weight, the dtype of the result, and the adapters."""
+        deltas = [delta.source for delta in self.deltas]
         return {"merged": source_of(self.stored), "as": self.outputs[0].dtype, "deltas": deltas}
 
     def run(self, write: Write) -> None:
-        """Merge it, some rows at a time."""
+        """Merge the weight, some rows at a time."""
         rows, columns = self.outputs[0].shape
         step = max(1, ROWS_BYTES // max(1, 8 * columns))
+        where = f"{self.stored.file}: {self.name}"
         for start in range(0, rows, step):
-            found = read_rows(self.stored, self.name, start, min(start + step, rows))
-            where = f"{self.stored.file}: {self.name}"
-            dense = _merged(found.to(torch.float64), self.deltas, start, self.dtype, where)
+            base = read_rows(self.stored, self.name, start, min(start + step, rows))
+            dense = _merged(base, self.deltas, start, self.dtype, where)
             write(self.name, start * columns * self.dtype.itemsize, dense)
 
 
-class OtherFormat(Task):
-    """The dense weight of a module in another format, as compressed-tensors decompresses it.
+class DecompressedModule(Task):
+    """The dense weight of a module in another format, decompressed by compressed-tensors.
 
     Args:
         checkpoint: an open checkpoint.
         name: the module.
-        shape: of its weight.
-        dtype: of the result.
+        shape: the shape of its weight.
+        dtype: the dtype of the result.
     """
 
     def __init__(
@@ -136,13 +134,13 @@ class OtherFormat(Task):
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The module's tensors."""
-        found = module_tensors(self.checkpoint, self.name)
-        stored = [source_of(self.checkpoint.tensors[f"{self.name}.{part}"]) for part in found]
+        """The module's tensors, and the dtype of the result."""
+        parts = module_tensors(self.checkpoint, self.name)
+        stored = [source_of(self.checkpoint.tensors[f"{self.name}.{part}"]) for part in parts]
         return {"decompressed": stored, "as": self.outputs[0].dtype}
 
     def run(self, write: Write) -> None:
-        """Decompress it, whole."""
+        """Decompress the whole module at once."""
         where = f"{self.checkpoint.path}: {self.name}"
         dense = decompress_module(self.checkpoint, self.name)
         output = self.outputs[0]
@@ -155,26 +153,22 @@ class OtherFormat(Task):
 
 
 def _merged(
-    rows: torch.Tensor, deltas: Sequence[Delta], start: int, dtype: torch.dtype, where: str
-) -> torch.Tensor:
-    """Return some rows with what adapters add to them, rounded once.
+    base: Tensor, deltas: Sequence[Delta], start: int, dtype: torch.dtype, where: str
+) -> Tensor:
+    """Return rows of a base weight with adapters merged into them, rounded once.
 
     Args:
-        rows: float64, written over.
-        deltas: what adapters add.
-        start: the first of the rows in the whole weight.
-        dtype: of the result.
-        where: what they are, for the message.
+        base: the rows.
+        deltas: what adapters add to the weight.
+        start: the position of the first of the rows in the whole weight.
+        dtype: the dtype of the result.
+        where: the name of the module in the error.
 
     Raises:
-        ValueError: a weight that was finite is not.
+        ValueError: a weight that is finite in the base is not finite in the result.
     """
-    finite = rows.isfinite()
+    rows = base.to(torch.float64, copy=True)
     for delta in deltas:
         delta.add_to(rows, start)
-    dense = round_once(rows, dtype)
-    lost = finite & ~dense.isfinite()
-    if lost.any():
-        value, name = rows[lost][0].item(), str(dtype).removeprefix("torch.")
-        raise ValueError(f"{where}: the merged weight must be finite in {name}, got {value:g}")
-    return dense
+    name = f"{where}: the merged weight"
+    return cast(rows, dtype, name, must_be_finite=base.isfinite())

@@ -1,13 +1,14 @@
-"""A checkpoint with adapters merged into its weights, dense or quantised again.
+"""Merge adapters into the weights of a checkpoint, which become dense or are quantised again.
 
 Source: ``docs/commands/merge.md``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,17 +17,15 @@ import torch
 from int4_lora.integration.adapter.read import Adapter, read_adapter
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
-from int4_lora.integration.conversion.deltas import Delta, deltas_of
-from int4_lora.integration.conversion.dense_config import dense_config
-from int4_lora.integration.conversion.merge_report import REPORT, Acceptance
-from int4_lora.integration.conversion.requantized_modules import MADE_ANEW, RequantizedModule
+from int4_lora.integration.conversion.deltas import deltas_of
+from int4_lora.integration.conversion.merge_report import REPORT, accepted_report
+from int4_lora.integration.conversion.requantized_modules import REPLACED, RequantizedModule
 from int4_lora.integration.conversion.row_blocks import check_packed
-from int4_lora.integration.conversion.tasks import Task
-from int4_lora.integration.conversion.unpack import check_dense_dtype, dense_tasks, plain_task
+from int4_lora.integration.conversion.unpack import plain_task, plan_dense, tasks_in_order
 
 __all__ = ["MOST_ERROR", "To", "merge_checkpoint", "plan_merge"]
 
-MOST_ERROR = 0.2  # of a module, relative: twice what quantising a normal weight in groups costs
+MOST_ERROR = 0.2  # relative: twice what quantising normal weights in groups costs
 To = Literal["dense", "int4"]
 
 
@@ -46,24 +45,24 @@ def merge_checkpoint(
     Args:
         source: an INT4 checkpoint's folder, or its name on the hub.
         target: the folder to make.
-        adapters: folders of adapters, and what each is multiplied by.
-        to: "dense", rounded once; or "int4", where the modules that an adapter changes are
-            quantised again in their groups and all other tensors stay as they are.
-        dtype: of a dense result, as in ``unpack_checkpoint``.
-        search: whether scales are searched for, or min-max.
-        max_error: the largest relative error of a module that is accepted.
-        settings: how it is run.
+        adapters: the folders of adapters, and the factor of each.
+        to: "dense" rounds the sum once; "int4" quantises the modules that an adapter changes again
+            in their groups, and keeps all other tensors as they are.
+        dtype: the dtype of a dense result, as in ``unpack_checkpoint``.
+        search: whether to search for scales; otherwise they are min-max.
+        max_error: the largest relative error of a requantised module that is accepted.
+        settings: how to run the conversion.
 
     Returns:
-        What was done, and for "int4" what it cost.
+        What was written, and for "int4" what requantising cost.
 
     Raises:
-        ImportError: compressed-tensors is not installed.
-        MergeRefusedError: a module's error is larger than ``max_error``.
-        OSError: a source is not there, or the target cannot be written.
-        TypeError: a tensor of the wrong dtype.
-        ValueError: adapters that do not fit the base, a merged weight that is not finite in its
-            dtype, or options that contradict each other.
+        ImportError: a module needs compressed-tensors, and it is not installed.
+        MergeRefusedError: the error of a module is larger than ``max_error``.
+        OSError: a source does not exist, or the target cannot be written.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: an adapter does not fit the base, a merged weight is not finite in its dtype,
+            or options contradict each other.
 
     Example:
         >>> merge_checkpoint("llama-w4a16", "merged", [("adapter", 1.0)])  # doctest: +SKIP
@@ -87,7 +86,7 @@ def plan_merge(
     search: bool = True,
     max_error: float = MOST_ERROR,
 ) -> Conversion:
-    """Return what ``merge_checkpoint`` does; headers and adapters are read and checked."""
+    """Return the plan of ``merge_checkpoint``, after checking adapters and all headers."""
     if not adapters:
         raise ValueError("merge needs at least one adapter")
     if to not in ("dense", "int4"):
@@ -95,39 +94,42 @@ def plan_merge(
     for adapter, weight in adapters:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{adapter.path}: its weight must be a finite number, got {weight!r}")
-    check_dense_dtype(dtype)
-    if to == "int4" and dtype is not None:
-        raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
-    deltas = deltas_of(checkpoint, adapters)
-    others = tuple(adapter.path for adapter, _ in adapters)
     if to == "dense":
-        tasks = dense_tasks(checkpoint, dtype, deltas)
-        config = dense_config(checkpoint.config, dtype)
-        return Conversion(checkpoint.path, others, tuple(tasks), config)
-    tasks = _int4_tasks(checkpoint, deltas, search=search)
-    said = {
-        "adapters": [{"name": one.path.name, "weight": weight} for one, weight in adapters],
+        folders = tuple(adapter.path for adapter, _ in adapters)
+        return plan_dense(checkpoint, dtype, deltas_of(checkpoint, adapters), folders)
+    if dtype is not None:
+        raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
+    return _plan_int4(checkpoint, adapters, search=search, max_error=max_error)
+
+
+def _plan_int4(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    *,
+    search: bool,
+    max_error: float,
+) -> Conversion:
+    if not max_error >= 0:
+        raise ValueError(f"max_error must be 0 or more, got {max_error}")
+    deltas = deltas_of(checkpoint, adapters)
+    changed = [name for name in checkpoint.modules() if name in deltas]
+    for name in changed:
+        check_packed(checkpoint, name)
+    tasks = tasks_in_order(
+        checkpoint.tensors,
+        {f"{name}.{part}": name for name in changed for part in REPLACED},
+        lambda name: RequantizedModule(checkpoint, name, deltas[name], search=search),
+        lambda name, stored: plain_task(name, stored, None, deltas),
+    )
+    settings = {
+        "adapters": [{"name": adapter.path.name, "weight": weight} for adapter, weight in adapters],
         "scales": "search" if search else "minmax",
     }
-    accept = Acceptance(max_error, said)
-    return Conversion(checkpoint.path, others, tuple(tasks), None, accept=accept, report=REPORT)
-
-
-def _int4_tasks(
-    checkpoint: Checkpoint, deltas: Mapping[str, Sequence[Delta]], *, search: bool
-) -> list[Task]:
-    """Return what makes every tensor of a merged INT4 checkpoint, in the order of the source."""
-    changed = [one for one in checkpoint.modules() if one in deltas]
-    for one in changed:
-        check_packed(checkpoint, one)
-    made = {f"{one}.{part}": one for one in changed for part in MADE_ANEW}
-    tasks: list[Task] = []
-    begun: set[str] = set()
-    for full, stored in checkpoint.tensors.items():
-        name = made.get(full)
-        if name is None:
-            tasks.append(plain_task(full, stored, None, deltas))
-        elif name not in begun:
-            begun.add(name)
-            tasks.append(RequantizedModule(checkpoint, name, deltas[name], search=search))
-    return tasks
+    return Conversion(
+        source=checkpoint.path,
+        others=tuple(adapter.path for adapter, _ in adapters),
+        tasks=tasks,
+        config=None,
+        accept=functools.partial(accepted_report, settings=settings, max_error=max_error),
+        report=REPORT,
+    )

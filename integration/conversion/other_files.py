@@ -1,4 +1,4 @@
-"""What stands in a model's folder beside its weights: tokenizer, templates, code.
+"""The files beside a model's weights: tokenizer, templates, code.
 
 Source: the folder layout of transformers' ``save_pretrained``.
 """
@@ -6,6 +6,7 @@ Source: the folder layout of transformers' ``save_pretrained``.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from int4_lora.atomic_files import sync_file
@@ -15,40 +16,40 @@ __all__ = ["copy_files", "other_files"]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 INDEXES = ("safetensors.index.json", "bin.index.json")
-MADE_ANEW = ("config.json", "lora_metadata.json", "merge_report.json")
+ABOUT_THE_WEIGHTS = ("config.json", "lora_metadata.json", "merge_report.json")
 
 
 def other_files(folder: Path) -> list[str]:
-    """Return the files that are carried along, relative to the folder.
+    """Return the names, relative to the folder, of the files that a result takes over.
 
-    Weights in any format, hidden files and folders, and files that describe the quantised weights
-    are not.
+    Left out are weights in any format, hidden files and folders, and files that describe the
+    weights.
 
     Args:
         folder: a model's folder.
 
     Raises:
-        ValueError: a file that is a link which leaves the folder.
+        ValueError: a file is a link that leads out of the folder.
     """
-    found = []
+    names = []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         weights = file.suffix in WEIGHTS or file.name.endswith(INDEXES)
-        if hidden or weights or str(name) in MADE_ANEW:
+        if hidden or weights or str(name) in ABOUT_THE_WEIGHTS:
             continue
         if inside(folder, str(name)).is_file():
-            found.append(str(name))
-    return found
+            names.append(str(name))
+    return names
 
 
-def copy_files(folder: Path, names: list[str], target: Path) -> None:
-    """Copy files of a folder to another, and force them to the disk.
+def copy_files(folder: Path, names: Iterable[str], target: Path) -> None:
+    """Copy files from one folder to another and flush them to the disk.
 
     Args:
-        folder: where they are.
-        names: relative to it.
-        target: where they go.
+        folder: the folder that holds them.
+        names: the files, relative to the folder.
+        target: the folder that gets them.
     """
     for name in names:
         place = target / name

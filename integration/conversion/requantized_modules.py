@@ -1,4 +1,4 @@
-"""Packed modules with adapters merged in and quantised again.
+"""Packed modules with adapters merged into them and quantised again.
 
 Source: ``int4_lora.integration.conversion.scale_search``.
 """
@@ -18,19 +18,19 @@ from int4_lora.integration.conversion.scale_search import requantize
 from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, sources_of_module
 from int4_lora.reference import PackedWeight
 
-__all__ = ["MADE_ANEW", "RequantizedModule"]
+__all__ = ["REPLACED", "RequantizedModule"]
 
-MADE_ANEW = ("weight_packed", "weight_scale", "weight_zero_point")  # g_idx and shape stay
+REPLACED = ("weight_packed", "weight_scale", "weight_zero_point")  # g_idx and shape stay
 
 
 class RequantizedModule(Task):
-    """The tensors of a packed module with adapters merged in.
+    """The tensors of a packed module with adapters merged into it.
 
     Args:
         checkpoint: an open checkpoint.
         name: one of its packed modules, whose headers were checked.
-        deltas: what adapters add.
-        search: whether scales are searched for.
+        deltas: what adapters add to the weight.
+        search: whether to search for scales; otherwise they are min-max.
     """
 
     def __init__(
@@ -38,41 +38,41 @@ class RequantizedModule(Task):
     ) -> None:
         self.checkpoint, self.name, self.search = checkpoint, name, search
         self.deltas = tuple(deltas)
-        stored = {part: checkpoint.tensors.get(f"{name}.{part}") for part in MADE_ANEW}
+        stored = (checkpoint.tensors.get(f"{name}.{part}") for part in REPLACED)
         self.outputs = tuple(
-            OutputTensor(f"{name}.{part}", one.dtype, tuple(one.shape))
-            for part, one in stored.items()
-            if one is not None
+            OutputTensor(f"{name}.{part}", tensor.dtype, tuple(tensor.shape))
+            for part, tensor in zip(REPLACED, stored, strict=True)
+            if tensor is not None
         )
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The module's tensors, and the adapters."""
+        """The module's tensors, how scales are chosen, and the adapters."""
         return {
             "requantized": sources_of_module(self.checkpoint, self.name),
             "search": self.search,
-            "deltas": [one.source for one in self.deltas],
+            "deltas": [delta.source for delta in self.deltas],
         }
 
     def run(self, write: Write) -> dict[str, Any]:
-        """Merge it and quantise it again; report what that cost."""
-        whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all share one scale
+        """Merge and requantise the module, some rows at a time; report what that cost."""
         error = minmax = norm = delta_norm = largest = 0.0
+        whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all rows share one scale
         for start, weight in row_blocks(self.checkpoint, self.name, whole=whole):
             base = dense_rows(weight).to(torch.float64)
             exact = base.clone()
             for delta in self.deltas:
                 delta.add_to(exact, start)
             try:
-                found = requantize(exact, weight, search=self.search)
+                block = requantize(exact, weight, search=self.search)
             except ValueError as refused:
                 raise ValueError(f"{self.checkpoint.path}: {self.name}: {refused}") from refused
-            error += found.squared_error
-            minmax += found.minmax_squared_error
-            norm += found.squared_norm
+            self._write(write, start, block.weight)
+            error += block.squared_error
+            minmax += block.minmax_squared_error
+            norm += block.squared_norm
             delta_norm += float((exact - base).square().sum())
-            largest = max(largest, found.max_error)
-            self._write(write, start, found.weight)
+            largest = max(largest, block.max_error)
         return {
             "module": self.name,
             "squared_error": error,
@@ -83,8 +83,8 @@ class RequantizedModule(Task):
         }
 
     def _write(self, write: Write, start: int, block: PackedWeight) -> None:
-        """Write a block of rows of each tensor where it belongs."""
-        parts = {
+        """Write the rows of each tensor that belong to a block of rows of the weight."""
+        values = {
             "weight_packed": block.packed,
             "weight_scale": block.scale,
             "weight_zero_point": block.zero_point,
@@ -92,7 +92,7 @@ class RequantizedModule(Task):
         shared = rows_of(self.checkpoint, self.name)
         for output in self.outputs:
             part = output.name.rpartition(".")[2]
-            values = parts[part]
-            assert values is not None, "the block has the tensors of the whole"
+            rows = values[part]
+            assert rows is not None, "the block has the tensors of the whole"
             first = start // shared[part]
-            write(output.name, first * (output.nbytes // output.shape[0]), values.contiguous())
+            write(output.name, first * (output.nbytes // output.shape[0]), rows.contiguous())

@@ -1,23 +1,35 @@
-"""The files of a result, laid out before anything is written.
+"""The safetensors files of a result: laid out before anything is written, then written in pieces.
 
-Each is a safetensors file: 8 bytes with the header's length, the header in JSON, the tensors. Laid
-out from shapes alone, every tensor's place is known, and tensors can be written in any order.
+Each file holds 8 bytes with the header's length, the header in JSON, and the tensors. The layout
+follows from shapes alone, so the place of every tensor is known in advance and tensors can be
+written in any order, several at a time.
 
-Source: the format's description, https://github.com/huggingface/safetensors#format.
+Source: the format's description, https://github.com/huggingface/safetensors#format; ``pwrite(2)``
+and ``fsync(2)``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from int4_lora.integration.checkpoint.safetensors_header import BITS
 from int4_lora.integration.conversion.tasks import Task
 
-__all__ = ["ResultFile", "index_of", "lay_out"]
+__all__ = ["ResultFile", "index_of", "lay_out", "thread_pool", "write_file"]
 
-ALIGNMENT = 8  # of the first tensor; larger items first keep the others aligned
+ALIGNMENT = 8  # of the first tensor; the widest dtypes come first, which keeps the others aligned
+SYNC_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -25,11 +37,11 @@ class ResultFile:
     """One safetensors file of a result.
 
     Args:
-        name: its name.
-        tasks: what makes its tensors.
+        name: the file's name.
+        tasks: the tasks that make its tensors.
         header: its first bytes, up to the tensors.
-        places: the first byte of each tensor.
-        size: its bytes.
+        places: the first byte of each tensor, from the beginning of the file.
+        size: the size of the file in bytes.
     """
 
     name: str
@@ -40,27 +52,28 @@ class ResultFile:
 
 
 def lay_out(tasks: Sequence[Task], most_bytes: int) -> tuple[ResultFile, ...]:
-    """Lay tensors out in files.
+    """Distribute tensors over files.
 
     Args:
-        tasks: what makes them, in the order of the files; what a task makes stays together.
-        most_bytes: of tensors in a file that has more than one task.
+        tasks: the tasks that make the tensors, in the order of the files; the tensors of one task
+            stay together.
+        most_bytes: the most bytes of tensors in a file that holds more than one task.
 
     Returns:
         The files, named as transformers names them.
     """
-    parts = list(_parts(tasks, most_bytes))
-    if len(parts) == 1:
-        return (_file("model.safetensors", parts[0]),)
-    count = len(parts)
+    groups = list(_groups(tasks, most_bytes))
+    if len(groups) == 1:
+        return (_lay_out_file("model.safetensors", groups[0]),)
+    count = len(groups)
     return tuple(
-        _file(f"model-{number:05}-of-{count:05}.safetensors", part)
-        for number, part in enumerate(parts, start=1)
+        _lay_out_file(f"model-{number:05}-of-{count:05}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
     )
 
 
 def index_of(files: Sequence[ResultFile]) -> dict[str, object] | None:
-    """Return the index of several files, as JSON, or None for one."""
+    """Return the JSON index that several files need, or None for a single file."""
     if len(files) == 1:
         return None
     weight_map = {name: file.name for file in files for name in file.places}
@@ -68,25 +81,24 @@ def index_of(files: Sequence[ResultFile]) -> dict[str, object] | None:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _parts(tasks: Sequence[Task], most_bytes: int) -> Iterator[list[Task]]:
+def _groups(tasks: Sequence[Task], most_bytes: int) -> Iterator[list[Task]]:
     """Yield the tasks of each file."""
-    part: list[Task] = []
-    held = 0
+    group: list[Task] = []
+    nbytes = 0
     for task in tasks:
-        if part and held + task.nbytes > most_bytes:
-            yield part
-            part, held = [], 0
-        part.append(task)
-        held += task.nbytes
-    yield part
+        if group and nbytes + task.nbytes > most_bytes:
+            yield group
+            group, nbytes = [], 0
+        group.append(task)
+        nbytes += task.nbytes
+    yield group
 
 
-def _file(name: str, tasks: Sequence[Task]) -> ResultFile:
-    """Lay one file out."""
+def _lay_out_file(name: str, tasks: Sequence[Task]) -> ResultFile:
     outputs = [output for task in tasks for output in task.outputs]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
-    for output in sorted(outputs, key=lambda one: (-BITS[one.dtype], one.name)):
+    for output in sorted(outputs, key=lambda output: (-BITS[output.dtype], output.name)):
         offsets[output.name] = end
         header[output.name] = {
             "dtype": output.dtype,
@@ -96,6 +108,100 @@ def _file(name: str, tasks: Sequence[Task]) -> ResultFile:
         end += output.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    first = len(text).to_bytes(8, "little") + text
-    places = {one: len(first) + offset for one, offset in offsets.items()}
-    return ResultFile(name, tuple(tasks), first, places, len(first) + end)
+    start = len(text).to_bytes(8, "little") + text
+    places = {name: len(start) + offset for name, offset in offsets.items()}
+    return ResultFile(name, tuple(tasks), start, places, len(start) + end)
+
+
+@contextlib.contextmanager
+def thread_pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads that share torch's own threads among them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // jobs))
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_file(
+    path: Path, file: ResultFile, pool: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Write one file and flush it to the disk.
+
+    Args:
+        path: where to write it; an existing file is overwritten.
+        file: the file's layout.
+        pool: runs the tasks.
+        advance: called with the number of bytes after each piece.
+
+    Returns:
+        The reports of the tasks that have one, in the order of the tasks.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+        TypeError, ValueError: a task cannot use its source.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.ftruncate(descriptor, file.size)
+        _write_all(descriptor, memoryview(file.header), 0)
+
+        def write(name: str, start: int, piece: Tensor) -> None:
+            data = piece.detach().reshape(-1).view(torch.uint8).numpy().data
+            _write_all(descriptor, data, file.places[name] + start)
+            advance(len(data))
+
+        with _flushing(descriptor):
+            reports = _run_all(file.tasks, write, pool)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return [report for report in reports if report is not None]
+
+
+def _run_all(
+    tasks: Sequence[Task], write: Callable[[str, int, Tensor], None], pool: ThreadPoolExecutor
+) -> list[dict[str, Any] | None]:
+    """Run tasks, the largest first so that none is left for the end; return their reports."""
+    largest_first = sorted(tasks, key=lambda task: -task.nbytes)
+    futures = {task: pool.submit(task.run, write) for task in largest_first}
+    done, waiting = wait(futures.values(), return_when=FIRST_EXCEPTION)
+    for future in waiting:
+        future.cancel()
+    wait(waiting)
+    for future in futures.values():
+        if future in done:  # the others were cancelled, or ran on after the first error
+            future.result()
+    return [futures[task].result() for task in tasks]
+
+
+@contextlib.contextmanager
+def _flushing(descriptor: int) -> Iterator[None]:
+    """Flush a file in the background while it is written, so that little is left for the end."""
+    over, failed = threading.Event(), list[OSError]()
+
+    def flush() -> None:
+        try:
+            while not over.wait(SYNC_SECONDS):
+                os.fdatasync(descriptor)
+        except OSError as error:  # the system reports an fsync error only once
+            failed.append(error)
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _write_all(descriptor: int, data: memoryview, start: int) -> None:
+    """Write all of the bytes from the place ``start`` on."""
+    while data:
+        count = os.pwrite(descriptor, data, start)
+        data, start = data[count:], start + count

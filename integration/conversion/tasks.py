@@ -1,10 +1,11 @@
-"""What makes the tensors of a result: a task has some of them, and writes them piece by piece.
+"""Tasks: each makes some tensors of a result and writes them piece by piece.
 
-Source: ``docs/commands/unpack.md``.
+Source: the dtypes of https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -31,7 +32,7 @@ __all__ = [
     "sources_of_module",
 ]
 
-Write = Callable[[str, int, Tensor], None]  # a tensor's name, the first byte of it, and a piece
+Write = Callable[[str, int, Tensor], None]  # (tensor's name, offset in bytes, piece)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it has."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
@@ -61,13 +62,13 @@ class Task(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors together."""
-        return sum(one.nbytes for one in self.outputs)
+        """The size of its tensors in bytes."""
+        return sum(output.nbytes for output in self.outputs)
 
     @property
     @abstractmethod
     def sources(self) -> dict[str, Any]:
-        """What it is made of, as JSON: two runs that agree in it make the same bytes."""
+        """What the tensors are made from, as JSON: equal sources make equal bytes."""
 
     @abstractmethod
     def run(self, write: Write) -> dict[str, Any] | None:
@@ -77,68 +78,70 @@ class Task(ABC):
             write: takes pieces in any order.
 
         Returns:
-            What there is to report, as JSON, or None.
+            A report in JSON, or None.
 
         Raises:
-            ValueError: the source cannot be used; the message names file, tensor and rule.
+            TypeError, ValueError: the source cannot be used; the message names file, tensor and
+                rule.
         """
 
 
 class Copy(Task):
-    """A tensor of the source as it is, or in another floating dtype.
+    """Copies a tensor of the source, and casts it if it is floating and a dtype is given.
 
     Args:
-        name: its name, which it keeps.
-        stored: where it is.
-        dtype: to cast to, or None; what is no floating tensor keeps its dtype.
+        name: the tensor's name in the source and in the result.
+        stored: where the tensor is.
+        dtype: the dtype of a floating tensor in the result; None keeps the dtype.
     """
 
-    PIECE = 16 * 2**20  # bytes that are held at a time
+    PIECE = 16 * 2**20  # bytes held at a time
 
     def __init__(self, name: str, stored: StoredTensor, dtype: torch.dtype | None = None) -> None:
         floating = stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
         self.name, self.stored = name, stored
         self.dtype = dtype if floating and DTYPES[stored.dtype] != dtype else None
-        kind = stored.dtype if self.dtype is None else dtype_name(self.dtype)
-        self.outputs = (OutputTensor(name, kind, tuple(stored.shape)),)
+        result_dtype = stored.dtype if self.dtype is None else dtype_name(self.dtype)
+        self.outputs = (OutputTensor(name, result_dtype, tuple(stored.shape)),)
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The tensor in its file."""
+        """The stored tensor, and the dtype of the result."""
         return {"copy": source_of(self.stored), "as": self.outputs[0].dtype}
 
     def run(self, write: Write) -> None:
-        """Copy it."""
-        size = BITS[self.stored.dtype] // 8 or 1
-        step = max(1, self.PIECE // size) * size
+        """Copy the tensor."""
+        itemsize = BITS[self.stored.dtype] // 8 or 1
+        step = max(1, self.PIECE // itemsize) * itemsize
         for start in range(0, self.stored.nbytes, step):
             stop = min(start + step, self.stored.nbytes)
             piece = read_tensor(_bytes_of(self.stored, start, stop), self.name)
             if self.dtype is None:
                 write(self.name, start, piece)
                 continue
-            floats = piece.view(DTYPES[self.stored.dtype])
-            found = cast(floats, self.dtype, f"{self.stored.file}: {self.name}")
-            write(self.name, start // size * self.dtype.itemsize, found)
+            values = piece.view(DTYPES[self.stored.dtype])
+            narrow = cast(values, self.dtype, f"{self.stored.file}: {self.name}")
+            write(self.name, start // itemsize * self.dtype.itemsize, narrow)
 
 
 def _bytes_of(stored: StoredTensor, start: int, stop: int) -> StoredTensor:
-    """Return some bytes of a stored tensor as a tensor of bytes."""
-    return StoredTensor(
-        stored.file, "U8", (stop - start,), stored.start + start, stop - start, stored.identity
+    """Return the bytes ``[start, stop)`` of a stored tensor, as a tensor of bytes."""
+    count = stop - start
+    return dataclasses.replace(
+        stored, dtype="U8", shape=(count,), start=stored.start + start, nbytes=count
     )
 
 
 def source_of(stored: StoredTensor) -> list[Any]:
-    """Return what tells a stored tensor from any other, and from itself after a change."""
+    """Return what identifies a stored tensor and changes when its file is written again."""
     _, _, size, changed = stored.identity
     return [stored.file.name, size, changed, stored.start, stored.nbytes]
 
 
 def sources_of_module(checkpoint: Checkpoint, name: str) -> list[list[Any]]:
-    """Return the same of every tensor of a packed module."""
+    """Return ``source_of`` every tensor of a packed module."""
     stored = (checkpoint.tensors.get(f"{name}.{part}") for part in PARTS)
-    return [source_of(one) for one in stored if one is not None]
+    return [source_of(tensor) for tensor in stored if tensor is not None]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -148,31 +151,34 @@ def dtype_name(dtype: torch.dtype) -> str:
         >>> dtype_name(torch.bfloat16)
         'BF16'
     """
-    return next(name for name, one in DTYPES.items() if one == dtype)
+    return next(name for name, candidate in DTYPES.items() if candidate == dtype)
 
 
-def cast(values: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Return floating values in a dtype that can hold them.
+def cast(
+    values: Tensor, dtype: torch.dtype, where: str, *, must_be_finite: Tensor | None = None
+) -> Tensor:
+    """Round floating values to a dtype once.
 
     Args:
-        values: floating, any shape.
-        dtype: to cast to.
-        where: what they are, for the message.
+        values: the values, of any shape.
+        dtype: the dtype to round to.
+        where: the name of the values in the error.
+        must_be_finite: bool of the same shape; None means every value that is finite.
 
     Raises:
-        ValueError: a finite value is infinite in ``dtype``.
+        ValueError: a value that must be finite is not.
 
     Example:
         >>> cast(torch.tensor([1e5]), torch.float16, "w")
         Traceback (most recent call last):
         ValueError: w must be finite in float16, got 100000
     """
-    if values.element_size() == 1:  # of 8 bits, of which torch asks little
+    if values.element_size() == 1:  # torch implements few operations on 8-bit floats
         values = values.to(torch.float32)
-    found = round_once(values, dtype)
-    lost = found.isinf() & ~values.isinf()
+    rounded = round_once(values, dtype)
+    expected = values.isfinite() if must_be_finite is None else must_be_finite
+    lost = expected & ~rounded.isfinite()
     if lost.any():
-        value = values[lost].flatten()[0].item()
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{where} must be finite in {name}, got {value:g}")
-    return found
+        raise ValueError(f"{where} must be finite in {name}, got {values[lost][0].item():g}")
+    return rounded

@@ -1,41 +1,48 @@
-"""A dense checkpoint of a quantised one.
+"""Write a dense checkpoint from a quantised one.
 
-Source: ``docs/commands/unpack.md``.
+Source: ``docs/commands/unpack.md``; ``PretrainedConfig`` of transformers for config.json, whose
+``torch_dtype`` became ``dtype``.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
+from int4_lora.integration.checkpoint.scheme import CONFIG_KEYS
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import Delta
-from int4_lora.integration.conversion.dense_config import dense_config
-from int4_lora.integration.conversion.dense_modules import DenseModule, MergedTensor, OtherFormat
+from int4_lora.integration.conversion.dense_modules import (
+    DecompressedModule,
+    DenseModule,
+    MergedTensor,
+)
 from int4_lora.integration.conversion.row_blocks import check_packed
 from int4_lora.integration.conversion.tasks import Copy, Task
 
 __all__ = [
-    "DTYPES_OF_DENSE",
-    "check_dense_dtype",
-    "dense_tasks",
+    "DENSE_DTYPES",
     "plain_task",
+    "plan_dense",
     "plan_unpack",
+    "tasks_in_order",
     "unpack_checkpoint",
 ]
 
-DTYPES_OF_DENSE = {
+DENSE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-OF_A_MODULE = (  # tensors of a quantised module that say how it, or what it meets, is quantised
+MODULE_PARTS = (  # tensors that quantise a module's weight, or its inputs and outputs
     "weight",
     "weight_packed",
     "weight_scale",
@@ -49,8 +56,8 @@ OF_A_MODULE = (  # tensors of a quantised module that say how it, or what it mee
     "output_scale",
     "output_zero_point",
 )
-OF_A_CACHE = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
-SHAPES = {  # of a weight, from the tensor that holds its codes
+CACHE_PARTS = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
+CODES = {  # the tensor that holds the codes, and how many codes an element of it holds
     "float-quantized": ("weight", 1),
     "int-quantized": ("weight", 1),
     "naive-quantized": ("weight", 1),
@@ -58,6 +65,8 @@ SHAPES = {  # of a weight, from the tensor that holds its codes
     "mxfp8-quantized": ("weight", 1),
     "nvfp4-pack-quantized": ("weight_packed", 2),
 }
+CONFIG_DTYPES = ("dtype", "torch_dtype")
+ANNOTATIONS = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
 
 
 def unpack_checkpoint(
@@ -67,23 +76,23 @@ def unpack_checkpoint(
     dtype: torch.dtype | None = None,
     settings: Settings | None = None,
 ) -> Outcome:
-    """Write a dense checkpoint, bit for bit what the quantised one stands for.
+    """Write the dense checkpoint that a quantised one stands for, bit for bit.
 
     Args:
         source: a checkpoint's folder, or its name on the hub.
         target: the folder to make.
-        dtype: float16, bfloat16 or float32, of every floating tensor; by default each module has
-            the dtype of its scales, and other tensors their own.
-        settings: how it is run.
+        dtype: float16, bfloat16 or float32, for every floating tensor; by default each module gets
+            the dtype of its scales, and other tensors keep their own.
+        settings: how to run the conversion.
 
     Returns:
-        What was done.
+        What was written.
 
     Raises:
-        ImportError: compressed-tensors is not installed.
-        OSError: the source is not there, or the target cannot be written.
-        TypeError: a tensor of the wrong dtype.
-        ValueError: a module that cannot be unpacked; the message names it.
+        ImportError: a module needs compressed-tensors, and it is not installed.
+        OSError: the source does not exist, or the target cannot be written.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a module cannot be unpacked; the message names it.
 
     Example:
         >>> unpack_checkpoint("llama-w4a16", "llama-dense")  # doctest: +SKIP
@@ -96,75 +105,89 @@ def unpack_checkpoint(
 
 
 def plan_unpack(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Conversion:
-    """Return what ``unpack_checkpoint`` does; the headers are read, and everything is checked.
+    """Return the plan of ``unpack_checkpoint``, after checking all that headers show."""
+    return plan_dense(checkpoint, dtype, {})
+
+
+def plan_dense(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    deltas: Mapping[str, Sequence[Delta]],
+    others: tuple[Path, ...] = (),
+) -> Conversion:
+    """Return the plan of a dense checkpoint.
 
     Args:
         checkpoint: an open checkpoint.
-        dtype: as there.
-    """
-    check_dense_dtype(dtype)
-    return Conversion(
-        source=checkpoint.path,
-        others=(),
-        tasks=tuple(dense_tasks(checkpoint, dtype, {})),
-        config=dense_config(checkpoint.config, dtype),
-    )
-
-
-def check_dense_dtype(dtype: torch.dtype | None) -> None:
-    """Check that a dense checkpoint may have a dtype.
-
-    Raises:
-        ValueError: it may not.
-    """
-    if dtype is not None and dtype not in DTYPES_OF_DENSE.values():
-        raise ValueError(f"dtype must be float16, bfloat16, float32 or None, got {dtype!r}")
-
-
-def dense_tasks(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, deltas: Mapping[str, Sequence[Delta]]
-) -> list[Task]:
-    """Return what makes every tensor of a dense checkpoint, in the order of the source.
-
-    Args:
-        checkpoint: an open checkpoint.
-        dtype: of floating tensors, or None.
+        dtype: the dtype of floating tensors, or None.
         deltas: what adapters add, by module.
+        others: the folders of the adapters.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: a module that cannot be made dense.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a dtype that a dense checkpoint cannot have, or a module that cannot be made
+            dense.
+    """
+    if dtype is not None and dtype not in DENSE_DTYPES.values():
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or None, got {dtype!r}")
+    has_cache = checkpoint.quantization.get("kv_cache_scheme") is not None
+    tasks = tasks_in_order(
+        {
+            name: stored
+            for name, stored in checkpoint.tensors.items()
+            if not (has_cache and name.endswith(CACHE_PARTS))
+        },
+        {f"{name}.{part}": name for name in checkpoint.modules() for part in MODULE_PARTS},
+        lambda name: _dense_module(checkpoint, name, dtype, deltas.get(name, ())),
+        lambda name, stored: plain_task(name, stored, dtype, deltas),
+    )
+    return Conversion(checkpoint.path, others, tasks, _dense_config(checkpoint.config, dtype))
+
+
+def tasks_in_order(
+    tensors: Mapping[str, StoredTensor],
+    module_of: Mapping[str, str],
+    module_task: Callable[[str], Task],
+    tensor_task: Callable[[str, StoredTensor], Task],
+) -> tuple[Task, ...]:
+    """Return the tasks that make a result, in the order of the source.
+
+    Args:
+        tensors: the source's tensors.
+        module_of: the module of each tensor that a module's task replaces.
+        module_task: makes the task of a module, which takes the place of its first tensor.
+        tensor_task: makes the task of any other tensor.
     """
     tasks: list[Task] = []
-    modules = {f"{name}.{part}": name for name in checkpoint.modules() for part in OF_A_MODULE}
     begun: set[str] = set()
-    cache = checkpoint.quantization.get("kv_cache_scheme") is not None
-    for full, stored in checkpoint.tensors.items():
-        name = modules.get(full)
-        if name is None and not (cache and full.endswith(OF_A_CACHE)):
-            tasks.append(plain_task(full, stored, dtype, deltas))
-        elif name is not None and name not in begun:
-            begun.add(name)
-            tasks.append(_dense_module(checkpoint, name, dtype, deltas.get(name, ())))
-    return tasks
+    for name, stored in tensors.items():
+        module = module_of.get(name)
+        if module is None:
+            tasks.append(tensor_task(name, stored))
+        elif module not in begun:
+            begun.add(module)
+            tasks.append(module_task(module))
+    return tuple(tasks)
 
 
 def plain_task(
-    full: str,
+    name: str,
     stored: StoredTensor,
     dtype: torch.dtype | None,
     deltas: Mapping[str, Sequence[Delta]],
 ) -> Task:
-    """Return what makes a tensor that is no part of a quantised module.
+    """Return the task of a tensor that belongs to no quantised module.
 
     Args:
-        full: its name.
+        name: the tensor's name.
         stored: where it is.
-        dtype: of floating tensors, or None.
+        dtype: the dtype of floating tensors in the result, or None.
         deltas: what adapters add, by module.
     """
-    own = deltas.get(full.removesuffix(".weight")) if full.endswith(".weight") else None
-    return MergedTensor(full, stored, dtype, own) if own else Copy(full, stored, dtype)
+    module = name.removesuffix(".weight")
+    if module != name and module in deltas:
+        return MergedTensor(name, stored, dtype, deltas[module])
+    return Copy(name, stored, dtype)
 
 
 def _dense_module(
@@ -174,17 +197,33 @@ def _dense_module(
         check_packed(checkpoint, name)
         return DenseModule(checkpoint, name, dtype, deltas)
     form = checkpoint.schemes[name].format
-    if form not in SHAPES:
+    if form not in CODES:
         raise ValueError(f"{checkpoint.path}: {name}: {form} cannot be unpacked")
-    part, codes = SHAPES[form]
+    part, codes = CODES[form]
     stored = checkpoint.tensors.get(f"{name}.{part}")
     if stored is None or len(stored.shape) != 2:
         raise ValueError(f"{checkpoint.path}: {name}: {part} of a {form} module must be a matrix")
     scale = checkpoint.tensors.get(f"{name}.weight_scale")
     if scale is None:
         raise ValueError(f"{checkpoint.path}: {name}: weight_scale of a {form} module is missing")
-    if dtype is None:  # that of the scales where they are floats that a dense weight may have
-        own = DTYPES.get(scale.dtype, torch.bfloat16)
-        dtype = own if own in DTYPES_OF_DENSE.values() else torch.bfloat16
+    if dtype is None:
+        dtype = DTYPES.get(scale.dtype, torch.bfloat16)
+        if dtype not in DENSE_DTYPES.values():  # scales may have dtypes that dense weights do not
+            dtype = torch.bfloat16
     shape = (stored.shape[0], stored.shape[1] * codes)
-    return OtherFormat(checkpoint, name, shape, dtype)
+    return DecompressedModule(checkpoint, name, shape, dtype)
+
+
+def _dense_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return config.json without what describes quantisation, and with the new dtype."""
+    dense = copy.deepcopy(dict(config))
+    parts = [dense, *(part for part in dense.values() if isinstance(part, dict))]  # text, vision
+    for part in parts:
+        for key in (*CONFIG_KEYS, *ANNOTATIONS):
+            part.pop(key, None)
+        for key in CONFIG_DTYPES:
+            if key in part and dtype is not None:
+                part[key] = str(dtype).removeprefix("torch.")
+    if dtype is not None and not any(key in dense for key in CONFIG_DTYPES):
+        dense["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return dense

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from int4_lora.integration.conversion import unpack_checkpoint, writing
+from int4_lora.integration.conversion import result_files, unpack_checkpoint
 from support.conversion import SMALL, bytes_of, convert, run
 from support.killing import begin
 
@@ -198,7 +198,7 @@ def test_a_full_disk_changes_nothing_and_is_gone_on_from(sharded, tmp_path, monk
         return original(descriptor, data, start)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing.os, "pwrite", full)
+        patch.setattr(result_files.os, "pwrite", full)
         result = run("unpack", sharded, target, *SMALL)
     assert result.exit_code == 2
     assert "goes on where it was" in result.stderr

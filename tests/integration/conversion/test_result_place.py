@@ -60,7 +60,7 @@ def test_a_source_that_is_called_as_a_partial_result_is_not_touched(sharded, tmp
 def test_what_appears_in_the_place_meanwhile_is_not_replaced(sharded, tmp_path, monkeypatch):
     from int4_lora.integration.conversion import convert as module
 
-    target, fill = tmp_path / "dense", module._fill
+    target, fill = tmp_path / "dense", module._write_other_files
 
     def meanwhile(*arguments):
         fill(*arguments)
@@ -68,7 +68,7 @@ def test_what_appears_in_the_place_meanwhile_is_not_replaced(sharded, tmp_path, 
         (target / "mine").write_text("mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_fill", meanwhile)
+        patch.setattr(module, "_write_other_files", meanwhile)
         result = run("unpack", sharded, target)
     assert result.exit_code == 2
     assert "--force replaces it" in result.stderr
