@@ -20,7 +20,6 @@ VOCABULARY = re.compile(r"(.*\.)?(\w*lm_head|wte|wpe|\w*embed\w*)")
 EXPERT = re.compile(r"(^|\.)experts\.")
 LAYER = re.compile(r"(^|\.)\d+\.")
 ROUTER = re.compile(r"(\w*_)?(gate|router)")
-ACTIVATION_ORDERS = ("group", "dynamic")
 SERVED_STRATEGIES = ("channel", "group")
 
 
@@ -92,7 +91,7 @@ def _reasons(checkpoint: Checkpoint, int4: Iterable[str]) -> list[str]:
         "is ordered by activation, which vLLM refuses: quantise with actorder static or none": [
             name
             for name in packed
-            if checkpoint.schemes[name].actorder in ACTIVATION_ORDERS
+            if checkpoint.schemes[name].actorder == "group"
             or f"{name}.weight_g_idx" in checkpoint.tensors
         ],
         "is of a strategy that vLLM does not serve: quantise by channel or group": [

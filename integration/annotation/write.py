@@ -63,7 +63,6 @@ def annotate(path: str | os.PathLike[str]) -> Annotation:
 
     Raises:
         FileNotFoundError: the folder, or a file it must have, is not there.
-        ImportError: compressed-tensors, which parses the config, is not installed.
         OSError: a file cannot be written; then none is changed.
         TypeError: a tensor of the wrong dtype.
         ValueError: a checkpoint that cannot be read, tensors that contradict each other, a link, or
@@ -93,7 +92,6 @@ def preview_annotation(path: str | os.PathLike[str]) -> Annotation:
 
     Raises:
         FileNotFoundError: the folder, or a file it must have, is not there.
-        ImportError: compressed-tensors, which parses the config, is not installed.
         TypeError: a tensor of the wrong dtype.
         ValueError: what ``annotate`` refuses.
 

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
+from int4_lora.integration.checkpoint.scheme import Scheme
 
 __all__ = [
-    "PARTS",
     "decompress",
     "decompress_module",
     "decompress_tensors",
     "module_tensors",
     "stored_tensors",
+    "upstream_scheme",
+    "upstream_version",
 ]
-
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -40,7 +41,8 @@ def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
         ValueError: no such module or tensor, or a file that cannot be read.
         Exception: whatever compressed-tensors raises.
     """
-    return decompress_tensors(stored_tensors(checkpoint, name), checkpoint.schemes[name].upstream)
+    scheme = upstream_scheme(checkpoint.schemes[name])
+    return decompress_tensors(stored_tensors(checkpoint, name), scheme)
 
 
 def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
@@ -54,10 +56,54 @@ def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 def decompress_tensors(tensors: Mapping[str, Tensor], scheme: Any) -> Tensor:
     """Return what compressed-tensors makes of one module's tensors under its own scheme."""
-    compressors = importlib.import_module("compressed_tensors.compressors.pack_quantized.base")
-    compressor = compressors.PackedQuantizationCompressor
+    base = import_upstream("compressors.pack_quantized.base")
+    compressor = base.PackedQuantizationCompressor
     dense: Tensor = compressor.decompress(dict(tensors), scheme)["weight"]
     return dense
+
+
+def upstream_scheme(scheme: Scheme) -> Any:
+    """Return a scheme as compressed-tensors' own ``QuantizationScheme``.
+
+    Raises:
+        ImportError: compressed-tensors is not installed.
+        ValueError: compressed-tensors does not take it.
+    """
+    upstream = import_upstream("quantization")
+    blocks = list(scheme.group_size) if isinstance(scheme.group_size, tuple) else None
+    weights = upstream.QuantizationArgs(
+        num_bits=scheme.bits,
+        type=scheme.kind,
+        symmetric=scheme.symmetric,
+        strategy=scheme.strategy,
+        group_size=None if blocks else scheme.group_size,
+        block_structure=blocks,
+        dynamic=scheme.strategy == "token",
+    )
+    return upstream.QuantizationScheme(targets=[], weights=weights)
+
+
+def import_upstream(module: str) -> Any:
+    """Return a module of compressed-tensors.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(f"compressed_tensors.{module}")
+    except ModuleNotFoundError as error:
+        name = (error.name or "").replace("_", "-")
+        raise ImportError(f"{name} is missing: pip install 'int4-lora[checkpoints]'") from error
+
+
+def upstream_version() -> str:
+    """Return the version of compressed-tensors that is installed and can be imported.
+
+    Raises:
+        ImportError: there is none.
+    """
+    import_upstream("quantization")
+    return version("compressed-tensors")
 
 
 def module_tensors(checkpoint: Checkpoint, name: str) -> list[str]:
@@ -87,9 +133,9 @@ def decompress_module(checkpoint: Checkpoint, name: str) -> Tensor:
         part: checkpoint.tensor(f"{name}.{part}") for part in module_tensors(checkpoint, name)
     }
     try:
-        base = importlib.import_module("compressed_tensors.compressors").BaseCompressor
+        base = import_upstream("compressors").BaseCompressor
         compressor = base.get_value_from_registry(scheme.format)
-        dense: Tensor = compressor.decompress(tensors, scheme.upstream)["weight"]
+        dense: Tensor = compressor.decompress(tensors, upstream_scheme(scheme))["weight"]
     except Exception as error:  # upstream raises whatever its tensor code raises
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{where}: compressed-tensors cannot decompress it: {why}") from error

@@ -32,7 +32,9 @@ from int4_lora.integration.checkpoint.scheme import (
 )
 from int4_lora.reference import PackedWeight
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["PARTS", "Checkpoint", "open_checkpoint"]
+
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 # A quantised module has at least one of these; which of the two is missing tells its format.
 MARKS = (".weight_packed", ".weight_scale")
@@ -183,8 +185,8 @@ class Checkpoint:
         for part, kind in needed.items():
             if f"{name}.{part}" not in self.tensors:
                 raise ValueError(f"{where}: {part} of {kind} module is missing")
-        if scheme.actorder in ("group", "dynamic") and f"{name}.weight_g_idx" not in self.tensors:
-            rule = f"with actorder {scheme.actorder!r}"
+        if scheme.actorder == "group" and f"{name}.weight_g_idx" not in self.tensors:
+            rule = "with actorder 'group'"
             raise ValueError(f"{where}: weight_g_idx of a module {rule} is missing")
 
 
@@ -200,7 +202,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         FileNotFoundError: the folder, or a file it must have, is not there.
-        ImportError: compressed-tensors, which parses the config, is not installed.
+        ImportError: ``path`` is a name on the hub and huggingface_hub is not installed.
         ValueError: a file that cannot be read or is outside the folder, or a quantisation that
             is not compressed-tensors'.
 

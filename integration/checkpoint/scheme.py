@@ -1,23 +1,34 @@
 """How each module is quantised, from ``quantization_config`` in a checkpoint's config.json.
 
-What a weight's numbers mean has been written the same way since compressed-tensors 0.9; what
-surrounds it comes and goes: only those fields are read.
+Only fields that have been stable since compressed-tensors 0.9 are read; the rest is ignored. Their
+meaning is that of compressed-tensors' own classes, to which the tests compare this reading, so
+that nothing here needs compressed-tensors.
 
-Source: ``compressed_tensors/quantization/quant_config.py`` and ``quant_scheme.py``, 0.9 to 0.20.
+Source: ``compressed_tensors/quantization/quant_args.py``, ``quant_scheme.py`` and
+``quant_config.py``, 0.9 to 0.20.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from int4_lora.integration.checkpoint.config_groups import ConfigGroup, parse_group, upstream_scheme
 from int4_lora.integration.checkpoint.target_matching import compile_targets, group_of
-from int4_lora.reference import PackedWeight
 
-__all__ = ["PACKED_FORMAT", "Scheme", "check_strategy", "read_quantization", "read_schemes"]
+if TYPE_CHECKING:
+    from int4_lora.reference import PackedWeight
+
+__all__ = [
+    "PACKED_FORMAT",
+    "Scheme",
+    "check_strategy",
+    "read_actorder",
+    "read_quantization",
+    "read_schemes",
+]
 
 PACKED_FORMAT = "pack-quantized"
 METHOD = "compressed-tensors"
@@ -41,6 +52,40 @@ CONVERTERS = {
     "awq": "convert it with AutoAWQConverter of compressed_tensors.entrypoints.convert",
     "gptq": "quantise the dense model again with llm-compressor's GPTQModifier",
 }
+TYPES = ("int", "float")
+GROUPED = ("group", "tensor_group")
+STRATEGIES = ("tensor", "channel", *GROUPED, "block", "token", "attn_head")
+DYNAMIC_STRATEGIES = ("token", "tensor", *GROUPED)
+ACTORDERS = {"group": "group", "dynamic": "group", "weight": "weight", "static": "weight"}
+
+# Presets by name, as 0.20 defines them: the fields of their weights.
+BY_GROUP = {"strategy": "group", "group_size": 128}
+FLOAT = {"num_bits": 8, "type": "float"}
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+MXFP = {"type": "float", "strategy": "group", "group_size": 32}
+PRESETS: dict[str, dict[str, Any] | None] = {
+    "UNQUANTIZED": None,
+    "W8A8": {"num_bits": 8, "strategy": "channel"},
+    "INT8": {"num_bits": 8, "strategy": "channel"},
+    **{f"W{bits}A16": {"num_bits": bits, **BY_GROUP} for bits in range(2, 9)},
+    **{f"W{bits}A8": {"num_bits": bits, **BY_GROUP} for bits in range(2, 8)},
+    **{f"W{bits}A4": {"num_bits": bits, **BY_GROUP} for bits in range(2, 5)},
+    "W4A16_ASYM": {"num_bits": 4, **BY_GROUP, "symmetric": False},
+    "W4AFP8": {"num_bits": 4, **BY_GROUP},
+    "FP8": {**FLOAT, "strategy": "tensor"},
+    "FP8_DYNAMIC": {**FLOAT, "strategy": "channel"},
+    "FP8_BLOCK": {**FLOAT, "strategy": "block", "block_structure": [128, 128]},
+    "NVFP4A16": NVFP4,
+    "NVFP4": NVFP4,
+    "MXFP4A16": {"num_bits": 4, **MXFP},
+    "MXFP4": {"num_bits": 4, **MXFP},
+    "MXFP4XFP8": {"num_bits": 4, **MXFP},
+    "MXFP6A16": {"num_bits": 6, **MXFP},
+    "MXFP6A8": {"num_bits": 6, **MXFP},
+    "MXFP8A16": {"num_bits": 8, **MXFP},
+    "MXFP8": {"num_bits": 8, **MXFP},
+}
+WEIGHT_ONLY = re.compile(r".*A16(_ASYM)?")  # names of presets that leave activations alone
 
 
 @dataclass(frozen=True)
@@ -54,9 +99,8 @@ class Scheme:
         symmetric: whether there are no zero-points.
         strategy: "tensor", "channel", "group", "block", or a strategy of another format.
         group_size: as in ``PackedWeight``: columns, (rows, columns) of a block, or None.
-        actorder: what config.json says of the order of columns, "group" for one with g_idx.
+        actorder: the order of columns: "group" for one with g_idx, "weight", or None.
         activations: whether inputs or outputs are quantised too, which this package does not do.
-        config_group: the name and content of the config group that says so.
     """
 
     format: str
@@ -67,12 +111,6 @@ class Scheme:
     group_size: int | tuple[int, int] | None
     actorder: str | None
     activations: bool
-    config_group: tuple[str, Any]
-
-    @property
-    def upstream(self) -> Any:
-        """compressed-tensors' own ``QuantizationScheme``, for its own functions."""
-        return upstream_scheme(*self.config_group)
 
 
 def read_schemes(
@@ -80,7 +118,8 @@ def read_schemes(
 ) -> dict[str, Scheme]:
     """Return the scheme of each quantised module.
 
-    An exact name among the targets of a group beats a regular expression, which beats a class.
+    Among the targets of the config groups an exact name beats a regular expression, which beats a
+    class.
 
     Args:
         file: config.json, for the messages.
@@ -91,33 +130,35 @@ def read_schemes(
         The schemes by module name, in the order given.
 
     Raises:
-        ImportError: compressed-tensors is not installed.
-        ValueError: no quantization_config, one of another method, or one that cannot be read, or
-            a module that no group targets.
+        ValueError: no quantization_config, one of another method or that cannot be read, or a
+            module that no group targets; the message names the field and its value.
     """
-    raw = read_quantization(file, config)
-    transforms = raw.get("transform_config")
+    quantization = read_quantization(file, config)
+    transforms = quantization.get("transform_config")
     if isinstance(transforms, dict) and transforms.get("config_groups"):
         raise ValueError(
             f"{file}: transform_config rotates weights and activations, which this package "
             f"does not do, got config_groups {list(transforms['config_groups'])}"
         )
-    groups = raw.get("config_groups")
+    groups = quantization.get("config_groups")
     if not isinstance(groups, dict):
         raise ValueError(f"{file}: config_groups must be an object, got {groups!r}")
     schemes: dict[str, Scheme] = {}
     targets: dict[str, list[str]] = {}
     for name, group in groups.items():
         where = f"{file}: config_groups.{name}"
-        found = _as_scheme(where, name, group, raw)
-        if found is not None:
-            schemes[name], targets[name] = found
+        try:
+            scheme = _read_group(name, group, quantization.get("format"))
+            if scheme is not None:
+                schemes[name], targets[name] = scheme, _read_targets(group)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     matches = compile_targets(file, targets)
     return {module: schemes[group_of(file, module, matches)] for module in modules}
 
 
 def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of config.json that speaks of quantisation.
+    """Return the part of config.json that describes the quantisation.
 
     Args:
         file: config.json, for the messages.
@@ -131,64 +172,30 @@ def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any
         for key in CONFIG_KEYS:
             if key not in part:
                 continue
-            raw = part[key]
-            if not isinstance(raw, dict):
-                raise ValueError(f"{file}: {key} must be an object, got {raw!r}")
-            method = raw.get("quant_method", METHOD if key == CONFIG_KEYS[1] else None)
+            quantization = part[key]
+            if not isinstance(quantization, dict):
+                raise ValueError(f"{file}: {key} must be an object, got {quantization!r}")
+            method = quantization.get("quant_method", METHOD if key == CONFIG_KEYS[1] else None)
             if method != METHOD:
                 hint = CONVERTERS.get(method) if isinstance(method, str) else None
-                found = f"{method!r}" + (f": {hint}" if hint else "")
-                raise ValueError(f"{file}: quant_method must be {METHOD!r}, got {found}")
-            return raw
+                shown = f"{method!r}" + (f": {hint}" if hint else "")
+                raise ValueError(f"{file}: quant_method must be {METHOD!r}, got {shown}")
+            return quantization
     raise ValueError(f"{file}: quantization_config is missing: not a quantised checkpoint")
 
 
-def _as_scheme(
-    where: str, name: str, group: object, raw: Mapping[str, Any]
-) -> tuple[Scheme, list[str]] | None:
-    """Return a config group as a scheme and its targets, or None if it leaves weights alone."""
-    if not isinstance(group, dict | list):
-        raise ValueError(f"{where} must be an object or a list of targets, got {group!r}")
-    try:
-        parsed = parse_group(name, group)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if parsed is None:
-        return None
-    stored, actorder = None, None
-    if isinstance(group, dict):
-        stored, actorder = group.get("format"), group["weights"].get("actorder")
-    form = stored or raw.get("format")
-    if form not in FORMATS:
-        raise ValueError(f"{where}: format must be one of compressed-tensors', got {form!r}")
-    scheme = Scheme(
-        format=str(form),
-        kind=parsed.kind,
-        bits=parsed.bits,
-        symmetric=parsed.symmetric,
-        strategy=parsed.strategy,
-        group_size=_group_size(where, parsed),
-        actorder={"True": "group", "False": None, "None": None}.get(str(actorder), str(actorder)),
-        activations=parsed.activations,
-        config_group=(name, group),
-    )
-    return scheme, parsed.targets
+def read_actorder(value: object) -> str | None:
+    """Return "group" for columns ordered by activation, "weight" or None for others.
 
-
-def _group_size(where: str, group: ConfigGroup) -> int | tuple[int, int] | None:
-    """Return columns of a group, or the (rows, columns) of "128x128" or [128, 128]."""
-    if group.strategy == "group":
-        return group.group_size
-    if group.strategy != "block":
-        return None
-    structure = group.block_structure
-    parts = structure.split("x") if isinstance(structure, str) else structure
-    try:
-        rows, columns = (int(part) for part in parts or ())
-    except (TypeError, ValueError):
-        rule = "block_structure must be two lengths"
-        raise ValueError(f"{where}: {rule}, got {structure!r}") from None
-    return rows, columns
+    Example:
+        >>> [read_actorder(value) for value in ("dynamic", "static", True, None)]
+        ['group', 'weight', 'group', None]
+    """
+    if value is None or isinstance(value, bool):
+        return "group" if value else None
+    if isinstance(value, str) and value.lower() in ACTORDERS:
+        return ACTORDERS[value.lower()]
+    raise ValueError(f"weights.actorder must be one of {[*ACTORDERS]} or null, got {value!r}")
 
 
 def check_strategy(scheme: Scheme, weight: PackedWeight) -> None:
@@ -203,3 +210,115 @@ def check_strategy(scheme: Scheme, weight: PackedWeight) -> None:
             f"scale has the shape of strategy {weight.strategy!r}, "
             f"config.json says {scheme.strategy!r}"
         )
+
+
+def _read_group(name: str, group: object, common_format: object) -> Scheme | None:
+    """Return what a config group says of weights, or None if it leaves them alone.
+
+    Args:
+        name: its name; that of a preset where the group is a list of targets.
+        group: as config.json has it.
+        common_format: the format of groups that have none of their own.
+    """
+    own_format = None
+    if isinstance(group, list):
+        if name.upper() not in PRESETS:
+            raise ValueError(f"no such preset: the presets are {', '.join(PRESETS)}")
+        weights: Any = PRESETS[name.upper()]
+        activations = WEIGHT_ONLY.fullmatch(name.upper()) is None
+    elif isinstance(group, dict):
+        weights = group.get("weights")
+        activations = any(group.get(f"{side}_activations") for side in ("input", "output"))
+        own_format = group.get("format")
+    else:
+        raise ValueError(f"a config group must be an object or a list of targets, got {group!r}")
+    if weights is None:
+        return None
+    if not isinstance(weights, dict):
+        raise ValueError(f"weights must be an object, got {weights!r}")
+    format_ = own_format or common_format
+    if format_ not in FORMATS:
+        raise ValueError(f"format must be one of compressed-tensors', got {format_!r}")
+    symmetric = _given(weights, "symmetric", True)
+    if type(symmetric) is not bool:
+        raise ValueError(f"weights.symmetric must be true or false, got {symmetric!r}")
+    bits = _given(weights, "num_bits", 8)
+    if type(bits) is not int or bits < 1:
+        raise ValueError(f"weights.num_bits must be a positive whole number, got {bits!r}")
+    kind = _choice(weights, "type", TYPES) or "int"
+    strategy, group_size = _read_strategy(weights)
+    return Scheme(
+        format=str(format_),
+        kind=kind,
+        bits=bits,
+        symmetric=symmetric,
+        strategy=strategy,
+        group_size=group_size,
+        actorder=read_actorder(weights.get("actorder")),
+        activations=activations,
+    )
+
+
+def _read_targets(group: Any) -> list[str]:
+    targets = group if isinstance(group, list) else group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"targets must be a list of names, got {targets!r}")
+    return targets
+
+
+def _read_strategy(weights: Mapping[str, Any]) -> tuple[str, int | tuple[int, int] | None]:
+    """Return the strategy and its group_size: columns, (rows, columns) of a block, or None."""
+    size = _given(weights, "group_size", None)
+    if size is not None and (type(size) is not int or size < -1):
+        raise ValueError(f"weights.group_size must be a whole number or null, got {size!r}")
+    inferred = {None: "tensor", -1: "channel", 0: None}.get(size, "group")
+    strategy = _choice(weights, "strategy", STRATEGIES) or inferred
+    if strategy is None or (strategy in GROUPED and (size is None or size < 1)):
+        name = strategy or "group"
+        raise ValueError(f"weights: strategy {name} requires a positive group_size, got {size!r}")
+    if strategy not in GROUPED and size is not None and size > 0:
+        raise ValueError(f"weights: group_size requires strategy group, got {strategy!r}")
+    _check_dynamic(weights, strategy)
+    structure = weights.get("block_structure")
+    if strategy != "block":
+        if structure is not None:
+            raise ValueError(f"weights: block_structure requires strategy block, got {strategy!r}")
+        return strategy, size if strategy in GROUPED else None
+    lengths = structure
+    if isinstance(structure, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", structure, re.ASCII):
+        lengths = [int(length) for length in structure.split("x")]
+    if (
+        not isinstance(lengths, list)
+        or len(lengths) != 2
+        or not all(type(length) is int and length > 0 for length in lengths)
+    ):
+        raise ValueError(
+            f"weights: strategy block requires a block_structure of two lengths, got {structure!r}"
+        )
+    return strategy, (lengths[0], lengths[1])
+
+
+def _check_dynamic(weights: Mapping[str, Any], strategy: str) -> None:
+    dynamic = weights.get("dynamic")
+    if dynamic is not None and type(dynamic) is not bool and dynamic != "local":
+        raise ValueError(f"weights.dynamic must be true, false or 'local', got {dynamic!r}")
+    allowed = ("tensor_group",) if dynamic == "local" else DYNAMIC_STRATEGIES
+    if dynamic and strategy not in allowed:
+        raise ValueError(f"weights: dynamic = {dynamic!r} does not go with strategy {strategy!r}")
+    if strategy == "token" and not dynamic:
+        raise ValueError("weights: strategy token requires dynamic = true")
+
+
+def _choice(weights: Mapping[str, Any], field: str, choices: tuple[str, ...]) -> str | None:
+    value = weights.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, str) or value.lower() not in choices:
+        raise ValueError(f"weights.{field} must be one of {list(choices)}, got {value!r}")
+    return value.lower()
+
+
+def _given(weights: Mapping[str, Any], field: str, default: Any) -> Any:
+    """Return a field's value; null means the default, as if the field were missing."""
+    value = weights.get(field)
+    return default if value is None else value

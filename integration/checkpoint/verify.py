@@ -13,7 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.compressed_tensors import decompress_tensors, stored_tensors
+from int4_lora.integration.checkpoint.compressed_tensors import (
+    decompress_tensors,
+    stored_tensors,
+    upstream_scheme,
+)
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.reference import PackedWeight, dequantize
 
@@ -67,7 +71,7 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
         return Finding(name, "unreadable", str(error))
     ours = dequantize(weight)
     try:
-        theirs = decompress_tensors(tensors, checkpoint.schemes[name].upstream)
+        theirs = decompress_tensors(tensors, upstream_scheme(checkpoint.schemes[name]))
     except Exception as error:  # upstream raises whatever its tensor code raises
         detail = f"compressed-tensors cannot decompress it: {type(error).__name__}: {error}"
         return Finding(name, "upstream_wrong", detail.partition("\n")[0])

@@ -23,8 +23,7 @@ from rich.text import Text
 from int4_lora.compiled import PreparedWeight, prepare, prepare_lora
 from int4_lora.compiled.selection.tuning import TOKENS, Point
 from int4_lora.compiled.selection.tuning import tune as tune_layer
-from int4_lora.integration.checkpoint.compressed_tensors import PARTS
-from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.open import PARTS, Checkpoint, open_checkpoint
 from int4_lora.integration.cli.console import wide_console
 from int4_lora.integration.cli.exits import unusable
 from int4_lora.reference import LoRAStack, PackedWeight
@@ -133,8 +132,8 @@ def _kinds(checkpoint: Checkpoint) -> list[list[str]]:
     kinds: dict[object, list[str]] = {}
     for name in checkpoint.modules():
         if checkpoint.is_packed(name):
-            scheme = dataclasses.replace(checkpoint.schemes[name], config_group=("", None))
-            kinds.setdefault((str(scheme), *_headers(checkpoint, name)), []).append(name)
+            kind = (checkpoint.schemes[name], *_headers(checkpoint, name))
+            kinds.setdefault(kind, []).append(name)
     if not kinds:
         raise ValueError(f"{checkpoint.path}: no module is packed in 4 or 8 bits")
     return list(kinds.values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from int4_lora.integration.checkpoint.compressed_tensors import upstream_version
 from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.checkpoint.verify import Finding
 from int4_lora.integration.checkpoint.verify import verify as verify_checkpoint
@@ -39,9 +39,9 @@ def verify(
     """
     try:
         checkpoint = open_checkpoint(path)
+        upstream = upstream_version()
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise unusable(str(error)) from error
-    upstream = version("compressed-tensors")
     console = Console(stderr=True)
     findings: list[Finding] = []
     with Progress(console=console, transient=True, disable=as_json) as progress:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.compressed_tensors import PARTS
-from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES, read_tensor
 from int4_lora.integration.checkpoint.safetensors_header import BITS, StoredTensor
 from int4_lora.reference.rounding import round_once

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from int4_lora.integration.checkpoint.scheme import read_actorder
 from int4_lora.integration.vllm_plugin.contract import missing, untested
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
@@ -35,7 +36,6 @@ __all__ = ["NAME", "Int4LoRAConfig"]
 
 NAME = "int4_lora"
 METHOD = "compressed-tensors"
-ACTIVATION_ORDERS = ("group", "dynamic")
 
 
 class Int4LoRAConfig(CompressedTensorsConfig):
@@ -105,7 +105,7 @@ class Int4LoRAConfig(CompressedTensorsConfig):
             raise ValueError("int4_lora does not take transforms (transform_config of config.json)")
         for name, group in config.get("config_groups", {}).items():
             order = (group.get("weights") or {}).get("actorder")
-            if order in ACTIVATION_ORDERS:
+            if read_actorder(order) == "group":
                 raise ValueError(
                     f"int4_lora in vLLM does not take activation order {order!r} ({name}): "
                     "quantise with actorder static or none"

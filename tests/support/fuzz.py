@@ -7,7 +7,6 @@ within 10 seconds, with no file outside the folder opened; otherwise it prints t
 
 import copy
 import json
-import os
 import random
 import shutil
 import signal
@@ -113,13 +112,10 @@ def read(folder, kind):
 def watch():
     """Return (watched, outside): what is opened outside the folders in ``watched``, if any.
 
-    Python itself may open its own modules, and this package its own cache.
+    Python itself may open its own modules.
     """
-    from int4_lora.disk_cache import cache_folder
-
     watched, outside = [], []
     ours = tuple(str(Path(path).resolve()) for path in sys.path if path)
-    ours += (str(cache_folder()),)
 
     def opened(event, arguments):
         if event == "open" and isinstance(arguments[0], str):
@@ -137,7 +133,6 @@ def main(checkpoint, adapter, cases, seed):
     sources = {"checkpoint": Path(checkpoint), "adapter": Path(adapter)}
     counts = Counter()
     with tempfile.TemporaryDirectory() as root:
-        os.environ["INT4_LORA_CACHE"] = str(Path(root) / "cache")  # empty: see the next comment
         for kind, source in sources.items():
             read(source, kind)  # imports what there is to import, and must work
         watched, outside = watch()

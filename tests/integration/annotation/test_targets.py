@@ -23,7 +23,6 @@ def scheme(**changes):
         "group_size": 128,
         "actorder": None,
         "activations": False,
-        "config_group": ("group_0", {}),
     }
     return Scheme(**{**usual, **changes})
 
@@ -101,7 +100,7 @@ def test_what_is_suggested_names_nothing_else(quantised, dense, modules, suggest
             "actorder static or none, and 1 more like it",
         ),
         (
-            {**dict.fromkeys(in_layers("k_proj"), scheme()), "x.1.up": scheme(actorder="dynamic")},
+            {**dict.fromkeys(in_layers("k_proj"), scheme()), "x.1.up": scheme(actorder="group")},
             "x.1.up is ordered by activation, which vLLM refuses: quantise with actorder static "
             "or none",
         ),

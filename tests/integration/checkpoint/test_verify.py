@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_refuses(tmp_path):
     result = run(tmp_path / "nowhere")
     assert result.exit_code == 2
     assert "is not a folder with a checkpoint" in result.output
+
+
+def test_without_compressed_tensors_the_extra_is_named(tiny_models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", None)
+    result = run(tiny_models["g32"])
+    assert result.exit_code == 2
+    assert "int4-lora[checkpoints]" in result.output
+    assert result.output.count("\n") == 1
 
 
 def test_same_bits():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from int4_lora.integration import open_checkpoint, read_adapter
+from int4_lora.integration.checkpoint.compressed_tensors import upstream_scheme
 from int4_lora.reference import dequantize
 from int4_lora.reference.rounding import round_once
 from support.checkpoints import shard
@@ -117,7 +118,7 @@ def test_no_worse_than_upstreams_quantiser(tiny_models, adapters, tmp_path, vari
         scheme = open_checkpoint(source).schemes.get(module)
         if scheme is None:
             continue
-        arguments, dense = scheme.upstream.weights, expected.bfloat16()
+        arguments, dense = upstream_scheme(scheme).weights, expected.bfloat16()
         groups = dense.unflatten(1, (-1, arguments.group_size or dense.shape[1]))
         scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
         theirs = fake_quantize(dense, scale.bfloat16(), zero, arguments)
