@@ -61,7 +61,7 @@ def formulations(operands):
     """Return every formulation that takes the operands, without adapters."""
     found = {}
     held = layouts(operands.weight)
-    for layout in [name for name in held if name in ("planes", held[0])]:
+    for layout in [name for name in held if name in ("interleaved", held[0])]:
         weights = operands.in_layout(layout)
         for one in candidates(weights[0], operands.dtype, operands.tokens):
             name = f"formulation {one.name}"

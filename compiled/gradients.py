@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.adapters.prepared import PreparedSlice
-from int4_lora.compiled.layouts.interleaved import PlanesWeight
+from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.reference.lora import accumulation_dtype, without_autocast
 
@@ -105,7 +105,7 @@ def _through_base(g: Tensor, weight: PreparedWeight) -> Tensor:
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
         total = total + g[:, start:stop] @ weight.rows(start, stop, g.dtype)
-    if isinstance(weight, PlanesWeight) and weight.order is not None:
+    if isinstance(weight, InterleavedWeight) and weight.order is not None:
         return torch.zeros_like(total).index_copy(1, weight.order.to(torch.int64), total)
     return total
 

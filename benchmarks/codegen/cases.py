@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from int4_lora.compiled import PreparedLoRA, int4_lora_linear, linear
 from int4_lora.compiled.adapters.prepared import PreparedSlice
-from int4_lora.compiled.formulations import MAGIC_GEMV, PLANES
+from int4_lora.compiled.formulations import MAGIC_GEMV
 from int4_lora.compiled.graphs import cache as graphs
-from int4_lora.compiled.layouts.interleaved import PlanesWeight
+from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 
 
 def on_gpu(shape, dtype):
@@ -71,7 +71,7 @@ class Case:
         zeros = None
         if not self.symmetric:
             zeros = make((2 * -(-self.rows // 8), self.groups), torch.int16)
-        weight = PlanesWeight(
+        weight = InterleavedWeight(
             words=make((self.rows, self.columns // 8), torch.int32),
             scale=make((self.rows, self.groups), self.dtype),
             shape=(self.rows, self.columns),
@@ -101,7 +101,7 @@ class Case:
 
     def formulation(self):
         """Return the formulation whose code is read."""
-        return MAGIC_GEMV if self.tokens == 1 else PLANES
+        return MAGIC_GEMV
 
     def packed_bytes(self):
         """Return the bytes of words, scales and zero-points."""

@@ -51,8 +51,8 @@ class PreparedSlice:
         """The output after the last that the slice writes."""
         return self.start + self.bt.shape[2]
 
-    def look_again(self) -> None:
-        """Look whether ``bt`` is finite: for those who wrote to it themselves."""
+    def refresh_finite(self) -> None:
+        """Set ``finite`` from ``bt``; call it after writing to ``bt`` other than by ``update``."""
         object.__setattr__(self, "finite", bool(self.bt.isfinite().all()))
 
     def detach(self) -> PreparedSlice:
@@ -133,7 +133,7 @@ class PreparedLoRA:
                 rank = entry[0].shape[0]
                 one.a[adapter, :rank].copy_(entry[0])
                 one.bt[adapter, :rank].copy_(entry[1].T)
-            one.look_again()
+            one.refresh_finite()
 
 
 def _check_entry(index: int, one: PreparedSlice, entry: tuple[Tensor, Tensor, float]) -> None:

@@ -1,4 +1,6 @@
-"""What a formulation is: a pure function for the layer, and what it declares of itself.
+"""A formulation: a base, the layout it needs, and what it declares of itself.
+
+The layer is written once: the adapters and the bias are added to every base by ``add_terms``.
 
 Source: ``docs/numerics.md`` for the roundings.
 """
@@ -13,14 +15,16 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.layouts.layout import PreparedWeight
 
-__all__ = ["Backend", "Formulation", "Layer"]
+__all__ = ["Backend", "Formulation"]
 
-Backend = Callable[..., Any] | str  # what torch.compile takes as one
-Layer = Callable[
-    [Tensor, PreparedWeight, Sequence[PreparedSlice], Tensor | None, Tensor | None], Tensor
-]
+Backend = Callable[..., Any] | str  # what torch.compile accepts as backend=
+
+
+def _no_limit(weight: Any, dtype: torch.dtype, tokens: int) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -28,32 +32,63 @@ class Formulation:
     """One way to compute the layer.
 
     Args:
-        name: what tables and logs call it.
-        layer: ``layer(x, weight, slices, adapter_ids, bias)`` in pure PyTorch: no check, no value
-            looked at, so that it traces into one graph. An id outside ``[0, adapters)``
-            contributes nothing.
+        name: the name in tables and logs.
+        base: ``base(x, weight)`` returns ``x W^T`` ``[tokens, out_features]``, in the dtype of x or
+            of sums. Pure PyTorch without checks, and independent of values, so that it traces into
+            one graph.
+        layout: the class of weights that ``base`` reads.
         weight_rounded: whether ``(q - z) * s`` is rounded to the scale's dtype, as declared.
         base_rounded: whether the base is rounded to x's dtype before a delta or bias is added.
-        refuses: ``refuses(weight, dtype of x, tokens)``, why it cannot take them, or None.
-        devices: the types of devices that it is meant for; it is right on every one.
-        cancellation: what its sums may be off by beyond the bound of its roundings, as a factor of
+        limit: ``limit(weight, dtype of x, tokens)`` returns why ``base`` cannot take them, or None.
+        devices: the types of devices it is meant for; it is right on every one.
+        cancellation: how far its sums may be off beyond the bound of its roundings, as a factor of
             the sum of |x| |s| over a row.
         most_rank: the largest rank of adapters that it takes, or None for any.
         one_call: whether the base alone is one call of an operator, with nothing to compile.
-        backend: ``backend(weight, bucket)``, what compiles it; None for Inductor as it is, which
-            also lets others' graphs take it in.
+        backend: ``backend(weight, bucket)`` returns what compiles the layer. None means Inductor
+            with its defaults; only then can another graph inline the layer.
     """
 
     name: str
-    layer: Layer
+    base: Callable[[Tensor, Any], Tensor]
+    layout: type
     weight_rounded: bool
     base_rounded: bool
-    refuses: Callable[[PreparedWeight, torch.dtype, int], str | None]
+    limit: Callable[[Any, torch.dtype, int], str | None] = _no_limit
     devices: tuple[str, ...] = ("cpu", "cuda")
     cancellation: float = 0.0
     most_rank: int | None = None
     one_call: bool = False
-    backend: Callable[[PreparedWeight, tuple[int, int]], Backend] | None = None
+    backend: Callable[[Any, tuple[int, int]], Backend] | None = None
+
+    def layer(
+        self,
+        x: Tensor,
+        weight: PreparedWeight,
+        slices: Sequence[PreparedSlice],
+        adapter_ids: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Return ``RN_x(base + deltas + bias)``.
+
+        Args:
+            x: ``[tokens, in_features]``.
+            weight: an instance of ``layout``.
+            slices: the adapters, by slice of the outputs.
+            adapter_ids: int ``[tokens]``; needed with slices. An id outside ``[0, adapters)``
+                contributes nothing.
+            bias: ``[out_features]`` or None.
+        """
+        base = self.base(x, weight)
+        if not slices and bias is None:
+            return base.to(x.dtype)
+        return add_terms(base, x, slices, adapter_ids, bias)
+
+    def refuses(self, weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | None:
+        """Return why it cannot take a weight, a dtype of x and a number of tokens, or None."""
+        if not isinstance(weight, self.layout):
+            return f"the layout of {type(weight).__name__}, not of {self.layout.__name__}"
+        return self.limit(weight, dtype, tokens)
 
     def takes(
         self,
@@ -63,6 +98,7 @@ class Formulation:
         slices: Sequence[PreparedSlice] = (),
     ) -> bool:
         """Return whether it is meant for the weight's device and takes the operands."""
-        narrow = self.most_rank is None or all(one.rank <= self.most_rank for one in slices)
-        here = weight.device.type in self.devices
-        return narrow and here and self.refuses(weight, dtype, tokens) is None
+        if self.most_rank is not None and any(part.rank > self.most_rank for part in slices):
+            return False
+        meant = weight.device.type in self.devices
+        return meant and self.refuses(weight, dtype, tokens) is None

@@ -51,7 +51,7 @@ def decoded_rows(packed: Tensor, rows: int, exponent: Tensor) -> Tensor:
 
     Args:
         packed: int16 ``[at least ceil(rows / 4), groups]``, four rows in each number, such as the
-            zero-points of ``PlanesWeight``.
+            zero-points of ``InterleavedWeight``.
         rows: how many rows are packed.
         exponent: int32 that broadcasts to ``[rows, groups]``, filled with ``EXPONENT_OF_ONE``.
 

@@ -16,12 +16,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.layouts.interleaved import NIBBLES, PlanesWeight
+from int4_lora.compiled.layouts.interleaved import NIBBLES, InterleavedWeight
 
 __all__ = ["whole_blocks", "words_of_whole_blocks"]
 
 
-def words_of_whole_blocks(weight: PlanesWeight, words: int) -> int:
+def words_of_whole_blocks(weight: InterleavedWeight, words: int) -> int:
     """Return the words of a row after ``whole_blocks``.
 
     Args:
@@ -30,7 +30,7 @@ def words_of_whole_blocks(weight: PlanesWeight, words: int) -> int:
 
     Example:
         >>> from int4_lora.reference import quantize
-        >>> weight = PlanesWeight.from_packed(quantize(torch.ones(8, 96), group_size=32))
+        >>> weight = InterleavedWeight.from_packed(quantize(torch.ones(8, 96), group_size=32))
         >>> weight.words.shape[1], words_of_whole_blocks(weight, 8)
         (12, 16)
     """
@@ -40,7 +40,9 @@ def words_of_whole_blocks(weight: PlanesWeight, words: int) -> int:
     return -(-own // words) * words
 
 
-def whole_blocks(x: Tensor, weight: PlanesWeight, words: int) -> tuple[Tensor, PlanesWeight]:
+def whole_blocks(
+    x: Tensor, weight: InterleavedWeight, words: int
+) -> tuple[Tensor, InterleavedWeight]:
     """Return x and the weight with the last group repeated until blocks are full.
 
     Args:

@@ -31,7 +31,7 @@ __all__ = ["bucket_of", "graph_of", "run", "run_terms"]
 MOST_TOKENS = 2**31 - 1
 LAST_TOKENS = {  # the adapters' identity may not change in one; 2^13 rows are indexed in 32 bits
     "cpu": (1, GATHERED_TOKENS["cpu"][0], 2**15),
-    "cuda": (1, 16, GATHERED_TOKENS["cuda"][0], 2**13),
+    "cuda": (1, GATHERED_TOKENS["cuda"][0], 2**13),
 }
 
 _graphs: dict[Hashable, Callable[..., Tensor]] = {}

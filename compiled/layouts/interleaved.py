@@ -1,16 +1,17 @@
-"""Words whose eight codes belong to eight contiguous planes of x: the same bytes, interleaved.
+"""The checkpoint's words with the codes of a group in another order: the same bytes, interleaved.
 
-A group of g columns has g/8 words. In a checkpoint nibble j of word w is column 8 w + j of the
-group; here it is column j g/8 + w. So the same nibble of consecutive words, which is what vector
-instructions take at a time, meets consecutive columns of x, and decoding a row needs no shuffle.
+A group of g columns has g/8 words. In a checkpoint, nibble j of word w is column 8 w + j of the
+group; here it is column j g/8 + w. So the same nibble of consecutive words, which vector
+instructions take at a time, multiplies consecutive columns of x, and decoding a row needs no
+shuffle. x falls into eight contiguous planes for each group, one for each nibble.
 
-A checkpoint's word of eight rows' zero-points is two numbers of 16 bits here, the first four rows
-in the first. A GPU kernel then loads a number once for a group; words of 32 bits Triton would copy
-through shared memory, one for every word of the group.
+The zero-points of eight rows are one word of a checkpoint; here they are two 16-bit numbers, the
+first four rows in the first. A GPU kernel then loads each number once for a group; 32-bit words
+Triton would copy through shared memory, one copy for every word of the group.
 
-Columns with a ``g_idx`` of balanced groups are sorted by group first; x is then gathered.
+The columns of a ``g_idx`` with balanced groups are sorted by group first; x is then gathered.
 
-Source: the layout is this project's own; the codes are those of ``docs/format.md``.
+Source: ``docs/format.md`` for the codes; the order is this project's own.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from torch import Tensor
 from int4_lora.compiled.layouts.layout import PreparedWeight, in_blocks
 from int4_lora.reference import PackedWeight, pack, unpack
 
-__all__ = ["EXPONENT_OF_ONE", "PlanesWeight", "refuses"]
+__all__ = ["EXPONENT_OF_ONE", "NIBBLES", "InterleavedWeight", "refuses"]
 
 EXPONENT_OF_ONE = 0x3F800000  # the exponent bits of 1.0 in float32
 NIBBLES = 8  # codes of a word
-ZEROS = 4  # zero-points of a number
+ZEROS = 4  # zero-points of a 16-bit number
 
 
 @dataclass(frozen=True, eq=False)
-class PlanesWeight(PreparedWeight):
+class InterleavedWeight(PreparedWeight):
     """An INT4 weight of one scale per row or per group of columns, interleaved.
 
     Args:
@@ -40,12 +41,10 @@ class PlanesWeight(PreparedWeight):
         shape: ``(out_features, in_features)``.
         zero_point: int16 ``[2 ceil(out_features / 8), groups]``, four rows in each number, or None.
         g_idx: as in the checkpoint, or None.
-        order: int32 ``[in_features]``, the column of x that meets each column here, or None.
-        group_size: what the checkpoint's ``PackedWeight`` says.
-        exponent: on a GPU int32 ``[out_features]``, all ``EXPONENT_OF_ONE``, or None.
-
-    Source:
-        This module.
+        order: int32 ``[in_features]``, the column of x that each column here multiplies, or None
+            where they are the same.
+        group_size: as in the checkpoint's ``PackedWeight``.
+        exponent: on a GPU int32 ``[out_features]``, all ``EXPONENT_OF_ONE``; else None.
     """
 
     words: Tensor
@@ -58,8 +57,8 @@ class PlanesWeight(PreparedWeight):
     exponent: Tensor | None = None
 
     @classmethod
-    def from_packed(cls, weight: PackedWeight) -> PlanesWeight:
-        """Interleave a weight that ``refuses`` does not refuse."""
+    def from_packed(cls, weight: PackedWeight) -> InterleavedWeight:
+        """Interleave a weight that ``refuses`` accepts."""
         order = None
         if weight.g_idx is not None and not weight.column_order:
             order = torch.argsort(weight.g_idx, stable=True)
@@ -132,7 +131,7 @@ class PlanesWeight(PreparedWeight):
         )
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Return x with its columns in the order of this weight's."""
+        """Return x with its columns in the order of this weight."""
         return x if self.order is None else x.index_select(1, self.order)
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
@@ -162,12 +161,12 @@ class PlanesWeight(PreparedWeight):
 
 
 def _split(words: Tensor) -> Tensor:
-    """Return int32 ``[n, groups]`` as int16 ``[2 n, groups]``, the low half of a word first."""
+    """Return int32 ``[n, groups]`` as int16 ``[2 n, groups]``, the low half of each word first."""
     return torch.stack([(words << 16) >> 16, words >> 16], dim=1).flatten(0, 1).to(torch.int16)
 
 
 def _joined(halves: Tensor) -> Tensor:
-    """Return what ``_split`` was given."""
+    """Return the int32 words that ``_split`` was given."""
     low, high = halves.to(torch.int32).view(-1, 2, halves.shape[1]).unbind(1)
     return (high << 16) | (low & 0xFFFF)
 
@@ -177,7 +176,7 @@ def _exponents(rows: int, device: torch.device) -> Tensor:
 
 
 def refuses(weight: PackedWeight) -> str | None:
-    """Return why a weight cannot be interleaved, or None if it can."""
+    """Return why a weight cannot be interleaved, or None."""
     if weight.bits != 4:
         return f"{weight.bits} bits"
     if weight.strategy not in ("channel", "group"):

@@ -92,7 +92,7 @@ def default(
         slices: the adapters, by slice of the outputs.
         inlined: whether it is to be part of somebody else's graph.
     """
-    for one in (INT4PACK, MAGIC_GEMV, GEMV, DEFINITION):  # ``PLANES`` is slower: measured
+    for one in (INT4PACK, MAGIC_GEMV, GEMV, DEFINITION):
         many = one is INT4PACK and tokens > INT4PACK_TOKENS
         needs_options = inlined and one.backend is not None
         if not many and not needs_options and one.takes(weight, dtype, tokens, slices):

@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from int4_lora.compiled.formulations import FORMULATIONS
-from int4_lora.compiled.formulations.kernel_launches import native_matmul_is_missing
 from int4_lora.integration.cli.console import wide_console
 
 __all__ = ["Need", "doctor", "formulations", "needs"]
@@ -112,8 +111,6 @@ def formulations() -> dict[str, str | None]:
 def _missing(devices: tuple[str, ...], name: str) -> str | None:
     if "cpu" not in devices and not torch.cuda.is_available():
         return "meant for a GPU, and torch finds none"
-    if name == "planes":
-        return native_matmul_is_missing()
     compiler = os.environ.get("CXX", "g++")
     if name != "int4pack" and not torch.cuda.is_available() and shutil.which(compiler) is None:
         return f"Inductor needs a C++ compiler: {compiler} is not there"

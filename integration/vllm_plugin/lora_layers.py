@@ -100,7 +100,7 @@ class Int4LoRALayer:
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter in a slot."""
         super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
-        self._look_again()
+        self._refresh_finite()
         session = self.served.session
         parts = session.packed_modules.get(self.served.name.rpartition(".")[2], ())
         if isinstance(lora_a, list) and len(lora_a) == len(parts):
@@ -112,7 +112,7 @@ class Int4LoRALayer:
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
         super().reset_lora(index)  # type: ignore[misc]
-        self._look_again()
+        self._refresh_finite()
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer with each token's adapter: x ``[..., in_features]``."""
@@ -157,10 +157,10 @@ class Int4LoRALayer:
             )
         return unpacked(self.base_layer, dtype)
 
-    def _look_again(self) -> None:
+    def _refresh_finite(self) -> None:
         lora = self.served.lora
         for one in () if not isinstance(lora, PreparedLoRA) else lora.slices:
-            one.look_again()
+            one.refresh_finite()
 
 
 def _ours(name: str) -> type:

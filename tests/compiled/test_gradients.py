@@ -21,7 +21,7 @@ def leaves(dtype, tokens):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-@pytest.mark.parametrize("layout", ["planes", "checkpoint"])
+@pytest.mark.parametrize("layout", ["interleaved", "checkpoint"])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_gradients_are_the_references(layout, tokens):
     weight = random_weight("g_idx", **SHAPE, symmetric=False)

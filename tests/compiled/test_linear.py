@@ -57,8 +57,8 @@ def check(x, weight, lora, ids, bias, *, layout, y=None):
     ("layout", "dtype"),
     [
         ("int4pack", torch.bfloat16),
-        ("planes", torch.float32),
-        ("planes", torch.float16),
+        ("interleaved", torch.float32),
+        ("interleaved", torch.float16),
         ("checkpoint", torch.bfloat16),
     ],
 )
@@ -75,7 +75,7 @@ def test_asymmetric_weights_and_slices():
     slices = [LoRASlice(narrow(STACK, 16), 0), LoRASlice(narrow(STACK, 24, 16), 24)]
     for tokens in (1, 3, 17, 25):
         x = random_x(tokens, COLUMNS)
-        check(x, weight, slices, ids_of(tokens), None, layout="planes")
+        check(x, weight, slices, ids_of(tokens), None, layout="interleaved")
 
 
 def test_no_tokens():
@@ -96,7 +96,7 @@ def test_buckets_hold_every_number_of_tokens(device):
         assert first == last + 1
 
 
-@pytest.mark.parametrize("layout", ["int4pack", "planes"])
+@pytest.mark.parametrize("layout", ["int4pack", "interleaved"])
 def test_nothing_is_compiled_again_after_the_first_call_of_each_bucket(layout):
     weight, lora = prepare(random_weight(**SHAPE, seed=7), layout=layout), prepare_lora(STACK)
     several = (1, 2, 3, 4, 5, 16, 17, 24, 25, 26, 64, 100, 1000, 8192)
@@ -122,7 +122,7 @@ def test_any_number_of_shapes_in_one_process(monkeypatch):
             weight = random_weight(rows=16 + index, columns=64, groups=2)
             x = random_x(2, 64)
             y = int4_linear(x, prepare(weight))
-            check(x, weight, None, None, None, layout="planes", y=y)
+            check(x, weight, None, None, None, layout="interleaved", y=y)
 
 
 def test_other_numbers_of_adapters_are_other_graphs(monkeypatch):
@@ -146,7 +146,7 @@ def test_a_row_alone_and_in_a_batch():
         assert ((alone - batch[row]).abs() <= 2 * bound[row]).all()
 
 
-@pytest.mark.parametrize("layout", ["int4pack", "planes", "checkpoint"])
+@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
 def test_another_graph_takes_it_in(layout):
     weight = prepare(WEIGHT, layout=layout)
 
@@ -179,7 +179,7 @@ def test_another_graph_takes_no_tokens_and_any_strides(scales, dtype, symmetric)
 
 
 def test_autocast_changes_nothing():
-    weight = prepare(WEIGHT, layout="planes")
+    weight = prepare(WEIGHT, layout="interleaved")
     x = random_x(17, COLUMNS)
     plain = int4_lora_linear(x, weight, LORA, ids_of(17), BIAS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -192,7 +192,7 @@ def test_threads_share_graphs():
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: int4_linear(x, prepared), range(8)))
     for y in found:
-        check(x, weight, None, None, None, layout="planes", y=y)
+        check(x, weight, None, None, None, layout="interleaved", y=y)
 
 
 X, IDS = random_x(4, COLUMNS), ids_of(4)

@@ -37,8 +37,8 @@ MUTANTS = {
         {"LEFT_SHIFTS = (15, 7, -1, -9)": "LEFT_SHIFTS = (15, 7, -9, -1)"},
         ["compiled/formulations/test_magic_numbers.py"],
     ),
-    "zero_points_forgotten_by_planes": (
-        "formulations.planes", {"if weight.zero_point is not None:": "if False:"}, RANKS,
+    "zero_points_forgotten_by_magic_gemv": (
+        "formulations.magic_gemv", {"if weight.zero_point is not None:": "if False:"}, RANKS,
     ),
     "sums_of_planes_swapped": (
         "formulations.magic_gemv",

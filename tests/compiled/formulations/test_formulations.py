@@ -13,7 +13,6 @@ from parameterized import parameterized
 
 from int4_lora.compiled import layouts, prepare, prepare_lora
 from int4_lora.compiled.formulations import FORMULATIONS, MAGIC_GEMV
-from int4_lora.compiled.formulations.kernel_launches import native_matmul_is_missing
 from int4_lora.reference import LoRASlice, dequantize, error_bound, int4_lora_linear, pack
 from support.weights import every_format, narrow, random_stack, random_weight, random_x
 
@@ -77,8 +76,7 @@ class EveryFormulation(unittest.TestCase):
         ran = set()
         for dtype, tokens in itertools.product((weight.scale.dtype, torch.float32), (1, 4)):
             ran |= each(weight, random_x(tokens, 128, dtype))
-        missing = {"planes"} if native_matmul_is_missing() else set()
-        assert ran == set(FORMULATIONS) - missing
+        assert ran == set(FORMULATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,7 +155,7 @@ def test_magic_numbers_cancel_no_more_than_declared(dtype, symmetric):
         weight = dataclasses.replace(weight, zero_point=pack(zeros, dim=0))
         codes += 3
     nothing = dataclasses.replace(weight, packed=pack(codes))  # every weight is 0
-    prepared = prepare(nothing, layout="planes")
+    prepared = prepare(nothing, layout="interleaved")
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for spread in (0, 4, 8):
@@ -173,7 +171,7 @@ def test_magic_numbers_cancel_no_more_than_declared(dtype, symmetric):
 def test_magic_numbers_on_ordinary_weights_need_no_more_than_the_bound():
     for dtype, size in itertools.product((torch.bfloat16, torch.float16), (32, 128)):
         weight = random_weight(rows=64, columns=512, groups=512 // size, dtype=dtype)
-        prepared = prepare(weight, layout="planes")
+        prepared = prepare(weight, layout="interleaved")
         x = random_x(1, 512, dtype)
         y = MAGIC_GEMV.layer(x, prepared, (), None, None)
         exact = int4_lora_linear(x.double(), weight)

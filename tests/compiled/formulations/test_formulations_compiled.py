@@ -1,8 +1,7 @@
 """Every formulation, compiled, on poisoned buffers: its bound, its rms beside eager's, its replay.
 
 Here each one is run whether or not it would be chosen; ``test_formulations.py`` calls the same
-functions uncompiled, on more operands. ``planes`` rounds by giving a GPU's matrix units factors of
-16 bits; compiled for a CPU that rounding is left out, so it is checked by ``tox run -e codegen``.
+functions uncompiled, on more operands.
 """
 
 import dataclasses
@@ -26,7 +25,6 @@ from support.weights import random_stack, random_x
 
 ROWS, COLUMNS = 208, 256  # three blocks of 64 rows, and a rest
 RMS_OVER_EAGER = 2.0
-COMPILED = {name: one for name, one in FORMULATIONS.items() if name != "planes"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,9 +87,9 @@ def check(formulation, weight, prepared, stack, slices, x, ids, bias):
 @pytest.mark.parametrize(
     ("dtype", "several"), [(torch.bfloat16, (1, 4, 40)), (torch.float16, (1, 40))], ids=str
 )
-@pytest.mark.parametrize("name", sorted(COMPILED))
+@pytest.mark.parametrize("name", sorted(FORMULATIONS))
 def test_each_is_right_and_replays(name, dtype, several):
-    formulation, ran = COMPILED[name], 0
+    formulation, ran = FORMULATIONS[name], 0
     for tokens in several:
         weight, stack, x, bias = operands(dtype, tokens, seed=tokens)
         lora = prepare_lora(stack)
@@ -109,7 +107,7 @@ def test_each_is_right_and_replays(name, dtype, several):
 def test_a_row_alone_and_in_a_batch():
     weight, stack, x, bias = operands(torch.bfloat16, 24, seed=9)
     ids, lora = torch.arange(24) % 4 - 1, prepare_lora(stack)
-    for formulation, layout in itertools.product(COMPILED.values(), layouts(weight)):
+    for formulation, layout in itertools.product(FORMULATIONS.values(), layouts(weight)):
         prepared = prepare(weight, layout=layout)
         counts = [n for n in (1, 3, 24) if formulation.refuses(prepared, x.dtype, n) is None]
         for few, many in itertools.pairwise(counts):

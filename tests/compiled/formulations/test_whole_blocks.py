@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from int4_lora.compiled.formulations.whole_blocks import whole_blocks, words_of_whole_blocks
-from int4_lora.compiled.layouts.interleaved import PlanesWeight
+from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from support.weights import random_weight
 
 
@@ -12,7 +12,7 @@ def operands(groups, symmetric=True):
     weight = random_weight(rows=12, columns=32 * groups, groups=groups, symmetric=symmetric)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 32 * groups, generator=generator)
-    return x, PlanesWeight.from_packed(weight)
+    return x, InterleavedWeight.from_packed(weight)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -64,13 +64,13 @@ class EveryLayout(unittest.TestCase):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"rows": 48, "columns": 128}, ["int4pack", "planes", "checkpoint"]),
+        ({"rows": 48, "columns": 128}, ["int4pack", "interleaved", "checkpoint"]),
         ({"rows": 48, "columns": 128, "layout": "g_idx_minus_one"},
-         ["int4pack", "planes", "checkpoint"]),
-        ({"rows": 48, "columns": 128, "symmetric": False}, ["planes", "checkpoint"]),
-        ({"rows": 48, "columns": 128, "layout": "g_idx"}, ["planes", "checkpoint"]),
-        ({"rows": 47, "columns": 128}, ["planes", "checkpoint"]),
-        ({"rows": 48, "columns": 64}, ["planes", "checkpoint"]),  # groups of 16
+         ["int4pack", "interleaved", "checkpoint"]),
+        ({"rows": 48, "columns": 128, "symmetric": False}, ["interleaved", "checkpoint"]),
+        ({"rows": 48, "columns": 128, "layout": "g_idx"}, ["interleaved", "checkpoint"]),
+        ({"rows": 47, "columns": 128}, ["interleaved", "checkpoint"]),
+        ({"rows": 48, "columns": 64}, ["interleaved", "checkpoint"]),  # groups of 16
         ({"rows": 48, "columns": 128, "layout": "g_idx_unbalanced"}, ["checkpoint"]),
         ({"rows": 48, "columns": 128, "layout": "block"}, ["checkpoint"]),
         ({"rows": 48, "columns": 128, "layout": "tensor"}, ["checkpoint"]),
@@ -83,14 +83,19 @@ def test_which_layouts_hold_a_weight(arguments, expected):
     assert layouts(weight) == expected
     assert type(prepare(weight)) is type(prepare(weight, layout=expected[0]))
     wide = dataclasses.replace(weight, scale=weight.scale.float())
-    first = "planes" if "planes" in expected else "checkpoint"
+    first = "interleaved" if "interleaved" in expected else "checkpoint"
     assert layouts(wide)[0] == first
     assert sorted(layouts(wide)) == sorted(expected)
 
 
 @pytest.mark.parametrize(
     ("group_size", "layout", "most"),
-    [(128, "int4pack", 0.12), (32, "int4pack", 0.12), (128, "planes", 0.0), (32, "planes", 0.0)],
+    [
+        (128, "int4pack", 0.12),
+        (32, "int4pack", 0.12),
+        (128, "interleaved", 0.0),
+        (32, "interleaved", 0.0),
+    ],
 )
 def test_what_a_layout_costs(group_size, layout, most):
     weight = random_weight(rows=256, columns=1024, groups=1024 // group_size, dtype=torch.bfloat16)
@@ -100,7 +105,7 @@ def test_what_a_layout_costs(group_size, layout, most):
 
 def test_weights_of_two_gigabytes_are_not_given_to_torchs_operator():
     """It counts their bytes in 32 bits, and reads elsewhere."""
-    for rows, wanted in ((2**17 - 16, "int4pack"), (2**17, "planes")):
+    for rows, wanted in ((2**17 - 16, "int4pack"), (2**17, "interleaved")):
         weight = PackedWeight(
             torch.zeros(1, 2**12, dtype=torch.int32).expand(rows, -1),
             torch.ones(1, 2**8, dtype=torch.bfloat16).expand(rows, -1),
@@ -117,5 +122,7 @@ def test_refuses():
         prepare(weight, layout="marlin")
     with pytest.raises(ValueError, match="'int4pack' cannot hold this weight: zero-points"):
         prepare(weight, layout="int4pack")
-    with pytest.raises(ValueError, match="'planes' cannot hold this weight: unbalanced groups"):
-        prepare(random_weight("g_idx_unbalanced", columns=64), layout="planes")
+    with pytest.raises(
+        ValueError, match="'interleaved' cannot hold this weight: unbalanced groups"
+    ):
+        prepare(random_weight("g_idx_unbalanced", columns=64), layout="interleaved")

@@ -21,7 +21,7 @@ def _nothing_kept(tmp_path, monkeypatch):
 
 @pytest.fixture
 def weight():
-    return prepare(random_weight(rows=48, columns=128), layout="planes")
+    return prepare(random_weight(rows=48, columns=128), layout="interleaved")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_each_point_speaks_for_those_up_to_it(weight, monkeypatch):
 
 
 def test_a_point_does_not_speak_for_tokens_that_its_formulation_refuses(clock):
-    weight = prepare(random_weight(rows=48, columns=128), layout="planes")
+    weight = prepare(random_weight(rows=48, columns=128), layout="interleaved")
     clock["gemv"] = 0.5
     tune(weight, torch.bfloat16, tokens=[1, 3])
     assert kept(weight) == [(3, "default")]
@@ -125,8 +125,8 @@ def test_the_operator_is_timed_as_it_is_called(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda layer, **_: compiled.append(layer) or layer)
     tune(weight, torch.bfloat16, tokens=[16])
-    layers = [inspect.getclosurevars(one).nonlocals["function"] for one in compiled]
-    assert [layer.__globals__["__name__"].split(".")[-1] for layer in layers] == ["tiles"]
+    layers = [inspect.getclosurevars(function).nonlocals["function"] for function in compiled]
+    assert [layer.__self__.name for layer in layers] == ["tiles"]
 
 
 def test_rounds_are_shuffled_and_end_with_the_budget():

@@ -100,12 +100,11 @@ def test_formulations_that_cannot_run_say_why(monkeypatch):
     assert set(found) == set(FORMULATIONS)
     assert found["tiles"] is None
     if not torch.cuda.is_available():
-        assert found["planes"] == "meant for a GPU, and torch finds none"
+        assert found["magic_gemv"] == "meant for a GPU, and torch finds none"
         monkeypatch.setenv("CXX", "no-such-compiler")
         found = json.loads(run("--json").stdout)["formulations"]
         assert found["tiles"] == "Inductor needs a C++ compiler: no-such-compiler is not there"
         assert found["int4pack"] is None
+        assert "formulation magic_gemv: meant for a GPU, and torch finds none" in run().stdout
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command_doctor, "native_matmul_is_missing", lambda: "too old")
-    assert json.loads(run("--json").stdout)["formulations"]["planes"] == "too old"
-    assert "formulation planes: too old" in run().stdout
+    assert json.loads(run("--json").stdout)["formulations"]["magic_gemv"] is None
