@@ -14,6 +14,7 @@ from int4_lora.integration.cli import app as cli
 from int4_lora.integration.demo import findings, models, recipe
 from int4_lora.reference import int4_lora_linear
 from support.checkpoints import edit_config, weights
+from support.tiny import LLAMA
 
 
 def test_the_table(run):
@@ -34,7 +35,8 @@ def test_json_carries_all_of_it(run):
     }
 
 
-def test_without_a_model_one_is_made_once(tmp_path):
+def test_without_a_model_one_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "LLAMA", LLAMA)
     command = ["demo", f"--cache={tmp_path}", "--tokens=4"]
     assert CliRunner().invoke(cli.app, command).exit_code == 0
     (folder,) = tmp_path.iterdir()

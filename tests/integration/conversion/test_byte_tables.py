@@ -10,6 +10,8 @@ from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.reference import dequantize
 from support.weights import bits_of, every_format, random_weight
 
+pytestmark = pytest.mark.versions
+
 SHAPES = {"ragged": {}, "whole words": {"rows": 13, "columns": 64}}
 FORMATS = [
     (f"{shape}_{name}", {**arguments, **SHAPES[shape]})

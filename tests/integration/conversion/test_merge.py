@@ -14,6 +14,8 @@ from support.checkpoints import shard
 from support.conversion import bytes_of, convert, run, tensors_of
 from support.tiny import VARIANTS
 
+pytestmark = pytest.mark.versions
+
 
 def exact_weights(source, adapters, factors):
     """Return W + sum of weight * scaling * B A of every changed weight, in float64."""

@@ -14,11 +14,15 @@ from int4_lora.integration.conversion import result_files, unpack_checkpoint
 from support.conversion import SMALL, bytes_of, convert, run
 from support.killing import begin
 
-KILLS = {"unpack": 17, "merge-dense": 17, "merge-int4": 16}  # 50 in all
+COMMANDS = ("unpack", "merge-dense", "merge-int4")
+MANY = pytest.param(17, marks=pytest.mark.nightly)  # 51 in all
 
 
-@pytest.mark.parametrize("command", KILLS)
-def test_killed_at_random_moments_the_result_is_the_same(sharded, adapter, tmp_path, command):
+@pytest.mark.parametrize("kills", [3, MANY])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_at_random_moments_the_result_is_the_same(
+    sharded, adapter, tmp_path, command, kills
+):
     options = {
         "unpack": ["unpack", sharded],
         "merge-dense": ["merge", sharded, "--adapter", adapter],
@@ -33,7 +37,7 @@ def test_killed_at_random_moments_the_result_is_the_same(sharded, adapter, tmp_p
     lasts = time.perf_counter() - started
     assert first.exitcode == 0
     expected, killed, met = bytes_of(undisturbed), 0, set()
-    while killed < KILLS[command]:
+    while killed < kills:
         child = begin([*options, target, *SMALL])
         child.join(chance.uniform(0, lasts))
         child.kill()
@@ -50,7 +54,7 @@ def test_killed_at_random_moments_the_result_is_the_same(sharded, adapter, tmp_p
     if not target.exists():
         convert(*options, target, *SMALL)
     assert bytes_of(target) == expected
-    assert len(met) > 1  # it was not killed at the same place every time
+    assert len(met) > 1 or kills < 10  # it was not killed at the same place every time
     assert bytes_of(sharded) == before
 
 

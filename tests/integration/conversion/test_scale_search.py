@@ -12,6 +12,8 @@ from int4_lora.reference.dequantization import scale_columns, scale_rows
 from int4_lora.reference.lora_stack import LoRAStack
 from support.weights import every_format, random_weight
 
+pytestmark = pytest.mark.versions
+
 FORMATS = [(name, arguments) for name, arguments in every_format()]
 
 

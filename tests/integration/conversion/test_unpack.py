@@ -18,6 +18,8 @@ from support.conversion import bytes_of, convert, refusal, run, tensors_of
 from support.tiny import VARIANTS
 from support.upstream_versions import REFUSES_ZERO_POINTS
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_what_upstream_decompresses(tiny_models, tmp_path, variant):
