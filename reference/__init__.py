@@ -1,7 +1,7 @@
 """The ground truth: INT4 weights and LoRA adapters, defined in eager PyTorch.
 
-It imports torch and the standard library only, takes float64 operands, and is written to be
-read: start at ``linear.py``, whose docstring is the definition.
+It imports torch and the standard library only, and accepts float64 operands. Start reading at
+``linear.py``, whose docstring is the definition.
 
 Source: ``docs/format.md`` for the bits, ``docs/numerics.md`` for the roundings.
 """

@@ -1,4 +1,4 @@
-"""How far a right kernel may be from the exact result, derived and not tuned.
+"""How far a correct kernel may be from the exact result: derived, not tuned.
 
 With unit roundoff u, a sum of n products in any order errs by at most gamma_n = n u / (1 - n u)
 times the sum of their magnitudes. Counting the roundings of the declared order, with K =
@@ -13,20 +13,19 @@ delta (+2: scaling cast and multiplied) gamma_(K + r + 2 + j) |scaling| (|x| |A|
 the exact result's own float64 sums     the same with u = 2^-53
 ======================================  =================================================
 
-The scaling may be multiplied into x A^T, into B or into the delta. To these come what the backend
-declares:
+The scaling may be multiplied into x A^T, into B or into the delta. Add what the backend declares:
 
 - ``weight_rounded=False``, (q - z) * s is not rounded to the scale's dtype: the distance
   |x (W' - W)^T| between the two exact results, and two more roundings of each product (the
-  weight in the accumulation dtype, or the scale applied to a partial sum);
+  weight is held in the accumulation dtype, or the scale is applied to a partial sum);
 - ``base_rounded=True``, the base is rounded to the dtype of x before the delta is added: one
   rounding of x W^T, and one of x W^T + bias, since opaque kernels round before or after the bias
   or both;
 
 then the last rounding to the dtype of x, and underflow: a product may lose the smallest normal
 number of a wide-range format (results may be flushed to zero) or half the smallest subnormal of
-float16; operands that are subnormal may not be flushed. Where a sum, a product on the way or the
-result can overflow no error is too large, and the bound is infinite.
+float16; subnormal operands may not be flushed. Where a sum, an intermediate product or the result
+can overflow, the bound is infinite.
 
 Source: N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, section 3.1.
 """
@@ -56,12 +55,12 @@ __all__ = ["FORMATS", "Format", "error_bound", "gamma"]
 
 @dataclass(frozen=True)
 class Format:
-    """What rounding to a float format can lose.
+    """What rounding to a float format loses at most.
 
     Args:
         u: unit roundoff, relative to the result.
-        product_underflow: what one product can lose when it underflows.
-        output_underflow: what one rounded result can lose when it underflows.
+        product_underflow: the loss of a product that underflows.
+        output_underflow: the loss of a rounded result that underflows.
         overflow: the smallest magnitude that rounds to infinity.
     """
 
@@ -94,8 +93,7 @@ def error_bound(
 ) -> Tensor:
     """Bound ``|y - exact|`` of a backend that computes ``int4_lora_linear`` as it declares.
 
-    ``exact`` is ``int4_lora_linear(x.double(), ...)``. The formula stands at the top of the
-    module.
+    ``exact`` is ``int4_lora_linear(x.double(), ...)``. The module's docstring gives the formula.
 
     Args:
         x: ``[tokens, in_features]``, as in ``int4_lora_linear``.
@@ -103,17 +101,17 @@ def error_bound(
         lora: adapters, slices, or None.
         adapter_ids: ``[tokens]``, or None without adapters.
         bias: ``[out_features]``, or None.
-        accumulate: the dtype that sums are kept in; float64 if x is float64. Operands that are
-            wider than it are taken as they are: rounding them to it is not covered. For float16 or
-            bfloat16 operands on a CUDA device float32 has u = 2^-23, since tensor cores truncate:
-            pass the operands where the backend had them.
+        accumulate: the dtype of the sums; float64 if x is float64. Wider operands are used as they
+            are: rounding them to this dtype is not covered. For float16 or bfloat16 operands on a
+            CUDA device float32 has u = 2^-23, since tensor cores truncate: pass the operands on
+            the backend's device.
         weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
         base_rounded: whether the base is rounded to the dtype of x before bias or delta is added.
 
     Returns:
-        float64 ``[tokens, out_features]``, in the units of y: infinite where an overflow or a
-        sum too long for ``accumulate`` leaves no bound, and where the exact result is not finite
-        (then compare its class: NaN with NaN, infinity with infinity).
+        float64 ``[tokens, out_features]``, in the units of y. It is infinite where something may
+        overflow, where a sum is too long for ``accumulate``, and where the exact result is not
+        finite (then compare classes: NaN with NaN, infinity with infinity).
 
     Raises:
         TypeError: an operand of the wrong type or dtype.
@@ -176,9 +174,9 @@ def gamma(n: Tensor | int, u: float) -> Tensor:
 
 
 def _unscaled(size: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Return the largest number on the way, and how much underflow can reach the output, summed.
+    """Return the largest intermediate number, and the factor by which underflow reaches the output.
 
-    W' may be held in the accumulator, or the scale multiply a sum of x (q - z) instead.
+    A backend may hold W' in the accumulation dtype, or multiply a sum of x (q - z) by the scale.
     """
     scale = scale_of_each_weight(weight).abs().to(torch.float64).amax(dim=1)  # [out_features]
     sums = size @ centred_codes(weight).abs().to(torch.float64).T
@@ -193,9 +191,9 @@ class _Delta:
 
     Args:
         sum: |scaling| (|x| |A|^T) |B|^T.
-        rank: the rank that reaches an output; 0 where there is no adapter.
-        largest: the largest number on the way, in any place of the scaling.
-        underflows: how much of a product's underflow can reach the output, summed.
+        rank: the rank that reaches an output; 0 without an adapter.
+        largest: the largest intermediate number, wherever the scaling is multiplied in.
+        underflows: the factor by which the underflow of products reaches the output.
     """
 
     sum: Tensor
@@ -208,23 +206,24 @@ def _delta_magnitudes(
     size: Tensor, slices: tuple[LoRASlice, ...], ids: Tensor, like: Tensor
 ) -> _Delta:
     total, rank, largest, underflows = (torch.zeros_like(like) for _ in range(4))
+    adapted = (ids >= 0)[:, None]  # [tokens, 1]
     for part in slices:
         columns = slice(part.start, part.stop)
-        stack = part.stack
-        a, b, scaling = (one.abs().double() for one in (stack.a, stack.b, stack.scaling))
-        plain = LoRAStack(a, b, torch.ones_like(scaling))
-        mine = (ids >= 0)[:, None]  # [tokens, 1]
-        chosen = ids[:, None] == torch.arange(stack.adapters, device=ids.device)
-        own = torch.where(chosen, scaling, 0).sum(dim=1, keepdim=True)  # [tokens, 1]
-        h = shrink(size, plain, ids)  # [tokens, rank]
-        unscaled = expand(h, plain, ids)  # [tokens, part]
-        b_sum = expand(torch.where(mine, torch.ones_like(h), 0), plain, ids)
-        factor = own.clamp(min=1)  # the scaling comes first or last
-        reach = torch.maximum(unscaled, h.sum(dim=1, keepdim=True) + b_sum) * factor
-        total[:, columns] = own * unscaled
-        rank[:, columns] = torch.where(mine, float(part.stack.rank), 0.0)
-        largest[:, columns] = torch.maximum(reach, own)
-        lost = size.shape[1] * b_sum + part.stack.rank  # in the shrink, and before the scaling
-        folded = unscaled + h.sum(dim=1, keepdim=True) + b_sum  # in the scaling or a product by it
-        underflows[:, columns] = own * lost + folded
+        tensors = (part.stack.a, part.stack.b, part.stack.scaling)
+        a, b, scaling = (tensor.abs().double() for tensor in tensors)
+        unscaled_stack = LoRAStack(a, b, torch.ones_like(scaling))
+        adapter_of_token = ids[:, None] == torch.arange(len(scaling), device=ids.device)
+        scaling = torch.where(adapter_of_token, scaling, 0).sum(dim=1, keepdim=True)  # [tokens, 1]
+        h = shrink(size, unscaled_stack, ids)  # [tokens, rank]
+        h_sum = h.sum(dim=1, keepdim=True)
+        unscaled = expand(h, unscaled_stack, ids)  # [tokens, part]
+        b_sum = expand(torch.where(adapted, torch.ones_like(h), 0), unscaled_stack, ids)
+        total[:, columns] = scaling * unscaled
+        rank[:, columns] = torch.where(adapted, float(part.stack.rank), 0.0)
+        scaled_first_or_last = scaling.clamp(min=1)
+        reach = torch.maximum(unscaled, h_sum + b_sum) * scaled_first_or_last
+        largest[:, columns] = torch.maximum(reach, scaling)
+        before_scaling = size.shape[1] * b_sum + part.stack.rank
+        within_scaling = unscaled + h_sum + b_sum
+        underflows[:, columns] = scaling * before_scaling + within_scaling
     return _Delta(total, rank, largest, underflows)

@@ -1,9 +1,9 @@
-"""Argument checks shared by the public doors of the reference.
+"""Argument checks that the public functions share.
 
 Each check raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a wrong
 shape or value, and its message names the tensor, the rule and the value that broke it.
 
-Source: the numeric contract of this project, ``docs/numerics.md``.
+Source: ``docs/numerics.md``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def check_dtype(name: str, value: object, allowed: Collection[torch.dtype]) -> N
     """Check that ``value`` is a tensor of one of the ``allowed`` dtypes.
 
     Args:
-        name: what the message calls the value.
+        name: the name of the argument, for the message.
         value: the argument, of any type.
-        allowed: the dtypes that are right.
+        allowed: the allowed dtypes.
 
     Raises:
         TypeError: ``value`` is no tensor, or has another dtype.
@@ -43,8 +43,8 @@ def check_dtype(name: str, value: object, allowed: Collection[torch.dtype]) -> N
     names = [str(dtype).removeprefix("torch.") for dtype in allowed]
     rule = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     if not isinstance(value, Tensor):
-        found = "None" if value is None else type(value).__name__
-        raise TypeError(f"{name} must be a tensor of {rule}, got {found}")
+        got = "None" if value is None else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of {rule}, got {got}")
     if value.dtype not in allowed:
         raise TypeError(f"{name} must be {rule}, got {str(value.dtype).removeprefix('torch.')}")
 
@@ -53,7 +53,7 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meanin
     """Check the shape of ``value``; None in ``expected`` leaves that dimension free.
 
     Args:
-        name: what the message calls the tensor.
+        name: the name of the argument, for the message.
         value: the tensor.
         expected: the length of each dimension, or None for any.
         meaning: the shape in words, for the message, for example ``"[tokens, in_features]"``.
@@ -62,8 +62,8 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meanin
         ValueError: the number of dimensions or a length is wrong.
     """
     fits = value.ndim == len(expected) and all(
-        length is None or length == found
-        for length, found in zip(expected, value.shape, strict=True)
+        length is None or length == actual
+        for length, actual in zip(expected, value.shape, strict=True)
     )
     if not fits:
         shape = ", ".join("*" if length is None else str(length) for length in expected)
@@ -71,11 +71,11 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meanin
 
 
 def as_device(device: object) -> torch.device:
-    """Return a device given as such or by name.
+    """Return ``device``, a torch.device or the name of one, as a torch.device.
 
     Raises:
-        TypeError: neither a device nor a string, a dtype for one.
-        ValueError: no device of that name.
+        TypeError: ``device`` is of another type, for example a dtype.
+        ValueError: torch knows no device of that name.
     """
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a torch.device or its name, got {type(device).__name__}")
@@ -89,7 +89,7 @@ def check_one_device(**tensors: Tensor | None) -> None:
     """Check that all given tensors are on one device.
 
     Args:
-        tensors: the operands by name; None stands for an operand that is absent.
+        tensors: the operands by name; None for an absent one.
 
     Raises:
         ValueError: two operands are on different devices.
@@ -107,8 +107,8 @@ def check_one_device(**tensors: Tensor | None) -> None:
 def check_adapter_ids(adapter_ids: Tensor, tokens: int, adapters: int) -> None:
     """Check ``adapter_ids``: an int tensor ``[tokens]`` with values in ``[-1, adapters)``.
 
-    The values are not looked at while ``torch.compile`` traces: a check of values needs the
-    numbers, and a graph has none. There an id outside the range contributes nothing.
+    While ``torch.compile`` traces, values are unknown and are not checked: in a graph, an id
+    outside the range contributes nothing.
 
     Args:
         adapter_ids: the argument.

@@ -5,7 +5,7 @@ y = RN_x( x W^T + scaling * (x A^T) B^T + bias )
 RN_x rounds once, to the dtype of x. Everything inside is summed in float32 (float64 when x is
 float64), the shrink included; W is the weight after its own single rounding.
 
-Source: the declared order of this project, ``docs/numerics.md``.
+Source: ``docs/numerics.md``.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ def int4_lora_linear(
 ) -> Tensor:
     """Apply an INT4 linear layer with an adapter for each token.
 
-    ``y = RN_x(x W^T + scaling * (x A^T) B^T + bias)``, with A, B and scaling of the token's own
-    adapter, and no such term for the id -1. Differentiable in x, and in a and b of the adapters.
+    ``y = RN_x(x W^T + scaling * (x A^T) B^T + bias)``, where A, B and scaling are those of the
+    token's adapter; the id -1 has no such term. It is differentiable in x, and in a and b of the
+    adapters.
 
     Args:
         x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
         weight: the packed base weight.
-        lora: adapters of the whole output, or slices of it that do not overlap, or None.
+        lora: adapters of the whole output, slices that do not overlap, or None.
         adapter_ids: int32 or int64 ``[tokens]``, each in ``[-1, adapters)``; needed with ``lora``.
         bias: ``[out_features]``, float, or None.
 
@@ -116,10 +117,10 @@ def int4_lora_linear(
 
 
 def as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, ...]:
-    """Return ``lora`` as slices: none, one that starts at 0, or those given.
+    """Return ``lora`` as slices: none for None, one from output 0 for a stack, or those given.
 
     Raises:
-        TypeError: ``lora`` is none of the three.
+        TypeError: ``lora`` is neither None, a LoRAStack nor a sequence of LoRASlice.
         ValueError: the slices do not hold the same number of adapters.
     """
     if lora is None:
@@ -130,8 +131,7 @@ def as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, 
         raise TypeError(f"lora must be a LoRAStack or LoRASlices, got {type(lora).__name__}")
     for index, part in enumerate(lora):
         if not isinstance(part, LoRASlice):
-            found = type(part).__name__
-            raise TypeError(f"lora[{index}] must be a LoRASlice, got {found}")
+            raise TypeError(f"lora[{index}] must be a LoRASlice, got {type(part).__name__}")
         if part.stack.adapters != lora[0].stack.adapters:
             raise ValueError(
                 f"all slices must hold as many adapters: lora[0] has {lora[0].stack.adapters}, "
@@ -143,7 +143,7 @@ def as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, 
 def check_slices(
     weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice] | None
 ) -> tuple[LoRASlice, ...]:
-    """Return ``lora`` as slices that fit ``weight``.
+    """Check that ``lora`` fits ``weight``; return it as slices.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -171,7 +171,7 @@ def check_operands(
     adapter_ids: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[tuple[LoRASlice, ...], Tensor]:
-    """Check all operands; return the slices, and the ids: -1 for all when none are given.
+    """Check all operands; return the slices, and the ids: all -1 where none are given.
 
     Raises:
         TypeError: an operand of the wrong type or dtype.

@@ -1,8 +1,8 @@
-"""Low-rank adapters, many at once: every token uses its own adapter, or none.
+"""Low-rank adapters for mixed batches: each token uses its own adapter, or none.
 
 delta[t] = scaling[i] * B[i] (A[i] x[t]) with i = adapter_ids[t], and 0 where i is -1.
 The sum over in_features is "shrink", the sum over the rank is "expand". Tokens are masked before
-and after each product, so that no NaN of one adapter or token reaches another's result or
+and after each product, so that a NaN of one adapter or token reaches no other's result or
 gradient.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685;
@@ -57,10 +57,10 @@ def shrink(x: Tensor, lora: LoRAStack, adapter_ids: Tensor) -> Tensor:
     accumulate = accumulation_dtype(x)
     h = torch.zeros(x.shape[0], lora.rank, dtype=accumulate, device=x.device)
     for adapter in range(lora.adapters):
-        mine = (adapter_ids == adapter)[:, None]  # [tokens, 1]; true nowhere for an id of -1
+        chosen = (adapter_ids == adapter)[:, None]  # [tokens, 1]; never true for the id -1
         a = lora.a[adapter].to(accumulate)
         with without_autocast(x):
-            h = torch.where(mine, torch.where(mine, x, 0).to(accumulate) @ a.T, h)
+            h = torch.where(chosen, torch.where(chosen, x, 0).to(accumulate) @ a.T, h)
     return h
 
 
@@ -68,7 +68,7 @@ def expand(h: Tensor, lora: LoRAStack, adapter_ids: Tensor) -> Tensor:
     """Project back to the outputs: ``delta[t] = scaling[ids[t]] * B[ids[t]] h[t]``.
 
     Args:
-        h: ``[tokens, rank]``, what ``shrink`` returned.
+        h: ``[tokens, rank]``, the result of ``shrink``.
         lora: the adapters.
         adapter_ids: int32 or int64 ``[tokens]``; -1 means no adapter.
 
@@ -92,35 +92,35 @@ def expand(h: Tensor, lora: LoRAStack, adapter_ids: Tensor) -> Tensor:
     accumulate = accumulation_dtype(h)
     delta = torch.zeros(h.shape[0], lora.out_features, dtype=accumulate, device=h.device)
     for adapter in range(lora.adapters):
-        mine = (adapter_ids == adapter)[:, None]  # [tokens, 1]
+        chosen = (adapter_ids == adapter)[:, None]  # [tokens, 1]
         b, scaling = lora.b[adapter].to(accumulate), lora.scaling[adapter].to(accumulate)
         with without_autocast(h):
-            own = scaling * (torch.where(mine, h, 0).to(accumulate) @ b.T)
-        delta = torch.where(mine, own, delta)
+            product = scaling * (torch.where(chosen, h, 0).to(accumulate) @ b.T)
+        delta = torch.where(chosen, product, delta)
     return delta
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64 for float64 operands, else float32."""
+    """Return the dtype of the sums: float64 where x is float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which a product of float32 tensors is one of float32."""
+    """Return a context in which autocast does not narrow products of float32 tensors."""
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 
 def check_accumulates(name: str, value: Tensor, x: Tensor) -> None:
-    """Check that ``value`` is not wider than the sums, which would round it silently.
+    """Check that ``value`` is not wider than the sums, which would silently round it.
 
     Raises:
         TypeError: ``value`` is float64 and ``x`` is not.
     """
     if value.dtype == torch.float64 and x.dtype != torch.float64:
-        found = str(x.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must not be float64 where x is {found}: sums are in float32")
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must not be float64 where x is {got}: sums are in float32")
 
 
 def _check_one_layer(

@@ -27,26 +27,26 @@ __all__ = ["LoRASlice", "LoRAStack", "check_slices_fit", "rows_of"]
 
 @dataclass(frozen=True, eq=False)
 class LoRAStack:
-    """Adapters of one linear layer, stacked so that an id chooses one.
+    """The adapters of one linear layer, stacked: an id selects one.
 
     Args:
         a: ``[adapters, rank, in_features]``, float16, bfloat16, float32 or float64.
         b: ``[adapters, out_features, rank]``, of the same dtype.
-        scaling: ``[adapters]``, alpha / rank of each, in any of these dtypes.
+        scaling: ``[adapters]``, alpha / rank of each, of any of these dtypes.
 
     Raises:
         TypeError: a field of the wrong dtype.
         ValueError: a field of the wrong shape or device.
 
     Example:
-        >>> one = (torch.ones(1, 8), torch.ones(4, 1), 2 / 3)
-        >>> two = (torch.ones(3, 8), torch.ones(4, 3), 1.0)
-        >>> stack = LoRAStack.stack([one, two])
+        >>> first = (torch.ones(1, 8), torch.ones(4, 1), 2 / 3)
+        >>> second = (torch.ones(3, 8), torch.ones(4, 3), 1.0)
+        >>> stack = LoRAStack.stack([first, second])
         >>> stack.adapters, stack.rank, stack.in_features, stack.out_features
         (2, 3, 8, 4)
 
     Source:
-        The layout of PEFT's ``lora_A`` and ``lora_B``, with the adapter as first dimension.
+        The layout of PEFT's ``lora_A`` and ``lora_B``, with a first dimension for the adapter.
     """
 
     a: Tensor
@@ -69,18 +69,18 @@ class LoRAStack:
 
     @classmethod
     def stack(cls, adapters: Iterable[tuple[Tensor, Tensor, float]]) -> LoRAStack:
-        """Stack adapters of one layer; smaller ranks are padded with zeros.
+        """Stack the adapters of one layer; smaller ranks are padded with zeros.
 
         Padding adds 0 * x, which is 0 for finite x and NaN for an infinite one.
 
         Args:
-            adapters: ``(a, b, scaling)`` of each: ``a [rank, in_features]``,
-                ``b [out_features, rank]`` of one dtype and device for all, and a number. The
+            adapters: ``(a, b, scaling)`` of each: ``a [rank, in_features]`` and
+                ``b [out_features, rank]``, of one dtype and device for all, and a number. The
                 scaling is kept in float64, so that 2/3 stays 2/3.
 
         Raises:
             TypeError: a member of the wrong type or dtype.
-            ValueError: no adapters, or shapes that do not fit; the message gives the index.
+            ValueError: no adapters, or shapes that do not fit; the message names the adapter.
         """
         given = _as_triples(adapters)
         first_a, first_b, _ = given[0]
@@ -110,12 +110,12 @@ class LoRAStack:
 
     @property
     def adapters(self) -> int:
-        """How many adapters there are to choose from."""
+        """The number of adapters."""
         return self.a.shape[0]
 
     @property
     def rank(self) -> int:
-        """The rank all adapters are padded to."""
+        """The rank that all adapters are padded to."""
         return self.a.shape[1]
 
     @property
@@ -143,13 +143,14 @@ def _as_triples(
     if not isinstance(adapters, Iterable):
         raise TypeError(f"adapters must be (a, b, scaling) triples, got {type(adapters).__name__}")
     triples = []
-    for index, one in enumerate(adapters):
-        if not isinstance(one, (tuple, list)) or len(one) != 3:
-            raise TypeError(f"adapter {index} must be (a, b, scaling), got {type(one).__name__}")
-        a, b, scaling = one
+    for index, triple in enumerate(adapters):
+        if not isinstance(triple, (tuple, list)) or len(triple) != 3:
+            got = type(triple).__name__
+            raise TypeError(f"adapter {index} must be (a, b, scaling), got {got}")
+        a, b, scaling = triple
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-            found = type(scaling).__name__
-            raise TypeError(f"scaling of adapter {index} must be a number, got {found}")
+            got = type(scaling).__name__
+            raise TypeError(f"scaling of adapter {index} must be a number, got {got}")
         if isinstance(scaling, int) and abs(scaling) >= 2**1023:
             raise ValueError(f"scaling of adapter {index} must fit float64, got 2**1023 or more")
         triples.append((a, b, float(scaling)))
@@ -162,7 +163,7 @@ def _as_triples(
 class LoRASlice:
     """Adapters that write the outputs ``[start, start + stack.out_features)`` of a wider layer.
 
-    Merged projections (qkv, gate_up) are one base weight whose parts have adapters of their own.
+    A merged projection (qkv, gate_up) is one base weight whose parts have separate adapters.
 
     Args:
         stack: the adapters of this part.
@@ -194,22 +195,22 @@ class LoRASlice:
 
     @property
     def stop(self) -> int:
-        """One past the last output that is written."""
+        """The output after the last one they write."""
         return self.start + self.stack.out_features
 
 
 def rows_of(slices: Sequence[LoRASlice], index: Tensor) -> list[LoRASlice]:
-    """Return what slices write to some outputs, as slices of those outputs alone.
+    """Return the adapters of some outputs: output ``i`` of the result is output ``index[i]``.
 
-    Output ``i`` of the result is output ``index[i]`` of the layer, as in ``PackedWeight.rows``.
+    This is for adapters what ``PackedWeight.rows`` is for the weight.
 
     Args:
         slices: slices of the whole layer.
         index: int64 ``[outputs]``, each a row of the layer's weight, in any order.
 
     Returns:
-        One slice for each run of neighbours that one of the slices writes, in the order of the
-        slices; empty where none writes any of the outputs.
+        Slices of the taken outputs: one for each run of neighbours that a given slice writes, in
+        the order of the given slices. Empty where none writes any of the outputs.
 
     Example:
         >>> stack = LoRAStack.stack([(torch.ones(1, 8), torch.arange(4.0)[:, None], 1.0)])
@@ -238,7 +239,7 @@ def check_slices_fit(
             outputs ``[start, stop)`` that it writes.
         in_features: of the layer.
         out_features: of the layer.
-        base: what messages call the layer that the adapters are added to.
+        base: what the messages call the layer that the adapters are added to.
 
     Raises:
         ValueError: a slice that does not fit the layer, or two that overlap.

@@ -25,7 +25,7 @@ __all__ = ["MergeCost", "merge", "merge_quantized", "stored_zero_point"]
 
 @dataclass(frozen=True)
 class MergeCost:
-    """What quantising a merged weight lost, against W + scaling * B A in float64.
+    """The error of quantising a merged weight, against W + scaling * B A in float64.
 
     Args:
         max_error: the largest absolute difference of one weight, in the weight's units.
@@ -43,7 +43,7 @@ def merge(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: 
     Args:
         weight: the packed base weight.
         lora: adapters of the whole output, or slices of it.
-        adapter: which adapter, in ``[0, adapters)``.
+        adapter: the adapter's index, in ``[0, adapters)``.
 
     Returns:
         ``[out_features, in_features]`` in the scale's dtype, rounded once from float64; no
@@ -70,18 +70,18 @@ def merge(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: 
 def merge_quantized(
     weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: int
 ) -> tuple[PackedWeight, MergeCost]:
-    """Merge one adapter and quantise the sum again, in the grouping of ``weight``.
+    """Merge one adapter and quantise the sum again, in the groups of ``weight``.
 
-    Groups, symmetry, bits, g_idx and the scale's dtype stay as they are; scales, zero-points and
-    codes are made anew by the min-max rule of ``quantize``, from the sum in float64.
+    Groups, symmetry, bits, g_idx and the scale's dtype stay as they are; the min-max rule of
+    ``quantize`` computes new scales, zero-points and codes from the sum in float64.
 
     Args:
         weight: the packed base weight.
         lora: adapters of the whole output, or slices of it.
-        adapter: which adapter, in ``[0, adapters)``.
+        adapter: the adapter's index, in ``[0, adapters)``.
 
     Returns:
-        The merged packed weight, and what quantising it cost.
+        The merged packed weight, and the error that quantising it made.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -97,7 +97,7 @@ def merge_quantized(
         (0.5, 0.25)
 
     Source:
-        arXiv:2106.09685, section 4.1; the quantiser's module states its arithmetic.
+        arXiv:2106.09685, section 4.1.
     """
     exact = _merged(weight, lora, adapter)
     table = (1, 1) if weight.scale.ndim == 1 else (weight.scale.shape[0], weight.scale.shape[1])
@@ -124,7 +124,7 @@ def merge_quantized(
 
 
 def stored_zero_point(weight: PackedWeight, zero_point: Tensor) -> Tensor | None:
-    """Return int8 zero-points as ``weight`` stores its own: absent, packed or unpacked."""
+    """Return int8 zero-points in the form that ``weight`` stores: absent, packed or unpacked."""
     if weight.zero_point is None:
         return None
     if weight.zero_point.dtype == torch.int32:

@@ -29,9 +29,9 @@ Strategy = Literal["tensor", "channel", "group", "block"]
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """The tensors of one quantised ``[out_features, in_features]`` weight, checked when made.
+    """The tensors of one quantised ``[out_features, in_features]`` weight, checked on creation.
 
-    The shape of ``scale`` tells the strategy, which is how many weights share a scale:
+    The shape of ``scale`` gives the strategy, which says which weights share a scale:
 
     ========  ===========================  ============================================
     strategy  ``scale``                    ``zero_point`` (None when symmetric)
@@ -44,13 +44,13 @@ class PackedWeight:
 
     Args:
         packed: int32 ``[out_features, ceil(in_features / n)]``, n = 32 / bits, low bits first.
-        scale: float16, bfloat16 or float32. NaN, infinite, zero and negative values are data.
-        shape: ``(out_features, in_features)``; the int64 ``[2]`` tensor ``weight_shape`` of a
-            checkpoint is taken too, and kept as a tuple.
+        scale: float16, bfloat16 or float32. Any value is allowed: NaN, infinite, zero, negative.
+        shape: ``(out_features, in_features)``; a checkpoint's int64 ``[2]`` tensor ``weight_shape``
+            is converted to a tuple.
         zero_point: packed along dim 0 (outputs) for channel and group, unpacked for tensor and
             block; see the table.
         g_idx: int32 ``[in_features]``, the group of each column, for the strategy "group". Groups
-            may have any number of columns. A -1 anywhere means column order, as if it were absent.
+            may have any number of columns. A -1 anywhere means column order, as without g_idx.
         group_size: columns that share a scale, or ``(rows, columns)`` of a block, which is then
             required. None means ``in_features / scale.shape[1]``, which must divide.
         bits: 4 or 8.
@@ -105,12 +105,12 @@ class PackedWeight:
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero-point is 0, so that none are stored."""
+        """Whether no zero-points are stored: every one is 0."""
         return self.zero_point is None
 
     @property
     def strategy(self) -> Strategy:
-        """Which weights share a scale; one group per row is called "channel"."""
+        """The rule by which weights share a scale; one group per row is called "channel"."""
         if self.scale.ndim == 1:
             return "tensor"
         if isinstance(self.group_size, tuple):
@@ -119,7 +119,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """The bytes of all tensors together."""
         tensors = (self.packed, self.scale, self.zero_point, self.g_idx)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -137,19 +137,18 @@ class PackedWeight:
         return moved
 
     def rows(self, index: Tensor | slice) -> PackedWeight:
-        """Return the weight of some outputs: row ``i`` of the result is row ``index[i]`` of this.
+        """Return the weight of some outputs: row ``i`` of the result is row ``index[i]``.
 
-        Every strategy keeps its grouping. Zero-points that are packed along the outputs are
-        packed again; ``g_idx``, ``group_size`` and ``bits`` stay as they are.
+        Zero-points that are packed along the outputs are packed again; ``g_idx``, ``group_size``
+        and ``bits`` stay as they are.
 
         Args:
-            index: int64 ``[rows]`` in any order, repeats allowed, or a slice. The rows of a weight
-                in blocks must keep to its blocks: those that share a scale in the result must
-                share one here.
+            index: int64 ``[rows]`` in any order, repeats allowed, or a slice. With the strategy
+                "block", rows that share a block in the result must share one here.
 
         Raises:
             TypeError: ``index`` is neither an int64 tensor nor a slice.
-            ValueError: no rows, a row out of range, or rows that do not keep to the blocks.
+            ValueError: no rows, a row out of range, or rows that do not fit the blocks.
 
         Example:
             >>> packed = torch.tensor([[-162254320], [0x76543210]], dtype=torch.int32)
@@ -178,7 +177,7 @@ class PackedWeight:
 
 
 def _row_index(index: Tensor | slice, rows: int) -> Tensor:
-    """Return the rows that ``index`` chooses of ``rows``: int64 ``[chosen]``."""
+    """Check ``index`` against the number of rows; return it as an int64 tensor."""
     if isinstance(index, slice):
         index = torch.tensor(range(rows)[index], dtype=torch.int64)
     check_dtype("index", index, (torch.int64,))
@@ -192,7 +191,7 @@ def _row_index(index: Tensor | slice, rows: int) -> Tensor:
 
 
 def _block_index(index: Tensor, size: int) -> Tensor:
-    """Return which old block each new block of ``size`` rows is: int64 ``[new blocks]``."""
+    """Return which block of the weight each block of the result is: int64 ``[blocks]``."""
     block_of_row = index // size
     blocks = block_of_row[::size]
     wrong = (block_of_row != blocks.repeat_interleave(size)[: len(index)]).nonzero()
@@ -241,7 +240,7 @@ def _check_g_idx(weight: PackedWeight) -> bool:
         )
     groups = weight.scale.shape[1]
     if weight.g_idx.is_meta:
-        return False  # no values to look at; ``to`` keeps what was found before
+        return False  # a meta tensor has no values; ``to`` keeps the answer from before
     low, high = int(weight.g_idx.min()), int(weight.g_idx.max())
     if low < -1 or high >= groups:
         value = low if low < -1 else high
@@ -253,7 +252,7 @@ def _check_scale(weight: PackedWeight) -> None:
     rows, columns = weight.shape
     size = weight.group_size
     if isinstance(size, tuple):
-        if len(size) != 2 or any(type(one) is not int or not 0 < one < 2**31 for one in size):
+        if len(size) != 2 or any(type(n) is not int or not 0 < n < 2**31 for n in size):
             raise ValueError(f"group_size of blocks must be two positive ints, got {size}")
         blocks = (-(-rows // size[0]), -(-columns // size[1]))
         check_shape("scale", weight.scale, blocks, f"one per block of {size[0]} x {size[1]}")
@@ -269,7 +268,7 @@ def _check_scale(weight: PackedWeight) -> None:
         return
     check_shape("scale", weight.scale, (rows, None), "[out_features, groups]")
     groups = weight.scale.shape[1]
-    if not weight.column_order:  # g_idx says which group each column has: none has to be full
+    if not weight.column_order:  # g_idx names the group of each column: groups need not be full
         if size is not None and groups != -(-columns // size):
             raise ValueError(
                 f"group_size must make {groups} groups of {columns} columns, as scale has, "

@@ -2,8 +2,7 @@
 
 A code q is signed; it is stored as the unsigned number u = q + 2**(bits - 1). One word holds
 32 / bits stored codes, the first in the lowest bits: element i of a row is in word
-i // (32 / bits), at bit bits * (i % (32 / bits)). The last word of a row is filled up with
-stored zeros.
+i // (32 / bits), at bit bits * (i % (32 / bits)). The unused bits of a row's last word are zero.
 
 Source: ``compressed_tensors/compressors/pack_quantized/helpers.py``, compressed-tensors 0.17.
 """
@@ -69,7 +68,7 @@ def unpack(packed: Tensor, size: int, *, bits: int = 4, dim: int = 1) -> Tensor:
 
     Args:
         packed: int32 ``[out_features, ceil(in_features / n)]``, low bits first, for ``dim=1``.
-        size: the length of ``dim`` before packing; what lies beyond it is padding.
+        size: the length of ``dim`` before packing; the rest of the last word is padding.
         bits: 4 or 8.
         dim: the packed dimension.
 
@@ -117,7 +116,7 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def words_for(size: int, bits: int) -> int:
-    """Return how many int32 words hold ``size`` codes of ``bits`` bits.
+    """Return the number of int32 words that hold ``size`` codes of ``bits`` bits.
 
     Example:
         >>> words_for(9, bits=4)
@@ -128,7 +127,7 @@ def words_for(size: int, bits: int) -> int:
 
 
 def check_bits(bits: object) -> None:
-    """Check that ``bits`` is a width this format packs without straddling words.
+    """Check that ``bits`` is a width that the format has.
 
     Raises:
         ValueError: ``bits`` is neither 4 nor 8.

@@ -1,6 +1,6 @@
-"""From weights to codes: min-max quantisation with a stated order and arithmetic.
+"""From weights to codes: min-max quantisation in a stated order and arithmetic.
 
-Quantisers differ in order and dtype, which flips codes. This one is, per group:
+Quantisers differ in order and dtype, which flips codes. This one computes, per group:
 
 1. lo = min(w, 0) and hi = max(w, 0) over the group, so that 0 is always representable
 2. symmetric: s = max(-lo, hi) / ((2**bits - 1) / 2) and z = 0;
@@ -11,9 +11,9 @@ Quantisers differ in order and dtype, which flips codes. This one is, per group:
 
 in float32, or float64 for a float64 weight; ``round`` is half to even, ``clamp`` is to the codes.
 
-Source: ``calculate_qparams`` in ``compressed_tensors/quantization/utils/helpers.py``, whose
-codes it gives for float32 weights and scales. There steps 4 and 5 divide in the dtype of the
-weight and its scale, which for bfloat16 flips about one code in 200.
+Source: ``calculate_qparams`` in ``compressed_tensors/quantization/utils/helpers.py``, which gives
+the same codes for float32 weights and scales. It divides in the dtype of the weight and its scale
+in steps 4 and 5, which for bfloat16 flips about one code in 200.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def quantize(
 ) -> PackedWeight:
     """Quantise a dense weight to 4 bits, min-max, one scale per row and group.
 
-    A weight whose code was not clamped is represented to half its scale:
+    A weight whose code was not clamped is off by at most half its scale:
     ``|w - (q - z) * s| <= s / 2``.
 
     Args:
@@ -62,9 +62,6 @@ def quantize(
         >>> packed = quantize(torch.tensor([[7.5, -3.0, 1.0, 0.0]]), group_size=None)
         >>> packed.scale.item(), hex(packed.packed.item())  # 7, -3, 1, 0, each plus 8
         (1.0, '0x895f')
-
-    Source:
-        The module's docstring gives the order and the arithmetic.
     """
     check_dtype("weight", weight, X_DTYPES)
     check_shape("weight", weight, (None, None), "[out_features, in_features]")
@@ -106,7 +103,7 @@ def quantize_groups(
     scale_dtype: torch.dtype,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise with any grouping: weight (i, j) has scale (row_of[i], column_of[j]).
+    """Quantise in any groups: weight (i, j) has scale (row_of[i], column_of[j]).
 
     Args:
         weight: ``[out_features, in_features]``, float.

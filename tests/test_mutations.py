@@ -81,12 +81,12 @@ MUTANTS = {
     ),
     "scaling_missing": (
         "lora",
-        {"own = scaling * (torch": "own = (torch"},
+        {"product = scaling * (torch": "product = (torch"},
         ["reference/test_lora.py"],
     ),
     "scaling_twice": (
         "lora",
-        {"own = scaling * (torch": "own = scaling * scaling * (torch"},
+        {"product = scaling * (torch": "product = scaling * scaling * (torch"},
         ["reference/test_lora.py"],
     ),
     "slices_swapped": (
@@ -103,7 +103,7 @@ MUTANTS = {
     ),
     "gradients_leak": (
         "lora",
-        {"torch.where(mine, x, 0).to": "x.to"},
+        {"torch.where(chosen, x, 0).to": "x.to"},
         ["reference/test_linear.py"],
     ),
     "merge_of_the_first_slice": (
