@@ -1,7 +1,7 @@
-"""The oracle: cases, bounds and diagnosis that a backend is held against.
+"""The oracle: is a backend right, and if not, which rule does it break?
 
-Start at ``suite.py`` for the cases, at ``verdict.py`` for what is right, and at ``mistakes.py`` for
-what is known to go wrong. It needs torch and the standard library only.
+Start at ``suite.py`` for the cases, at ``judging/verdict.py`` for what is right, and at
+``diagnosis/mistakes.py`` for what is known to go wrong.
 
 Source: ``docs/conformance.md``.
 """

@@ -1,9 +1,9 @@
-"""A backend: an object with some of the contract's functions, and how it is called.
+"""A backend, an object with some of the reference's functions, and the way it is called.
 
-Every call is watched: operands that were written to are found, and memory of the size of the
-result is filled with NaN and freed before, so that what is not written shows.
+Every call is watched: writing to an operand is found, and before the call memory of the size of the
+result is filled with NaN and freed, so that outputs that are never written show.
 
-Source: the public contract of ``int4_lora.reference``.
+Source: ``docs/conformance.md``, "A backend".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from int4_lora.reference.conformance.manifest import FUNCTIONS, Manifest
 
 __all__ = ["Backend", "Prepared"]
 
-POISONED = range(8)  # blocks: some are taken for what a backend computes on the way
+POISONED = range(8)  # blocks: a backend's intermediate tensors use some up
 LARGEST_WATCHED = 2**28  # bytes
 
 
@@ -31,13 +31,13 @@ class Backend:
     """An object under test.
 
     Args:
-        under_test: has one or more of the contract's functions as attributes, and optionally
-            ``prepare``, ``prepare_lora``, ``manifest`` and ``declared``.
-        name: what reports call it.
+        under_test: has one or more of ``FUNCTIONS`` as attributes, and optionally ``prepare``,
+            ``prepare_lora``, ``manifest`` and ``declared``.
+        name: its name in reports.
 
     Raises:
-        TypeError: none of the functions is there, or one is not callable.
-        ValueError: a manifest that claims what there is none of.
+        TypeError: it has none of the functions, or one is not callable.
+        ValueError: its manifest has an unknown claim.
 
     Example:
         >>> import int4_lora.reference
@@ -48,22 +48,22 @@ class Backend:
     def __init__(self, under_test: object, name: str) -> None:
         self.name = name
         self.under_test = under_test
-        own = {one for one in FUNCTIONS if _function(under_test, one) is not None}
-        if "int4_lora_linear" in own:
-            own.add("int4_linear")  # the same without adapters
-        self.functions = tuple(one for one in FUNCTIONS if one in own)
+        available = {f for f in FUNCTIONS if _function(under_test, f) is not None}
+        if "int4_lora_linear" in available:
+            available.add("int4_linear")  # the same without adapters
+        self.functions = tuple(f for f in FUNCTIONS if f in available)
         if not self.functions:
             raise TypeError(f"{name} has none of the functions {', '.join(FUNCTIONS)}")
         claims = getattr(under_test, "manifest", None)
         self.manifest = Manifest.of(None if isinstance(claims, types.ModuleType) else claims)
 
     def skips(self, function: str, operands: Operands, device: str) -> str | None:
-        """Return why the backend is not asked, or None.
+        """Return why the backend does not claim a call, or None.
 
         Args:
-            function: which function would be called.
+            function: the function.
             operands: its arguments.
-            device: where they would be.
+            device: the device they would be moved to.
         """
         if function not in self.functions:
             return f"no {function}"
@@ -73,16 +73,16 @@ class Backend:
         return self.manifest.why_not(operands)
 
     def declared(self, operands: Operands, prepared: Prepared) -> Manifest:
-        """Return the roundings declared for a call: the manifest's, or those of ``declared``."""
+        """Return the manifest, with the roundings that ``declared`` returns for a call."""
         declared = _function(self.under_test, "declared")
         if declared is None or operands.weight is None or operands.x is None:
             return self.manifest
         with _watched(operands):
-            own = declared(operands.x, prepared.weight, prepared.lora)
-        return Manifest.of({**vars(self.manifest), **own})
+            claims = declared(operands.x, prepared.weight, prepared.lora)
+        return Manifest.of({**vars(self.manifest), **claims})
 
     def prepare(self, operands: Operands) -> Prepared:
-        """Return the operands as the backend wants them, prepared once.
+        """Return the weight and the adapters as the backend wants them.
 
         Raises:
             Modified: an operand was written to.
@@ -94,15 +94,15 @@ class Backend:
             )
 
     def with_adapters(self, prepared: Prepared, operands: Operands) -> Prepared:
-        """Return a prepared weight with the adapters of other operands."""
+        """Return a prepared weight with the prepared adapters of other operands."""
         with _watched(operands):
             return Prepared(prepared.weight, self._prepared("prepare_lora", operands.lora))
 
     def call(self, function: str, operands: Operands, prepared: Prepared | None = None) -> Any:
-        """Call a function once and return what it returned.
+        """Call a function once and return its result.
 
         Args:
-            function: which.
+            function: the function.
             operands: its arguments.
             prepared: what ``prepare`` returned for this weight and these adapters, or None to
                 prepare them now.
@@ -110,8 +110,8 @@ class Backend:
         Raises:
             Modified: an operand was written to.
         """
-        own = prepared or self.prepare(operands)
-        called, arguments = self._called(function, _arguments(function, operands, own))
+        prepared = prepared or self.prepare(operands)
+        called, arguments = self._called(function, _arguments(function, operands, prepared))
         options = {"dim": operands.dim} if operands.dim != 1 else {}
         with _watched(operands):
             _poison(operands)
@@ -120,7 +120,7 @@ class Backend:
     def _called(
         self, function: str, arguments: tuple[object, ...]
     ) -> tuple[Callable[..., Any], tuple[object, ...]]:
-        """Return the function; the layer without adapters is the other layer with none."""
+        """Return the function to call; int4_lora_linear stands in for a missing int4_linear."""
         called = _function(self.under_test, function)
         if called is None and function == "int4_linear":
             called = _function(self.under_test, "int4_lora_linear")
@@ -137,7 +137,7 @@ class Backend:
 
 @contextmanager
 def _watched(operands: Operands) -> Iterator[None]:
-    """Raise ``Modified`` if an operand is written to within."""
+    """Raise ``Modified`` if an operand is written to inside the context."""
     watched = {
         name: tensor
         for name, tensor in tensors_of(operands).items()
@@ -154,8 +154,8 @@ class Prepared:
     """A weight and adapters as a backend wants them.
 
     Args:
-        weight: what its ``prepare`` returned, or the weight.
-        lora: what its ``prepare_lora`` returned, or the adapters.
+        weight: the result of its ``prepare``; without one, the weight.
+        lora: the result of its ``prepare_lora``; without one, the adapters.
     """
 
     def __init__(self, weight: object, lora: object) -> None:
@@ -167,28 +167,28 @@ class Modified(Exception):
     """A backend wrote to an operand.
 
     Args:
-        name: which.
+        name: the operand's name.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(f"wrote to its operand {name}")
 
     def finding(self) -> Finding:
-        """Return it as a finding."""
+        """Return this error as a finding."""
         return Finding("modified", str(self))
 
 
 def _function(under_test: object, name: str) -> Callable[..., Any] | None:
-    found = getattr(under_test, name, None)
-    if found is None or isinstance(found, types.ModuleType):
+    function = getattr(under_test, name, None)
+    if function is None or isinstance(function, types.ModuleType):
         return None
-    if not callable(found):
-        raise TypeError(f"{name} must be a function, got {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    if not callable(function):
+        raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
 
 
-def _arguments(function: str, operands: Operands, own: Prepared) -> tuple[object, ...]:
-    """Return the positional arguments, without the last ones that are None."""
+def _arguments(function: str, operands: Operands, prepared: Prepared) -> tuple[object, ...]:
+    """Return the positional arguments, without trailing ones that are None."""
     stack = operands.lora if isinstance(operands.lora, LoRAStack) else None
     every: dict[str, tuple[object, ...]] = {
         "pack": (operands.codes,),
@@ -196,11 +196,11 @@ def _arguments(function: str, operands: Operands, own: Prepared) -> tuple[object
         "dequantize": (operands.weight, operands.dtype),
         "shrink": (operands.x, stack, operands.adapter_ids),
         "expand": (operands.h, stack, operands.adapter_ids),
-        "int4_linear": (operands.x, own.weight, operands.bias),
+        "int4_linear": (operands.x, prepared.weight, operands.bias),
         "int4_lora_linear": (
             operands.x,
-            own.weight,
-            own.lora,
+            prepared.weight,
+            prepared.lora,
             operands.adapter_ids,
             operands.bias,
         ),
@@ -212,7 +212,7 @@ def _arguments(function: str, operands: Operands, own: Prepared) -> tuple[object
 
 
 def _poison(operands: Operands) -> None:
-    """Leave freed blocks full of NaN where the result will probably be allocated."""
+    """Leave freed blocks full of NaN where the result is likely to be allocated."""
     value = operands.x if operands.h is None else operands.h
     if value is None:
         return

@@ -1,6 +1,6 @@
-"""What a backend claims: which operands it takes, and which roundings it makes.
+"""The claims of a backend: the operands it takes, and the roundings it makes.
 
-A case outside the claims is skipped, counted and printed; a case inside them is judged.
+A case outside the claims is skipped, counted and printed; every other case is judged.
 
 Source: ``docs/conformance.md``.
 """
@@ -38,26 +38,27 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """The claims of a backend. What is not said is claimed, but for float64.
+    """The claims of a backend; the defaults claim everything but float64.
 
     Args:
         dtypes: of x.
         scale_dtypes: of the weight's scales.
         scale_dtype_of_x: whether the scales must have the dtype of x.
-        groups: numbers of columns that share a scale, 0 for a whole row; None claims any.
+        groups: numbers of columns that share a scale, 0 for a whole row; None for any.
         strategies: of "tensor", "channel", "group", "block".
-        symmetric: True claims weights without zero-points only, None both kinds.
-        g_idx: whether ``g_idx`` is taken.
+        symmetric: True for weights without zero-points only, False for weights with them only,
+            None for both.
+        g_idx: whether ``g_idx`` is allowed.
         finite_scales: whether scales must be finite.
         in_multiple: in_features must be a multiple of it.
         out_multiple: out_features must be a multiple of it.
-        bias: whether a bias is taken.
-        slices: whether adapters of slices are taken.
-        max_rank: the largest rank, None for any.
-        max_adapters: the most adapters, None for any.
-        devices: device types, None for any.
-        deterministic: whether a call repeated gives the same bits.
-        accumulate: the dtype that sums are kept in (float64 where x is float64).
+        bias: whether a bias is allowed.
+        slices: whether adapters may be slices.
+        max_rank: the largest rank; None for any.
+        max_adapters: the largest number of adapters; None for any.
+        devices: device types; None for any.
+        deterministic: whether a repeated call gives the same bits.
+        accumulate: the dtype of the sums (float64 where x is float64).
         weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
         base_rounded: whether the base is rounded to the dtype of x before bias or delta is added.
         delta_rounded: whether x A^T, B multiplied by the scaling, and the delta are rounded to the
@@ -65,15 +66,16 @@ class Manifest:
 
     Raises:
         TypeError: a claim of the wrong type.
-        ValueError: a name or value that there is none of.
+        ValueError: a name that is no claim.
 
     Example:
         >>> Manifest.of({"dtypes": ["bfloat16"], "max_rank": 64}).max_rank
         64
 
     Source:
-        Three flags are those of ``int4_lora.reference.error_bound``; ``delta_rounded`` is what
-        operators do that add adapters to a base of 16 bits.
+        ``accumulate``, ``weight_rounded`` and ``base_rounded`` are those of
+        ``int4_lora.reference.error_bound``; ``delta_rounded`` describes operators that add
+        adapters to a 16-bit base.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
@@ -105,9 +107,9 @@ class Manifest:
 
     @classmethod
     def of(cls, claims: Manifest | Mapping[str, object] | None) -> Manifest:
-        """Return the claims of a backend that gives a Manifest, a mapping, or nothing.
+        """Return the claims of a backend that has a Manifest, a mapping, or None.
 
-        In a mapping, lists are taken for tuples and names for dtypes, so that JSON can be read.
+        In a mapping, lists stand for tuples and names for dtypes, so that JSON can be read.
         """
         if isinstance(claims, Manifest):
             return claims
@@ -122,29 +124,29 @@ class Manifest:
         return cls(**{name: _read(value) for name, value in claims.items()})  # type: ignore[arg-type]
 
     def sums_of(self, value: Tensor) -> torch.dtype:
-        """Return the dtype that sums over ``value`` are kept in."""
+        """Return the dtype of sums over ``value``."""
         return torch.float64 if value.dtype == torch.float64 else self.accumulate
 
     def why_not(self, operands: Operands) -> str | None:
         """Return why these operands are outside the claims, or None."""
-        wrong = (*self._of_activations(operands), *self._of_weight(operands))
-        return next((why for holds, why in wrong if holds), None)
+        reasons = (*self._of_activations(operands), *self._of_weight(operands))
+        return next((why for holds, why in reasons if holds), None)
 
     def _of_activations(self, operands: Operands) -> list[tuple[bool, str]]:
         x, slices = operands.x if operands.h is None else operands.h, operands.slices
-        found: list[tuple[bool, str]] = []
+        reasons: list[tuple[bool, str]] = []
         if x is not None:
-            found.append((x.dtype not in self.dtypes, f"x is {_name(x.dtype)}"))
+            reasons.append((x.dtype not in self.dtypes, f"x is {_name(x.dtype)}"))
         if slices:
             rank = max(part.stack.rank for part in slices)
             count = slices[0].stack.adapters
             sliced = not self.slices and not isinstance(operands.lora, type(slices[0].stack))
-            found.append((sliced, "slices"))
-            found.append((self.max_rank is not None and rank > self.max_rank, f"rank {rank}"))
+            reasons.append((sliced, "slices"))
+            reasons.append((self.max_rank is not None and rank > self.max_rank, f"rank {rank}"))
             many = self.max_adapters is not None and count > self.max_adapters
-            found.append((many, f"{count} adapters"))
-        found.append((not self.bias and operands.bias is not None, "a bias"))
-        return found
+            reasons.append((many, f"{count} adapters"))
+        reasons.append((not self.bias and operands.bias is not None, "a bias"))
+        return reasons
 
     def _of_weight(self, operands: Operands) -> list[tuple[bool, str]]:
         weight = operands.weight
@@ -182,7 +184,7 @@ class Manifest:
 
 def _read(value: object) -> object:
     if isinstance(value, (list, tuple)):
-        return tuple(_read(one) for one in value)
+        return tuple(_read(item) for item in value)
     return DTYPES.get(value, value) if isinstance(value, str) else value
 
 
@@ -191,7 +193,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _all(value: object, of: Callable[[object], bool]) -> bool:
-    return isinstance(value, tuple) and all(of(one) for one in value)
+    return isinstance(value, tuple) and all(of(item) for item in value)
 
 
 def _is_dtype(value: object) -> bool:
@@ -216,7 +218,7 @@ RULES: dict[str, Callable[[object], bool]] = {
     "out_multiple": lambda value: _is_size(value) and value != 0,
     "max_rank": lambda value: value is None or _is_size(value),
     "max_adapters": lambda value: value is None or _is_size(value),
-    "devices": lambda value: value is None or _all(value, lambda one: isinstance(one, str)),
+    "devices": lambda value: value is None or _all(value, lambda item: isinstance(item, str)),
     "accumulate": _is_dtype,
     **dict.fromkeys(
         (

@@ -1,7 +1,7 @@
-"""How a case is asked: one call, or several that must agree.
+"""The ways in which a case is asked: one call, or several that must agree.
 
-Each procedure calls the backend and yields what came back as ``Asked``, every one of which is then
-judged; a finding of the procedure itself (two calls that differ) it yields as such.
+A procedure calls the backend, judges each result and yields it as ``Asked``. Where results of
+several calls contradict each other, the finding is the procedure's.
 
 Source: ``docs/conformance.md``.
 """
@@ -19,13 +19,16 @@ from int4_lora.reference import LoRAStack
 from int4_lora.reference.conformance.backend import Backend, Prepared
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.draws import Draws
-from int4_lora.reference.conformance.cases.lora_operands import mixed_ids
+from int4_lora.reference.conformance.cases.lora import mixed_ids
 from int4_lora.reference.conformance.cases.operands import Operands
-from int4_lora.reference.conformance.judging.check import answer_on_cpu, check_call
-from int4_lora.reference.conformance.judging.systematic_error import bias_of_errors
+from int4_lora.reference.conformance.judging.check import (
+    answer_on_cpu,
+    check_call,
+    one_thread,
+)
+from int4_lora.reference.conformance.judging.systematic_error import systematic_error
 from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.conformance.threads import one_thread
 
 __all__ = ["PROCEDURES", "Asked", "ask", "called", "judged"]
 
@@ -35,14 +38,14 @@ REPEATS = 5
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One call, and what was found.
+    """One call and the verdict on it.
 
     Args:
-        operands: what it was called with.
-        result: what it returned.
+        operands: the arguments.
+        result: what the backend returned.
         finding: what is wrong, or None.
-        earlier_ids: the adapter ids of the call before, if there was one.
-        manifest: the roundings declared for it.
+        manifest: the roundings declared for the call.
+        earlier_ids: the adapter ids of the previous call, or None.
     """
 
     operands: Operands
@@ -53,7 +56,7 @@ class Asked:
 
 
 def ask(case: Case, backend: Backend, seed: int, device: str) -> Iterator[Asked]:
-    """Ask a case of a backend; yield each call with its finding."""
+    """Ask a backend one case; yield each call with its finding."""
     operands = case.operands(seed).to(device)
     yield from PROCEDURES[case.procedure](case, backend, operands, seed)
 
@@ -65,10 +68,10 @@ def called(
     prepared: Prepared | None = None,
     earlier_ids: Tensor | None = None,
 ) -> Asked:
-    """Call once and judge what came back."""
-    own = prepared or backend.prepare(operands)
-    result = backend.call(case.function, operands, own)
-    manifest = backend.declared(operands, own)
+    """Call the backend once and judge the result."""
+    prepared = prepared or backend.prepare(operands)
+    result = backend.call(case.function, operands, prepared)
+    manifest = backend.declared(operands, prepared)
     with one_thread():
         finding = judged(case, operands, result, manifest)
     return Asked(operands, result, finding, manifest, earlier_ids)
@@ -78,10 +81,10 @@ def judged(case: Case, operands: Operands, result: object, manifest: Manifest) -
     """Return the finding against a result of a case, or None.
 
     Args:
-        case: what was asked.
-        operands: what the backend was called with.
-        result: what it returned.
-        manifest: the roundings declared.
+        case: the case that was asked.
+        operands: the arguments of the call.
+        result: what the backend returned.
+        manifest: the declared roundings.
     """
     if case.optional:
         return _sampled(case, operands, result, manifest)
@@ -116,38 +119,42 @@ def _alone(case: Case, backend: Backend, operands: Operands, seed: int) -> Itera
     yield called(case, backend, operands, prepared)
     earlier = None
     for token in range(_tokens(operands)):
-        own = operands.with_tokens(torch.tensor([token]))
-        yield called(case, backend, own, prepared, earlier)
-        earlier = own.adapter_ids
+        alone = operands.with_tokens(torch.tensor([token]))
+        yield called(case, backend, alone, prepared, earlier)
+        earlier = alone.adapter_ids
 
 
 def _replayed(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
-    """Call again and again with the same buffers, whose values change, and with other adapters."""
+    """Call repeatedly with the same buffers, changing their values and the adapters."""
     first, x, bias, lora = operands.adapter_ids, operands.x, operands.bias, operands.lora
     if first is None or x is None or bias is None or not isinstance(lora, LoRAStack):
         raise ValueError(f"{case.name}: a replay needs x, adapters, their ids and a bias")
     others = mixed_ids(Draws(seed, f"{case.name}/others"), len(first), 3).to(first)
     swapped = LoRAStack(lora.a.flip(0), lora.b.flip(0), lora.scaling.flip(0))
     prepared, earlier = backend.prepare(operands), None
-    again = backend.with_adapters(prepared, dataclasses.replace(operands, lora=swapped))
+    prepared_swapped = backend.with_adapters(prepared, dataclasses.replace(operands, lora=swapped))
     buffers = dataclasses.replace(
         operands, x=x.clone(), bias=bias.clone(), adapter_ids=first.clone()
     )
     rounds = ((first, 1), (others, 1), (first.flip(0), -1), (torch.full_like(first, -1), 1))
     for number, (chosen, sign) in enumerate((*rounds, (first, 1))):
-        own = dataclasses.replace(buffers, lora=swapped if number % 2 else lora)
-        now = (x.roll(number, 0) * sign, bias.roll(number), chosen)
-        for buffer, value in zip((own.x, own.bias, own.adapter_ids), now, strict=True):
+        replayed = dataclasses.replace(buffers, lora=swapped if number % 2 else lora)
+        values = (x.roll(number, 0) * sign, bias.roll(number), chosen)
+        written = (replayed.x, replayed.bias, replayed.adapter_ids)
+        for buffer, value in zip(written, values, strict=True):
             if buffer is not None:
                 buffer.copy_(value)
-        shown = dataclasses.replace(own, x=now[0], bias=now[1], adapter_ids=chosen.clone())
-        asked = called(case, backend, own, again if number % 2 else prepared, earlier)
-        yield dataclasses.replace(asked, operands=shown)
+        used = prepared_swapped if number % 2 else prepared
+        asked = called(case, backend, replayed, used, earlier)
+        copies = dataclasses.replace(
+            replayed, x=values[0], bias=values[1], adapter_ids=chosen.clone()
+        )
+        yield dataclasses.replace(asked, operands=copies)
         earlier = chosen
 
 
 def _kept(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
-    """Call three times, and look whether what the first call returned is still there."""
+    """Call three times, and check that the first result is unchanged."""
     prepared = backend.prepare(operands)
     first = called(case, backend, operands, prepared)
     yield first
@@ -196,20 +203,21 @@ def _written(case: Case, backend: Backend, operands: Operands, seed: int) -> Ite
 
 
 def _many_draws(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
-    """Call with other numbers each time, and look at all errors together."""
+    """Call with other numbers each time, and judge all errors together."""
     errors, exacts, bounds = [], [], []
     last = None
     for draw in range(DRAWS):
-        own = operands if draw == 0 else case.operands(seed * DRAWS + draw).to(operands.device)
-        last = called(case, backend, own)
+        if draw:
+            operands = case.operands(seed * DRAWS + draw).to(operands.device)
+        last = called(case, backend, operands)
         yield last
         if last.finding is not None or not isinstance(last.result, Tensor):
             return
-        held = answer_on_cpu(case.function, own, last.manifest)
+        held = answer_on_cpu(case.function, operands, last.manifest)
         errors.append(last.result.detach().to("cpu").double() - held.exact)
         exacts.append(held.exact)
         bounds.append(held.bound)
-    finding = bias_of_errors(torch.stack(errors), torch.stack(exacts), torch.stack(bounds))
+    finding = systematic_error(torch.stack(errors), torch.stack(exacts), torch.stack(bounds))
     if finding is not None and last is not None:
         yield dataclasses.replace(last, finding=finding)
 

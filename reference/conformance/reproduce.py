@@ -1,6 +1,6 @@
-"""The smallest failing input, as Python that can be pasted.
+"""A failure in short: the elements it is about, and Python that reproduces it.
 
-Source: array-api-tests, whose failures print what reproduces them.
+Source: ``docs/conformance.md``; array-api-tests, whose failures print code that reproduces them.
 """
 
 from __future__ import annotations
@@ -8,23 +8,76 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.procedures import Asked
+from int4_lora.reference.dequantization import scale_columns
 
-__all__ = ["smallest", "snippet"]
+__all__ = ["affected", "ranges", "smallest", "snippet"]
 
+SHOWN = 6  # runs of numbers
+DIMENSIONS = {
+    "pack": ("rows", "words"),
+    "unpack": ("rows", "columns"),
+    "dequantize": ("outputs", "columns"),
+    "shrink": ("tokens", "ranks"),
+}
 TRIED = 4  # tokens, each alone
 STEP = 8  # outputs: zero-points are packed by eight
 
 
+def affected(function: str, operands: Operands, wrong: Tensor | None) -> str:
+    """Return where a result is wrong, in words: "tokens 3 of 16, outputs all of 64".
+
+    Args:
+        function: the function that was called.
+        operands: its arguments.
+        wrong: bool, of the result's shape; None where the finding is about no element.
+    """
+    if wrong is None or wrong.ndim != 2:
+        return ""
+    rows, columns = (wrong.any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
+    names = DIMENSIONS.get(function, ("tokens", "outputs"))
+    parts = [
+        f"{name} {ranges(indices, length)}"
+        for name, indices, length in zip(names, (rows, columns), wrong.shape, strict=True)
+    ]
+    weight = operands.weight
+    if function == "dequantize" and weight is not None and weight.scale.shape[-1] > 1:
+        groups = sorted(set(scale_columns(weight)[columns].tolist()))
+        parts.append(f"groups {ranges(groups, weight.scale.shape[-1])}")
+    return ", ".join(parts)
+
+
+def ranges(numbers: list[int], length: int) -> str:
+    """Return ascending numbers of ``range(length)`` in short.
+
+    Example:
+        >>> ranges([0, 1, 2, 7], 16)
+        '0-2, 7 of 16'
+        >>> ranges([0, 1], 2)
+        'all of 2'
+    """
+    if len(numbers) == length:
+        return f"all of {length}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [f"{low}" if low == high else f"{low}-{high}" for low, high in runs[:SHOWN]]
+    return f"{', '.join(shown)}{' ...' if len(runs) > SHOWN else ''} of {length}"
+
+
 def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int], int, int]:
-    """Return (tokens, first output, last output) of a small part that fails, or of all.
+    """Return (tokens, start, stop): one token and eight outputs if they still fail, or all.
 
     Args:
         asked: a call with a finding.
-        fails: whether the backend fails on operands.
+        fails: whether the backend fails on given operands.
     """
     operands, wrong = asked.operands, asked.finding.wrong if asked.finding else None
     x, weight = operands.x, operands.weight
@@ -39,7 +92,7 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
             tokens = [token]
             operands = operands.with_tokens(torch.tensor(tokens))
             break
-    if weight.strategy in ("channel", "group") and not operands.slices[1:]:
+    if weight.strategy != "block":
         low = output // STEP * STEP
         high = min(low + STEP, stop)
         if fails(operands.with_outputs(low, high)):
@@ -50,12 +103,12 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
 def snippet(
     name: str, case: Case, where: tuple[int, str], part: tuple[list[int], int, int], outputs: int
 ) -> str:
-    """Return Python that shows a failure again.
+    """Return Python that reproduces a failure.
 
     Args:
         name: the backend, as ``load_backend`` takes it.
-        case: the case; all procedures but "answer" are shown whole.
-        where: the seed, and the device.
+        case: the case. Unless its procedure is "answer", it is run whole.
+        where: the seed and the device.
         part: what ``smallest`` returned.
         outputs: out_features of the whole case.
     """

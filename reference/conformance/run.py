@@ -1,4 +1,4 @@
-"""Run cases against a backend, and settle on the mistakes behind what failed.
+"""Run cases against a backend, and settle on the mistakes behind the failures.
 
 Source: ``docs/conformance.md``.
 """
@@ -11,16 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from int4_lora.reference.conformance.affected import affected
 from int4_lora.reference.conformance.backend import Backend, Modified
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician, Explanation
+from int4_lora.reference.conformance.judging.check import one_thread
 from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.procedures import Asked, ask, called, judged
-from int4_lora.reference.conformance.reproduce import smallest, snippet
-from int4_lora.reference.conformance.threads import one_thread
+from int4_lora.reference.conformance.reproduce import affected, smallest, snippet
 
 __all__ = ["Outcome", "failed", "run", "run_case", "settled"]
 
@@ -31,7 +30,7 @@ UNDECLARED: tuple[dict[str, Any], ...] = (
     {"base_rounded": True, "delta_rounded": True},
     {"weight_rounded": False, "base_rounded": True, "delta_rounded": True},
 )
-STATISTICAL = "low_precision_accumulate"  # the one that does not reproduce a result exactly
+STATISTICAL = "low_precision_accumulate"  # the only mistake that is not reproduced exactly
 RANK = (*(name for name in IDENTIFIERS if name != STATISTICAL), STATISTICAL)
 UNKNOWN = Explanation(("unknown",), ("",))
 NOT_DETERMINISTIC = "declared not deterministic"
@@ -39,21 +38,21 @@ NOT_DETERMINISTIC = "declared not deterministic"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one case.
+    """The outcome of one case.
 
     Args:
-        case: its name.
+        case: the name of the case.
         exercises: what it exercises.
         status: "passed", "failed" or "skipped".
-        rule: which rule a failure broke; "" else.
+        rule: the rule that a failure broke, else "".
         message: why it failed or was skipped; "" if it passed.
         where: the elements that are wrong, in words.
-        explanations: the mistakes that reproduce it, every one.
+        explanations: every mistake that reproduces the failure.
         diagnosis: names of ``IDENTIFIERS``; empty unless it failed.
-        variants: what exactly is done wrong, by name.
-        snippet: Python that shows the failure again.
-        elements: of the result, so that the smallest failure can be shown.
-        seconds: how long it took.
+        variants: what exactly is done wrong, for each name of the diagnosis.
+        snippet: Python that reproduces the failure.
+        elements: the size of the result, by which the smallest failure is found.
+        seconds: the time it took.
     """
 
     case: str
@@ -73,13 +72,13 @@ class Outcome:
 def run(
     backend: Backend, cases: Sequence[Case], *, seed: int = 0, device: str = "cpu"
 ) -> Iterator[Outcome]:
-    """Run cases one after the other; yield what came of each, not yet settled.
+    """Run cases one after the other; yield the outcome of each, not yet settled.
 
     Args:
         backend: the object under test.
         cases: what ``select`` returned.
         seed: of the inputs.
-        device: where the operands are.
+        device: the device of the operands.
 
     Example:
         >>> import int4_lora.reference
@@ -103,14 +102,14 @@ def run_case(
     seed: int = 0,
     device: str = "cpu",
 ) -> Outcome:
-    """Return what came of one case.
+    """Run one case and return its outcome.
 
     Args:
         backend: the object under test.
-        case: the question.
-        diagnostician: what names mistakes, kept from one case to the next; None for a new one.
+        case: the case.
+        diagnostician: names the mistakes, and is kept from case to case; None for a new one.
         seed: of the inputs.
-        device: where the operands are.
+        device: the device of the operands.
     """
     diagnostician = diagnostician or Diagnostician()
     operands = case.operands(seed)
@@ -133,28 +132,30 @@ def run_case(
 
 
 def settled(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes with a diagnosis each: the mistake that explains the most failures.
+    """Give each failure a diagnosis: of the mistakes that reproduce it, the most frequent one.
 
-    A case may be reproduced by several mistakes, since not every case tells them apart.
+    Several mistakes may reproduce a failure, since not every case tells them apart.
     """
     counts: Counter[tuple[str, ...]] = Counter()
     variants: Counter[tuple[str, ...]] = Counter()
     for outcome in outcomes:
-        counts.update({one.names for one in outcome.explanations if one.sure})
-        variants.update({one.variants for one in outcome.explanations if one.sure})
+        sure = [explanation for explanation in outcome.explanations if explanation.sure]
+        counts.update({explanation.names for explanation in sure})
+        variants.update({explanation.variants for explanation in sure})
 
-    def order(one: Explanation) -> tuple[int, int, tuple[int, ...], int]:
-        places = tuple(RANK.index(name) for name in one.names)
-        return (-counts[one.names], len(one.names), places, -variants[one.variants])
+    def order(explanation: Explanation) -> tuple[int, int, tuple[int, ...], int]:
+        names = explanation.names
+        ranks = tuple(RANK.index(name) for name in names)
+        return (-counts[names], len(names), ranks, -variants[explanation.variants])
 
-    found = []
+    diagnosed = []
     for outcome in outcomes:
         if outcome.status == "failed":
-            possible = [one for one in outcome.explanations if counts[one.names]]
+            possible = [each for each in outcome.explanations if counts[each.names]]
             best = min(possible, key=order, default=UNKNOWN)
             outcome = replace(outcome, diagnosis=best.names, variants=best.variants)
-        found.append(outcome)
-    return found
+        diagnosed.append(outcome)
+    return diagnosed
 
 
 def _raised(backend: Backend, case: Case, finding: Finding, where: tuple[int, str]) -> Outcome:
@@ -163,14 +164,14 @@ def _raised(backend: Backend, case: Case, finding: Finding, where: tuple[int, st
 
 
 def failed(case: Case, asked: Asked, diagnostician: Diagnostician) -> Outcome:
-    """Return a call with a finding as an outcome, with every mistake that reproduces it."""
+    """Return the outcome of a call with a finding, with every mistake that reproduces it."""
     finding = asked.finding or Finding("", "")
-    found: list[Explanation] = []
-    if finding.rule not in ("bias", "repeat", "kept") and not case.optional:
-        found = diagnostician.explain(
+    explanations: list[Explanation] = []
+    if finding.rule not in ("systematic_error", "repeat", "kept") and not case.optional:
+        explanations = diagnostician.explain(
             case.function, asked.operands, asked.result, asked.manifest, asked.earlier_ids
         )
-        found += undeclared(case, asked)
+        explanations += undeclared(case, asked)
     return Outcome(
         case.name,
         case.exercises,
@@ -178,20 +179,20 @@ def failed(case: Case, asked: Asked, diagnostician: Diagnostician) -> Outcome:
         finding.rule,
         finding.message,
         affected(case.function, asked.operands, finding.wrong),
-        tuple(found),
+        tuple(explanations),
         elements=0 if finding.wrong is None else finding.wrong.numel(),
     )
 
 
 def undeclared(case: Case, asked: Asked) -> list[Explanation]:
-    """Return the roundings that would make a result right if they were declared.
+    """Return the roundings that would make a result correct if they were declared.
 
-    It is no mistake, so the name is "unknown"; where it explains more failures than any mistake
-    does, it is what is said.
+    An undeclared rounding is no mistake, so its name is "unknown"; it becomes the diagnosis where
+    it explains more failures than any mistake.
     """
     if case.equal or case.function in ("pack", "unpack"):
         return []
-    found: list[Explanation] = []
+    explanations: list[Explanation] = []
     for flags in UNDECLARED:
         manifest = replace(asked.manifest, **flags)
         if manifest == asked.manifest:
@@ -199,9 +200,10 @@ def undeclared(case: Case, asked: Asked) -> list[Explanation]:
         with one_thread():
             finding = judged(case, asked.operands, asked.result, manifest)
         if finding is None:
-            said = ", ".join(f"{name}={value}" for name, value in flags.items())
-            found.append(Explanation(("unknown",), (f"right if the manifest says {said}",)))
-    return found
+            claims = ", ".join(f"{name}={value}" for name, value in flags.items())
+            variant = f"right if the manifest says {claims}"
+            explanations.append(Explanation(("unknown",), (variant,)))
+    return explanations
 
 
 def _failed(
@@ -216,7 +218,7 @@ def _failed(
             return False
         try:
             again = called(case, backend, operands).finding
-        except Exception:  # another failure than the one to show
+        except Exception:  # not the failure that is to be reproduced
             return False
         return again is not None and asked.finding is not None and again.rule == asked.finding.rule
 

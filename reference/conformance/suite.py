@@ -1,4 +1,4 @@
-"""All cases, and how some of them are chosen.
+"""All cases, and how to select some of them.
 
 Source: ``docs/conformance.md``.
 """
@@ -12,7 +12,6 @@ from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.format import format_cases
 from int4_lora.reference.conformance.cases.linear import linear_cases
 from int4_lora.reference.conformance.cases.lora import lora_cases
-from int4_lora.reference.conformance.cases.lora_part import lora_part_cases
 
 __all__ = ["CASES", "select"]
 
@@ -20,7 +19,6 @@ CASES: tuple[Case, ...] = (
     *format_cases(),
     *linear_cases(),
     *lora_cases(),
-    *lora_part_cases(),
     *behaviour_cases(),
 )
 """Every case, in the order in which they run."""
@@ -30,29 +28,29 @@ def select(patterns: str | None = None, *, quick: bool = False) -> tuple[Case, .
     """Return the cases to run.
 
     Args:
-        patterns: names with ``*`` and ``?``, separated by commas, or None for all but those that
-            are optional. An optional case is named in full.
-        quick: only those of the quick run.
+        patterns: names with ``*`` and ``?``, separated by commas; None for all but the optional
+            cases, which have to be named in full.
+        quick: whether to return only the cases of the quick run.
 
     Raises:
-        ValueError: a pattern that no case has.
+        ValueError: a pattern that matches no case.
 
     Example:
         >>> [case.name for case in select("pack/r*")]
         ['pack/ragged']
     """
     if patterns is None:
-        return tuple(one for one in CASES if not one.optional and (one.quick or not quick))
+        return tuple(case for case in CASES if not case.optional and (case.quick or not quick))
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     if not wanted:
         raise ValueError("no case is named: the pattern is empty")
     for pattern in wanted:
-        if not any(_named(one, pattern) for one in CASES):
+        if not any(_matches(case, pattern) for case in CASES):
             raise ValueError(f"no case is named {pattern!r}; names are {CASES[0].name!r} and so on")
-    found = (one for one in CASES if any(_named(one, pattern) for pattern in wanted))
-    return tuple(one for one in found if one.quick or not quick)
+    named = (case for case in CASES if any(_matches(case, pattern) for pattern in wanted))
+    return tuple(case for case in named if case.quick or not quick)
 
 
-def _named(case: Case, pattern: str) -> bool:
-    """Return whether a pattern names a case; an optional one is named in full."""
+def _matches(case: Case, pattern: str) -> bool:
+    """Return whether a pattern matches a case's name; an optional case is named in full."""
     return case.name == pattern if case.optional else fnmatchcase(case.name, pattern)

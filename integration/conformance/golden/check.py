@@ -20,10 +20,10 @@ from int4_lora.integration.conformance.golden.recorded import NO_FILE, read_resu
 from int4_lora.integration.conformance.golden.write import VERSION
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, answer, judge
-from int4_lora.reference.conformance.affected import affected
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician
 from int4_lora.reference.conformance.judging.yardstick import yardstick_rms
 from int4_lora.reference.conformance.manifest import DTYPES
+from int4_lora.reference.conformance.reproduce import affected
 
 __all__ = ["check_golden", "read_index"]
 

@@ -1,1 +1,1 @@
-"""The questions: each case is data, drawn from a seed, for one function of the contract."""
+"""The cases: for one function each, with operands drawn from a seed."""

@@ -1,6 +1,6 @@
-"""Cases of behaviour: what one call cannot show.
+"""Cases of behaviour: faults that a single call does not show.
 
-Source: ggml's test-backend-ops, which repeats each case since later replays broke.
+Source: ggml's test-backend-ops, which repeats each case because later replays broke.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.draws import Draws
 from int4_lora.reference.conformance.cases.format import FLOATS
-from int4_lora.reference.conformance.cases.lora_operands import with_adapters
+from int4_lora.reference.conformance.cases.lora import with_adapters
 from int4_lora.reference.conformance.cases.operands import Operands, adapters, weight
 
 __all__ = ["behaviour_cases"]
@@ -31,7 +31,7 @@ PROCEDURES = (
 
 
 def behaviour_cases() -> Iterator[Case]:
-    """Yield the cases of behaviour, each asked by a procedure of its own."""
+    """Yield the cases of behaviour: each names the procedure that asks it."""
     for procedure, exercises, shorts in PROCEDURES:
         for short in shorts:
             yield Case(
@@ -55,7 +55,7 @@ def behaviour_cases() -> Iterator[Case]:
         "int4_linear/repeat/bf16",
         "a call repeated gives the same bits, where sums are long",
         "int4_linear",
-        lambda draws: _long(draws),
+        _long,
         procedure="repeat",
     )
     yield Case(
@@ -75,15 +75,15 @@ def behaviour_cases() -> Iterator[Case]:
 
 
 def _long(draws: Draws) -> Operands:
-    made = weight(draws, 64, 4096, groups=32)
-    return Operands(x=draws.normal("x", (8, 4096)).to(torch.bfloat16), weight=made)
+    x = draws.normal("x", (8, 4096)).to(torch.bfloat16)
+    return Operands(x=x, weight=weight(draws, 64, 4096, groups=32))
 
 
 LARGE_TOKENS = 2**16 + 256
 
 
 def _large_output(draws: Draws) -> Operands:
-    """Return 65,792 tokens of 32 columns, to 16,384 outputs: 2^31 + 2^23 bytes of bfloat16."""
+    """Make 65,792 tokens of 32 columns with 16,384 outputs: 2^31 + 2^23 bytes of bfloat16."""
     x = draws.normal("x", (256, 32)).to(torch.bfloat16).repeat(LARGE_TOKENS // 256, 1)
     return Operands(
         x=x,
@@ -94,14 +94,9 @@ def _large_output(draws: Draws) -> Operands:
 
 
 def _large_weight(draws: Draws) -> Operands:
-    """Return a weight of 2^17 + 256 rows and 2^15 columns, whose rows repeat after 256."""
+    """Make a weight of 2^17 + 256 rows and 2^15 columns, whose rows repeat after 256."""
     few = weight(draws, 256, 2**15, groups=2**8)
-    repeats = 2**9 + 1
     return Operands(
         x=draws.normal("x", (1, 2**15)).to(torch.bfloat16),
-        weight=type(few)(
-            few.packed.repeat(repeats, 1),
-            few.scale.repeat(repeats, 1),
-            shape=(256 * repeats, 2**15),
-        ),
+        weight=few.rows(torch.arange(256).repeat(2**9 + 1)),
     )

@@ -14,7 +14,7 @@ from int4_lora.reference.conformance.cases.operands import Operands
 __all__ = ["Case", "Procedure"]
 
 Procedure = str
-"""How a case is asked: a key of ``procedures.PROCEDURES``."""
+"""The way a case is asked: a key of ``procedures.PROCEDURES``."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class Case:
     """One question to a backend.
 
     Args:
-        name: ``function/what/dtype``; the numbers are drawn from it and the seed.
-        exercises: a sentence, what a backend that passes has shown.
-        function: which function is called.
-        make: returns the operands, from the draws of this case.
-        procedure: how it is asked: "answer" is one call, held against the exact answer.
-        quick: whether it belongs to the quick run, and to the small set of golden files.
-        equal: whether the exact answer is demanded, without any rounding error.
-        optional: whether it runs only when it is named.
+        name: ``function/what/dtype``; the random numbers depend on it and on the seed.
+        exercises: what a backend that passes has shown, in words.
+        function: the function that is called.
+        make: makes the operands from the draws of this case.
+        procedure: the way it is asked: "answer" is one call, held against the exact answer.
+        quick: whether it belongs to the quick run and to the small set of golden files.
+        equal: whether the result must be the exact answer, without any rounding error.
+        optional: whether it runs only when it is named in full.
 
     Example:
         >>> from int4_lora.reference.conformance.suite import CASES
-        >>> case = next(one for one in CASES if one.name == "unpack/all_codes")
+        >>> case = next(case for case in CASES if case.name == "unpack/all_codes")
         >>> case.operands().packed.dtype
         torch.int32
     """
@@ -48,5 +48,5 @@ class Case:
     optional: bool = False
 
     def operands(self, seed: int = 0) -> Operands:
-        """Return the operands, on the CPU; the same for the same seed on every machine."""
+        """Make the operands, on the CPU: the same for a seed on every machine."""
         return self.make(Draws(seed, self.name))

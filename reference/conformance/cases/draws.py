@@ -1,8 +1,7 @@
 """Random numbers that are the same on every machine and in every version of torch.
 
-A counter is mixed into 64 bits with integer operations only, so that golden files are
-byte-identical wherever they are written. Each array has a name; its numbers do not depend on what
-was drawn before.
+Integer operations alone mix a counter into 64 bits, so that golden files are byte-identical
+wherever they are written. Each array has a name, and its numbers do not depend on earlier draws.
 
 Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (SplitMix64).
 """
@@ -26,7 +25,7 @@ class Draws:
 
     Args:
         seed: any integer.
-        name: what the numbers are for, for example a case's name.
+        name: what the numbers are for, for example the name of a case.
 
     Example:
         >>> Draws(0, "case").integers("codes", (2,), -8, 7).dtype
@@ -40,7 +39,7 @@ class Draws:
         self.name = name
 
     def uniform(self, what: str, shape: tuple[int, ...]) -> Tensor:
-        """Return numbers of ``[0, 1)`` with 53 bits each: float64 of ``shape``."""
+        """Return numbers in ``[0, 1)`` with 53 bits each: float64 of ``shape``."""
         count = 1
         for length in shape:
             count *= length
@@ -53,17 +52,17 @@ class Draws:
         return (_shifted(mixed, 11).to(torch.float64) * 2.0**-53).reshape(shape)
 
     def integers(self, what: str, shape: tuple[int, ...], low: int, high: int) -> Tensor:
-        """Return integers of ``[low, high]``, both included: int64 of ``shape``."""
+        """Return integers in ``[low, high]``, both included: int64 of ``shape``."""
         return (self.uniform(what, shape) * (high - low + 1)).floor().to(torch.int64) + low
 
     def normal(self, what: str, shape: tuple[int, ...]) -> Tensor:
         """Return numbers of mean 0 and variance 1, none beyond 3.5: float64 of ``shape``.
 
-        They are sums of four uniform numbers: no logarithm, which libraries round differently.
+        Each is a sum of four uniform numbers: libraries round logarithms differently.
         """
         four = self.uniform(what, (*shape, 4))
         total = four[..., 0] + four[..., 1] + four[..., 2] + four[..., 3]
-        return (total - 2.0) * 1.7320508075688772  # sqrt(3), since four have variance 1/3
+        return (total - 2.0) * 1.7320508075688772  # sqrt(3): the sum has variance 1/3
 
     def permutation(self, what: str, length: int) -> Tensor:
         """Return the numbers of ``[0, length)`` in random order: int64 ``[length]``."""
@@ -71,6 +70,6 @@ class Draws:
 
 
 def _shifted(value: Tensor, by: int) -> Tensor:
-    """Return ``value >> by`` of unsigned 64-bit numbers held as int64."""
+    """Return ``value >> by`` for unsigned 64-bit numbers held in int64."""
     shifted: Tensor = (value >> by) & (2 ** (64 - by) - 1)
     return shifted

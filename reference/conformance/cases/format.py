@@ -1,4 +1,4 @@
-"""Cases of the format: what bits mean.
+"""Cases of the format: what the bits mean.
 
 Source: ``docs/format.md``.
 """
@@ -6,6 +6,7 @@ Source: ``docs/format.md``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ __all__ = ["FLOATS", "WEIGHTS", "format_cases"]
 
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-# name: (what a backend shows, arguments of ``weight``, whether it is quick)
+# name: (what it exercises, arguments of ``weight``, whether it is quick)
 WEIGHTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "group_128": ("groups of 128 columns", {"groups": 2}, True),
     "group_128_asym": ("zero-points, packed along dim 0", {"groups": 2, "symmetric": False}, True),
@@ -151,7 +152,7 @@ def _packing_cases() -> Iterator[Case]:
 
 def _codes(shape: tuple[int, int]) -> Callable[[Draws], Tensor]:
     def make(draws: Draws) -> Tensor:
-        if shape == (16, 128):  # row c, column p * 16 + k: code k, moved so that all places come
+        if shape == (16, 128):  # shifted from row to row, so that each code is in each place
             column = torch.arange(128)
             return (((column // 8 + column + torch.arange(16)[:, None]) % 16) - 8).to(torch.int8)
         return draws.integers("codes", shape, -8, 7).to(torch.int8)
@@ -165,8 +166,8 @@ def _to_pack(codes: Callable[[Draws], Tensor], dim: int) -> Callable[[Draws], Op
 
 def _to_unpack(codes: Callable[[Draws], Tensor], dim: int) -> Callable[[Draws], Operands]:
     def make(draws: Draws) -> Operands:
-        made = codes(draws)
-        return Operands(packed=pack(made, dim=dim), size=made.shape[dim], dim=dim)
+        unpacked = codes(draws)
+        return Operands(packed=pack(unpacked, dim=dim), size=unpacked.shape[dim], dim=dim)
 
     return make
 
@@ -186,8 +187,11 @@ def _every_code_and_zero_point(dtype: torch.dtype) -> Callable[[Draws], Operands
         zero_point = (torch.arange(64 * 8).reshape(64, 8) % 16 - 8).to(torch.int8)
         powers = draws.integers("powers", (64, 8), -6, 6).to(torch.float64)
         scale = ((1 + draws.uniform("scale", (64, 8))) * 2.0**powers).to(dtype)
-        made = PackedWeight(pack(codes), scale, shape=(64, 128), zero_point=pack(zero_point, dim=0))
-        return Operands(weight=made)
+        return Operands(
+            weight=PackedWeight(
+                pack(codes), scale, shape=(64, 128), zero_point=pack(zero_point, dim=0)
+            )
+        )
 
     return make
 
@@ -200,21 +204,21 @@ def _special_scales(dtype: torch.dtype) -> Callable[[Draws], Operands]:
 
 
 def special(weight: PackedWeight) -> PackedWeight:
-    """Return a weight of two groups or more whose rows have scales of every class."""
+    """Return the weight, of two groups or more, with scales of every class in some rows."""
     scale = weight.scale.clone()
     tiny = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}.get(scale.dtype, 2.0**-149)
     large = 5000.0 if scale.dtype == torch.float16 else 2.0**126
     values = [0.0, -0.0, -0.03, tiny, -3 * tiny, float("inf"), float("-inf"), float("nan"), large]
     for row, value in enumerate(values):
         scale[2 * row, row % scale.shape[1]] = value
-    return PackedWeight(weight.packed, scale, weight.shape, weight.zero_point, weight.g_idx)
+    return replace(weight, scale=scale)
 
 
 def strided(weight: PackedWeight) -> PackedWeight:
     """Return the same weight in tensors that are not contiguous."""
     zero_point = None if weight.zero_point is None else spread(weight.zero_point)
-    return PackedWeight(
-        spread(weight.packed), spread(weight.scale), weight.shape, zero_point, weight.g_idx
+    return replace(
+        weight, packed=spread(weight.packed), scale=spread(weight.scale), zero_point=zero_point
     )
 
 

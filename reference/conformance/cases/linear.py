@@ -1,4 +1,4 @@
-"""Cases of ``int4_linear``: formats within a product, and numbers that expose roundings.
+"""Cases of ``int4_linear``: every format in a product, and numbers that expose roundings.
 
 Source: ``docs/numerics.md``; TOSA's sets of dot products (zeros, large exponents, cancellation).
 """
@@ -6,6 +6,7 @@ Source: ``docs/numerics.md``; TOSA's sets of dot products (zeros, large exponent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -213,11 +214,10 @@ def _scaled(dtype: torch.dtype, factor: float) -> Make:
 
 
 def _exact(draws: Draws, dtype: torch.dtype) -> Operands:
-    made = weight(draws, 64, 128, groups=4, symmetric=False, dtype=dtype)
+    random = weight(draws, 64, 128, groups=4, symmetric=False, dtype=dtype)
     powers = draws.integers("powers", (64, 4), -3, 0).to(torch.float64)
-    scale = (2.0**powers).to(dtype)
     x = draws.integers("x", (16, 128), -1, 1).to(dtype)
-    return Operands(x=x, weight=PackedWeight(made.packed, scale, made.shape, made.zero_point))
+    return Operands(x=x, weight=replace(random, scale=(2.0**powers).to(dtype)))
 
 
 def _cancelling(draws: Draws, dtype: torch.dtype) -> Operands:
@@ -230,13 +230,11 @@ def _cancelling(draws: Draws, dtype: torch.dtype) -> Operands:
 
 
 def _overflowing(draws: Draws) -> Operands:
-    made = weight(draws, dtype=torch.float16)
-    scale = made.scale.clone()
+    random = weight(draws, dtype=torch.float16)
+    scale = random.scale.clone()
     scale[::3] = scale[::3] * 400
     x = draws.normal("x", (16, 256)) * 20
-    return Operands(
-        x=x.to(torch.float16), weight=PackedWeight(made.packed, scale, shape=made.shape)
-    )
+    return Operands(x=x.to(torch.float16), weight=replace(random, scale=scale))
 
 
 def _special_tokens(draws: Draws, dtype: torch.dtype) -> Operands:

@@ -1,33 +1,24 @@
 """Cases of adapters: ``shrink``, ``expand`` and ``int4_lora_linear``.
 
-Source: ``docs/numerics.md``; what multi-adapter kernels have had wrong.
+Source: ``docs/numerics.md``; arXiv:2310.18547; the faults of multi-adapter kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.draws import Draws
-from int4_lora.reference.conformance.cases.format import FLOATS, WEIGHTS
-from int4_lora.reference.conformance.cases.lora_operands import (
-    base_overflows,
-    exact,
-    mixed_ids,
-    same_but_scaling,
-    special_tokens,
-    special_weight,
-    strided_layer,
-    unused_not_finite,
-    with_adapters,
-)
-from int4_lora.reference.conformance.cases.operands import Operands, tokens, weight
+from int4_lora.reference.conformance.cases.format import FLOATS, WEIGHTS, special, spread, strided
+from int4_lora.reference.conformance.cases.operands import Operands, adapters, tokens, weight
 
-__all__ = ["lora_cases"]
+__all__ = ["lora_cases", "mixed_ids", "with_adapters"]
 
 ON = (
     "ragged_asym",
@@ -45,9 +36,9 @@ QUARTERS = (("q", 0, 32), ("k", 32, 16), ("v", 48, 16))
 
 
 def lora_cases() -> Iterator[Case]:
-    """Yield the cases of adapters."""
+    """Yield the cases of ``int4_lora_linear``, ``shrink`` and ``expand``."""
     for short, dtype in FLOATS.items():
-        yield from _of_dtype(short, dtype)
+        yield from _of_x_dtype(short, dtype)
     yield from _of_ranks()
     yield from _of_ids()
     yield from _of_slices()
@@ -63,19 +54,20 @@ def lora_cases() -> Iterator[Case]:
     yield _case(
         "overflow_of_base/fp16",
         "a base beyond float16 that the delta brings back",
-        base_overflows,
+        _base_overflows,
     )
+    yield from _shrink_and_expand()
 
 
 def _crossings() -> Iterator[Case]:
-    """Yield layers with adapters on what is asked of the base alone, too."""
+    """Yield layers with adapters for what the cases of ``int4_linear`` ask of the base."""
     bf16 = torch.bfloat16
     for name, exercises, make in (
         ("scale_fp32", "scales of a wider dtype", with_adapters(bf16, scale_dtype=torch.float32)),
         ("bias_fp32", "a bias of a wider dtype", with_adapters(bf16, bias=torch.float32)),
-        ("special_x", "a NaN and an infinity in their own tokens", special_tokens),
-        ("special_scales", "scales of every class", special_weight),
-        ("non_contiguous", "operands that are views with strides", strided_layer),
+        ("special_x", "a NaN and an infinity in their own tokens", _special_tokens),
+        ("special_scales", "scales of every class", _special_weight),
+        ("non_contiguous", "operands that are views with strides", _strided_layer),
     ):
         yield _case(f"{name}/bf16", f"adapters and {exercises}", make)
     yield _case(
@@ -89,7 +81,7 @@ def _case(name: str, exercises: str, make: Callable[[Draws], Operands], **flags:
     return Case(f"int4_lora_linear/{name}", exercises, "int4_lora_linear", make, **flags)
 
 
-def _of_dtype(short: str, dtype: torch.dtype) -> Iterator[Case]:
+def _of_x_dtype(short: str, dtype: torch.dtype) -> Iterator[Case]:
     yield _case(
         f"mixed/{short}",
         "every token with its own adapter or none",
@@ -105,7 +97,7 @@ def _of_dtype(short: str, dtype: torch.dtype) -> Iterator[Case]:
     yield _case(
         f"exact/{short}",
         "powers of two and small integers: no rounding at all, in any order",
-        lambda draws: exact(draws, dtype),
+        lambda draws: _exact(draws, dtype),
         equal=True,
         quick=True,
     )
@@ -179,13 +171,13 @@ def _of_ids() -> Iterator[Case]:
     yield _case(
         "scaling/bf16",
         "adapters that differ in their scaling alone",
-        lambda draws: same_but_scaling(draws),
+        _same_but_scaling,
         quick=True,
     )
     yield _case(
         "unused_not_finite/bf16",
         "an adapter of NaN and infinity that no token uses",
-        lambda draws: unused_not_finite(draws),
+        _unused_not_finite,
         quick=True,
     )
 
@@ -206,3 +198,226 @@ def _of_slices() -> Iterator[Case]:
                 ),
                 quick=quick and short == "bf16",
             )
+
+
+def _shrink_and_expand() -> Iterator[Case]:
+    for short, dtype in FLOATS.items():
+        yield from _parts_of_dtype(short, dtype)
+    yield from _parts_of_sizes()
+
+
+def _parts_of_dtype(short: str, dtype: torch.dtype) -> Iterator[Case]:
+    for function in ("shrink", "expand"):
+        for ids in ("mixed", "all_minus_one"):
+            yield Case(
+                f"{function}/{ids}/{short}",
+                f"{function} with ids that are {ids.replace('_', ' ')}",
+                function,
+                _one_part(function, dtype, 8, ids == "mixed"),
+                quick=ids == "mixed" and short != "fp16",
+            )
+        yield Case(
+            f"{function}/uneven/{short}",
+            f"{function} of 330 columns and 24 outputs, at rank 5",
+            function,
+            _one_part(function, dtype, 5, True, rows=24, columns=330),
+        )
+        yield Case(
+            f"{function}/rank_3/{short}",
+            f"{function} of an odd rank",
+            function,
+            _one_part(function, dtype, 3, True),
+        )
+
+
+def _parts_of_sizes() -> Iterator[Case]:
+    bf16 = torch.bfloat16
+    options: dict[str, Any]
+    for function in ("shrink", "expand"):
+        for name, exercises, options in (
+            ("tokens_0", "no tokens", {"count": 0}),
+            ("tokens_1", "one token", {"count": 1}),
+            ("tokens_65", "65 tokens", {"count": 65}),
+            ("adapters_16", "16 adapters", {"count": 34, "adapters_count": 16}),
+            ("ids_int32", "ids in int32", {"id_dtype": torch.int32}),
+        ):
+            make = _one_part(function, bf16, 8, True, **options)
+            yield Case(f"{function}/{name}/bf16", f"{function} of {exercises}", function, make)
+        make = _one_part(function, bf16, 128, True)
+        yield Case(f"{function}/rank_128/bf16", f"{function} of rank 128", function, make)
+
+
+Lora = LoRAStack | Sequence[LoRASlice]
+
+
+def mixed_ids(draws: Draws, count: int, adapters_count: int) -> Tensor:
+    """Return ids that use every adapter and -1 if the tokens suffice: int64 ``[count]``."""
+    order = draws.permutation("ids", count)
+    return order % (adapters_count + 1) - 1
+
+
+def with_adapters(
+    dtype: torch.dtype,
+    *,
+    count: int = 16,
+    rows: int = 64,
+    columns: int = 256,
+    rank: int = 8,
+    adapters_count: int = 3,
+    lora_dtype: torch.dtype | None = None,
+    ids: Callable[[Draws], Tensor] | None = None,
+    slices: Sequence[tuple[str, int, int]] | None = None,
+    bias: torch.dtype | None = None,
+    scale_dtype: torch.dtype | None = None,
+    **arguments: Any,
+) -> Callable[[Draws], Operands]:
+    """Return a function that makes a layer with adapters.
+
+    Args:
+        dtype: of x; also of the adapters and the scales unless those are given.
+        count: tokens.
+        rows: out_features.
+        columns: in_features.
+        rank: the largest rank of an adapter.
+        adapters_count: adapters.
+        lora_dtype: of the adapters.
+        ids: makes the adapter ids; by default ``mixed_ids``.
+        slices: name, start and width of each slice; None for adapters of the whole output.
+        bias: its dtype; None for no bias.
+        scale_dtype: of the weight's scales.
+        arguments: further arguments of ``operands.weight``.
+    """
+
+    def make(draws: Draws) -> Operands:
+        def stack(height: int, what: str, smaller: int = 0) -> LoRAStack:
+            return adapters(
+                draws,
+                height,
+                columns,
+                count=adapters_count,
+                rank=rank - smaller,
+                dtype=lora_dtype or dtype,
+                what=what,
+            )
+
+        lora: Lora = stack(rows, "lora")
+        if slices is not None:  # each with another rank and other scalings
+            lora = [
+                LoRASlice(stack(height, name, index), start)
+                for index, (name, start, height) in enumerate(slices)
+            ]
+        return Operands(
+            x=tokens(draws, count, columns, dtype),
+            weight=weight(draws, rows, columns, dtype=scale_dtype or dtype, **arguments),
+            lora=lora,
+            adapter_ids=mixed_ids(draws, count, adapters_count) if ids is None else ids(draws),
+            bias=None if bias is None else draws.normal("bias", (rows,)).to(bias),
+        )
+
+    return make
+
+
+def _one_part(
+    function: str,
+    dtype: torch.dtype,
+    rank: int,
+    mixed: bool,
+    *,
+    rows: int = 64,
+    columns: int = 256,
+    count: int = 16,
+    adapters_count: int = 3,
+    id_dtype: torch.dtype = torch.int64,
+) -> Callable[[Draws], Operands]:
+    """Return a function that makes the operands of ``shrink`` or ``expand``."""
+
+    def make(draws: Draws) -> Operands:
+        stack = adapters(draws, rows, columns, count=adapters_count, dtype=dtype, rank=rank)
+        ids = mixed_ids(draws, count, adapters_count) if mixed else torch.full((count,), -1)
+        ids = ids.to(id_dtype)
+        if function == "shrink":
+            x = tokens(draws, count, columns, dtype)
+            return Operands(x=x, lora=stack, adapter_ids=ids)
+        h = draws.normal("h", (count, rank)).to(torch.float32)
+        return Operands(h=h, lora=stack, adapter_ids=ids)
+
+    return make
+
+
+def _exact(draws: Draws, dtype: torch.dtype) -> Operands:
+    """Make a layer whose base, delta and sums are small integers over a power of two."""
+    codes = draws.integers("codes", (64, 128), -2, 2).to(torch.int8)
+    scale = (2.0 ** draws.integers("scale", (64, 2), -1, 1).to(torch.float64)).to(dtype)
+    x = torch.zeros(16, 128, dtype=torch.float64)
+    x.scatter_(1, draws.integers("where", (16, 4), 0, 127), 1.0)
+    a = draws.integers("a", (3, 4, 128), -1, 1).to(dtype)
+    b = draws.integers("b", (3, 64, 4), -1, 1).to(dtype)
+    return Operands(
+        x=x.to(dtype),
+        weight=PackedWeight(pack(codes), scale, shape=(64, 128)),
+        lora=LoRAStack(a, b, torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64)),
+        adapter_ids=mixed_ids(draws, 16, 3),
+    )
+
+
+def _same_but_scaling(draws: Draws) -> Operands:
+    """Make a layer whose adapters have the same A and B, and different scalings."""
+    layer = with_adapters(torch.bfloat16)(draws)
+    stack = layer.slices[0].stack
+    same = LoRAStack(stack.a[:1].repeat(3, 1, 1), stack.b[:1].repeat(3, 1, 1), stack.scaling)
+    return dataclasses.replace(layer, lora=same)
+
+
+def _unused_not_finite(draws: Draws) -> Operands:
+    """Make a layer whose second adapter holds a NaN and an infinity; no token uses it."""
+    layer = with_adapters(torch.bfloat16)(draws)
+    stack = layer.slices[0].stack
+    a, b = stack.a.clone(), stack.b.clone()
+    a[1, 0, 0] = float("nan")
+    b[1, 3, 0] = float("inf")
+    ids = layer.adapter_ids
+    ids = torch.where(ids == 1, 2, ids) if ids is not None else None
+    return dataclasses.replace(layer, lora=LoRAStack(a, b, stack.scaling), adapter_ids=ids)
+
+
+def _base_overflows(draws: Draws) -> Operands:
+    """Make a layer whose first outputs have the base 256 * 7 * 40 and a delta of minus half."""
+    codes = draws.integers("codes", (64, 256), -8, 7).to(torch.int8)
+    codes[:8] = 7
+    scale = torch.full((64, 2), 0.05, dtype=torch.float16)
+    scale[:8] = 40.0
+    x = torch.ones(16, 256, dtype=torch.float16)
+    a = torch.full((1, 1, 256), 1.0, dtype=torch.float16)
+    b = torch.zeros(1, 64, 1, dtype=torch.float16)
+    b[0, :8] = -140.0
+    return Operands(
+        x=x,
+        weight=PackedWeight(pack(codes), scale, shape=(64, 256)),
+        lora=LoRAStack(a, b, torch.tensor([1.0], dtype=torch.float64)),
+        adapter_ids=torch.zeros(16, dtype=torch.int64),
+    )
+
+
+def _special_tokens(draws: Draws) -> Operands:
+    """Make a layer with a NaN in one token and an infinity in another."""
+    layer = with_adapters(torch.bfloat16)(draws)
+    x = tokens(draws)
+    x[3, 17], x[5, 100] = float("nan"), float("inf")
+    return dataclasses.replace(layer, x=x)
+
+
+def _special_weight(draws: Draws) -> Operands:
+    """Make a layer whose scales are of every class."""
+    layer = with_adapters(torch.bfloat16)(draws)
+    return dataclasses.replace(layer, weight=special(weight(draws)))
+
+
+def _strided_layer(draws: Draws) -> Operands:
+    """Make a layer whose x, ids, bias and weight are views with strides."""
+    layer = with_adapters(torch.bfloat16, bias=torch.bfloat16)(draws)
+    changed: dict[str, Any] = {
+        name: spread(value)
+        for name in ("x", "adapter_ids", "bias")
+        if (value := getattr(layer, name)) is not None
+    }
+    return dataclasses.replace(layer, weight=strided(weight(draws)), **changed)

@@ -1,6 +1,6 @@
-"""What a backend's function is called with, and how a case makes it.
+"""The arguments of a backend's functions, and how cases make them.
 
-Source: the public contract of ``int4_lora.reference``.
+Source: ``docs/conformance.md``, "A backend".
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from int4_lora.reference.lora_stack import rows_of
 
 __all__ = ["Operands", "adapters", "tensors_of", "tokens", "weight"]
 
-SCALINGS = (2 / 3, 2.0, 0.37, -1.5, 1.25)  # all differ from 1 and from one another
+SCALINGS = (2 / 3, 2.0, 0.37, -1.5, 1.25)  # none is 1, and no two are equal
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """The arguments of one call, under the contract's names; None is what a function lacks.
+    """The arguments of one call by name; None for those that the function does not have.
 
     Args:
         codes: int8, for ``pack``.
@@ -60,10 +60,10 @@ class Operands:
 
     @property
     def activations(self) -> Tensor:
-        """What is summed over: ``x``, or the ``h`` of ``expand``.
+        """The activations that are multiplied: ``x``, or the ``h`` of ``expand``.
 
         Raises:
-            ValueError: there are none.
+            ValueError: both are None.
         """
         value = self.x if self.h is None else self.h
         if value is None:
@@ -72,7 +72,7 @@ class Operands:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return next(iter(tensors_of(self).values())).device
 
     def to(self, device: torch.device | str) -> Operands:
@@ -93,7 +93,7 @@ class Operands:
         """Return the operands of some tokens alone.
 
         Args:
-            chosen: int64, which tokens.
+            chosen: int64, the tokens.
         """
         changed = {
             name: value[chosen.to(value.device)]
@@ -125,16 +125,16 @@ def tensors_of(operands: Operands) -> dict[str, Tensor]:
         >>> list(tensors_of(Operands(x=torch.zeros(1, 8))))
         ['x']
     """
-    found: dict[str, Tensor | None] = {}
+    tensors: dict[str, Tensor | None] = {}
     for name in ("codes", "packed", "x", "h", "adapter_ids", "bias"):
-        found[name] = getattr(operands, name)
+        tensors[name] = getattr(operands, name)
     if operands.weight is not None:
         for name in ("packed", "scale", "zero_point", "g_idx"):
-            found[f"weight.{name}"] = getattr(operands.weight, name)
+            tensors[f"weight.{name}"] = getattr(operands.weight, name)
     for index, part in enumerate(operands.slices):
         for name in ("a", "b", "scaling"):
-            found[f"lora.{index}.{name}"] = getattr(part.stack, name)
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+            tensors[f"lora.{index}.{name}"] = getattr(part.stack, name)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def weight(
@@ -150,19 +150,19 @@ def weight(
     block: tuple[int, int] = (16, 32),
     what: str = "weight",
 ) -> PackedWeight:
-    """Return a random weight whose scales all differ, so that no two groups can be confused.
+    """Return a random weight whose scales all differ, so that swapping two groups shows.
 
     Args:
-        draws: where the numbers come from.
+        draws: the random numbers.
         rows: out_features.
         columns: in_features.
-        groups: scales of a row, for the strategy "group"; 1 is "channel".
+        groups: scales per row, for the strategy "group"; 1 is "channel".
         strategy: "group", "tensor" or "block".
         symmetric: whether there are no zero-points.
         dtype: of the scales.
         g_idx: None, "balanced", "unbalanced" or "minus_one".
         block: rows and columns that share a scale, for the strategy "block".
-        what: the name that the numbers are drawn under.
+        what: the name under which the numbers are drawn.
     """
     codes = draws.integers(f"{what}.codes", (rows, columns), -8, 7).to(torch.int8)
     table = {"tensor": (1,), "block": (-(-rows // block[0]), -(-columns // block[1]))}.get(
@@ -188,7 +188,7 @@ def _group_of_each_column(
     if how is None:
         return None
     if how == "unbalanced":
-        squared = draws.uniform(f"{what}.g_idx", (columns,)) ** 2  # the first groups are larger
+        squared = draws.uniform(f"{what}.g_idx", (columns,)) ** 2  # the first groups get more
         return (squared * groups).floor().to(torch.int32)
     g_idx = (draws.permutation(f"{what}.g_idx", columns) // (columns // groups)).to(torch.int32)
     if how == "minus_one":
@@ -206,15 +206,15 @@ def adapters(
     dtype: torch.dtype = torch.bfloat16,
     what: str = "lora",
 ) -> LoRAStack:
-    """Return random adapters, their ranks falling from ``rank`` and their scalings differing.
+    """Return random adapters of falling ranks, from ``rank`` on, and of different scalings.
 
-    The deltas are about as large as the base of ``weight``, so that no fault in them is small.
+    The deltas are about as large as the base of ``weight``, so that a fault in them is not small.
     """
     triples, first = [], int(draws.integers(f"{what}.first", (1,), 0, len(SCALINGS) - 1))
     for index in range(count):
-        own = max(1, rank - index)
-        a = draws.normal(f"{what}.{index}.a", (own, columns)) * 0.1
-        b = draws.normal(f"{what}.{index}.b", (rows, own)) * (1.5 / own**0.5)
+        height = max(1, rank - index)
+        a = draws.normal(f"{what}.{index}.a", (height, columns)) * 0.1
+        b = draws.normal(f"{what}.{index}.b", (rows, height)) * (1.5 / height**0.5)
         triples.append((a.to(dtype), b.to(dtype), SCALINGS[(first + index) % len(SCALINGS)]))
     return LoRAStack.stack(triples)
 

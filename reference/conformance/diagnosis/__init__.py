@@ -1,1 +1,1 @@
-"""Which known mistake a wrong answer is: the definition in steps, and steps done wrong."""
+"""The diagnosis of a wrong result: the definition in steps, and the steps done wrong."""

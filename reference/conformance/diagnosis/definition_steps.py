@@ -1,10 +1,11 @@
 """The definition once more, in steps that can be replaced one by one.
 
-``reference`` is written to be read and has no holes to put a mistake in; here each step is a
+``reference`` is written to be read and has no place to put a mistake in; here each step is a
 function in a ``Way``. ``RIGHT`` is the definition (a test holds it against the reference); a
-mistake is ``RIGHT`` with one step replaced.
+mistake is ``RIGHT`` with one step replaced. ``answer_of`` computes what a backend that follows a
+way returns, and how near to it such a backend must come.
 
-Source: ``docs/format.md`` and ``docs/numerics.md``.
+Source: ``docs/format.md`` and ``docs/numerics.md``; for the tolerance its section "The bound".
 """
 
 from __future__ import annotations
@@ -16,14 +17,26 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference import LoRASlice, PackedWeight
+from int4_lora.reference.bounds import FORMATS, gamma
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.judging.answers import DELTA_ROUNDINGS
+from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import scale_columns, scale_rows
 
-__all__ = ["RIGHT", "Way", "centred", "dense_weight", "read_codes"]
+__all__ = [
+    "RIGHT",
+    "AnswerOfWay",
+    "Way",
+    "answer_of",
+    "dense_weight",
+    "read_codes",
+    "rounded_product",
+]
 
 
 @dataclass(frozen=True)
 class Way:
-    """How each step is done.
+    """One function for each step.
 
     Args:
         shifts: () -> the place of each code in its word, int32 ``[8]``.
@@ -33,15 +46,15 @@ class Way:
         centre: (codes, zero-points) -> their difference.
         group: weight -> the column of the scale table of each input.
         product: (codes, zero-points, scales, centre) -> weights in float64.
-        columns: (weights, weight) -> the weights that take part, in their places.
-        inputs: x -> x as the base and the adapters see it.
-        reach: x -> x as the adapters see it.
+        columns: (weights, weight) -> the weights that are used, in their places.
+        inputs: x -> x as the base and the adapters read it.
+        reach: x -> x as the adapters read it.
         ids: (adapter ids, number of adapters, ids of an earlier call or None) -> ids.
         scaling: scalings -> scalings.
-        starts: slices -> where each writes.
-        outputs: result -> the result that is written.
-        zero_points_too: whether zero-points are read by shifts, mask and code of this way, or as
-            they should be.
+        starts: slices -> the first output of each.
+        outputs: result -> the result as it is written.
+        zero_points_too: whether zero-points are read with this way's shifts, mask and code; else
+            with those of ``RIGHT``.
     """
 
     shifts: Callable[[], Tensor]
@@ -88,7 +101,7 @@ RIGHT = Way(
 
 
 def read_codes(way: Way, packed: Tensor, size: int, dim: int = 1) -> Tensor:
-    """Return the codes of words, as ``way`` reads them: int64, ``size`` along ``dim``."""
+    """Return the codes in words as ``way`` reads them: int64, ``size`` along ``dim``."""
     rows = packed if dim == 1 else packed.T
     stored = way.mask(rows.unsqueeze(2) >> way.shifts())  # [rows, words, 8]
     codes = way.code(stored).flatten(1)[:, :size].to(torch.int64)
@@ -115,3 +128,143 @@ def dense_weight(way: Way, weight: PackedWeight) -> Tensor:
     """Return the weight as ``way`` reads it: float64 ``[out_features, in_features]``."""
     codes, zero_points, scales = centred(way, weight)
     return way.columns(way.product(codes, zero_points, scales, way.centre), weight)
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerOfWay:
+    """The answer of one way of computing.
+
+    Args:
+        exact: integers, or float64.
+        tolerance: float64: how far a backend that computes in this way may be from it.
+    """
+
+    exact: Tensor
+    tolerance: Tensor
+
+
+def answer_of(
+    function: str, operands: Operands, way: Way, manifest: Manifest, earlier_ids: Tensor | None
+) -> AnswerOfWay:
+    """Return the answer of ``function`` when each step is done as ``way`` does it.
+
+    Args:
+        function: any but "pack".
+        operands: its arguments, on the CPU.
+        way: the steps.
+        manifest: the declared roundings.
+        earlier_ids: the adapter ids of the previous call, or None.
+    """
+    if function == "unpack" and operands.packed is not None:
+        codes = read_codes(way, operands.packed, operands.size, operands.dim)
+        return _exactly(way.outputs(codes.to(torch.int8)))
+    if function == "dequantize" and operands.weight is not None:
+        dense = way.outputs(dense_weight(way, operands.weight))
+        if operands.dtype is not None:
+            dense = dense.to(operands.dtype).double()
+        loose = 0.0 if manifest.weight_rounded else 2.0**-6
+        return AnswerOfWay(dense, dense.abs() * loose)
+    if function == "shrink":
+        return _part(operands.x, operands, way, manifest, earlier_ids, shrink=True)
+    if function == "expand":
+        return _part(operands.h, operands, way, manifest, earlier_ids, shrink=False)
+    return _layer(operands, way, manifest, earlier_ids)
+
+
+def _exactly(codes: Tensor) -> AnswerOfWay:
+    return AnswerOfWay(codes, torch.zeros(codes.shape, dtype=torch.float64))
+
+
+def _layer(
+    operands: Operands, way: Way, manifest: Manifest, earlier_ids: Tensor | None
+) -> AnswerOfWay:
+    x, weight = operands.x, operands.weight
+    if x is None or weight is None:
+        raise ValueError("a layer needs x and weight")
+    wide = way.inputs(x.double())
+    dense = dense_weight(way, weight)
+    base, size = wide @ dense.T, wide.abs() @ dense.abs().T
+    exact, rank, deltas = base.clone(), 0, torch.zeros_like(base)
+    for part, start in zip(operands.slices, way.starts(operands.slices), strict=True):
+        ids = _ids(operands, part, way, earlier_ids)
+        delta, magnitude = _delta(wide, part, ids, way)
+        stop = min(start + delta.shape[1], exact.shape[1])
+        exact[:, start:stop] += delta[:, : stop - start]
+        size[:, start:stop] += magnitude[:, : stop - start]
+        deltas[:, start:stop] += magnitude[:, : stop - start]
+        rank = max(rank, part.stack.rank)
+    if operands.bias is not None:
+        exact, size = exact + operands.bias.double(), size + operands.bias.double().abs()
+    tolerance = _gamma(weight.in_features + rank + 8, x, manifest) * size
+    if not manifest.weight_rounded:
+        tolerance = tolerance + FORMATS[weight.scale.dtype].u * (wide.abs() @ dense.abs().T)
+    output = FORMATS[x.dtype]
+    if manifest.delta_rounded:
+        tolerance = tolerance + DELTA_ROUNDINGS * output.u * deltas
+    roundings = exact.abs() + (2 * base.abs() + tolerance if manifest.base_rounded else 0)
+    tolerance = tolerance + output.u * (roundings + tolerance) + output.product_underflow
+    return AnswerOfWay(way.outputs(exact), tolerance)
+
+
+def _part(
+    value: Tensor | None,
+    operands: Operands,
+    way: Way,
+    manifest: Manifest,
+    earlier_ids: Tensor | None,
+    *,
+    shrink: bool,
+) -> AnswerOfWay:
+    if value is None:
+        raise ValueError("shrink needs x, expand needs h")
+    part = operands.slices[0]
+    ids = _ids(operands, part, way, earlier_ids)
+    wide = way.reach(way.inputs(value.double())) if shrink else value.double()
+    if shrink:
+        exact, size = _shrunk_and_size(wide, part.stack.a, ids)
+    else:
+        exact, size = _expanded(wide, part, ids, way), _expanded(wide, part, ids, way, sizes=True)
+    return AnswerOfWay(way.outputs(exact), _gamma(value.shape[1] + 4, value, manifest) * size)
+
+
+def _delta(x: Tensor, part: LoRASlice, ids: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+    """Return the delta of a slice, and the sum of its products' magnitudes."""
+    h, size = _shrunk_and_size(way.reach(x), part.stack.a, ids)
+    return _expanded(h, part, ids, way), _expanded(size, part, ids, way, sizes=True)
+
+
+def _shrunk_and_size(x: Tensor, a: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x A^T, and the sum of its products' magnitudes."""
+    a = a.double()
+    return _shrunk(x, a, ids), _shrunk(x.abs(), a.abs(), ids)
+
+
+def _shrunk(x: Tensor, a: Tensor, ids: Tensor) -> Tensor:
+    h = torch.zeros(x.shape[0], a.shape[1], dtype=torch.float64)
+    for adapter in range(a.shape[0]):
+        chosen = ids == adapter
+        h[chosen] = x[chosen] @ a[adapter].T
+    return h
+
+
+def _expanded(h: Tensor, part: LoRASlice, ids: Tensor, way: Way, *, sizes: bool = False) -> Tensor:
+    scaling, b = way.scaling(part.stack.scaling.double()), part.stack.b.double()
+    if sizes:
+        h, scaling, b = h.abs(), scaling.abs(), b.abs()
+    delta = torch.zeros(h.shape[0], b.shape[1], dtype=torch.float64)
+    for adapter in range(b.shape[0]):
+        chosen = ids == adapter
+        delta[chosen] = scaling[adapter] * (h[chosen] @ b[adapter].T)
+    return delta
+
+
+def _ids(operands: Operands, part: LoRASlice, way: Way, earlier_ids: Tensor | None) -> Tensor:
+    if operands.adapter_ids is None:
+        raise ValueError("adapters need adapter_ids")
+    usable = earlier_ids is not None and earlier_ids.shape == operands.adapter_ids.shape
+    return way.ids(operands.adapter_ids, part.stack.adapters, earlier_ids if usable else None)
+
+
+def _gamma(n: int, x: Tensor, manifest: Manifest) -> Tensor:
+    """Return gamma_n at twice u, which covers tensor cores: they truncate."""
+    return gamma(n, 2 * FORMATS[manifest.sums_of(x)].u)

@@ -1,13 +1,12 @@
-"""Whether a result is what sums kept in 16 bits give.
+"""Whether sums kept in 16 bits explain a result.
 
-The order of such sums is unknown, so they cannot be reproduced bit for bit. What can: every
-element is within the bound of 16-bit sums; the sizes of the errors are spread as those of 16-bit
-sums emulated in several orders, at three quantiles, and not as those of float32 sums; and they go
-both ways. One wrong element, a wrong row or a shift of all elements are not like
-that.
+The order of such sums is unknown, so the result cannot be reproduced bit for bit. Instead: every
+element is within the bound of 16-bit sums; at three quantiles, the errors are as large as those of
+emulated 16-bit sums in one of several orders, and larger than those of float32 sums; and they have
+both signs. One wrong element, row or constant offset does not fit this pattern.
 
-Source: ``docs/numerics.md``; the orders are those of GEMMs in the field: one after the other, and
-blocks that are summed in float32 and added up in 16 bits (split-K with atomics).
+Source: ``docs/numerics.md``. The emulated orders are those of common GEMMs: product after product,
+and blocks that are summed in float32 and added up in 16 bits (split-K with atomics).
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from int4_lora.reference import dequantize
 from int4_lora.reference.bounds import FORMATS
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import Answer, answer
-from int4_lora.reference.conformance.judging.systematic_error import bias_of_errors
+from int4_lora.reference.conformance.judging.systematic_error import systematic_error
 from int4_lora.reference.conformance.judging.yardstick import one_by_one, yardstick
 from int4_lora.reference.conformance.manifest import Manifest
 
 __all__ = ["accumulated_low"]
 
 FACTOR = 2.0
-EXCESS = 1.2  # over the errors of float32 sums, in one of the quantiles
+EXCESS = 1.2  # times the errors of float32 sums, at one of the quantiles
 QUANTILES = (0.5, 0.9, 0.99)
-LARGEST = 4.0  # times the largest emulated error, where quantiles say nothing
+LARGEST = 4.0  # times the largest emulated error, where elements are too few for quantiles
 BLOCKS = (16, 32, 64, 128)
-ELEMENTS = 256  # with fewer, quantiles say little
+ELEMENTS = 256  # needed for quantiles
 
 
 def accumulated_low(
@@ -42,10 +41,10 @@ def accumulated_low(
     """Return whether sums kept in float16 or bfloat16 explain a result.
 
     Args:
-        function: what was called; only layers are looked at.
-        operands: with what, on the CPU.
+        function: the function that was called; only layers can be explained.
+        operands: its arguments, on the CPU.
         result: what it returned.
-        manifest: the roundings declared, with wider sums.
+        manifest: the declared roundings, with wider sums.
 
     Returns:
         True if they reproduce its errors, None if it is within the bound of such sums but has too
@@ -86,21 +85,22 @@ def _fits(
         return None if float(error[judged].amax()) <= LARGEST * largest else False
 
     spread = _Spread(held, judged)
-    ours, usual = spread(result), spread(yardstick(function, operands, manifest))
-    if not any(own > EXCESS * other for own, other in zip(ours, usual, strict=True)):
+    sizes = spread(result)
+    usual_sizes = spread(yardstick(function, operands, manifest))
+    if not any(size > EXCESS * usual for size, usual in zip(sizes, usual_sizes, strict=True)):
         return False
-    if bias_of_errors((result.double() - held.exact)[judged], held.exact[judged], bound[judged]):
+    if systematic_error((result.double() - held.exact)[judged], held.exact[judged], bound[judged]):
         return False
     return any(
         all(
-            other / FACTOR <= own <= other * FACTOR for own, other in zip(ours, theirs, strict=True)
+            low / FACTOR <= size <= low * FACTOR for size, low in zip(sizes, low_sizes, strict=True)
         )
-        for theirs in map(spread, emulated)
+        for low_sizes in map(spread, emulated)
     )
 
 
 class _Spread:
-    """Sizes of errors, in bounds, at ``QUANTILES``."""
+    """The sizes of a result's errors, as fractions of their bounds, at ``QUANTILES``."""
 
     def __init__(self, held: Answer, judged: Tensor) -> None:
         self.held = held
@@ -109,11 +109,11 @@ class _Spread:
     def __call__(self, y: Tensor) -> list[float]:
         counted = self.judged & y.isfinite()
         sizes = ((y.double() - self.held.exact).abs() / self.held.bound)[counted]
-        return [_quantile(sizes, part) for part in QUANTILES]
+        return [_quantile(sizes, fraction) for fraction in QUANTILES]
 
 
-def _quantile(values: Tensor, part: float) -> float:
-    return float(values.sort().values[int(part * (len(values) - 1))]) if len(values) else 0.0
+def _quantile(values: Tensor, fraction: float) -> float:
+    return float(values.sort().values[int(fraction * (len(values) - 1))]) if len(values) else 0.0
 
 
 def _sums(x: Tensor, dense: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -1,9 +1,8 @@
-"""Which known mistake a wrong result is.
+"""The search for the known mistake that explains a wrong result.
 
-A mistake is named only if it reproduces the result: every element is as near to the wrong answer
-as a backend that makes this mistake comes, and the error that is left is at most half of what
-there was. Where none does, pairs of mistakes are tried; where none of these does, it is
-``unknown``, with the elements that are wrong.
+A mistake is named only if it reproduces the result: every element is as near to the mistake's
+answer as a backend that makes it would come, and at most half of the error is left. Where no
+mistake does, pairs are tried; where no pair does, the diagnosis is ``unknown``.
 
 Source: ``docs/conformance.md``.
 """
@@ -19,18 +18,23 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference.conformance.cases.operands import Operands
-from int4_lora.reference.conformance.diagnosis.definition_steps import RIGHT, Way, read_codes
+from int4_lora.reference.conformance.diagnosis.definition_steps import (
+    RIGHT,
+    AnswerOfWay,
+    Way,
+    answer_of,
+    read_codes,
+)
 from int4_lora.reference.conformance.diagnosis.low_precision import accumulated_low
 from int4_lora.reference.conformance.diagnosis.mistakes import MISTAKES, Mistake
-from int4_lora.reference.conformance.diagnosis.wrong_answers import WrongAnswer, wrong_answer
 from int4_lora.reference.conformance.judging.answers import answer, exact_answer
+from int4_lora.reference.conformance.judging.check import one_thread
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.conformance.threads import one_thread
 
 __all__ = ["Diagnostician", "Explanation"]
 
-LEFT_OVER = 0.5
-PAIRED_ELEMENTS = 2**17  # of the weight and of the result: beyond, only single mistakes are tried
+LEFT_OVER = 0.5  # of the error
+PAIRED_ELEMENTS = 2**17  # for larger weights and results only single mistakes are tried
 PAIR_SEARCHES = 5
 READING = ("shifts", "mask", "code")
 
@@ -41,9 +45,9 @@ class Explanation:
 
     Args:
         names: of ``IDENTIFIERS``, in their order.
-        variants: what exactly was done, one for each name.
-        sure: whether they reproduce it; else they could, and count only where they explain
-            another failure surely.
+        variants: what exactly was done, for each name.
+        sure: whether they reproduce it. If not, they are possible, and count only where they
+            surely explain another failure.
     """
 
     names: tuple[str, ...]
@@ -52,10 +56,10 @@ class Explanation:
 
 
 class Diagnostician:
-    """Finds the mistakes behind the failures of one backend, and learns from those it has found.
+    """Finds the mistakes behind the failures of one backend, and remembers those it found.
 
-    Pairs are hundreds: after a few failures that no pair explains, only those are tried whose
-    names explained an earlier one.
+    There are hundreds of pairs: after a few failures that no pair explains, it tries only pairs
+    whose names explained an earlier failure.
     """
 
     def __init__(self) -> None:
@@ -70,14 +74,14 @@ class Diagnostician:
         manifest: Manifest,
         earlier_ids: Tensor | None = None,
     ) -> list[Explanation]:
-        """Return every single mistake that reproduces a result, or else every pair that does.
+        """Return every mistake that reproduces a result; if there is none, every pair that does.
 
         Args:
-            function: what was called.
-            operands: with what.
-            result: what it returned; anything but a tensor of the right shape has no explanation.
-            manifest: the roundings declared.
-            earlier_ids: the adapter ids of the call before, or None.
+            function: the function that was called.
+            operands: its arguments.
+            result: what it returned. Only a tensor of the right shape can be explained.
+            manifest: the declared roundings.
+            earlier_ids: the adapter ids of the previous call, or None.
         """
         operands = operands.to("cpu")
         exact = exact_answer(function, operands)
@@ -91,14 +95,17 @@ class Diagnostician:
 
     def _explained(self, search: _Search) -> list[Explanation]:
         possible = [mistake for mistake in MISTAKES if search.changes(mistake)]
-        found = [_explain([mistake]) for mistake in possible if search.fits([mistake])]
-        if not found and search.small:
-            found = self._pairs(possible, search)
-        held = (search.function, search.operands, search.got, search.manifest)
-        if not found and (sure := accumulated_low(*held)) is not False:
-            sums = ("sums kept in 16 bits",)
-            found = [Explanation(("low_precision_accumulate",), sums, sure is True)]
-        return found
+        explanations = [_explain([mistake]) for mistake in possible if search.fits([mistake])]
+        if not explanations and search.small:
+            explanations = self._pairs(possible, search)
+        if explanations:
+            return explanations
+        call = (search.function, search.operands, search.got, search.manifest)
+        reproduced = accumulated_low(*call)
+        if reproduced is False:
+            return []
+        variants = ("sums kept in 16 bits",)
+        return [Explanation(("low_precision_accumulate",), variants, sure=reproduced is True)]
 
     def _pairs(self, possible: Sequence[Mistake], search: _Search) -> list[Explanation]:
         pairs = [
@@ -107,13 +114,14 @@ class Diagnostician:
             if pair[0].step != pair[1].step and pair[0].name != pair[1].name
         ]
         known = [pair for pair in pairs if _explain(pair).names in self._known]
-        found = [_explain(pair) for pair in known if search.fits(pair)]
-        if found or not self._searches:
-            return found
-        found = [_explain(pair) for pair in pairs if search.fits(pair)]
-        self._known |= {one.names for one in found}
-        self._searches -= not found
-        return found
+        explanations = [_explain(pair) for pair in known if search.fits(pair)]
+        if explanations or not self._searches:
+            return explanations
+        explanations = [_explain(pair) for pair in pairs if search.fits(pair)]
+        self._known |= {explanation.names for explanation in explanations}
+        if not explanations:
+            self._searches -= 1
+        return explanations
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,24 +135,24 @@ class _Search:
 
     @property
     def small(self) -> bool:
-        """Whether hundreds of answers can be computed in a few seconds."""
+        """Whether hundreds of answers are a matter of seconds."""
         weight = self.operands.weight
         size = 0 if weight is None else weight.in_features * weight.out_features
         return max(size, self.got.numel()) <= PAIRED_ELEMENTS
 
     @cached_property
     def size(self) -> Tensor:
-        """What errors are measured in: the bound of each element, 1 where there is none."""
+        """The unit of each error: the bound of the element, 1 where it has none."""
         bound = answer(self.function, self.operands, self.manifest).bound
         return torch.where(bound.isfinite() & (bound > 0), bound, 1.0)
 
     @cached_property
     def right(self) -> Tensor | None:
-        """The answer of the right way, or None where the result is read and not computed."""
+        """The answer of ``RIGHT``, or None for ``pack``, whose result is read and not computed."""
         return None if self.function == "pack" else self._answer(RIGHT).exact
 
     def changes(self, mistake: Mistake) -> bool:
-        """Return whether a mistake makes a difference to these operands."""
+        """Return whether a mistake changes the answer for these operands."""
         if self.right is None:
             return mistake.step in READING
         for way in _ways([mistake]):
@@ -155,8 +163,8 @@ class _Search:
                 return True
         return False
 
-    def _answer(self, way: Way) -> WrongAnswer:
-        return wrong_answer(self.function, self.operands, way, self.manifest, self.earlier_ids)
+    def _answer(self, way: Way) -> AnswerOfWay:
+        return answer_of(self.function, self.operands, way, self.manifest, self.earlier_ids)
 
     def fits(self, mistakes: Sequence[Mistake]) -> bool:
         """Return whether these mistakes together reproduce the result."""
@@ -173,14 +181,14 @@ class _Search:
         return _is_near(self._written(way), wrong, self.exact.double(), self.size)
 
     def _unpacked_by(self, way: Way) -> bool:
-        """Return whether words packed wrongly are codes again when they are read wrongly."""
+        """Return whether wrongly packed words give the codes when they are read by ``way``."""
         codes, dim = self.operands.codes, self.operands.dim
         if codes is None or self.got.dtype != torch.int32:
             return False
         return torch.equal(read_codes(way, self.got, codes.shape[dim], dim), codes.long())
 
     def _written(self, way: Way) -> Tensor:
-        """Return the result as float64; what a lost tail leaves unwritten counts as zero."""
+        """Return the result in float64, with zeros where a lost tail leaves it unwritten."""
         got = self.got.double()
         if way.outputs is RIGHT.outputs:
             return got
@@ -188,8 +196,8 @@ class _Search:
         return torch.where(lost & got.isnan(), 0.0, got)
 
 
-def _is_near(got: Tensor, wrong: WrongAnswer, exact: Tensor, size: Tensor) -> bool:
-    """Return whether a result is a wrong answer, and better explained by it than by the right."""
+def _is_near(got: Tensor, wrong: AnswerOfWay, exact: Tensor, size: Tensor) -> bool:
+    """Return whether a result is near a wrong answer, and nearer to it than to the exact one."""
     finite = wrong.exact.isfinite() & got.isfinite()
     same = (got == wrong.exact) | (got.isnan() & wrong.exact.isnan())
     infinite = got.isinf() & (got.sign() == wrong.exact.sign()) & (wrong.exact.abs() > 3e4)
@@ -198,11 +206,11 @@ def _is_near(got: Tensor, wrong: WrongAnswer, exact: Tensor, size: Tensor) -> bo
         return False
     judged = finite & exact.isfinite()
     if not bool(judged.any()):
-        return False  # nothing but NaN, which many mistakes make
+        return False  # all NaN, which many mistakes produce
     left = (error / size)[judged].square().sum()
-    was = ((got - exact) / size)[judged].square().sum()
-    classes = bool((exact.isfinite() != got.isfinite()).any())
-    return classes or bool(left.sqrt() <= LEFT_OVER * was.sqrt() and was > 0)
+    before = ((got - exact) / size)[judged].square().sum()
+    classes_differ = bool((exact.isfinite() != got.isfinite()).any())
+    return classes_differ or bool(left.sqrt() <= LEFT_OVER * before.sqrt() and before > 0)
 
 
 def _ways(mistakes: Sequence[Mistake]) -> Iterator[Way]:

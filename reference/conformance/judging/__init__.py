@@ -1,1 +1,1 @@
-"""The verdict on one answer: the exact result, its bound, and the rules that an error may break."""
+"""The verdict on a result: the exact answer, its bound, the yardstick and the rules."""

@@ -1,13 +1,13 @@
-"""The exact answer of a call, how far from it a right backend may be, and an honest example.
+"""The exact answer of a call, and how far a correct backend may be from it.
 
 ==============  ==============================================  ===============================
 function        exact answer                                    bound
 ==============  ==============================================  ===============================
 pack, unpack    the reference's integers                        equal
-dequantize      the reference's bits                            equal, or u |w| where the weight
-                                                                is declared unrounded
+dequantize      the reference's bits                            equal, or u |w| where the backend
+                                                                declares an unrounded weight
 int4_linear     the reference on float64 operands               ``error_bound``
-shrink, expand  the same                                        gamma_n of the sums, ``docs``
+shrink, expand  the same                                        gamma_n of the sums
 ==============  ==============================================  ===============================
 
 Source: ``docs/numerics.md``.
@@ -40,20 +40,20 @@ from int4_lora.reference.lora_stack import LoRAStack
 __all__ = ["Answer", "answer", "delta_magnitude", "exact_answer"]
 
 T = TypeVar("T")
-DELTA_ROUNDINGS = 4  # of x A^T, of B, of the delta, and what they make of one another
+DELTA_ROUNDINGS = 4  # of x A^T, of B and of the delta, and one for their products
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a call is held against.
+    """The exact answer of a call and its bound.
 
     Args:
-        exact: integers, a weight in its own dtype, or float64 ``[tokens, width]``.
+        exact: integers, a weight in its dtype, or float64 ``[tokens, width]``.
         dtype: the dtype that the result must have.
-        bound: float64 like ``exact``: the largest error; 0 where the result must be equal.
-        loose: exact answers of which each class of result is honest: NaN, infinite, finite.
-        free: bool like ``exact``, or None: where a sum may overflow on the way, so that any result
-            is honest.
+        bound: float64, of the shape of ``exact``: the largest allowed error; 0 for equality.
+        loose: exact answers; a result may have the class (NaN, infinite, finite) of any of them.
+        free: bool, of the shape of ``exact``, or None: where a partial sum may overflow, so that
+            any result is allowed.
     """
 
     exact: Tensor
@@ -68,13 +68,13 @@ class Answer:
             self.exact.to("cpu"),
             self.dtype,
             self.bound.to("cpu"),
-            tuple(one.to("cpu") for one in self.loose),
+            tuple(exact.to("cpu") for exact in self.loose),
             None if self.free is None else self.free.to("cpu"),
         )
 
 
 def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
-    """Return what a call of ``function`` is held against, given what the backend declares."""
+    """Return the answer of a call of ``function``, bounded at the declared roundings."""
     exact = exact_answer(function, operands.to("cpu")).to(operands.device)
     if function in ("pack", "unpack"):
         return Answer(exact, exact.dtype, torch.zeros(exact.shape, dtype=torch.float64), (exact,))
@@ -110,15 +110,18 @@ def delta_magnitude(operands: Operands) -> Tensor:
     x, ids, weight = operands.activations, _of(operands.adapter_ids), _of(operands.weight)
     total = torch.zeros(len(x), weight.out_features, dtype=torch.float64, device=x.device)
     for part in operands.slices:
-        own = part.stack
-        sizes = LoRAStack(own.a.abs().double(), own.b.abs().double(), own.scaling.abs().double())
-        h = shrink(x.abs().double(), sizes, ids)
-        total[:, part.start : part.stop] = expand(h, sizes, ids)
+        magnitudes = _magnitudes(part.stack)
+        h = shrink(x.abs().double(), magnitudes, ids)
+        total[:, part.start : part.stop] = expand(h, magnitudes, ids)
     return total
 
 
+def _magnitudes(stack: LoRAStack) -> LoRAStack:
+    return LoRAStack(stack.a.abs().double(), stack.b.abs().double(), stack.scaling.abs().double())
+
+
 def exact_answer(function: str, operands: Operands) -> Tensor:
-    """Return the reference's answer: integers, a weight, or float64."""
+    """Return the reference's answer on float64 operands: integers, a weight, or float64."""
     if function == "pack":
         return pack(_of(operands.codes), dim=operands.dim)
     if function == "unpack":
@@ -138,9 +141,9 @@ def exact_answer(function: str, operands: Operands) -> Tensor:
 def _layer_on(dense: Tensor, operands: Operands) -> Tensor:
     """Return the exact layer on another dense weight."""
     x = operands.activations.double()
-    own = int4_lora_linear(x, _of(operands.weight), operands.lora, operands.adapter_ids)
-    plain = int4_lora_linear(x, _of(operands.weight))
-    delta = torch.where(plain.isfinite(), own - plain, 0.0)  # [tokens, out_features]
+    with_adapters = int4_lora_linear(x, _of(operands.weight), operands.lora, operands.adapter_ids)
+    base = int4_lora_linear(x, _of(operands.weight))
+    delta = torch.where(base.isfinite(), with_adapters - base, 0.0)  # [tokens, out_features]
     bias = 0.0 if operands.bias is None else operands.bias.double()
     result: Tensor = x @ dense.T + delta + bias
     return result
@@ -159,12 +162,12 @@ def _weight_answer(operands: Operands, manifest: Manifest, exact: Tensor) -> Ans
 
 
 def _part_bound(function: str, operands: Operands, manifest: Manifest, exact: Tensor) -> Tensor:
-    """Return gamma_n of the sums of ``shrink`` or ``expand``, where +2 is for the scaling."""
+    """Return gamma_(n + 2) of the sums of ``shrink`` or ``expand``; 2 is for the scaling."""
     stack, value = operands.slices[0].stack, operands.activations
     inside, truth = FORMATS[manifest.sums_of(value)], FORMATS[torch.float64]
-    sizes = LoRAStack(stack.a.abs().double(), stack.b.abs().double(), stack.scaling.abs().double())
+    activations: dict[str, Any] = {"x" if operands.h is None else "h": value.abs()}
     magnitude = exact_answer(
-        function, dataclasses.replace(operands, lora=sizes, **_named(operands, value.abs()))
+        function, dataclasses.replace(operands, lora=_magnitudes(stack), **activations)
     )
     n = value.shape[1] + 2
     bound = (gamma(n, inside.u) + gamma(n, truth.u)) * magnitude
@@ -172,12 +175,8 @@ def _part_bound(function: str, operands: Operands, manifest: Manifest, exact: Te
     return torch.where(bound.isnan() | ~exact.isfinite(), torch.inf, bound)
 
 
-def _named(operands: Operands, value: Tensor) -> dict[str, Any]:
-    return {"x" if operands.h is None else "h": value}
-
-
 def _of(value: T | None) -> T:
-    """Return an operand that the function needs."""
+    """Return an operand that the function needs; it must not be None."""
     if value is None:
         raise ValueError("an operand that the function needs is None")
     return value

@@ -9,7 +9,8 @@ Source: ``docs/conformance.md``, "The verdict".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from int4_lora.reference.conformance.judging.yardstick import (
 )
 from int4_lora.reference.conformance.manifest import Manifest
 
-__all__ = ["answer_on_cpu", "check_addition", "check_call", "check_linear"]
+__all__ = ["answer_on_cpu", "check_addition", "check_call", "check_linear", "one_thread"]
 
 
 def check_linear(
@@ -126,7 +127,7 @@ def check_addition(
 def check_call(
     function: str, operands: Operands, result: object, manifest: Manifest, *, equal: bool = False
 ) -> Finding | None:
-    """Judge what a backend's function returned.
+    """Judge the result of a backend's function.
 
     Args:
         function: a name of ``FUNCTIONS``.
@@ -143,10 +144,31 @@ def check_call(
     return _judge_on_cpu(result, operands.device, held, equal=equal, yardstick=rms)
 
 
-def answer_on_cpu(function: str, operands: Operands, manifest: Manifest) -> Answer:
-    """Return what a call is held against, on the CPU, where results of every device are judged.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread inside the context, and afterwards on as many as before.
 
-    The bound is computed on CUDA for operands there: so it allows for tensor cores.
+    The suite's products are many and small: threads would only wait for one another, for a long
+    time on a busy machine. Backends are called outside it.
+
+    Example:
+        >>> with one_thread():
+        ...     torch.get_num_threads()
+        1
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)  # a backend may have turned it on
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def answer_on_cpu(function: str, operands: Operands, manifest: Manifest) -> Answer:
+    """Return the answer of a call, on the CPU, where results of every device are judged.
+
+    For operands on CUDA the bound is computed there, so that it allows for tensor cores.
     """
     known = operands if operands.device.type == "cuda" else operands.to("cpu")
     return answer(function, known, manifest).to_cpu()

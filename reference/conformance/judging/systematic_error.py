@@ -1,9 +1,9 @@
-"""Whether errors go one way: a statistic over many draws.
+"""Whether errors have a systematic part: a statistic over many draws.
 
-With the errors as fractions of their bounds, the mean of honest errors is near 0: roundings to
-nearest go up as often as down. A mean further from 0 than 0.02 and five standard errors is a bias,
-also where no element is beyond its bound. It is taken with the sign of the error, and with the
-error towards zero counted as negative.
+Rounding to nearest goes up as often as down, so the mean of honest errors, as fractions of their
+bounds, is near 0. A mean further from 0 than 0.02 plus five standard errors is a systematic error,
+even where no element is beyond its bound. The mean is taken twice: of the errors as they are, and
+with errors away from zero positive and errors towards zero negative.
 
 Source: TOSA's conformance tests, "bias" over a test set.
 """
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from int4_lora.reference.conformance.judging.verdict import Finding
 
-__all__ = ["bias_of_errors"]
+__all__ = ["systematic_error"]
 
 ALLOWED = 0.02
 STANDARD_ERRORS = 5.0
 
 
-def bias_of_errors(errors: Tensor, exact: Tensor, bounds: Tensor) -> Finding | None:
-    """Return a finding if errors go one way.
+def systematic_error(errors: Tensor, exact: Tensor, bounds: Tensor) -> Finding | None:
+    """Return a finding if the mean of the errors is too far from 0, or None.
 
     Args:
-        errors: result less exact answer: float64, of any shape.
-        exact: the exact answers, of that shape.
-        bounds: their bounds, of that shape; elements without a finite positive one do not count.
+        errors: result minus exact answer: float64, of any shape.
+        exact: the exact answers, of the same shape.
+        bounds: their bounds, of the same shape; only finite, positive ones count.
 
     Example:
         >>> bounds = torch.ones(10_000)
-        >>> bias_of_errors(0.1 * bounds, bounds, bounds).rule
-        'bias'
+        >>> systematic_error(0.1 * bounds, bounds, bounds).rule
+        'systematic_error'
     """
     counted = bounds.isfinite() & (bounds > 0)
     fractions = errors[counted] / bounds[counted]
@@ -44,7 +44,7 @@ def bias_of_errors(errors: Tensor, exact: Tensor, bounds: Tensor) -> Finding | N
         noise = float(values.std()) / values.numel() ** 0.5
         if abs(mean) > ALLOWED + STANDARD_ERRORS * noise:
             return Finding(
-                "bias",
+                "systematic_error",
                 f"over {values.numel()} elements errors go {way} by {mean:.3g} bounds in the mean "
                 f"(standard error {noise:.2g}): they are not roundings to nearest",
             )

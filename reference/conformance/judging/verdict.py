@@ -1,9 +1,9 @@
-"""The verdict on one result: its form, its classes, each error, and all errors together.
+"""The verdict on one result, and every tolerance that it uses.
 
-In this order, and the first that fails is the finding: type, dtype and shape; NaN and infinity;
-every element within its bound; the rms error at most twice that of the eager yardstick. There is
-no relative tolerance anywhere: where terms cancel it would refuse right results, and elsewhere it
-would let wrong ones pass.
+Checked in this order, the first failure is the finding: type, dtype and shape; NaN and infinity;
+each element against its bound; the rms error against twice that of the yardstick. There is no
+relative tolerance: where terms cancel it would reject correct results, and elsewhere it would
+accept wrong ones.
 
 Source: ``docs/conformance.md``; the order is that of TOSA and of flash-attention's tests.
 """
@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 RMS_FACTOR = 2.0
-RMS_ELEMENTS = 512  # with fewer, the rms of honest errors can differ by more than that
-OVERFLOW_MARGIN = 1.01  # what is nearer to the largest number may be rounded either way
+RMS_ELEMENTS = 512  # with fewer, chance alone can exceed the factor
+OVERFLOW_MARGIN = 1.01  # results this near to the largest number may round either way
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,10 @@ class Finding:
     """Why a result is wrong.
 
     Args:
-        rule: "call", "form", "class", "equal", "bound", "rms", "bias", "repeat", "kept" or
-            "modified".
+        rule: "call", "form", "class", "equal", "bound", "rms", "systematic_error", "repeat",
+            "kept" or "modified".
         message: a sentence with the numbers.
-        wrong: bool, the shape of the result: which elements; None where no element is.
+        wrong: bool, of the result's shape: the wrong elements; None where it is about none.
     """
 
     rule: str
@@ -56,9 +56,9 @@ def judge(
 
     Args:
         result: what the backend returned.
-        answer: what it is held against.
-        equal: whether the exact answer is demanded.
-        yardstick: the rms error of the same maths done eagerly, or None for no such rule.
+        answer: the exact answer and its bound.
+        equal: whether the result must be the exact answer.
+        yardstick: the yardstick's rms error, or None for no rms rule.
     """
     form = _form(result, answer)
     if form is not None or not isinstance(result, Tensor):
@@ -67,11 +67,10 @@ def judge(
     if not answer.exact.is_floating_point():
         wrong = result != answer.exact
         return _finding("equal", wrong, result, answer, "differs from the integer that is right")
-    found = _classes(result, answer)
-    if found is not None:
-        return found
-    demanded = equal or not bool(answer.bound.any())
-    if demanded:
+    classes = _classes(result, answer)
+    if classes is not None:
+        return classes
+    if equal or not bool(answer.bound.any()):
         return _equality(result, answer)
     error = error_of(result, answer)
     beyond = ~(error <= answer.bound)
@@ -82,13 +81,13 @@ def judge(
 
 
 def error_of(result: Tensor, answer: Answer) -> Tensor:
-    """Return how far a result is from the exact answer; 0 where it has no bound."""
+    """Return the distance of a result from the exact answer; 0 where there is no bound."""
     error = (result.double() - answer.exact.double()).abs()
     return torch.where(answer.bound.isinf() | error.isnan(), 0.0, error)
 
 
 def rms_of(error: Tensor) -> float:
-    """Return the root of the mean square."""
+    """Return the root mean square of errors; 0 for none."""
     return float(error.square().mean().sqrt()) if error.numel() else 0.0
 
 
@@ -105,7 +104,7 @@ def _form(result: object, answer: Answer) -> Finding | None:
 
 
 def _classes(result: Tensor, answer: Answer) -> Finding | None:
-    """Return a finding where a result is NaN, infinite or finite and must not be."""
+    """Return a finding where a result is NaN, infinite or finite and should not be."""
     overflow = FORMATS[result.dtype].overflow
     right = torch.zeros_like(result, dtype=torch.bool)
     for exact in answer.loose:
@@ -116,7 +115,7 @@ def _classes(result: Tensor, answer: Answer) -> Finding | None:
         right |= (wide.abs() < overflow * OVERFLOW_MARGIN) & (result.isfinite() | near)
     unbounded = answer.exact.double().isfinite() & answer.bound.isinf()
     within = answer.exact.double().abs() < overflow / OVERFLOW_MARGIN
-    right |= unbounded & within  # a number on the way may overflow
+    right |= unbounded & within  # an intermediate number may overflow
     if answer.free is not None:
         right |= answer.free
     return _finding("class", ~right, result, answer, "must be")
@@ -125,29 +124,29 @@ def _classes(result: Tensor, answer: Answer) -> Finding | None:
 def _equality(result: Tensor, answer: Answer) -> Finding | None:
     exact = answer.exact.to(result.dtype)
     same = (result == exact) | (result.isnan() & exact.isnan())
-    if answer.exact.dtype == result.dtype:  # a weight, whose zeros have signs
+    if answer.exact.dtype == result.dtype:  # a weight: the signs of its zeros count
         same &= (result != 0) | (result.signbit() == exact.signbit())
     return _finding("equal", ~same, result, answer, "must be exactly")
 
 
 def rms_rule(result: Tensor, answer: Answer, yardstick: float | None) -> Finding | None:
-    """Return a finding if the rms error is more than twice the yardstick's.
+    """Return a finding if the rms error is more than twice the yardstick's, or None.
 
     Args:
         result: what the backend returned.
-        answer: what it is held against.
-        yardstick: the rms error of the same maths done eagerly, or None for no such rule.
+        answer: the exact answer and its bound.
+        yardstick: the yardstick's rms error, or None for no rms rule.
     """
     judged = answer.bound.isfinite()
     if yardstick is None or int(judged.sum()) < RMS_ELEMENTS:
         return None
-    ours = rms_of(error_of(result, answer)[judged])
-    if ours <= RMS_FACTOR * yardstick:
+    rms = rms_of(error_of(result, answer)[judged])
+    if rms <= RMS_FACTOR * yardstick:
         return None
-    times = ours / yardstick if yardstick else float("inf")
+    times = rms / yardstick if yardstick else float("inf")
     return Finding(
         "rms",
-        f"the rms error is {ours:.3g}, {times:.3g} times that of the same maths done eagerly, "
+        f"the rms error is {rms:.3g}, {times:.3g} times that of the same maths done eagerly, "
         f"{yardstick:.3g}; no element is beyond its bound",
     )
 
@@ -155,7 +154,7 @@ def rms_rule(result: Tensor, answer: Answer, yardstick: float | None) -> Finding
 def _finding(rule: str, wrong: Tensor, result: Tensor, answer: Answer, says: str) -> Finding | None:
     if not bool(wrong.any()):
         return None
-    at = tuple(int(one) for one in wrong.nonzero()[0])
+    at = tuple(wrong.nonzero()[0].tolist())
     got, want = result[at].item(), answer.exact[at].item()
     count = f"{int(wrong.sum())} of {wrong.numel()} elements are wrong; "
     return Finding(rule, f"{count}{[*at]} is {got}, {says}: exact is {want}", wrong)

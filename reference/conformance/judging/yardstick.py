@@ -86,7 +86,7 @@ def yardstick(
 
 
 def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:
-    """Return ``x @ dense.T``, each sum kept in the dtype of x and added to term by term.
+    """Return ``x @ dense.T``, adding the products one after the other in the dtype of x.
 
     Args:
         x: ``[tokens, columns]``.
@@ -102,18 +102,18 @@ def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:
 def _shrunk(operands: Operands, manifest: Manifest, order: Order) -> list[Tensor]:
     """Return x A^T of each slice: ``[tokens, rank]`` in the dtype of the sums."""
     x, ids = operands.x, operands.adapter_ids
-    found = []
+    shrunk = []
     for part in operands.slices:
         if x is None or ids is None:
             raise ValueError("adapters need x and adapter_ids")
         inside = manifest.sums_of(x)
         h = torch.zeros(x.shape[0], part.stack.rank, dtype=inside, device=x.device)
         for adapter in range(part.stack.adapters):
-            mine = ids == adapter
+            chosen = ids == adapter
             a = part.stack.a[adapter].to(inside)
-            h[mine] = one_by_one(x[mine].to(inside), a, order)
-        found.append(h)
-    return found
+            h[chosen] = one_by_one(x[chosen].to(inside), a, order)
+        shrunk.append(h)
+    return shrunk
 
 
 def _expanded(operands: Operands, manifest: Manifest, order: Order) -> Tensor:
@@ -124,15 +124,15 @@ def _expanded(operands: Operands, manifest: Manifest, order: Order) -> Tensor:
 
 
 def _by_adapter(h: Tensor, b: Tensor, scaling: Tensor, operands: Operands, order: Order) -> Tensor:
-    """Return scaling * h B^T by the adapter of each token: ``[tokens, outputs]``."""
+    """Return scaling * h B^T of each token's adapter: ``[tokens, outputs]``."""
     ids = operands.adapter_ids
     if ids is None:
         raise ValueError("adapters need adapter_ids")
     delta = torch.zeros(h.shape[0], b.shape[1], dtype=h.dtype, device=h.device)
     for adapter in range(len(scaling)):
-        mine = ids == adapter
-        own = one_by_one(h[mine], b[adapter].to(h.dtype), order)
-        delta[mine] = scaling[adapter].to(h.dtype) * own
+        chosen = ids == adapter
+        product = one_by_one(h[chosen], b[adapter].to(h.dtype), order)
+        delta[chosen] = scaling[adapter].to(h.dtype) * product
     return delta
 
 

@@ -18,7 +18,7 @@ from int4_lora.integration.conformance.mixin import (
     conformance_cases,
 )
 from int4_lora.reference.conformance import CASES, Backend, Manifest, run, select, settled
-from int4_lora.reference.conformance.affected import ranges
+from int4_lora.reference.conformance.reproduce import ranges
 from support import conformance_backends as backends
 
 runner = CliRunner()

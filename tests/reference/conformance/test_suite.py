@@ -11,12 +11,15 @@ import int4_lora.reference
 from int4_lora.reference import int4_lora_linear
 from int4_lora.reference.conformance import CASES, Backend, Manifest, run, select, tensors_of
 from int4_lora.reference.conformance.cases.draws import Draws
-from int4_lora.reference.conformance.diagnosis.definition_steps import RIGHT, dense_weight
+from int4_lora.reference.conformance.diagnosis.definition_steps import (
+    RIGHT,
+    answer_of,
+    dense_weight,
+)
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS, MISTAKES
-from int4_lora.reference.conformance.diagnosis.wrong_answers import wrong_answer
 from int4_lora.reference.conformance.judging.answers import answer, exact_answer
+from int4_lora.reference.conformance.judging.check import one_thread
 from int4_lora.reference.conformance.judging.yardstick import interleaved, one_by_one, yardstick
-from int4_lora.reference.conformance.threads import one_thread
 from support.weights import bits_of
 
 REGULAR = [case for case in CASES if not case.optional]
@@ -80,7 +83,7 @@ def test_the_steps_are_the_reference(case):
         return
     operands = case.operands()
     exact = exact_answer(case.function, operands).double()
-    steps = wrong_answer(case.function, operands, RIGHT, Manifest(), None).exact.double()
+    steps = answer_of(case.function, operands, RIGHT, Manifest(), None).exact.double()
     assert torch.equal(exact.isfinite(), steps.isfinite())
     error = torch.where(exact.isfinite(), (exact - steps).abs(), 0.0)
     held = answer(case.function, operands, Manifest())
@@ -94,11 +97,11 @@ def test_every_identifier_has_a_mistake_and_every_mistake_changes_something():
     changed = set()
     for case in select("int4_l*/on_*,int4_l*/g_idx*/bf16,int4_l*/slices*/bf16,int4_l*/scale_*/*"):
         operands = case.operands()
-        right = wrong_answer(case.function, operands, RIGHT, Manifest(), None).exact
+        right = answer_of(case.function, operands, RIGHT, Manifest(), None).exact
         earlier = None if operands.adapter_ids is None else operands.adapter_ids.flip(0)
         with one_thread():
             wrong = {
-                (one.name, one.variant): wrong_answer(
+                (one.name, one.variant): answer_of(
                     case.function, operands, one.within(RIGHT), Manifest(), earlier
                 ).exact
                 for one in MISTAKES

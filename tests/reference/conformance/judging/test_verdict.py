@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from int4_lora.reference.conformance.judging.answers import Answer
-from int4_lora.reference.conformance.judging.systematic_error import bias_of_errors
+from int4_lora.reference.conformance.judging.systematic_error import systematic_error
 from int4_lora.reference.conformance.judging.verdict import judge, rms_of
 
 EXACT = torch.linspace(1, 2, 1024, dtype=torch.float64).reshape(32, 32)
@@ -105,23 +105,23 @@ def test_results_beyond_the_largest_number_are_infinite_with_their_sign():
     assert rule(torch.tensor([[math.nan, -inf, inf, 6e4]]).half(), answer) == "class"
 
 
-def test_errors_that_go_one_way_are_a_bias():
+def test_errors_that_go_one_way_are_systematic():
     generator = torch.Generator().manual_seed(0)
     noise = (torch.rand(40_000, generator=generator, dtype=torch.float64) - 0.5) * 1.8
     exact = torch.where(torch.arange(40_000) % 2 == 0, 1.0, -1.0).double()
     bounds = torch.ones(40_000, dtype=torch.float64)
-    assert bias_of_errors(noise, exact, bounds) is None
-    assert bias_of_errors(noise + 0.1, exact, bounds).rule == "bias"
-    assert bias_of_errors(noise - 0.1, exact, bounds).rule == "bias"
-    outwards = bias_of_errors(noise + 0.1 * exact, exact, bounds)
+    assert systematic_error(noise, exact, bounds) is None
+    assert systematic_error(noise + 0.1, exact, bounds).rule == "systematic_error"
+    assert systematic_error(noise - 0.1, exact, bounds).rule == "systematic_error"
+    outwards = systematic_error(noise + 0.1 * exact, exact, bounds)
     assert "outwards" in outwards.message
-    assert bias_of_errors(noise[:1], exact[:1], bounds[:1]) is None
+    assert systematic_error(noise[:1], exact[:1], bounds[:1]) is None
 
 
-def test_infinite_and_zero_bounds_do_not_count_in_a_bias():
+def test_infinite_and_zero_bounds_do_not_count_as_systematic():
     bounds = torch.tensor([math.inf, 0.0, 1.0, 1.0], dtype=torch.float64)
     errors = torch.tensor([5.0, 5.0, 0.1, -0.1], dtype=torch.float64)
-    assert bias_of_errors(errors, torch.ones(4), bounds) is None
+    assert systematic_error(errors, torch.ones(4), bounds) is None
 
 
 def test_the_rms_of_nothing_is_zero():
