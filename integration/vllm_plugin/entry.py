@@ -1,7 +1,7 @@
-"""The entry point ``vllm.general_plugins``: makes ``--quantization int4_lora`` known.
+"""The entry point ``vllm.general_plugins``: registers ``--quantization int4_lora``.
 
-vLLM calls it in every process: the command line's, the engine's, every worker's. Nothing else is
-done before the flag is used.
+vLLM calls it in every process: the command line's, the engine's, every worker's. It does nothing
+else before the flag is used.
 
 Source: https://docs.vllm.ai/en/latest/design/plugin_system/.
 """
@@ -16,7 +16,7 @@ __all__ = ["install"]
 
 
 def install() -> None:
-    """Make the flag known; where vLLM has moved too far for that, log one line and leave it be."""
+    """Register the flag; where vLLM lacks what that needs, log one line and change nothing."""
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 

@@ -29,17 +29,17 @@ from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, error_bound
 from int4_lora.reference import int4_lora_linear as reference_linear
 
 __all__ = [
-    "bucket_tokens",
     "fault_of_addition",
     "fault_of_layer",
-    "graph_of_layer",
+    "graph_key_of_layer",
+    "tokens_of_each_graph",
 ]
 
 BLOCK, BLOCKS = 8, 32  # rows that share words of zero-points, and how many such blocks are compared
 RMS = 2.0  # times the reference's own error in the dtype of x
 
 
-def bucket_tokens(most: int, graph_of: Callable[[int], Hashable]) -> list[int]:
+def tokens_of_each_graph(most: int, graph_of: Callable[[int], Hashable]) -> list[int]:
     """Return one number of tokens for each graph that up to ``most`` tokens meet.
 
     Args:
@@ -47,7 +47,7 @@ def bucket_tokens(most: int, graph_of: Callable[[int], Hashable]) -> list[int]:
         graph_of: what the graph is told by, at a number of tokens.
 
     Example:
-        >>> bucket_tokens(40, lambda tokens: tokens > 8)
+        >>> tokens_of_each_graph(40, lambda tokens: tokens > 8)
         [2, 10]
     """
     met: dict[Hashable, list[int]] = {}
@@ -56,7 +56,7 @@ def bucket_tokens(most: int, graph_of: Callable[[int], Hashable]) -> list[int]:
     return [several[:2][-1] for several in met.values()]  # the second: no multiple of anything
 
 
-def graph_of_layer(
+def graph_key_of_layer(
     weight: PreparedWeight, dtype: torch.dtype, tokens: int, lora: PreparedLoRA | None = None
 ) -> Hashable:
     """Return what a layer's graph is told by, beside the kind of layer, at a number of tokens."""

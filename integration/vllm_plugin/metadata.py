@@ -1,9 +1,10 @@
 """What a checkpoint says about adapters: ``lora_compatible`` and ``lora_target_modules``.
 
-They stand in ``config.json``, at its top or in its ``quantization_config``, or in
-``lora_metadata.json`` beside it. Neither compressed-tensors nor llm-compressor writes them itself.
+They stand in ``config.json``, at the top level or in ``quantization_config``, or in
+``lora_metadata.json`` beside it. ``int4-lora annotate`` writes them; compressed-tensors and
+llm-compressor do not.
 
-Source: the request this project began with names the three.
+Source: ``docs/vllm.md``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class LoRAMetadata:
     """What a checkpoint says about adapters.
 
     Args:
-        compatible: ``lora_compatible``, or None where nothing is said.
-        target_modules: ``lora_target_modules``, the last parts of modules' names, or None.
+        compatible: ``lora_compatible``, or None where it is absent.
+        target_modules: ``lora_target_modules``, whole names or last parts, or None.
     """
 
     compatible: bool | None = None
@@ -37,17 +38,17 @@ def read_metadata(config: Mapping[str, Any], folder: Path | None = None) -> LoRA
 
     Args:
         config: the whole ``config.json``.
-        folder: where ``lora_metadata.json`` may lie, or None for a checkpoint that is no folder.
+        folder: where to look for ``lora_metadata.json``, or None.
 
     Raises:
-        TypeError: a value of the wrong type; the message names the place.
-        ValueError: a file that is no JSON object, or two places that contradict.
+        TypeError: a value has the wrong type; the message names the place.
+        ValueError: the file is no JSON object, or two places contradict each other.
 
     Example:
         >>> read_metadata({"lora_compatible": True, "lora_target_modules": ["q_proj"]})
         LoRAMetadata(compatible=True, target_modules=('q_proj',))
     """
-    found: dict[str, tuple[str, Any]] = {}
+    first: dict[str, tuple[str, Any]] = {}
     for place, mapping in _places(config, folder):
         for key, value in (
             ("lora_compatible", _flag(place, mapping.get("lora_compatible"))),
@@ -55,30 +56,30 @@ def read_metadata(config: Mapping[str, Any], folder: Path | None = None) -> LoRA
         ):
             if value is None:
                 continue
-            before = found.setdefault(key, (place, value))
-            if before[1] != value:
+            first_place, first_value = first.setdefault(key, (place, value))
+            if first_value != value:
                 raise ValueError(
-                    f"{key} is {before[1]!r} in {before[0]} and {value!r} in {place}: "
+                    f"{key} is {first_value!r} in {first_place} and {value!r} in {place}: "
                     "make them the same"
                 )
-    compatible = found.get("lora_compatible", ("", None))[1]
-    return LoRAMetadata(compatible, found.get("lora_target_modules", ("", None))[1])
+    compatible = first.get("lora_compatible", ("", None))[1]
+    return LoRAMetadata(compatible, first.get("lora_target_modules", ("", None))[1])
 
 
 def outside_targets(metadata: LoRAMetadata, module: str, parts: tuple[str, ...]) -> list[str]:
-    """Return which of a layer's parts ``lora_target_modules`` leaves out.
+    """Return the parts of a layer that ``lora_target_modules`` does not name.
 
     Args:
         metadata: what the checkpoint says.
         module: the layer's full name.
-        parts: the last names of what it is merged of, or its own last name.
+        parts: the last names of the modules it is merged of, or its own last name.
     """
     if metadata.target_modules is None:
         return []
-    named = set(metadata.target_modules)
-    if module in named or module.rpartition(".")[2] in named:
+    targets = set(metadata.target_modules)
+    if module in targets or module.rpartition(".")[2] in targets:
         return []
-    return [part for part in parts if part not in named]
+    return [part for part in parts if part not in targets]
 
 
 def _places(
@@ -91,12 +92,12 @@ def _places(
     file = None if folder is None else folder / FILE
     if file is not None and file.is_file():
         try:
-            read = json.loads(file.read_text(encoding="utf-8"))
+            written = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: no JSON: {error}") from error
-        if not isinstance(read, Mapping):
-            raise ValueError(f"{file}: must be a JSON object, got {type(read).__name__}")
-        yield str(file), read
+        if not isinstance(written, Mapping):
+            raise ValueError(f"{file}: must be a JSON object, got {type(written).__name__}")
+        yield str(file), written
 
 
 def _flag(place: str, value: object) -> bool | None:

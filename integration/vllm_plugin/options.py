@@ -1,6 +1,7 @@
-"""What an operator can choose: ``additional_config={"int4_lora": {...}}``.
+"""The operator's options: ``additional_config={"int4_lora": {...}}``.
 
-It enters vLLM's hash of the configuration, so that a compiled model is not taken from another one.
+``additional_config`` enters vLLM's hash of the configuration, so that vLLM does not reuse a model
+that it compiled with other options.
 
 Source: ``docs/vllm.md``.
 """
@@ -28,9 +29,9 @@ class Options:
 
     Args:
         backend: ``auto`` measures each layer shape at load and takes vLLM's own kernel for the base
-            where that is faster; ``compiled`` takes ours, ``stock-base`` theirs, everywhere.
-        in_graph: within vLLM's own torch.compile, ``custom-op`` calls our compiled functions by the
-            number of tokens, ``inlined`` lets the layer become part of vLLM's graph.
+            where that is faster; ``compiled`` takes ours everywhere, ``stock-base`` vLLM's.
+        in_graph: within vLLM's own torch.compile, ``custom-op`` chooses our compiled function by
+            the number of tokens at run time, ``inlined`` makes the layer part of vLLM's graph.
         cache_bytes: the most bytes of dense weights that ``get_unpacked_weights`` keeps.
         warm_up: whether everything is compiled at load, so that no request waits for it.
     """
@@ -42,14 +43,14 @@ class Options:
 
 
 def read_options(additional_config: object) -> Options:
-    """Read the options out of vLLM's ``additional_config``.
+    """Read the options from vLLM's ``additional_config``.
 
     Args:
-        additional_config: the whole of it; without the key ``int4_lora`` the defaults hold.
+        additional_config: the whole of it; without the key ``int4_lora``, the defaults hold.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: an option that does not exist, or a value that is none of its choices.
+        TypeError: a value has the wrong type.
+        ValueError: an option does not exist, or a value is none of its choices.
 
     Example:
         >>> read_options({"int4_lora": {"backend": "compiled"}}).backend
@@ -57,20 +58,20 @@ def read_options(additional_config: object) -> Options:
     """
     given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(given, Mapping):
-        found = type(given).__name__
-        raise TypeError(f"additional_config[{KEY!r}] must be a dict of options, got {found}")
-    fields = {field.name: field.default for field in dataclasses.fields(Options)}
+        kind = type(given).__name__
+        raise TypeError(f"additional_config[{KEY!r}] must be a dict of options, got {kind}")
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
     for name, value in given.items():
-        if name not in fields:
-            raise ValueError(f"{KEY} has no option {name!r}{_meant(name, fields)}")
-        _check(name, value, fields[name])
+        if name not in defaults:
+            raise ValueError(f"{KEY} has no option {name!r}{_hint(name, defaults)}")
+        _check(name, value, defaults[name])
     return Options(**given)
 
 
 def _check(name: str, value: object, default: object) -> None:
     if type(value) is not type(default):
-        rule, found = type(default).__name__, type(value).__name__
-        raise TypeError(f"{KEY} option {name} must be {rule}, got {found}")
+        right, wrong = type(default).__name__, type(value).__name__
+        raise TypeError(f"{KEY} option {name} must be {right}, got {wrong}")
     if name in CHOICES and value not in CHOICES[name]:
         choices = " or ".join(map(repr, CHOICES[name]))
         raise ValueError(f"{KEY} option {name} must be {choices}, got {value!r}")
@@ -78,7 +79,7 @@ def _check(name: str, value: object, default: object) -> None:
         raise ValueError(f"{KEY} option {name} must not be negative, got {value}")
 
 
-def _meant(name: object, fields: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), fields, n=1)
-    known = ", ".join(fields)
+def _hint(name: object, options: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), options, n=1)
+    known = ", ".join(options)
     return f": did you mean {close[0]!r}?" if close else f"; there are {known}"

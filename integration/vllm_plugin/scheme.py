@@ -1,7 +1,7 @@
-"""The INT4 weights of vLLM's layers, kept as the checkpoint has them and computed by our kernels.
+"""The INT4 weights of vLLM's layers, loaded as the checkpoint stores them and run by our kernels.
 
-Source: vLLM's ``CompressedTensorsWNA16``, which allocates and loads them and stands in where its
-kernel is faster or ours is not right.
+Source: vLLM's ``CompressedTensorsWNA16``, which allocates and loads them, and computes where its
+kernel is faster or ours is wrong.
 """
 
 # pyright: reportMissingImports=false
@@ -20,20 +20,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from int4_lora.compiled import PreparedWeight, prepare
-from int4_lora.compiled.graphs.cache import bucket_of
-from int4_lora.integration.vllm_plugin import in_graph
-from int4_lora.integration.vllm_plugin.load_check import (
-    fault_of_addition,
-    fault_of_layer,
-    graph_of_layer,
-)
-from int4_lora.integration.vllm_plugin.session import Session
-from int4_lora.integration.vllm_plugin.stock_trial import Kind, stock_is_faster
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
+from int4_lora.integration.vllm_plugin.stock_trial import Kind, stock_reason
 from int4_lora.reference import PackedWeight
 
-__all__ = ["Int4Scheme", "adapters_fault", "own_bias"]
+__all__ = ["Int4Scheme", "kernel_bias"]
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
 class Int4Scheme(CompressedTensorsWNA16):
@@ -41,10 +34,10 @@ class Int4Scheme(CompressedTensorsWNA16):
 
     Args:
         stock: the scheme that vLLM chose for the layer.
-        session: what all layers of the engine share.
+        served: the plug-in's state of the layer.
     """
 
-    def __init__(self, stock: CompressedTensorsWNA16, session: Session) -> None:
+    def __init__(self, stock: CompressedTensorsWNA16, served: ServedLayer) -> None:
         group_size = None if stock.group_size == -1 else stock.group_size
         super().__init__(
             strategy=stock.strategy,
@@ -53,8 +46,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             symmetric=stock.symmetric,
             layer_name=stock.layer_name,
         )
-        self.session = session
-        self.scale_dtypes: set[torch.dtype] = set()
+        self.served = served
 
     def create_weights(
         self,
@@ -75,113 +67,112 @@ class Int4Scheme(CompressedTensorsWNA16):
             output_partition_sizes=output_partition_sizes,
             input_size_per_partition=input_size_per_partition,
             params_dtype=params_dtype,
-            weight_loader=self._keeping_the_dtype(weight_loader),
+            weight_loader=_keeping_scale_dtype(weight_loader, self.served.scale_dtypes),
             **kwargs,
         )
-        self.kind = Kind(
-            tuple(output_partition_sizes),
-            input_size_per_partition,
-            input_size,
-            self.group_size,
-            bool(self.symmetric),
-            params_dtype,
-            params_dtype,
+        self.served.kind = Kind(
+            outputs=tuple(output_partition_sizes),
+            inputs=input_size_per_partition,
+            all_inputs=input_size,
+            group_size=self.group_size,
+            symmetric=bool(self.symmetric),
+            dtype=params_dtype,
+            scale_dtype=params_dtype,
         )
-        served, backend = layer.int4_lora, self.session.options.backend
+        backend = self.served.engine.options.backend
         if backend == "stock-base":
-            served.stock_because = "as the option backend asks"
+            self.served.fallback_reason = "as the option backend asks"
         elif backend == "auto":
-            served.stock_because = _stock_is_better(self.kind, layer.weight_packed.device)
+            self._try_stock(self.served.kind, layer.weight_packed.device)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the loaded weight out for our kernels, or hand it to vLLM's."""
-        served = layer.int4_lora
-        if served.stock_because is None and len(self.scale_dtypes) > 1:
-            served.stock_because = f"merged of scales in {sorted(map(str, self.scale_dtypes))}"
-        if served.stock_because is None and self.session.options.backend == "auto":
-            scale = layer.weight_scale  # only now is its dtype known
-            kind = dataclasses.replace(self.kind, scale_dtype=scale.dtype)
-            served.stock_because = _stock_is_better(kind, scale.device)
-        if served.stock_because is None:
-            served.stock_because = self._take(layer)
-        if served.stock_because is not None:
+        served, kind = self.served, self.served.kind
+        assert kind is not None
+        if served.fallback_reason is None and len(served.scale_dtypes) > 1:
+            served.fallback_reason = f"merged of scales in {sorted(map(str, served.scale_dtypes))}"
+        if served.fallback_reason is None and served.engine.options.backend == "auto":
+            scale = layer.weight_scale  # its dtype is known only after loading
+            self._try_stock(dataclasses.replace(kind, scale_dtype=scale.dtype), scale.device)
+        if served.fallback_reason is None:
+            served.fallback_reason = self._take_weight(layer)
+        if served.fallback_reason is not None:
             scale = layer.weight_scale  # vLLM's kernels take scales in the dtype of x alone
-            scale.data = scale.data.to(self.kind.dtype)
+            scale.data = scale.data.to(kind.dtype)
             super().process_weights_after_loading(layer)
-        self.session.loaded_one(served)
+        served.engine.weight_loaded(served)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the base layer: x ``[..., in_features]``."""
-        served = layer.int4_lora
-        if served.weight is None:
+        if self.served.weight is None:
             return super().apply_weights(layer, x, bias)
-        if torch.compiler.is_compiling() and self.session.options.in_graph == "custom-op":
-            name, outputs = in_graph.graph_name(served.name), served.weight.out_features
-            y = in_graph.linear(x.flatten(0, -2), None, bias, name, outputs)
-            return y.view(*x.shape[:-1], outputs)
-        return served.base(x, bias)
+        y = self.served.forward(x.flatten(0, -2), None, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _keeping_the_dtype(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a loader that keeps the dtype of the checkpoint's scales; vLLM would cast."""
+    def _try_stock(self, kind: Kind, device: torch.device) -> None:
+        """Set the reason to run a kind of layer on vLLM's kernel, measured once an engine."""
+        trials = self.served.engine.trials
+        if kind not in trials:
+            trials[kind] = stock_reason(kind, device)
+        self.served.fallback_reason = trials[kind]
 
-        def loader(param: nn.Parameter, loaded: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if loaded.is_floating_point():
-                if loaded.dtype != param.dtype and self.scale_dtypes <= {loaded.dtype}:
-                    param.data = param.data.to(loaded.dtype)
-                self.scale_dtypes.add(loaded.dtype)
-            return load(param, loaded, *args, **kwargs)
-
-        return loader
-
-    def _take(self, layer: Any) -> str | None:
-        """Make our layout the layer's only copy; return why it could not be, or None."""
-        served = layer.int4_lora
+    def _take_weight(self, layer: Any) -> str | None:
+        """Make our layout the layer's only copy; return why that is impossible, or None."""
         zero_point = getattr(layer, "weight_zero_point", None)
-        weight = PackedWeight(
+        packed = PackedWeight(
             packed=layer.weight_packed.data,
             scale=layer.weight_scale.data,
             shape=(layer.output_size_per_partition, layer.input_size_per_partition),
             zero_point=None if zero_point is None else zero_point.data,
         )
         with torch.inference_mode(False), torch.no_grad():
-            prepared = prepare(weight)
-        fault = self._fault(served.name, weight, prepared, own_bias(layer))
+            prepared = prepare(packed)
+        fault = self.served.base_fault(packed, prepared, kernel_bias(layer))
         if fault is not None:
             return f"not right by the reference: {fault}"
-        served.hold(_in_the_place_of(weight.packed, prepared))
-        self.session.packed.pop(served.name, None)
-        self.session.by_name[in_graph.graph_name(served.name)] = served
-        del weight
-        for part in PARTS:
-            if part in layer._parameters:
-                delattr(layer, part)
-        # vLLM's LoRA layers ask something of this name for its device; where it reloads weights it
-        # frees what parameters hold
-        place = torch.empty(0, dtype=torch.int32, device=prepared.device)
-        layer.weight_packed = nn.Parameter(place, requires_grad=False)
+        self.served.hold(_in_place_of(packed.packed, prepared))
+        del packed
+        for name in TENSORS:
+            if name in layer._parameters:
+                delattr(layer, name)
+        # vLLM's LoRA layers ask a parameter of this name for its device; where vLLM reloads
+        # weights, it frees what the layer's parameters hold
+        placeholder = torch.empty(0, dtype=torch.int32, device=prepared.device)
+        layer.weight_packed = nn.Parameter(placeholder, requires_grad=False)
         return None
 
-    def _fault(
-        self, name: str, weight: PackedWeight, prepared: PreparedWeight, bias: Tensor | None
-    ) -> str | None:
-        """Return what is wrong with this kind of layer, or None."""
-        if not prepared.holds(weight):
-            return "its layout does not give the checkpoint's bits back"
-        key = ("base", prepared.signature, bias is None)
-        dtype = self.session.dtype
-        return self.session.fault(
-            key,
-            name,
-            lambda tokens: graph_of_layer(prepared, dtype, tokens),
-            lambda tokens: fault_of_layer(weight, prepared, dtype, tokens, None, bias),
-        )
+
+def kernel_bias(layer: Any) -> Tensor | None:
+    """Return the bias that the layer's kernel adds on this rank, or None."""
+    added_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    return None if layer.skip_bias_add or added_elsewhere else layer.bias
 
 
-def _in_the_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:
+def _keeping_scale_dtype(
+    load: Callable[..., Any], scale_dtypes: set[torch.dtype]
+) -> Callable[..., Any]:
+    """Return a loader that keeps the dtype of the checkpoint's scales; vLLM would cast them.
+
+    Args:
+        load: vLLM's loader.
+        scale_dtypes: each dtype that is loaded is added to it.
+    """
+
+    def loader(param: nn.Parameter, loaded: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if loaded.is_floating_point():
+            if loaded.dtype != param.dtype and scale_dtypes <= {loaded.dtype}:
+                param.data = param.data.to(loaded.dtype)
+            scale_dtypes.add(loaded.dtype)
+        return load(param, loaded, *args, **kwargs)
+
+    return loader
+
+
+def _in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:
     """Return the same layout in the memory of the checkpoint's words, which are lost.
 
-    Layers are laid out one after the other between tensors that stay; what each of them frees is
-    not always given back, nor of use to the next.
+    Layers are laid out one after the other, between tensors that stay. The memory that each frees
+    is not always returned to the system, and may not fit the next.
     """
     moved = {}
     for field in dataclasses.fields(prepared):  # type: ignore[arg-type]
@@ -192,40 +183,3 @@ def _in_the_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight
             moved[field.name] = room.copy_(laid_out)
             break
     return dataclasses.replace(prepared, **moved)  # type: ignore[type-var]
-
-
-def _stock_is_better(kind: Kind, device: torch.device) -> str | None:
-    """Return why vLLM's kernel is to compute a kind of layer, or None."""
-    try:
-        faster = stock_is_faster(kind, device)
-    except Exception as error:  # Inductor raises whatever its compilers do
-        return f"ours does not run: {type(error).__name__}: {error}".partition("\n")[0]
-    return None if faster is None else f"measured {faster}"
-
-
-def adapters_fault(layer: Any) -> str | None:
-    """Return what is wrong with the adapters' term of a layer of ours, or None."""
-    served, session = layer.int4_lora, layer.int4_lora.session
-    lora, weight, bias = served.lora, served.weight, own_bias(layer)
-    shapes = tuple((one.a.shape, one.start, one.stop) for one in lora.slices)
-    dtype, device = session.dtype, lora.slices[0].a.device.type
-    if weight is None:
-        outputs = lora.slices[-1].stop
-        return session.fault(
-            ("added", outputs, shapes),
-            served.name,
-            lambda tokens: bucket_of(tokens, device),
-            lambda tokens: fault_of_addition(lora, outputs, dtype, tokens),
-        )
-    return session.fault(
-        ("adapters", weight.signature, shapes, bias is None),
-        served.name,
-        lambda tokens: graph_of_layer(weight, dtype, tokens, lora),
-        lambda tokens: fault_of_layer(weight.packed_weight(), weight, dtype, tokens, lora, bias),
-    )
-
-
-def own_bias(layer: Any) -> Tensor | None:
-    """Return the bias that the layer's kernel adds on this rank, or None."""
-    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-    return None if layer.skip_bias_add or elsewhere else layer.bias

@@ -1,133 +1,223 @@
-"""One linear layer as the backend runs it: the base weight, the adapters, and who computes what.
+"""The plug-in's state of one linear layer, and the layer's arithmetic.
 
-The base is computed by ``int4_lora.compiled`` or by vLLM's own kernel; the adapters are computed by
-``int4_lora.compiled`` in either case, with the base or added to it.
+vLLM's layer holds it as ``layer.int4_lora``. The base is computed by ``int4_lora.compiled``, or by
+vLLM's own kernel for a reason that is kept; the adapters by ``int4_lora.compiled`` in either case,
+fused with the base or added to it.
 
-Source: ``int4_lora.compiled``; vLLM's ``BaseLinearLayerWithLoRA`` for the layout of the adapters.
+Source: vLLM's ``BaseLinearLayerWithLoRA`` for the layout of the adapters, ``lora_linear_async`` for
+an operator that finds its layer by name.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear
 from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.compiled.graphs.entry import BoundLayer
 from int4_lora.compiled.linear import any_tokens
-from int4_lora.reference import expand, shrink
+from int4_lora.integration.vllm_plugin.load_check import (
+    fault_of_addition,
+    fault_of_layer,
+    graph_key_of_layer,
+)
+from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
+from int4_lora.reference import PackedWeight, expand, shrink
 from int4_lora.reference.lora import accumulation_dtype
 
-__all__ = ["ServedLayer", "adapters_of"]
+if TYPE_CHECKING:
+    from int4_lora.integration.vllm_plugin.stock_trial import Kind
+
+__all__ = ["ServedLayer", "adapter_slots"]
 
 
+@dataclass(eq=False)
 class ServedLayer:
-    """What the backend knows of one linear layer.
+    """All that the plug-in knows of one linear layer.
 
     Args:
         name: the layer's full name in vLLM's model.
-        int4: whether its weight is an INT4 weight of the checkpoint.
-        stock_because: why vLLM's own kernel computes the base, or None while ours does.
-        session: what all layers of the engine share.
+        engine: what all layers of the engine share.
+        int4: whether the checkpoint has an INT4 weight for it.
+        fallback_reason: why vLLM's own kernel computes the base, or None while ours does.
+        kind: what the time of the base depends on; only of INT4 layers.
+        scale_dtypes: of the checkpoint's scales, as they were loaded.
+        loaded: whether the weight has been loaded.
+        weight: the base weight, laid out for our kernels; None where vLLM's computes.
+        lora: the slots of the adapters.
+        lora_fallback_reason: why adapters are added eagerly, or None.
+        cached: the packed weight whose dense weight the engine's cache keeps.
     """
 
-    def __init__(
-        self, name: str, *, int4: bool, stock_because: str | None = None, session: Any = None
-    ) -> None:
-        self.name = name
-        self.session = session
-        self.int4 = int4
-        self.stock_because = stock_because
-        self.weight: PreparedWeight | None = None
-        self.lora: PreparedLoRA | None = None
-        self.stock_lora_because: str | None = None
-        self._kept: BoundLayer | None = None
+    name: str
+    engine: ServedEngine = field(default_factory=ServedEngine)
+    int4: bool = False
+    fallback_reason: str | None = "no INT4 weights"
+    kind: Kind | None = None
+    scale_dtypes: set[torch.dtype] = field(default_factory=set)
+    loaded: bool = False
+    weight: PreparedWeight | None = None
+    lora: PreparedLoRA | None = None
+    lora_fallback_reason: str | None = None
+    cached: PackedWeight | None = None
+    _bound: BoundLayer | None = None
+
+    @property
+    def name_in_graph(self) -> str:
+        """The name that the custom operator finds it by, beside vLLM's own layers."""
+        return f"{self.name}.int4_lora"
 
     def hold(self, weight: PreparedWeight) -> None:
-        """Take a weight; a second one of the same kind is written over the first.
+        """Take a weight. One of the same layout is copied into the tensors of the first.
 
         Where weights are reloaded, captured CUDA graphs go on reading the first one's tensors.
         """
+        self.cached = None
+        self.engine.forward_context[self.name_in_graph] = self
         if self.weight is None or self.weight.signature != weight.signature:
             self.weight = weight
             return
-        for old, new in zip(self.weight.tensors, weight.tensors, strict=True):
-            old.copy_(new)
+        for held, given in zip(self.weight.tensors, weight.tensors, strict=True):
+            held.copy_(given)
 
-    def base(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer without adapters, by our weight: x ``[..., in_features]``."""
-        assert self.weight is not None
-        rows = x.flatten(0, -2)
-        if torch.compiler.is_compiling():
-            y = any_tokens(rows, self.weight, None, None, bias)
-        else:
-            y = int4_linear(rows, self.weight, bias)
-        return y.view(*x.shape[:-1], self.weight.out_features)
-
-    def with_adapters(self, x: Tensor, adapter_ids: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer with adapters, by our weight.
+    def forward(self, x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return the layer, by our weight.
 
         Args:
             x: ``[tokens, in_features]``.
-            adapter_ids: int64 ``[tokens]``; one outside the slots means none.
+            adapter_ids: int64 ``[tokens]``, an id that is no slot for no adapter; or None for none.
             bias: ``[out_features]`` or None.
         """
         assert self.weight is not None
         if torch.compiler.is_compiling():
-            return any_tokens(x, self.weight, self.lora, adapter_ids, bias)
-        if _none_active(adapter_ids):
+            return self._in_graph(self.weight, x, adapter_ids, bias)
+        if adapter_ids is None or _none_active(adapter_ids):
             return int4_linear(x, self.weight, bias)
-        return self._bound(bias)(x, adapter_ids)
-
-    def _bound(self, bias: Tensor | None) -> BoundLayer:
-        """Return the layer as it is called with adapters."""
-        kept = self._kept
+        bound = self._bound
         if (
-            kept is None
-            or kept.weight is not self.weight
-            or kept.lora is not self.lora
-            or kept.bias is not bias
+            bound is None
+            or bound.weight is not self.weight
+            or bound.lora is not self.lora
+            or bound.bias is not bias
         ):
-            assert self.weight is not None
             assert self.lora is not None
-            kept = self._kept = BoundLayer(self.weight, self.lora, bias)
-        return kept
+            bound = self._bound = BoundLayer(self.weight, self.lora, bias)
+        return bound(x, adapter_ids)
 
-    def added(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
-        """Return a base that was computed elsewhere with the adapters added."""
+    def _in_graph(
+        self, weight: PreparedWeight, x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Return the layer within vLLM's own torch.compile."""
+        if self.engine.options.in_graph == "custom-op":
+            return linear(x, adapter_ids, bias, self.name_in_graph, weight.out_features)
+        lora = None if adapter_ids is None else self.lora
+        return any_tokens(x, weight, lora, adapter_ids, bias)
+
+    def add_adapters(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
+        """Return the output of vLLM's base kernel with the adapters added."""
         assert self.lora is not None
         if _none_active(adapter_ids):
             return base
         return add_lora(base, x, self.lora, adapter_ids)
 
-    def plainly_added(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
-        """Return what ``added`` does, by the reference: where that failed its check."""
+    def add_adapters_eagerly(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
+        """Return what ``add_adapters`` does, by the reference: for layers that failed the check."""
         assert self.lora is not None
         ids = torch.where(adapter_ids < self.lora.adapters, adapter_ids, -1)
         y = base.to(accumulation_dtype(x), copy=True)
-        for one in self.lora.slices:
-            stack = one.lora_slice().stack
-            y[:, one.start : one.stop] += expand(shrink(x, stack, ids), stack, ids)
+        for slice_ in self.lora.slices:
+            stack = slice_.lora_slice().stack
+            y[:, slice_.start : slice_.stop] += expand(shrink(x, stack, ids), stack, ids)
         return y.to(base.dtype)
 
+    def base_fault(
+        self, packed: PackedWeight, weight: PreparedWeight, bias: Tensor | None
+    ) -> str | None:
+        """Return what is wrong with a weight in our layout, or None.
 
-def adapters_of(
+        Args:
+            packed: the checkpoint's tensors.
+            weight: the same, laid out.
+            bias: ``[out_features]`` or None.
+        """
+        if not weight.holds(packed):
+            return "its layout does not give the checkpoint's bits back"
+        dtype = self.engine.dtype
+        return self.engine.fault_of_kind(
+            ("base", weight.signature, bias is None),
+            self.name,
+            lambda tokens: graph_key_of_layer(weight, dtype, tokens),
+            lambda tokens: fault_of_layer(packed, weight, dtype, tokens, None, bias),
+        )
+
+    def adapters_fault(self, bias: Tensor | None) -> str | None:
+        """Return what is wrong with the layer's adapters, or None."""
+        lora, weight, dtype = self.lora, self.weight, self.engine.dtype
+        assert lora is not None
+        shapes = tuple((slice_.a.shape, slice_.start, slice_.stop) for slice_ in lora.slices)
+        if weight is not None:
+            return self.engine.fault_of_kind(
+                ("adapters", weight.signature, shapes, bias is None),
+                self.name,
+                lambda tokens: graph_key_of_layer(weight, dtype, tokens, lora),
+                lambda tokens: fault_of_layer(
+                    weight.packed_weight(), weight, dtype, tokens, lora, bias
+                ),
+            )
+        outputs, device = lora.slices[-1].stop, lora.slices[0].a.device.type
+        return self.engine.fault_of_kind(
+            ("added", outputs, shapes),
+            self.name,
+            lambda tokens: bucket_of(tokens, device),
+            lambda tokens: fault_of_addition(lora, outputs, dtype, tokens),
+        )
+
+
+@torch.library.custom_op("int4_lora::linear", mutates_args=())
+def linear(
+    x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None, layer: str, out_features: int
+) -> Tensor:
+    """Run a layer by its name: x ``[tokens, in_features]`` to ``[tokens, out_features]``.
+
+    vLLM compiles one graph for any number of tokens, in which a choice by that number would be made
+    once. An operator chooses each time it runs, and a CUDA graph captures the choice for its size.
+    """
+    from vllm.forward_context import get_forward_context
+
+    served = get_forward_context().no_compile_layers[layer]
+    assert isinstance(served, ServedLayer)
+    return served.forward(x, adapter_ids, bias)
+
+
+@linear.register_fake
+def _(
+    x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None, layer: str, out_features: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+def adapter_slots(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
 ) -> tuple[PreparedLoRA, tuple[Tensor, ...]]:
     """Lay a layer's slots out for the compiled path, and as vLLM writes to them.
 
-    A is shared; B is held once, transposed, and vLLM gets a view of it: what it writes to slots is
+    A is shared. B is held once, transposed, and vLLM gets a view of it: what it writes to a slot is
     what the compiled path reads.
 
     Args:
         lora_a: for each slice ``[slots, 1, rank, in_features]``.
-        lora_b: for each slice ``[slots, 1, outputs, rank]``, whose values are not looked at.
+        lora_b: for each slice ``[slots, 1, outputs, rank]``; only the shapes and dtype are read.
 
     Returns:
-        The adapters, with scalings of 1 since vLLM multiplies B by them, and what is to stand in
+        The adapters, with scalings of 1 since vLLM multiplies B by them; and the views that take
         the place of ``lora_b``.
     """
     slices, views, start = [], [], 0
@@ -141,7 +231,7 @@ def adapters_of(
 
 
 def _none_active(adapter_ids: Tensor) -> bool:
-    """Return whether no token has an adapter; on a GPU a look would have to wait, so False."""
+    """Return whether no token has an adapter; on a GPU False, since reading the ids would wait."""
     if torch.compiler.is_compiling() or adapter_ids.device.type != "cpu":
         return False
     return adapter_ids.numel() == 0 or int(adapter_ids.max()) < 0

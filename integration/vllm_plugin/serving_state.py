@@ -1,7 +1,7 @@
-"""The state in which requests are served, for what is compiled while a model loads.
+"""The state of torch in which requests are served, for graphs compiled while a model loads.
 
 While vLLM builds a model, the default dtype is the model's and a default device is set. A graph
-that was compiled so would be compiled again at the first request.
+compiled in that state would be compiled again at the first request.
 
 Source: ``torch.overrides`` for modes; vLLM's ``BaseModelLoader.load_model`` for what it sets.
 """
@@ -19,7 +19,7 @@ __all__ = ["as_when_serving"]
 
 @contextmanager
 def as_when_serving() -> Iterator[None]:
-    """Within it: inference mode, float32 by default, no mode of torch functions."""
+    """Set inference mode, float32 as default dtype and no torch function modes."""
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         for _ in range(torch._C._len_torch_function_stack()):

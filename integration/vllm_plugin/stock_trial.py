@@ -1,7 +1,7 @@
 """Whether vLLM's own kernel is faster for a kind of layer: measured at load, side by side.
 
-It is measured while the model is being built, when its weights are not in memory yet, on random
-weights: the numbers do not matter, the shapes do. What was found is kept on disk.
+The trial runs while the model is being built, before its weights are in memory, on random weights:
+times depend on the shapes alone. The ratios are kept on disk.
 
 Source: ``int4_lora.compiled.selection.timing``.
 """
@@ -28,15 +28,15 @@ from int4_lora.integration.vllm_plugin.contract import installed_version
 from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
 from int4_lora.reference import PackedWeight
 
-__all__ = ["Kind", "stock_is_faster"]
+__all__ = ["Kind", "stock_reason"]
 
 TOKENS = (1, 4, 8, 16, 24, 32, 64, 256)
-MARGIN = 1.05  # slower than this, at any number of tokens, and vLLM's kernel is taken
-TRIES = 3  # for ours to be as fast: processors that are shared have slow moments
+MARGIN = 1.05  # where ours takes longer by more, at any number of tokens, vLLM's kernel is taken
+TRIES = 3  # until ours is within the margin: shared processors have slow moments
 ROUNDS, BUDGET = 25, 0.7
 MOST_COPIES = 6
 MOST_SPREAD = 0.25  # of the rounds, in a measurement that is kept for later starts
-FORMAT = 4  # counts up when the compiled path changes so that old measurements say nothing
+FORMAT = 4  # to be raised when a change of the compiled path makes kept ratios wrong
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Kind:
     """What the time of a layer's base depends on.
 
     Args:
-        outputs: the outputs of each of the parts that it is merged of.
+        outputs: the out_features of each part that the layer is merged of.
         inputs: its in_features, on this rank.
         all_inputs: its in_features on all ranks together.
         group_size: columns that share a scale, or -1 for whole rows.
@@ -62,63 +62,71 @@ class Kind:
     scale_dtype: torch.dtype
 
 
-_found: dict[Kind, str | None] = {}
-
-
-def stock_is_faster(kind: Kind, device: torch.device) -> str | None:
-    """Return how much faster vLLM's kernel is, in words, or None where it is not.
+def stock_reason(kind: Kind, device: torch.device) -> str | None:
+    """Return why vLLM's kernel is to compute a kind of layer, or None where ours is as fast.
 
     Args:
         kind: the kind of layer.
         device: where it will run.
     """
-    if kind not in _found:
-        key = {
-            "format": FORMAT,
-            "torch": torch.__version__,
-            "vllm": installed_version(),
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "kind": {name: str(value) for name, value in vars(kind).items()},
-        }
-        ratios = recall("stock", key)
-        if not isinstance(ratios, dict) or set(ratios) != set(map(str, TOKENS)):
-            ratios, steady = _measured(kind, device)
-            if steady:
-                remember("stock", key, ratios)
-        tokens = max(ratios, key=lambda one: float(ratios[one]))
-        slower = float(ratios[tokens])
-        _found[kind] = None if slower <= MARGIN else f"{slower:.2f} x faster at {tokens} tokens"
-    return _found[kind]
+    try:
+        ratios = _ratios(kind, device)
+    except Exception as error:  # Inductor raises whatever its compilers do
+        return f"ours does not run: {type(error).__name__}: {error}".partition("\n")[0]
+    tokens = max(ratios, key=lambda tokens: ratios[tokens])
+    if ratios[tokens] <= MARGIN:
+        return None
+    return f"measured {ratios[tokens]:.2f} x faster at {tokens} tokens"
+
+
+def _ratios(kind: Kind, device: torch.device) -> dict[str, float]:
+    """Return our time over vLLM's at each number of tokens, kept from an earlier start or new."""
+    key = {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "vllm": installed_version(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "kind": {name: str(value) for name, value in vars(kind).items()},
+    }
+    kept = recall("stock", key)
+    if isinstance(kept, dict) and set(kept) == set(map(str, TOKENS)):
+        return {tokens: float(ratio) for tokens, ratio in kept.items()}
+    ratios, steady = _measured(kind, device)
+    if steady:
+        remember("stock", key, ratios)
+    return ratios
 
 
 def _measured(kind: Kind, device: torch.device) -> tuple[dict[str, float], bool]:
-    """Return our time over theirs at each number of tokens, and whether the machine was quiet.
+    """Return our time over vLLM's at each number of tokens, and whether the machine was quiet.
 
-    The best of the rounds are compared: what else runs on a machine only ever adds to a time.
+    The best of the rounds are compared: other load on a machine only ever adds to a time.
     """
     weights = [_random_weight(kind, device, seed) for seed in range(_copies(kind))]
     ours = [prepare(weight) for weight in weights]
-    theirs = [_stock_layer(kind, weight) for weight in weights]
+    stock = [_stock_layer(kind, weight) for weight in weights]
     ratios, steady = {}, True
     for tokens in TOKENS:
         x = torch.randn(tokens, kind.inputs, device=device).to(kind.dtype)
-        callables = {"ours": _ours(ours, x), "theirs": _theirs(theirs, x)}
-        found: list[float] = []
-        while len(found) < TRIES and all(ratio > MARGIN for ratio in found):
+        callables = {"ours": _call_ours(ours, x), "stock": _call_stock(stock, x)}
+        tries: list[float] = []
+        while len(tries) < TRIES and all(ratio > MARGIN for ratio in tries):
             with as_when_serving():
                 times = measure(callables, rounds=ROUNDS, budget=BUDGET, seed=tokens)
-            found.append(min(times["ours"].seconds) / min(times["theirs"].seconds))
-            steady = steady and all(one.spread <= MOST_SPREAD for one in times.values())
-        ratios[str(tokens)] = round(min(found), 3)
+            tries.append(min(times["ours"].seconds) / min(times["stock"].seconds))
+            steady = steady and all(time.spread <= MOST_SPREAD for time in times.values())
+        ratios[str(tokens)] = round(min(tries), 3)
     return ratios, steady
 
 
-def _ours(weights: list[PreparedWeight], x: Tensor) -> Callable[[int], Tensor]:
+def _call_ours(weights: list[PreparedWeight], x: Tensor) -> Callable[[int], Tensor]:
     return lambda number: int4_linear(x, weights[number % len(weights)])
 
 
-def _theirs(layers: list[tuple[CompressedTensorsWNA16, Any]], x: Tensor) -> Callable[[int], Tensor]:
+def _call_stock(
+    layers: list[tuple[CompressedTensorsWNA16, Any]], x: Tensor
+) -> Callable[[int], Tensor]:
     def call(number: int) -> Tensor:
         scheme, layer = layers[number % len(layers)]
         return scheme.apply_weights(layer, x, None)
@@ -134,20 +142,20 @@ def _copies(kind: Kind) -> int:
 def _random_weight(kind: Kind, device: torch.device, seed: int) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
     rows, groups = sum(kind.outputs), 1 if kind.group_size == -1 else kind.inputs // kind.group_size
-    words = (rows, -(-kind.inputs // 8))
 
     def random_words(*shape: int) -> Tensor:
         low, high = -(2**31), 2**31 - 1
-        drawn = torch.randint(low, high, shape, generator=generator, dtype=torch.int64)
-        return drawn.to(device, torch.int32)
+        words = torch.randint(low, high, shape, generator=generator, dtype=torch.int64)
+        return words.to(device, torch.int32)
 
     scale = torch.full((rows, groups), 0.01, dtype=kind.scale_dtype, device=device)
-    zeros = None if kind.symmetric else random_words(-(-rows // 8), groups)
-    return PackedWeight(random_words(*words), scale, (rows, kind.inputs), zeros)
+    zero_point = None if kind.symmetric else random_words(-(-rows // 8), groups)
+    packed = random_words(rows, -(-kind.inputs // 8))
+    return PackedWeight(packed, scale, (rows, kind.inputs), zero_point)
 
 
 def _stock_layer(kind: Kind, weight: PackedWeight) -> tuple[CompressedTensorsWNA16, Any]:
-    """Return vLLM's own scheme and a layer that it holds a weight in."""
+    """Return vLLM's own scheme, and a layer of it that holds a weight."""
     whole_rows = kind.group_size == -1
     scheme = CompressedTensorsWNA16(
         strategy="channel" if whole_rows else "group",

@@ -1,8 +1,8 @@
 """Adapters on embeddings and on lm_head, on a CPU.
 
-These layers stay vLLM's own. Up to 0.32 its CPU operators take a token without an adapter for one
-of the last slot's, and they copy an adapter for every token even where no adapter has weights for
-the layer. So what these layers ask of vLLM's operators is answered here.
+These layers stay vLLM's own, but call the operators below in place of vLLM's. vLLM <= 0.32's CPU
+operators treat -1, a token without an adapter, as the last slot; and they copy an adapter for every
+token even where no adapter has weights for the layer.
 
 Source: vLLM's ``PunicaWrapperCPU.add_lora_logits`` and ``add_lora_embedding``.
 """
@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 
-__all__ = ["VocabularyAdapters", "answer_for"]
+__all__ = ["VocabularyAdapters", "patch_vocabulary_lora"]
 
 
 class VocabularyAdapters:
-    """What a layer asks of vLLM's operators; everything else is passed on.
+    """vLLM's operators as these layers call them, two of them replaced.
 
     Args:
         operators: vLLM's punica wrapper.
@@ -30,10 +30,10 @@ class VocabularyAdapters:
 
     def __init__(self, operators: Any) -> None:
         self.operators = operators
-        self.slots: set[int] = set()  # that hold weights for the layer
+        self.slots: set[int] = set()  # those that hold weights for the layer
 
     def __getattr__(self, name: str) -> Any:
-        """Pass everything else on."""
+        """Return everything else from vLLM's operators."""
         return getattr(self.operators, name)
 
     def add_lora_logits(
@@ -46,11 +46,11 @@ class VocabularyAdapters:
             x: ``[rows, hidden]``.
             a: ``[slots, 1, rank, hidden]``.
             b: ``[slots, 1, vocabulary, rank]``.
-            scale: multiplied with what is added.
+            scale: a factor of the logits that are added.
 
         Raises:
-            ValueError: log-probabilities of prompts while several requests run: vLLM does not say
-                which rows are whose.
+            ValueError: log-probabilities of prompts are asked for while several requests run: vLLM
+                does not say which rows belong to which request.
         """
         if not self.slots:
             return
@@ -73,7 +73,7 @@ class VocabularyAdapters:
 
         Args:
             y: ``[tokens, hidden]``.
-            x: ``[tokens, rank]``: rows of each token's own A.
+            x: ``[tokens, rank]``, from each token's own A.
             b: ``[slots, 1, hidden, rank]``.
         """
         ids = self.operators._token_lora_indices[: x.shape[0]]
@@ -83,8 +83,8 @@ class VocabularyAdapters:
                 y[rows] += (x[rows].float() @ b[slot, 0].float().T).to(y.dtype)
 
 
-def answer_for(module: Any) -> None:
-    """Put ``VocabularyAdapters`` before the operators of a layer of these kinds, on a CPU."""
+def patch_vocabulary_lora(module: Any) -> None:
+    """Put ``VocabularyAdapters`` between vLLM's operators and such a layer on a CPU."""
     if not isinstance(module, (LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)):
         return
     if isinstance(module.punica_wrapper, VocabularyAdapters):
@@ -93,14 +93,16 @@ def answer_for(module: Any) -> None:
         return
     adapters = VocabularyAdapters(module.punica_wrapper)
     module.punica_wrapper = adapters
-    module.set_lora = _noting(module.set_lora, adapters.slots.add)
-    module.reset_lora = _noting(module.reset_lora, adapters.slots.discard)
+    module.set_lora = _then(module.set_lora, adapters.slots.add)
+    module.reset_lora = _then(module.reset_lora, adapters.slots.discard)
 
 
-def _noting(method: Callable[..., None], note: Callable[[int], None]) -> Callable[..., None]:
+def _then(method: Callable[..., None], note: Callable[[int], None]) -> Callable[..., None]:
+    """Return a method of a slot after which the slot is noted."""
+
     @functools.wraps(method)
-    def noting(index: int, *args: Any, **kwargs: Any) -> None:
+    def call(index: int, *args: Any, **kwargs: Any) -> None:
         method(index, *args, **kwargs)
         note(index)
 
-    return noting
+    return call

@@ -87,8 +87,8 @@ def test_without_the_flag_nothing_changes(tiny_models, tiny_adapters, prompts, m
 
 def test_the_log_counts_the_layers(tiny_models):
     with engine(tiny_models["g128"], **LORA, **COMPILED) as llm:
-        session = next(iter(linears(llm).values())).scheme.session
-        assert session.summary() == ["8 of 8 linear layers fused (INT4 base, adapters)"]
+        engine_state = next(iter(linears(llm).values())).int4_lora.engine
+        assert engine_state.summary() == ["8 of 8 linear layers fused (INT4 base, adapters)"]
 
 
 def test_scales_of_another_dtype_are_tried_as_they_are(tiny_models, monkeypatch):
@@ -99,13 +99,13 @@ def test_scales_of_another_dtype_are_tried_as_they_are(tiny_models, monkeypatch)
 
     def trial(kind, device):
         kinds.append(kind)
-        return "slower" if kind.scale_dtype != kind.dtype else None
+        return "measured slower" if kind.scale_dtype != kind.dtype else None
 
-    monkeypatch.setattr(scheme, "stock_is_faster", trial)
+    monkeypatch.setattr(scheme, "stock_reason", trial)
     settings = {"quantization": "int4_lora", "dtype": "float16"}
     settings["additional_config"] = {"int4_lora": {"backend": "auto", "warm_up": False}}
     with engine(tiny_models["g128"], **settings) as llm:
-        reasons = {module.int4_lora.stock_because for module in linears(llm).values()}
+        reasons = {module.int4_lora.fallback_reason for module in linears(llm).values()}
     assert {kind.scale_dtype for kind in kinds} == {torch.float16, torch.bfloat16}
     assert reasons == {"measured slower"}
 

@@ -1,7 +1,6 @@
 """What a load holds at its peak: the weights, and beside them one layer being laid out."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from serving.conftest import CONFIG
@@ -23,32 +22,17 @@ def forget_the_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def a_session():
-    from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata
-    from int4_lora.integration.vllm_plugin.session import Session
-
-    return Session(
-        SimpleNamespace(
-            additional_config={"int4_lora": {"backend": "compiled"}},
-            model_config=SimpleNamespace(model="", dtype=torch.bfloat16, enable_sleep_mode=False),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
-            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-            compilation_config=SimpleNamespace(static_forward_context={}),
-            lora_config=None,
-        ),
-        LoRAMetadata(),
-    )
-
-
 def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     from int4_lora.integration.vllm_plugin import contract as upstream
     from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+    from int4_lora.integration.vllm_plugin.options import Options
+    from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 
     monkeypatch.setattr(upstream, "untested", lambda: None)
     config = Int4LoRAConfig.from_config(CONFIG)
-    config._session = a_session()
+    config._engine = ServedEngine(Options(backend="compiled"), max_tokens=64)
     layers = []
     for number in range(LAYERS):
         layer = ReplicatedLinear(

@@ -87,7 +87,7 @@ def test_fully_sharded_lora(model):
     ],
 )
 def test_settings_that_vllm_itself_refuses_on_a_cpu(change, sentence, monkeypatch):
-    from int4_lora.integration.vllm_plugin.session import refuse_settings
+    from int4_lora.integration.vllm_plugin.served_engine import refuse_settings
 
     settings = SimpleNamespace(
         lora_config=SimpleNamespace(fully_sharded_loras=False),
@@ -125,11 +125,11 @@ def test_experts_are_counted(monkeypatch):
     Experts.__abstractmethods__ = frozenset()
     upstream = config.CompressedTensorsConfig
     monkeypatch.setattr(upstream, "get_quant_method", lambda *_: Experts())
-    found = SimpleNamespace(layers=[], adapters=True)
+    state = config.ServedEngine(lora_enabled=True)
     ours = config.Int4LoRAConfig.__new__(config.Int4LoRAConfig)
-    ours._session = found
+    ours._engine = state
     assert isinstance(ours.get_quant_method(torch.nn.Identity(), "model.experts"), Experts)
-    assert [one.stock_because for one in found.layers] == ["a mixture of experts"]
+    assert [layer.fallback_reason for layer in state.layers] == ["a mixture of experts"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import PreparedLoRA, PreparedWeight, formulation_for, prepare
-from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapters_of
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.conformance import Manifest
 from int4_lora.reference.linear import as_slices
@@ -38,7 +38,7 @@ class VllmPlugin:
         slices = as_slices(lora)
         a = [part.stack.a.unsqueeze(1) for part in slices]
         b = [_scaled(part.stack).unsqueeze(1) for part in slices]
-        prepared, views = adapters_of(a, b)
+        prepared, views = adapter_slots(a, b)
         for view, values in zip(views, b, strict=True):
             view.copy_(values)
         placed = zip(prepared.slices, slices, strict=True)  # vLLM's slices leave no gaps
@@ -55,7 +55,7 @@ class VllmPlugin:
 
     def int4_linear(self, x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
         """Return the layer without adapters."""
-        return _holding(weight).base(x, bias)
+        return _holding(weight).forward(x, None, bias)
 
     def int4_lora_linear(
         self,
@@ -68,9 +68,9 @@ class VllmPlugin:
         """Return the layer with adapters."""
         layer = _holding(weight)
         if lora is None or adapter_ids is None:
-            return layer.base(x, bias)
+            return layer.forward(x, None, bias)
         layer.lora = lora
-        return layer.with_adapters(x, adapter_ids.long(), bias)
+        return layer.forward(x, adapter_ids.long(), bias)
 
 
 def _scaled(stack: LoRAStack) -> Tensor:
@@ -78,6 +78,4 @@ def _scaled(stack: LoRAStack) -> Tensor:
 
 
 def _holding(weight: PreparedWeight) -> ServedLayer:
-    layer = ServedLayer("layer", int4=True)
-    layer.weight = weight
-    return layer
+    return ServedLayer("layer", weight=weight)

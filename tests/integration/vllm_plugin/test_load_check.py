@@ -10,12 +10,14 @@ from int4_lora.compiled import prepare
 from int4_lora.compiled.graphs.cache import _own_code, bucket_of
 from int4_lora.integration.vllm_plugin import load_check
 from int4_lora.integration.vllm_plugin.load_check import (
-    bucket_tokens,
     fault_of_addition,
     fault_of_layer,
-    graph_of_layer,
+    graph_key_of_layer,
+    tokens_of_each_graph,
 )
-from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapters_of
+from int4_lora.integration.vllm_plugin.options import Options
+from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots
 from int4_lora.reference import quantize
 
 
@@ -30,7 +32,7 @@ def weight():
 def lora():
     a = [torch.zeros(3, 1, 4, 128, dtype=torch.bfloat16) for _ in range(2)]
     b = [torch.zeros(3, 1, rows, 4, dtype=torch.bfloat16) for rows in (64, 32)]
-    return adapters_of(a, b)[0]
+    return adapter_slots(a, b)[0]
 
 
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed")  # Inductor, of what is meant here
@@ -93,17 +95,17 @@ def test_ids_and_slices_that_are_swapped_do_not_pass(weight, lora, monkeypatch):
 
 
 def test_one_number_of_tokens_for_each_graph():
-    assert bucket_tokens(8192, bucket_of) == [1, 3, 26]
-    assert bucket_tokens(3, bucket_of) == [1, 3]
-    assert bucket_tokens(8192, lambda tokens: bucket_of(tokens, "cuda")) == [1, 3, 18, 66]
-    assert bucket_tokens(1, bucket_of) == [1]
+    assert tokens_of_each_graph(8192, bucket_of) == [1, 3, 26]
+    assert tokens_of_each_graph(3, bucket_of) == [1, 3]
+    assert tokens_of_each_graph(8192, lambda tokens: bucket_of(tokens, "cuda")) == [1, 3, 18, 66]
+    assert tokens_of_each_graph(1, bucket_of) == [1]
 
 
 def test_formulations_within_a_bucket_are_graphs_of_their_own(weight, lora):
     prepared = prepare(weight)  # with zero-points: gemv, and tiles from 5 tokens on
     for adapters in (None, lora):
-        graphs = [graph_of_layer(prepared, torch.bfloat16, t, adapters) for t in range(1, 100)]
-        chosen = bucket_tokens(99, lambda t, graphs=graphs: graphs[t - 1])
+        graphs = [graph_key_of_layer(prepared, torch.bfloat16, t, adapters) for t in range(1, 100)]
+        chosen = tokens_of_each_graph(99, lambda t, graphs=graphs: graphs[t - 1])
         assert {graphs[tokens - 1] for tokens in chosen} == set(graphs)
         assert len({name for name, _ in graphs}) == 2
 
@@ -112,23 +114,21 @@ def test_what_vllm_writes_to_slots_is_what_is_computed_with(weight):
     generator = torch.Generator().manual_seed(1)
     a = (torch.zeros(2, 1, 4, 128, dtype=torch.bfloat16),)
     b = (torch.zeros(2, 1, 96, 4, dtype=torch.bfloat16),)
-    lora, views = adapters_of(a, b)
-    served = ServedLayer("layer", int4=True)
-    served.weight, served.lora = prepare(weight), lora
+    lora, views = adapter_slots(a, b)
+    served = ServedLayer("layer", weight=prepare(weight), lora=lora)
     x = torch.randn(3, 128, generator=generator).bfloat16()
     ids, none = torch.tensor([1, -1, 0]), torch.tensor([-1, -1, -1])
-    base = served.base(x, None)
+    base = served.forward(x, None, None)
     own_a = torch.randn(4, 128, generator=generator).bfloat16() / 8
     own_b = torch.randn(96, 4, generator=generator).bfloat16()
     a[0][1, 0].copy_(own_a)
     views[0][1, 0].copy_(own_b)
-    y = served.with_adapters(x, ids, None)
+    y = served.forward(x, ids, None)
     right = base[0].float() + own_b.float() @ (own_a.float() @ x[0].float())
     torch.testing.assert_close(y[0].float(), right, rtol=2**-6, atol=2**-6)
     assert torch.equal(y[1:], base[1:])
-    assert torch.equal(served.with_adapters(x, none, None), base)
-    torch.testing.assert_close(served.added(base, x, ids), y, rtol=2**-6, atol=2**-6)
-    assert served.base(x[None], None).shape == (1, 3, 96)
+    assert torch.equal(served.forward(x, none, None), base)
+    torch.testing.assert_close(served.add_adapters(base, x, ids), y, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -139,14 +139,14 @@ def test_within_a_graph_nothing_depends_on_the_number_of_tokens(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a kept graph has its own guards
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(96, 128, generator=generator).bfloat16()
-    served = ServedLayer("layer", int4=True)
+    served = ServedLayer("layer", ServedEngine(Options(in_graph="inlined")))
     served.hold(prepare(quantize(dense, group_size=32, symmetric=symmetric)))
     served.lora = lora
     for one in lora.slices:
         one.a.normal_(generator=generator)
         one.bt.normal_(generator=generator)
-    whole = _own_code(lambda x, ids: served.with_adapters(x, ids, None), symmetric)
-    base = _own_code(lambda x: served.base(x, None), symmetric)
+    whole = _own_code(lambda x, ids: served.forward(x, ids, None), symmetric)
+    base = _own_code(lambda x: served.forward(x, None, None), symmetric)
     traced, plain = (torch.compile(one, fullgraph=True) for one in (whole, base))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (100, 40, 17, 5, 2):
@@ -155,26 +155,25 @@ def test_within_a_graph_nothing_depends_on_the_number_of_tokens(
             torch._dynamo.mark_dynamic(x, 0, min=2, max=8192)
             torch._dynamo.mark_dynamic(ids, 0, min=2, max=8192)
             found = traced(x, ids)
-            right = served.with_adapters(x.clone(), ids.clone(), None)
+            right = served.forward(x.clone(), ids.clone(), None)
             torch.testing.assert_close(found, right, rtol=0.02, atol=0.5)
             own = torch.randn(tokens, 128, generator=generator).bfloat16()
             torch._dynamo.mark_dynamic(own, 0, min=2, max=8192)
             torch.testing.assert_close(
-                plain(own), served.base(own.clone(), None), rtol=0.02, atol=0.5
+                plain(own), served.forward(own.clone(), None, None), rtol=0.02, atol=0.5
             )
 
 
 def test_plain_adapters_are_those_of_the_compiled_path(weight, lora):
     """What a layer is given whose compiled adapters were not right."""
     generator = torch.Generator().manual_seed(0)
-    served = ServedLayer("layer", int4=True)
-    served.lora = lora
+    served = ServedLayer("layer", lora=lora)
     for one in lora.slices:
         one.a.normal_(generator=generator)
         one.bt.normal_(generator=generator)
     x = torch.randn(6, 128, generator=generator).bfloat16()
     base = torch.randn(6, 96, generator=generator).bfloat16()
     ids = torch.tensor([0, -1, 2, 1, 9, 0])  # 9 is no slot
-    found = served.plainly_added(base, x, ids)
-    torch.testing.assert_close(found, served.added(base, x, ids), rtol=0.01, atol=0.05)
+    found = served.add_adapters_eagerly(base, x, ids)
+    torch.testing.assert_close(found, served.add_adapters(base, x, ids), rtol=0.01, atol=0.05)
     assert torch.equal(found[[1, 4]], base[[1, 4]])

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from int4_lora.integration.checkpoint.open import open_checkpoint
-from int4_lora.integration.vllm_plugin.unpacking import read_again
+from int4_lora.integration.vllm_plugin.dense_weight import packed_weight_of_checkpoint
+from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.reference import dequantize
 
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -14,15 +16,15 @@ ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 
 
 def read(model, name, sizes, columns, rank, **own):
+    engine = ServedEngine(model=str(model), packed_modules=MERGED)
     layer = SimpleNamespace(
-        int4_lora=SimpleNamespace(name=name),
+        int4_lora=ServedLayer(name, engine),
         output_partition_sizes=sizes,
         input_size_per_partition=columns,
         tp_rank=rank,
         **own,
     )
-    session = SimpleNamespace(folder=lambda: model, packed_modules=MERGED)
-    return dequantize(read_again(layer, session))
+    return dequantize(packed_weight_of_checkpoint(layer))
 
 
 def dense(model, module):

@@ -1,0 +1,124 @@
+"""The dense weight of a served layer: from our layout, or from the checkpoint's file again.
+
+vLLM merges modules of the checkpoint into one layer (qkv_proj, gate_up_proj) and splits layers over
+ranks. What is read from the file is merged and split in the same way.
+
+Source: vLLM's ``MergedColumnParallelLinear``, ``QKVParallelLinear`` and ``RowParallelLinear``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.reference import PackedWeight
+
+__all__ = ["dense_weight", "packed_weight_of_checkpoint"]
+
+PACK = 8  # codes to a word
+
+
+def dense_weight(layer: Any, dtype: torch.dtype | None) -> Tensor:
+    """Return the dense weight of one of vLLM's linear layers.
+
+    Args:
+        layer: the base layer, which has our scheme.
+        dtype: of the result; None means the scales' dtype.
+
+    Raises:
+        ValueError: the checkpoint does not have the layer's modules.
+    """
+    served, engine = layer.int4_lora, layer.int4_lora.engine
+    with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
+        packed = served.cached
+        if packed is None and served.weight is not None:
+            packed = served.weight.packed_weight()
+        elif packed is None:  # vLLM's kernel has destroyed the layout
+            packed = packed_weight_of_checkpoint(layer).to(layer.weight_packed.device)
+        dense: Tensor = engine.cache.get(packed, dtype)
+    served.cached = packed  # the cache knows a weight by its identity
+    for other in engine.layers:
+        if other.cached is not None and other.cached not in engine.cache:
+            other.cached = None
+    return dense
+
+
+def packed_weight_of_checkpoint(layer: Any) -> PackedWeight:
+    """Read a layer's part of the checkpoint, merged and split as vLLM does.
+
+    Args:
+        layer: the base layer.
+
+    Raises:
+        ValueError: the checkpoint does not have the layer's modules.
+    """
+    name, engine = layer.int4_lora.name, layer.int4_lora.engine
+    checkpoint = open_checkpoint(engine.checkpoint_folder())
+    parent, _, last = name.rpartition(".")
+    parts = engine.packed_modules.get(last, [last])
+    weights = [_module(checkpoint, f"{parent}.{part}" if parent else part, name) for part in parts]
+    sizes = layer.output_partition_sizes
+    shares = [
+        _share_of_rank(layer, weight, size, part)
+        for part, (weight, size) in enumerate(zip(weights, sizes, strict=True))
+    ]
+    return _concatenated(shares)
+
+
+def _module(checkpoint: Checkpoint, module: str, name: str) -> PackedWeight:
+    if module not in checkpoint.schemes:
+        raise ValueError(f"{checkpoint.path} has no module {module}, which {name} would be made of")
+    return checkpoint.packed_weight(module)
+
+
+def _share_of_rank(layer: Any, weight: PackedWeight, size: int, part: int) -> PackedWeight:
+    """Return the rows and columns of a module that are on this rank.
+
+    Args:
+        layer: the base layer.
+        weight: the whole module.
+        size: how many rows are on this rank.
+        part: the module's place among those the layer is merged of.
+    """
+    start = 0
+    if size != weight.out_features:
+        replicas = getattr(layer, "num_kv_head_replicas", 1) if part > 0 else 1
+        start = (layer.tp_rank // replicas) * size
+    return _columns_of_rank(layer, _rows(weight, start, start + size))
+
+
+def _rows(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
+    zero_point = weight.zero_point
+    if zero_point is not None:
+        zero_point = zero_point[start // PACK : -(-stop // PACK)]
+    packed, scale = weight.packed[start:stop], weight.scale[start:stop]
+    return PackedWeight(packed, scale, (stop - start, weight.in_features), zero_point)
+
+
+def _columns_of_rank(layer: Any, weight: PackedWeight) -> PackedWeight:
+    columns = layer.input_size_per_partition
+    if columns == weight.in_features:
+        return weight
+    start, stop = layer.tp_rank * columns, (layer.tp_rank + 1) * columns
+    packed = weight.packed[:, start // PACK : stop // PACK]
+    scale, zero_point = weight.scale, weight.zero_point
+    groups = scale.shape[1]
+    if groups > 1:
+        size = weight.in_features // groups
+        scale = scale[:, start // size : stop // size]
+        if zero_point is not None:
+            zero_point = zero_point[:, start // size : stop // size]
+    return PackedWeight(packed, scale, (weight.out_features, columns), zero_point)
+
+
+def _concatenated(weights: list[PackedWeight]) -> PackedWeight:
+    zero_points = [weight.zero_point for weight in weights if weight.zero_point is not None]
+    return PackedWeight(
+        torch.cat([weight.packed for weight in weights]),
+        torch.cat([weight.scale for weight in weights]),
+        (sum(weight.out_features for weight in weights), weights[0].in_features),
+        torch.cat(zero_points) if zero_points else None,
+    )

@@ -1,0 +1,217 @@
+"""The plug-in's state of one engine, in the process that runs its layers.
+
+Source: ``docs/vllm.md``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
+from int4_lora.integration.checkpoint.hub import local_folder
+from int4_lora.integration.vllm_plugin.load_check import tokens_of_each_graph
+from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, outside_targets
+from int4_lora.integration.vllm_plugin.options import Options, read_options
+from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
+
+if TYPE_CHECKING:
+    from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
+    from int4_lora.integration.vllm_plugin.stock_trial import Kind
+
+__all__ = ["ServedEngine", "logger", "refuse_settings"]
+
+logger = logging.getLogger("vllm.int4_lora")  # a child of vLLM's logger, whose settings it inherits
+
+Fault = Callable[[int], str | None]
+"""A number of tokens -> what is wrong with a layer there, or None."""
+
+GraphKey = Callable[[int], Hashable]
+"""A number of tokens -> the key of the graph that serves it."""
+
+
+@dataclass(eq=False)
+class ServedEngine:
+    """All that the layers of one engine share.
+
+    Args:
+        options: the operator's.
+        metadata: what the checkpoint says about adapters.
+        model: the checkpoint's folder, or its name on the hub.
+        dtype: of activations.
+        max_tokens: the most tokens in one step.
+        lora_enabled: whether the engine serves adapters.
+        forward_context: vLLM's layers by name; the custom operator finds ours there.
+        packed_modules: which modules of the checkpoint vLLM merges into a layer, by its last name.
+        layers: every linear layer and mixture of experts of the model.
+        cache: the dense weights that ``get_unpacked_weights`` keeps.
+        checked: the fault of each kind of layer that was checked, None for a correct one.
+        trials: the reason to run each kind of layer on vLLM's kernel, None to run ours.
+    """
+
+    options: Options = field(default_factory=Options)
+    metadata: LoRAMetadata = field(default_factory=LoRAMetadata)
+    model: str = ""
+    dtype: torch.dtype = torch.bfloat16
+    max_tokens: int = 1
+    lora_enabled: bool = False
+    forward_context: dict[str, Any] = field(default_factory=dict)
+    packed_modules: Mapping[str, list[str]] = field(default_factory=dict)
+    layers: list[ServedLayer] = field(default_factory=list)
+    cache: UnpackedWeightCache = field(default_factory=lambda: UnpackedWeightCache(0))
+    checked: dict[Hashable, str | None] = field(default_factory=dict)
+    trials: dict[Kind, str | None] = field(default_factory=dict)
+    _warned: set[tuple[str, ...]] = field(default_factory=set)
+    _summary_logged: bool = False
+
+    @classmethod
+    def from_vllm(
+        cls, vllm_config: Any, metadata: LoRAMetadata, packed_modules: Mapping[str, list[str]]
+    ) -> ServedEngine:
+        """Read an engine's options and settings from vLLM's configuration.
+
+        Args:
+            vllm_config: vLLM's whole configuration.
+            metadata: what the checkpoint says about adapters.
+            packed_modules: which modules of the checkpoint vLLM merges into a layer.
+
+        Raises:
+            TypeError: an option of the wrong type.
+            ValueError: an option that does not exist, or a setting of vLLM that is refused.
+        """
+        options = read_options(vllm_config.additional_config)
+        engine = cls(
+            options=options,
+            metadata=metadata,
+            model=vllm_config.model_config.model,
+            dtype=vllm_config.model_config.dtype,
+            max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            lora_enabled=vllm_config.lora_config is not None,
+            forward_context=vllm_config.compilation_config.static_forward_context,
+            packed_modules=packed_modules,
+            cache=UnpackedWeightCache(options.cache_bytes),
+        )
+        refuse_settings(vllm_config)
+        if engine.lora_enabled and metadata.compatible is False:
+            logger.warning(
+                "int4_lora: %s says lora_compatible: false, and LoRA is enabled", engine.model
+            )
+        return engine
+
+    def checkpoint_folder(self) -> Path:
+        """Return the checkpoint's folder; a name on the hub is looked up in its cache."""
+        return local_folder(self.model)
+
+    def weight_loaded(self, layer: ServedLayer) -> None:
+        """Record a loaded layer; without adapters, log the summary after the last."""
+        layer.loaded = True
+        if not self.lora_enabled and all(layer.loaded for layer in self.layers if layer.int4):
+            self.log_summary()
+
+    def fault_of_kind(
+        self, kind: Hashable, name: str, graph_key: GraphKey, fault: Fault
+    ) -> str | None:
+        """Check a kind of layer, once, at a number of tokens for each of its graphs.
+
+        This also compiles the graphs, so that no request waits for them.
+
+        Args:
+            kind: what layers share that need only one check.
+            name: the first layer of the kind, for the log.
+            graph_key: the key of its graph at a number of tokens.
+            fault: runs the check at a number of tokens.
+
+        Returns:
+            The first fault, or None.
+        """
+        if kind not in self.checked:
+            max_tokens = self.max_tokens if self.options.warm_up else 1
+            counts = tokens_of_each_graph(max_tokens, graph_key)
+            faults = (_fault_or_error(fault, tokens) for tokens in counts)
+            self.checked[kind] = next(filter(None, faults), None)
+            if self.checked[kind] is not None:
+                logger.warning("int4_lora: %s is left to vLLM: %s", name, self.checked[kind])
+        return self.checked[kind]
+
+    def warn_outside_targets(self, layer: ServedLayer, parts: tuple[str, ...]) -> None:
+        """Warn, once, of an adapter on modules that ``lora_target_modules`` does not name."""
+        outside = tuple(outside_targets(self.metadata, layer.name, parts))
+        if outside and outside not in self._warned:
+            self._warned.add(outside)
+            logger.warning(
+                "int4_lora: an adapter targets %s (first at %s), which lora_target_modules of the "
+                "checkpoint does not name: %s",
+                ", ".join(outside),
+                layer.name,
+                ", ".join(self.metadata.target_modules or ()),
+            )
+
+    def log_summary(self) -> None:
+        """Log, once, how many layers run how, and why."""
+        if self._summary_logged:
+            return
+        self._summary_logged = True
+        for line in self.summary():
+            logger.info("int4_lora: %s", line)
+
+    def summary(self) -> list[str]:
+        """Return the lines of the summary: the counts, and on a GPU a warning."""
+        fused = [layer for layer in self.layers if layer.weight is not None]
+        fallbacks = [layer.fallback_reason for layer in self.layers if layer.weight is None]
+        lora_fallbacks = [
+            layer.lora_fallback_reason
+            for layer in self.layers
+            if layer.lora_fallback_reason is not None
+        ]
+        line = f"{len(fused)} of {len(self.layers)} linear layers fused (INT4 base, adapters)"
+        if fallbacks:
+            line += f"; {len(fallbacks)} on vLLM's base kernel: {_counted(fallbacks)}"
+        if lora_fallbacks:
+            line += f"; {len(lora_fallbacks)} with plain, slow LoRA: {_counted(lora_fallbacks)}"
+        if any(layer.weight and layer.weight.device.type != "cpu" for layer in fused):
+            return [line, "on CUDA this backend is experimental: it never ran in vLLM on a GPU"]
+        return [line]
+
+
+def _counted(reasons: Iterable[str | None]) -> str:
+    return "; ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
+
+
+def _fault_or_error(fault: Fault, tokens: int) -> str | None:
+    """Return what is wrong at a number of tokens, an exception included."""
+    try:
+        with as_when_serving():
+            return fault(tokens)
+    except Exception as error:  # Inductor raises whatever its compilers do
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def refuse_settings(vllm_config: Any) -> None:
+    """Refuse settings of vLLM with which answers would be wrong, or that never ran.
+
+    Raises:
+        ValueError: one of them is set; the message says what to do.
+    """
+    if vllm_config.model_config.enable_sleep_mode:
+        raise ValueError("int4_lora does not take sleep mode: leave out --enable-sleep-mode")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "int4_lora does not take pipeline parallelism, which was never run with it: leave out "
+            "--pipeline-parallel-size"
+        )
+    lora = vllm_config.lora_config
+    if lora is not None and lora.fully_sharded_loras:
+        raise ValueError(
+            "int4_lora does not take fully sharded LoRA: leave out --fully-sharded-loras"
+        )
+    if lora is not None and os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
+        raise ValueError(
+            "int4_lora does not take LoRA on a second stream: unset VLLM_LORA_ENABLE_DUAL_STREAM"
+        )
