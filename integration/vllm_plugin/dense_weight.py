@@ -87,15 +87,7 @@ def _share_of_rank(layer: Any, weight: PackedWeight, size: int, part: int) -> Pa
     if size != weight.out_features:
         replicas = getattr(layer, "num_kv_head_replicas", 1) if part > 0 else 1
         start = (layer.tp_rank // replicas) * size
-    return _columns_of_rank(layer, _rows(weight, start, start + size))
-
-
-def _rows(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
-    zero_point = weight.zero_point
-    if zero_point is not None:
-        zero_point = zero_point[start // PACK : -(-stop // PACK)]
-    packed, scale = weight.packed[start:stop], weight.scale[start:stop]
-    return PackedWeight(packed, scale, (stop - start, weight.in_features), zero_point)
+    return _columns_of_rank(layer, weight.rows(slice(start, start + size)))
 
 
 def _columns_of_rank(layer: Any, weight: PackedWeight) -> PackedWeight:

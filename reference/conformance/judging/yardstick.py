@@ -90,12 +90,13 @@ def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:
 
     Args:
         x: ``[tokens, columns]``.
-        dense: ``[outputs, columns]``.
+        dense: ``[outputs, columns]``, or ``[tokens, outputs, columns]`` with one for each token.
         order: of the products.
     """
-    total = torch.zeros(x.shape[0], dense.shape[0], dtype=x.dtype, device=x.device)
+    by_column = dense.movedim(-1, 0).contiguous()
+    total = torch.zeros(x.shape[0], dense.shape[-2], dtype=x.dtype, device=x.device)
     for column in order(x.shape[1]):
-        total += x[:, column, None] * dense[:, column]
+        total += x[:, column, None] * by_column[column]
     return total
 
 
@@ -108,10 +109,9 @@ def _shrunk(operands: Operands, manifest: Manifest, order: Order) -> list[Tensor
             raise ValueError("adapters need x and adapter_ids")
         inside = manifest.sums_of(x)
         h = torch.zeros(x.shape[0], part.stack.rank, dtype=inside, device=x.device)
-        for adapter in range(part.stack.adapters):
-            chosen = ids == adapter
-            a = part.stack.a[adapter].to(inside)
-            h[chosen] = one_by_one(x[chosen].to(inside), a, order)
+        adapted = (ids >= 0) & (ids < part.stack.adapters)
+        a = part.stack.a[ids[adapted].long()].to(inside)  # [adapted tokens, rank, in_features]
+        h[adapted] = one_by_one(x[adapted].to(inside), a, order)
         shrunk.append(h)
     return shrunk
 

@@ -50,14 +50,15 @@ def changed(weight, **changes):
     return prepare(dataclasses.replace(weight, **changes))
 
 
-def test_another_weight_does_not_pass(weight):
-    for spoilt in (
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_another_weight_does_not_pass(weight, tokens):
+    for wrong in (
         changed(weight, packed=weight.packed ^ 1),  # one code of each word, by one
         changed(weight, scale=weight.scale.roll(1, 1)),
         changed(weight, zero_point=weight.zero_point.roll(1, 1)),
     ):
-        assert "beyond the bound" in (fault_of_layer(weight, spoilt, torch.bfloat16, 5) or "")
-        assert not spoilt.holds(weight)
+        assert "bounds away" in (fault_of_layer(weight, wrong, torch.bfloat16, tokens) or "")
+        assert not wrong.holds(weight)
 
 
 def planted(function, change):
@@ -67,22 +68,30 @@ def planted(function, change):
     return wrong
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda y: y.float(), "is right"),
-        (lambda y: y[:, :-1], "is right"),
-        (lambda y: y.index_fill(0, torch.tensor([0]), float("nan")), "beyond the bound"),
-        (lambda y: y * 1.004, "RMS|beyond"),
+        (lambda y: y.float(), "returned torch.float32, not torch.bfloat16"),
+        (lambda y: y[:, :-1], r"returned \[\d+, 95\], not \[\d+, 96\]"),
+        (lambda y: y.index_fill(0, torch.tensor([0]), float("nan")), "is nan, must be"),
+        (lambda y: y * 1.004, "rms|bounds away"),
     ],
 )
-def test_a_wrong_result_does_not_pass(weight, lora, change, message, monkeypatch):
+def test_a_wrong_result_does_not_pass(weight, lora, change, message, tokens, monkeypatch):
     for name in ("int4_lora_linear", "add_lora"):
         monkeypatch.setattr(load_check, name, planted(getattr(load_check, name), change))
-    assert re.search(message, fault_of_addition(lora, 96, torch.bfloat16, 5) or "")
+    prepared = prepare(weight)
+    for fault in (
+        fault_of_addition(lora, 96, torch.bfloat16, tokens),
+        fault_of_layer(weight, prepared, torch.bfloat16, tokens),
+        fault_of_layer(weight, prepared, torch.bfloat16, tokens, lora),
+    ):
+        assert re.search(message, fault or "")
 
 
-def test_ids_and_slices_that_are_swapped_do_not_pass(weight, lora, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_ids_that_are_swapped_do_not_pass(weight, lora, tokens, monkeypatch):
     right = load_check.int4_lora_linear
 
     def other_ids(x, prepared, adapters, ids, bias):
@@ -90,8 +99,9 @@ def test_ids_and_slices_that_are_swapped_do_not_pass(weight, lora, monkeypatch):
 
     monkeypatch.setattr(load_check, "int4_lora_linear", other_ids)
     prepared = prepare(weight)
-    assert "beyond" in (fault_of_layer(weight, prepared, torch.bfloat16, 5, lora) or "")
-    assert fault_of_layer(weight, prepared, torch.bfloat16, 5) is None
+    fault = fault_of_layer(weight, prepared, torch.bfloat16, tokens, lora)
+    assert "bounds away" in (fault or "")
+    assert fault_of_layer(weight, prepared, torch.bfloat16, tokens) is None
 
 
 def test_one_number_of_tokens_for_each_graph():
