@@ -1,15 +1,22 @@
 """Checkpoints, adapters and the command line.
 
+Names are imported when they are first asked for, so that ``int4-lora --help`` does not wait for
+torch.
+
 Source: compressed-tensors for checkpoints, PEFT for adapters.
 """
 
-from int4_lora.integration.adapter.read import Adapter, AdapterModule, read_adapter
-from int4_lora.integration.adapter.stack import stack_adapters
-from int4_lora.integration.adapter.write import write_adapter
-from int4_lora.integration.annotation.write import Annotation, annotate
-from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
-from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
-from int4_lora.integration.checkpoint.unpack import unpack_int4_weights
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from int4_lora.integration.adapter.read import Adapter, AdapterModule, read_adapter
+    from int4_lora.integration.adapter.stack import stack_adapters
+    from int4_lora.integration.adapter.write import write_adapter
+    from int4_lora.integration.annotation.write import Annotation, annotate
+    from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
+    from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+    from int4_lora.integration.checkpoint.unpack import unpack_int4_weights
 
 __all__ = [
     "Adapter",
@@ -24,3 +31,26 @@ __all__ = [
     "unpack_int4_weights",
     "write_adapter",
 ]
+
+MODULES = {
+    "Adapter": "adapter.read",
+    "AdapterModule": "adapter.read",
+    "Annotation": "annotation.write",
+    "Checkpoint": "checkpoint.open",
+    "UnpackedWeightCache": "checkpoint.cache",
+    "annotate": "annotation.write",
+    "open_checkpoint": "checkpoint.open",
+    "read_adapter": "adapter.read",
+    "stack_adapters": "adapter.stack",
+    "unpack_int4_weights": "checkpoint.unpack",
+    "write_adapter": "adapter.write",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name of ``__all__`` when it is first asked for."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -63,12 +63,10 @@ def tiny_adapters(tmp_path_factory):
 @pytest.fixture
 def run(tiny_models, tiny_adapters):
     """Return a call of ``int4-lora demo`` on a tiny model and its adapters."""
-    from int4_lora.integration.cli import app as cli
+    from int4_lora.integration.cli.app import app
 
     def call(*options, model=tiny_models["g32"], adapters=tiny_adapters):
         named = [f"--adapter={name}={folder}" for name, folder in adapters.items()]
-        return CliRunner().invoke(
-            cli.app, ["demo", f"--model={model}", *named, "--tokens=8", *options]
-        )
+        return CliRunner().invoke(app, ["demo", f"--model={model}", *named, "--tokens=8", *options])
 
     return call

@@ -8,48 +8,52 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int4_lora.integration.annotation.write import Annotation, preview_annotation
-from int4_lora.integration.annotation.write import annotate as annotate_checkpoint
-from int4_lora.integration.cli.exits import unusable
+from int4_lora.integration.cli.console import refusing_bad_input
+
+if TYPE_CHECKING:
+    from int4_lora.integration.annotation.write import Annotation
 
 __all__ = ["annotate"]
 
 
 def annotate(
-    path: Annotated[Path, typer.Argument(help="The folder of a compressed-tensors checkpoint.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="The folder of a compressed-tensors checkpoint."),
+    ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
-    """Write into a checkpoint which modules take adapters, and how each weight is packed.
+    """Record in a checkpoint which modules take adapters, and how each weight is packed.
 
-    Sets lora_compatible, lora_target_modules and suggested_lora_targets in config.json and writes
-    lora_metadata.json; nothing else changes.
+    Sets lora_compatible, lora_target_modules and suggested_lora_targets in config.json, keeps
+    every other value in it, and writes lora_metadata.json.
 
     Example: int4-lora annotate ./llama-w4a16
     """
-    try:
-        found = preview_annotation(path) if dry_run else annotate_checkpoint(path)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise unusable(str(error)) from error
+    with refusing_bad_input():
+        from int4_lora.integration.annotation import write
+
+        annotation = write.preview_annotation(path) if dry_run else write.annotate(path)
     if as_json:
-        plain = {**dataclasses.asdict(found), "path": str(found.path), "dry_run": dry_run}
+        plain = {**dataclasses.asdict(annotation), "path": str(path), "dry_run": dry_run}
         typer.echo(json.dumps(plain, indent=2))
     else:
-        _print(found, dry_run)
+        _print(annotation, dry_run)
 
 
-def _print(found: Annotation, dry_run: bool) -> None:
-    typer.echo(f"lora_compatible: {'true' if found.lora_compatible else 'false'}")
-    for reason in found.incompatible_because:
+def _print(annotation: Annotation, dry_run: bool) -> None:
+    typer.echo(f"lora_compatible: {'true' if annotation.lora_compatible else 'false'}")
+    for reason in annotation.incompatible_because:
         typer.echo(f"  {reason}")
     for name in ("lora_target_modules", "suggested_lora_targets"):
-        typer.echo(f"{name}: {', '.join(getattr(found, name)) or 'nothing'}")
-    typer.echo(f"{found.modules} modules described")
-    written = ", ".join(found.changed) or "nothing"
-    typer.echo(f"{'would write' if dry_run else 'wrote'}: {written}")
+        typer.echo(f"{name}: {', '.join(getattr(annotation, name)) or 'none'}")
+    typer.echo(f"{annotation.modules} modules described")
+    files = ", ".join(annotation.changed) or "nothing"
+    typer.echo(f"{'would write' if dry_run else 'wrote'}: {files}")

@@ -1,6 +1,7 @@
 """The command line ``int4-lora``; each command has a module of its own.
 
-Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input.
+Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input. Commands import torch in
+their bodies, so that ``--help``, ``--version`` and usage errors do not wait for it.
 
 Source: ``docs/commands/README.md``.
 """
@@ -24,7 +25,7 @@ from int4_lora.integration.cli.tune import tune
 from int4_lora.integration.cli.unpack import unpack
 from int4_lora.integration.cli.verify import verify
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="int4-lora",
@@ -44,13 +45,16 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """INT4 base models with LoRA adapters."""
 
 
-COMMANDS = (
+for command in (
     inspect,
     verify,
     unpack,
@@ -61,12 +65,6 @@ COMMANDS = (
     demo,
     conform,
     scoreboard,
-)
-for command in COMMANDS:
+):
     app.command()(command)
 app.add_typer(golden, name="golden")
-
-
-def main() -> None:
-    """Run the command line."""
-    app()

@@ -11,77 +11,63 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from int4_lora.integration.cli.console import wide_console
-from int4_lora.integration.cli.exits import unusable
-from int4_lora.integration.conformance.golden.recorded import read_manifest, run_recorded
-from int4_lora.integration.conformance.loading import load_backend, registered
-from int4_lora.integration.conformance.scorecard import as_json, conforms, print_scorecard
-from int4_lora.reference.conformance import Case, Manifest, Outcome, run, select, settled
+from int4_lora.integration.cli.console import refusing_bad_input, wide_console
+from int4_lora.integration.cli.options import AsJson, Cases, Device, Quick, check_device
 
-__all__ = ["check_device", "conform", "finish", "gathered"]
+if TYPE_CHECKING:
+    from int4_lora.reference.conformance import Case, Manifest, Outcome
+
+__all__ = ["collect", "conform", "finish"]
 
 
 def conform(
     backend: Annotated[
         str,
-        typer.Argument(help="module:object, a registered name, or a folder of result files."),
+        typer.Argument(
+            metavar="BACKEND",
+            help="module:object, a registered name, or a folder of result files.",
+        ),
     ],
-    quick: Annotated[bool, typer.Option("--quick", help="A third of the cases.")] = False,
-    device: Annotated[str, typer.Option(help="Where the operands are: cpu, cuda, ...")] = "cpu",
-    cases: Annotated[
-        str | None, typer.Option(help="Names with * and ?, separated by commas.")
-    ] = None,
-    seed: Annotated[str, typer.Option(help="Of the inputs: a number, or 'fresh'.")] = "0",
-    as_json_: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    quick: Quick = False,
+    device: Device = "cpu",
+    cases: Cases = None,
+    seed: Annotated[
+        str, typer.Option(help="The seed of the random inputs: a number, or 'fresh'.")
+    ] = "0",
+    as_json: AsJson = False,
 ) -> None:
-    """Hold a backend against the reference: is it right, and if not, which rule does it break?
+    """Compare a backend with the reference: is it right, and if not, which rule does it break?
 
-    Exit code 0 if it conforms, 1 if a case failed, 2 if it cannot be used or nothing was judged.
+    Exit code 0 if it conforms, 1 if a case failed, 2 if it cannot be used or no case was judged.
 
     Example: int4-lora conform int4_lora.reference --quick
     """
-    try:
+    with refusing_bad_input():
         number = _seed(seed)
-        chosen = select(cases, quick=quick)
+        from int4_lora.reference.conformance import select, settled
+
+        selected = select(cases, quick=quick)
         check_device(device)
-        manifest, outcomes = _outcomes(backend, chosen, number, device)
-        found = settled(gathered(outcomes, len(chosen), quiet=as_json_))
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise unusable(str(error)) from error
-    finish(backend, manifest, found, device, number, as_json_)
+        manifest, running = _run(backend, selected, number, device)
+        outcomes = settled(collect(running, len(selected), quiet=as_json))
+    finish(backend, manifest, outcomes, device, number, as_json=as_json)
 
 
-def check_device(device: str) -> None:
-    """Check that operands can be on a device.
+def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outcome]:
+    """Return the outcomes of a run, with a progress bar on stderr meanwhile.
 
-    Raises:
-        ValueError: they cannot.
+    Args:
+        running: yields an outcome when its case is done.
+        total: how many cases there are.
+        quiet: whether to leave out the progress bar.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
-def _seed(text: str) -> int:
-    if text == "fresh":
-        return secrets.randbelow(2**31)
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"--seed must be a number or 'fresh', got {text!r}") from None
-
-
-def gathered(outcomes: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outcome]:
-    """Return the outcomes of a run, with a progress bar on stderr while they come."""
-    found: list[Outcome] = []
+    outcomes: list[Outcome] = []
     columns = (
         TextColumn("{task.completed}/{task.total}"),
         BarColumn(),
@@ -93,11 +79,11 @@ def gathered(outcomes: Iterable[Outcome], total: int, *, quiet: bool) -> list[Ou
     progress = Progress(*columns, console=console, transient=True, disable=quiet)
     with redirect_stdout(sys.stderr), progress:  # what a backend prints is not the report
         task = progress.add_task("", total=total, failed=0)
-        for outcome in outcomes:
-            found.append(outcome)
-            failed = sum(one.status == "failed" for one in found)
+        for outcome in running:
+            outcomes.append(outcome)
+            failed = sum(outcome.status == "failed" for outcome in outcomes)
             progress.update(task, advance=1, failed=failed, description=outcome.case)
-    return found
+    return outcomes
 
 
 def finish(
@@ -106,21 +92,38 @@ def finish(
     outcomes: Sequence[Outcome],
     device: str,
     seed: int,
-    as_json_: bool,
+    *,
+    as_json: bool,
 ) -> None:
-    """Print what came of a run, and exit with its code."""
-    if as_json_:
-        typer.echo(json.dumps(as_json(name, manifest, outcomes, device, seed), indent=2))
+    """Print the outcomes of a run, and exit with its code."""
+    from int4_lora.integration.conformance import scorecard
+
+    if as_json:
+        plain = scorecard.as_json(name, manifest, outcomes, device, seed)
+        typer.echo(json.dumps(plain, indent=2))
     else:
-        print_scorecard(wide_console(), name, outcomes, device, seed)
-    verdict = conforms(outcomes)
+        scorecard.print_scorecard(wide_console(), name, outcomes, device, seed)
+    verdict = scorecard.conforms(outcomes)
     raise typer.Exit(2 if verdict is None else 0 if verdict else 1)
 
 
-def _outcomes(
+def _seed(text: str) -> int:
+    if text == "fresh":
+        return secrets.randbelow(2**31)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--seed must be a number or 'fresh', got {text!r}") from None
+
+
+def _run(
     spec: str, cases: Sequence[Case], seed: int, device: str
 ) -> tuple[Manifest, Iterable[Outcome]]:
-    """Return the claims, and the outcomes as they come."""
+    """Return a backend's manifest, and its outcomes as they come."""
+    from int4_lora.integration.conformance.golden.recorded import read_manifest, run_recorded
+    from int4_lora.integration.conformance.loading import load_backend, registered
+    from int4_lora.reference.conformance import run
+
     folder = Path(spec)
     if spec and folder.is_dir() and spec not in registered():
         manifest = read_manifest(folder)

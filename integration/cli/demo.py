@@ -11,19 +11,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
 from int4_lora.disk_cache import cache_folder
-from int4_lora.integration.cli.console import wide_console
-from int4_lora.integration.cli.exits import unusable
+from int4_lora.integration.cli.console import unusable, wide_console
+from int4_lora.integration.cli.options import AsJson
 
 __all__ = ["demo"]
 
 
 class LowPrecision(str, Enum):
-    """The 16-bit dtypes a model can be run in."""
+    """The 16-bit dtypes that a model can run in."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -32,31 +31,37 @@ class LowPrecision(str, Enum):
 def demo(
     model: Annotated[
         Path | None,
-        typer.Option(help="A compressed-tensors INT4 checkpoint; without it, one is made."),
+        typer.Option(help="A compressed-tensors INT4 checkpoint; by default a small one is made."),
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A PEFT adapter of --model; may be repeated."),
+        typer.Option(metavar="NAME=PATH", help="A PEFT adapter for --model; may be repeated."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of each row.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the tokens.")] = 0,
-    dtype: Annotated[LowPrecision, typer.Option(help="The low precision.")] = LowPrecision.bfloat16,
+    tokens: Annotated[int, typer.Option(min=1, help="The length of each row.")] = 32,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="The seed of the random tokens.")
+    ] = 0,
+    dtype: Annotated[
+        LowPrecision, typer.Option(help="The low precision to compare.")
+    ] = LowPrecision.bfloat16,
     cache: Annotated[
-        Path | None, typer.Option(help="Where the made model is kept [~/.cache/int4-lora].")
+        Path | None,
+        typer.Option(help="Where to keep the small model; by default in ~/.cache/int4-lora."),
     ] = None,
     serve: Annotated[
-        bool, typer.Option("--vllm/--no-vllm", help="Serve the batch through vLLM, too.")
+        bool, typer.Option("--vllm/--no-vllm", help="Also serve the batch through vLLM.")
     ] = True,
     require_vllm: Annotated[
-        bool, typer.Option("--require-vllm", help="Exit with 2 where vLLM does not serve it.")
+        bool,
+        typer.Option("--require-vllm", help="Exit with code 2 if vLLM does not serve the batch."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run one mixed batch through the reference, and compare each row with transformers + PEFT.
 
-    Rows: base, then each adapter. The truth is transformers + PEFT in float64, on the weights
-    that compressed-tensors decompresses; --model needs memory for the model in float64. Where vLLM
-    is installed it then serves the same batch, with its own kernels and with ours.
+    The rows are the base, then each adapter. The truth is transformers + PEFT in float64, on the
+    weights that compressed-tensors decompresses, so --model needs memory for the model in float64.
+    Where vLLM is installed, it then serves the same batch with its own kernels and with ours.
 
     Example: int4-lora demo --model ./llama-w4a16 --adapter sql=./sql-lora --adapter chat=./chat
     """
@@ -70,13 +75,15 @@ def demo(
         no_vllm = _no_vllm(serve=serve, required=require_vllm)
         _quiet()
         with errors.status("loading transformers and PEFT") as status:
+            import torch
+
             from int4_lora.integration.demo import comparison, recipe, report
 
             if model is None:
                 status.update("making the model and its adapters")
                 made = recipe.prepare(cache or cache_folder())
                 model, folders = made.model, dict(made.adapters)
-            found = comparison.compare(
+            result = comparison.compare(
                 model,
                 folders,
                 tokens=tokens,
@@ -92,16 +99,16 @@ def demo(
     except (OSError, TypeError, ValueError) as error:
         raise unusable(str(error)) from error
     if as_json:
-        typer.echo(json.dumps(report.as_json(found), indent=2, allow_nan=False))
+        typer.echo(json.dumps(report.as_json(result), indent=2, allow_nan=False))
     else:
-        report.print_comparison(wide_console(), found)
-    if require_vllm and not found.served.ran:
-        raise unusable(found.served.why_not or "vLLM did not serve the batch")
-    raise typer.Exit(0 if found.right else 1)
+        report.print_comparison(wide_console(), result)
+    if require_vllm and not result.served.ran:
+        raise unusable(result.served.why_not or "vLLM did not serve the batch")
+    raise typer.Exit(0 if result.right else 1)
 
 
 def _no_vllm(*, serve: bool, required: bool) -> str | None:
-    """Return why the batch is not served through vLLM, or None if it is."""
+    """Return why vLLM will not serve the batch, or None if it will."""
     from int4_lora.integration.demo import served
 
     if not serve:

@@ -10,27 +10,26 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import torch
 import typer
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion
 from rich.console import Console
 from rich.table import Table
 
-from int4_lora.compiled.formulations import FORMULATIONS
 from int4_lora.integration.cli.console import wide_console
+from int4_lora.integration.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 __all__ = ["Need", "doctor", "formulations", "needs"]
 
 PARTS = {
-    "": "reference, unpacking and the cache",
-    "checkpoints": "checkpoints: open, inspect, verify",
+    "": "the layer, checkpoints and adapters",
+    "checkpoints": "int4-lora verify",
     "hf": "the demo (with checkpoints)",
 }
 
@@ -42,10 +41,10 @@ class Need:
     Args:
         part: the extra that asks for it, "" for the core.
         package: its name.
-        specifier: the versions that are taken.
+        specifier: the versions that are accepted.
         found: the version that is installed, or None.
-        fits: whether the found version is taken.
-        by: who needs it: "int4-lora", or an installed package that does not go with it.
+        fits: whether that version is accepted.
+        by: who needs it: "int4-lora", or an installed package that conflicts with it.
     """
 
     part: str
@@ -56,46 +55,47 @@ class Need:
     by: str = "int4-lora"
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
-) -> None:
-    """Say which versions are installed, which parts work with them, and what to install.
+def doctor(as_json: AsJson = False) -> None:
+    """Show which versions are installed, which parts work with them, and what to install.
 
-    Also which formulations of the compiled layer can run here, and why the others cannot. Exit code
-    1 if the core, or a package that is installed, does not fit.
+    Also shows which formulations of the compiled layer can run here, and why the others cannot.
+    Exit code 1 if the core, or a package that is installed, does not fit.
 
     Example: int4-lora doctor
     """
-    found = needs()
+    packages = needs()
     works = {
-        part: all(one.fits for one in found if one.part in ("", *_before(part))) for part in PARTS
+        part: all(need.fits for need in packages if need.part in ("", *_before(part)))
+        for part in PARTS
     }
-    right = works[""] and all(one.fits for one in found if one.found is not None)
+    right = works[""] and all(need.fits for need in packages if need.found is not None)
     if as_json:
-        plain = [dataclasses.asdict(one) for one in found]
+        plain = [dataclasses.asdict(need) for need in packages]
         parts = {PARTS[part]: fits for part, fits in works.items()}
         whole = {"right": right, "python": platform.python_version(), "parts": parts}
         rest = {"packages": plain, "formulations": formulations()}
         typer.echo(json.dumps({**whole, **rest}, indent=2))
     else:
-        _print(wide_console(), found, works)
+        _print(wide_console(), packages, works)
     raise typer.Exit(0 if right else 1)
 
 
 def needs() -> list[Need]:
-    """Return what the installed package needs, and what is there of it.
+    """Return the packages that the installed int4-lora needs, and the versions that are there.
 
     Example:
-        >>> next(one.fits for one in needs() if one.package == "torch")
+        >>> next(need.fits for need in needs() if need.package == "torch")
         True
     """
-    own = [
+    from packaging.requirements import Requirement
+
+    required = [
         _need(part, Requirement(text))
         for part in PARTS
         for text in requires("int4-lora") or []
         if _is_of(part, Requirement(text))
     ]
-    return [*own, *_conflicts(own)]
+    return [*required, *_conflicts(required)]
 
 
 def formulations() -> dict[str, str | None]:
@@ -105,10 +105,14 @@ def formulations() -> dict[str, str | None]:
         >>> formulations()["definition"] is None
         True
     """
-    return {name: _missing(one.devices, name) for name, one in FORMULATIONS.items()}
+    from int4_lora.compiled.formulations import FORMULATIONS
+
+    return {name: _missing(formulation.devices, name) for name, formulation in FORMULATIONS.items()}
 
 
 def _missing(devices: tuple[str, ...], name: str) -> str | None:
+    import torch
+
     if "cpu" not in devices and not torch.cuda.is_available():
         return "meant for a GPU, and torch finds none"
     compiler = os.environ.get("CXX", "g++")
@@ -118,21 +122,24 @@ def _missing(devices: tuple[str, ...], name: str) -> str | None:
 
 
 def _before(part: str) -> tuple[str, ...]:
-    """Return the parts that a part stands on, and itself."""
+    """Return the parts that a part needs, and itself."""
     return tuple(PARTS)[: tuple(PARTS).index(part) + 1]
 
 
-def _conflicts(own: list[Need]) -> Iterator[Need]:
-    """Yield what installed packages of the list need of each other and do not find."""
-    parts = {canonicalize_name(one.package): one.part for one in own}
-    for one in own:
-        for text in requires(one.package) or [] if one.found is not None else []:
+def _conflicts(required: Sequence[Need]) -> Iterator[Need]:
+    """Yield the requirements of installed packages on each other that do not fit."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    parts = {canonicalize_name(need.package): need.part for need in required}
+    for package in required:
+        for text in requires(package.package) or [] if package.found is not None else []:
             requirement = Requirement(text)
             known = canonicalize_name(requirement.name) in parts
             if known and _is_of("", requirement):
-                need = _need(one.part, requirement)
+                need = _need(package.part, requirement)
                 if need.found is not None and not need.fits:
-                    yield dataclasses.replace(need, by=one.package)
+                    yield dataclasses.replace(need, by=package.package)
 
 
 def _is_of(part: str, requirement: Requirement) -> bool:
@@ -156,21 +163,25 @@ def _need(part: str, requirement: Requirement) -> Need:
 
 
 def _contains(requirement: Requirement, found: str) -> bool:
-    """Return whether a version is taken; a source build may have one that is none."""
+    """Return whether a version is accepted; that of a source build may not be a version at all."""
+    from packaging.version import InvalidVersion
+
     try:
         return requirement.specifier.contains(found, prereleases=True)
     except InvalidVersion:
         return not requirement.specifier
 
 
-def _print(console: Console, found: list[Need], works: dict[str, bool]) -> None:
+def _print(console: Console, packages: Sequence[Need], works: dict[str, bool]) -> None:
     table = Table(title=f"Python {platform.python_version()}, int4-lora {version('int4-lora')}")
     for title in ("package", "needed", "by", "found", ""):
         table.add_column(title)
-    for one in found:
-        verdict = "fits" if one.fits else "missing" if one.found is None else "does not fit"
-        style = None if one.fits else "yellow" if one.found is None else "red"
-        table.add_row(one.package, one.specifier, one.by, one.found or "-", verdict, style=style)
+    for need in packages:
+        verdict = "fits" if need.fits else "missing" if need.found is None else "does not fit"
+        style = None if need.fits else "yellow" if need.found is None else "red"
+        table.add_row(
+            need.package, need.specifier, need.by, need.found or "-", verdict, style=style
+        )
     console.print(table)
     for part, fits in works.items():
         name = f"int4-lora[{part}]" if part else "int4-lora"

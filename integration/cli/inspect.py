@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -18,12 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from int4_lora.integration.adapter.read import read_adapter
-from int4_lora.integration.checkpoint.inspect import Inspection, ModuleReport
-from int4_lora.integration.checkpoint.inspect import inspect as inspect_checkpoint
-from int4_lora.integration.checkpoint.open import open_checkpoint
-from int4_lora.integration.cli.console import wide_console
-from int4_lora.integration.cli.exits import unusable
+from int4_lora.integration.cli.console import refusing_bad_input, wide_console
+from int4_lora.integration.cli.options import AsJson, CheckpointPath
+
+if TYPE_CHECKING:
+    from int4_lora.integration.checkpoint.inspect import Inspection, ModuleReport
 
 __all__ = ["inspect"]
 
@@ -31,108 +30,117 @@ MEBIBYTE = 2**20
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A compressed-tensors checkpoint.")],
+    path: CheckpointPath,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="A PEFT adapter that is to fit; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="A PEFT adapter, checked against the checkpoint; may be repeated."),
     ] = None,
     every_module: Annotated[
-        bool, typer.Option("--all", help="A row for each module, not for each kind.")
+        bool, typer.Option("--all", help="Show a row for each module instead of each kind.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint holds, and whether adapters fit it.
+    """Show what a checkpoint holds, and whether adapters fit it.
 
     Reads headers and scales only. Exit code 1 if a scale is NaN or infinite, or an adapter does
     not fit.
 
     Example: int4-lora inspect ./llama-w4a16 --adapter ./sql-lora
     """
-    try:
+    with refusing_bad_input():
+        from int4_lora.integration.adapter.read import read_adapter
+        from int4_lora.integration.checkpoint import inspect as inspection
+        from int4_lora.integration.checkpoint.open import open_checkpoint
+
         checkpoint = open_checkpoint(path)
-        found = inspect_checkpoint(checkpoint, [read_adapter(folder) for folder in adapter or []])
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise unusable(str(error)) from error
+        adapters = [read_adapter(folder) for folder in adapter or []]
+        report = inspection.inspect(checkpoint, adapters)
     if as_json:
-        typer.echo(json.dumps(_as_json(found), indent=2))
+        typer.echo(json.dumps(_plain(report), indent=2))
     else:
-        _print(wide_console(), found, every_module)
-    raise typer.Exit(0 if found.right else 1)
+        _print(wide_console(), report, every_module)
+    raise typer.Exit(0 if report.right else 1)
 
 
-def _as_json(found: Inspection) -> dict[str, Any]:
-    plain: dict[str, Any] = dataclasses.asdict(found)
-    for module, report in zip(plain["modules"], found.modules, strict=True):
-        module["bf16_bytes"] = report.dense_bytes
-    return {"right": found.right, **plain}
+def _plain(report: Inspection) -> dict[str, Any]:
+    plain: dict[str, Any] = dataclasses.asdict(report)
+    for module, described in zip(plain["modules"], report.modules, strict=True):
+        module["bf16_bytes"] = described.dense_bytes
+    return {"right": report.right, **plain}
 
 
-def _print(console: Console, found: Inspection, every_module: bool) -> None:
-    console.print(_modules(found, every_module))
-    packed = sum(one.nbytes for one in found.modules)
-    dense = sum(one.dense_bytes for one in found.modules)
+def _print(console: Console, report: Inspection, every_module: bool) -> None:
+    console.print(_table(report, every_module))
+    packed = sum(module.nbytes for module in report.modules)
+    dense = sum(module.dense_bytes for module in report.modules)
     console.print(
-        f"{len(found.modules)} quantised modules, {packed / MEBIBYTE:.1f} MiB, "
-        f"{dense / packed:.2f}x smaller than bfloat16; {found.dense_tensors} other tensors, "
-        f"{found.dense_bytes / MEBIBYTE:.1f} MiB"
+        f"{len(report.modules)} quantised modules, {packed / MEBIBYTE:.1f} MiB, "
+        f"{dense / packed:.2f}x smaller than bfloat16; {report.dense_tensors} other tensors, "
+        f"{report.dense_bytes / MEBIBYTE:.1f} MiB"
     )
-    targets = ", ".join(found.lora_targets) or "nothing"
+    targets = ", ".join(report.lora_targets) or "nothing"
     console.print(f"LoRA can target: {targets}", markup=False)
-    for one in found.adapters:
-        targets = ", ".join(f"{name} x{count}" for name, count in one.targets.items())
-        ranks = ", ".join(str(rank) for rank in one.ranks)
-        scalings = ", ".join(f"{scaling:.4g}" for scaling in one.scalings)
-        console.print(f"{one.path}: rank {ranks}, scaling {scalings}, on {targets}", markup=False)
-        console.print(f"  made for: {one.base or 'it does not say'}", markup=False)
-        verdict = "fits" if one.fault is None else f"does not fit: {one.fault}"
-        console.print(f"  {verdict}", markup=False, style="green" if one.fault is None else "red")
+    for adapter in report.adapters:
+        targets = ", ".join(f"{name} x{count}" for name, count in adapter.targets.items())
+        ranks = ", ".join(str(rank) for rank in adapter.ranks)
+        scalings = ", ".join(f"{scaling:.4g}" for scaling in adapter.scalings)
+        console.print(
+            f"{adapter.path}: rank {ranks}, scaling {scalings}, on {targets}", markup=False
+        )
+        console.print(f"  made for: {adapter.base or 'it does not say'}", markup=False)
+        verdict = "fits" if adapter.fault is None else f"does not fit: {adapter.fault}"
+        style = "green" if adapter.fault is None else "red"
+        console.print(f"  {verdict}", markup=False, style=style)
 
 
-def _modules(found: Inspection, every_module: bool) -> Table:
-    table = Table(title=Text(found.path), box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(report: Inspection, every_module: bool) -> Table:
+    table = Table(title=Text(report.path), box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", no_wrap=True)
     table.add_column("weights")
     for title in ("shape", "MiB", "vs bf16", "NaN, inf, 0 scales"):
         table.add_column(title, justify="right")
-    for modules in _rows(found.modules, every_module):
+    for modules in _rows(report.modules, every_module):
         first = modules[0]
-        many = f" x{len(modules)}" if len(modules) > 1 else ""
+        count = f" x{len(modules)}" if len(modules) > 1 else ""
         special = [
-            sum(getattr(one, name) for one in modules)
+            sum(getattr(module, name) for module in modules)
             for name in ("nan_scales", "infinite_scales", "zero_scales")
         ]
-        nbytes = sum(one.nbytes for one in modules)
+        nbytes = sum(module.nbytes for module in modules)
         table.add_row(
-            Text((first.name if len(modules) == 1 else first.kind) + many),
+            Text((first.name if len(modules) == 1 else first.kind) + count),
             ("" if first.packed else f"{first.format}, ") + f"{first.bits} bit, {_strategy(first)}",
             " x ".join(str(length) for length in first.shape),
             f"{nbytes / MEBIBYTE:.2f}",
-            f"{sum(one.dense_bytes for one in modules) / nbytes:.2f}x",
-            ", ".join(str(count) for count in special),
+            f"{sum(module.dense_bytes for module in modules) / nbytes:.2f}x",
+            ", ".join(str(number) for number in special),
             style="red" if special[0] or special[1] else None,
         )
     return table
 
 
 def _rows(modules: Iterable[ModuleReport], every_module: bool) -> list[list[ModuleReport]]:
-    """Return modules together that differ in nothing but their layer's number."""
+    """Return the modules of each row: those that differ in nothing but their layer's number."""
     if every_module:
-        return [[one] for one in modules]
+        return [[module] for module in modules]
 
-    def alike(one: ModuleReport) -> tuple[str, ...]:
-        described = (one.kind, one.format, one.bits, _strategy(one), one.shape, one.nbytes)
-        return tuple(str(part) for part in described)
+    def kind(module: ModuleReport) -> tuple[str, ...]:
+        fields = (
+            module.kind,
+            module.format,
+            module.bits,
+            _strategy(module),
+            module.shape,
+            module.nbytes,
+        )
+        return tuple(str(field) for field in fields)
 
-    return [list(same) for _, same in groupby(sorted(modules, key=alike), key=alike)]
+    return [list(alike) for _, alike in groupby(sorted(modules, key=kind), key=kind)]
 
 
-def _strategy(one: ModuleReport) -> str:
-    size = one.group_size
-    grouped = (
-        ""
-        if size is None
-        else f" {'x'.join(map(str, size))}"
-        if isinstance(size, tuple)
-        else f" {size}"
-    )
-    order = ", g_idx" if one.g_idx else ""
-    return f"{one.strategy}{grouped}, {'symmetric' if one.symmetric else 'asymmetric'}{order}"
+def _strategy(module: ModuleReport) -> str:
+    size = module.group_size
+    lengths = size if isinstance(size, tuple) else () if size is None else (size,)
+    shown = " ".join(filter(None, [module.strategy, "x".join(map(str, lengths))]))
+    order = ", g_idx" if module.g_idx else ""
+    return f"{shown}, {'symmetric' if module.symmetric else 'asymmetric'}{order}"

@@ -12,20 +12,19 @@ from typing import Annotated
 
 import typer
 
-from int4_lora.integration.adapter.read import read_adapter
-from int4_lora.integration.checkpoint.open import open_checkpoint
-from int4_lora.integration.cli.exits import unusable
-from int4_lora.integration.cli.options import (
+from int4_lora.integration.cli.console import refusing_bad_input
+from int4_lora.integration.cli.conversion import (
     DryRun,
     Force,
     Jobs,
     MaxShardSize,
     Share,
-    dtype_of,
+    Target,
+    as_settings,
     run,
-    settings_of,
 )
-from int4_lora.integration.conversion.merge import MOST_ERROR, plan_merge
+from int4_lora.integration.cli.options import AsJson, CheckpointPath, Dtype, as_torch
+from int4_lora.integration.conversion.merge_report import MOST_ERROR
 
 __all__ = ["merge"]
 
@@ -41,61 +40,66 @@ class _Scales(str, Enum):
 
 
 def merge(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A compressed-tensors checkpoint.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    source: CheckpointPath,
+    target: Target,
     adapter: Annotated[
         list[str],
-        typer.Option(metavar="PATH[=WEIGHT]", help="An adapter; may be given several times."),
+        typer.Option(
+            metavar="PATH[=WEIGHT]", help="A PEFT adapter and its factor; may be repeated."
+        ),
     ],
     to: Annotated[_To, typer.Option(help="What the merged weights become.")] = _To.DENSE,
     dtype: Annotated[
-        str | None, typer.Option(help="Of a dense result: float16, bfloat16 or float32.")
+        Dtype | None,
+        typer.Option(help="The dtype of a dense result; by default that of the scales."),
     ] = None,
     scales: Annotated[
-        _Scales, typer.Option(help="Of an INT4 result: searched for, or min-max.")
+        _Scales, typer.Option(help="How the scales of an INT4 result are chosen.")
     ] = _Scales.SEARCH,
     max_error: Annotated[
-        float, typer.Option(help="The largest relative error of a module that is accepted.")
+        float, typer.Option(help="The largest relative error that an INT4 module may have.")
     ] = MOST_ERROR,
     jobs: Jobs = None,
     share: Share = None,
     max_shard_size: MaxShardSize = 5.0,
     force: Force = False,
     dry_run: DryRun = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Merge adapters into the weights, dense or quantised again.
+    """Merge adapters into the weights, which become dense or are quantised to INT4 again.
 
-    Quantised again, it says what each module lost against the exact sum. Exit code 1 if one lost
-    more than --max-error, 2 if the input cannot be used; nothing stands at DST then.
+    For an INT4 result it prints what each module lost compared with the exact sum. Exit code 1 if
+    a module lost more than --max-error, 2 if the input cannot be used; DST is then not written.
 
     Example: int4-lora merge ./llama-w4a16 ./merged --adapter ./sql=0.7 --to int4
     """
-    settings = settings_of(jobs, share, max_shard_size, force=force, dry_run=dry_run)
-    try:
-        adapters = [_adapter_and_weight(one) for one in adapter]
+    with refusing_bad_input():
+        adapters = [_path_and_weight(option) for option in adapter]
+        settings = as_settings(jobs, share, max_shard_size, force=force, dry_run=dry_run)
+        from int4_lora.integration.adapter.read import read_adapter
+        from int4_lora.integration.checkpoint.open import open_checkpoint
+        from int4_lora.integration.conversion.merge import plan_merge
+
         plan = plan_merge(
             open_checkpoint(source),
             [(read_adapter(path), weight) for path, weight in adapters],
             to=to.value,
-            dtype=dtype_of(dtype),
+            dtype=as_torch(dtype),
             search=scales is _Scales.SEARCH,
             max_error=max_error,
         )
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise unusable(str(error)) from error
     run(plan, target, settings, as_json=as_json)
 
 
-def _adapter_and_weight(given: str) -> tuple[str, float]:
+def _path_and_weight(option: str) -> tuple[str, float]:
     """Return the path and the weight of ``PATH[=WEIGHT]``; a path may hold a ``=``, too."""
-    path, equals, text = given.rpartition("=")
-    if not equals or Path(given).is_dir():
-        return given, 1.0
+    path, equals, text = option.rpartition("=")
+    if not equals or Path(option).is_dir():
+        return option, 1.0
     try:
         weight = float(text)
     except ValueError:
-        raise ValueError(f"--adapter must be PATH or PATH=WEIGHT, got {given!r}") from None
+        raise ValueError(f"--adapter must be PATH or PATH=WEIGHT, got {option!r}") from None
     if not math.isfinite(weight):
-        raise ValueError(f"--adapter must have a finite weight, got {given!r}")
+        raise ValueError(f"--adapter must have a finite weight, got {option!r}")
     return path, weight

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,92 +19,96 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from int4_lora.atomic_files import replace_files
-from int4_lora.integration.cli.conform import check_device
-from int4_lora.integration.cli.console import wide_console
-from int4_lora.integration.cli.exits import unusable
-from int4_lora.integration.conformance.loading import registered
-from int4_lora.integration.conformance.scoreboard import (
-    Row,
-    as_markdown,
-    installed,
-    replaced,
-    score,
-)
-from int4_lora.integration.conformance.scorecard import diagnoses
-from int4_lora.reference.conformance import select
+from int4_lora.integration.cli.console import refusing_bad_input, wide_console
+from int4_lora.integration.cli.options import AsJson, Device, Quick, Seed, check_device
+
+if TYPE_CHECKING:
+    from int4_lora.integration.conformance.scoreboard import Row
+    from int4_lora.reference.conformance import Case
 
 __all__ = ["scoreboard"]
 
 
 def scoreboard(
     backends: Annotated[
-        str | None, typer.Option(help="Registered names, separated by commas.")
+        str | None,
+        typer.Option(help="Registered names, separated by commas; by default all."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A third of the cases.")] = False,
-    device: Annotated[str, typer.Option(help="Where the operands are: cpu, cuda, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    quick: Quick = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
     write: Annotated[
-        Path | None, typer.Option(help="A Markdown page whose table is replaced.")
+        Path | None, typer.Option(help="Replace the table of a Markdown file that has one.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Hold every registered backend against the reference: who passes what?
+    """Compare every registered backend with the reference, and print who passes what.
 
-    Exit code 0 whatever the verdicts are, 2 if none could be asked.
+    Exit code 0 whatever the verdicts are, 2 if no backend could be run.
 
     Example: int4-lora scoreboard --quick
     """
-    try:
+    with refusing_bad_input():
+        from int4_lora.atomic_files import replace_files
+        from int4_lora.integration.conformance.scoreboard import as_markdown, installed, replaced
+        from int4_lora.reference.conformance import select
+
         names, cases = _names(backends), select(quick=quick)
         if write is not None:
             replaced(write, "")  # before the work, which may be long
         check_device(device)
-        rows = _rows(names, cases, device, seed, quiet=as_json)
+        rows = _score(names, cases, device, seed, quiet=as_json)
         table = as_markdown(rows, device=device, seed=seed, cases=len(cases))
         if write is not None:
             replace_files({write.resolve(): replaced(write, table).encode()})
-    except (OSError, ValueError) as error:
-        raise unusable(str(error)) from error
     if as_json:
-        found = {"versions": installed(), "device": device, "seed": seed}
-        typer.echo(json.dumps({**found, "backends": [_plain(row) for row in rows]}, indent=2))
+        report = {"versions": installed(), "device": device, "seed": seed}
+        typer.echo(json.dumps({**report, "backends": [_plain(row) for row in rows]}, indent=2))
     else:
         _print(wide_console(), rows, device)
     raise typer.Exit(0 if any(row.outcomes for row in rows) else 2)
 
 
 def _names(backends: str | None) -> list[str]:
+    from int4_lora.integration.conformance.loading import registered
+
     known = sorted(registered())
     if backends is None:
         return known
     wanted = [name.strip() for name in backends.split(",") if name.strip()]
     for name in wanted:
         if name not in known:
-            raise ValueError(f"no backend is registered as {name!r}; there are {known}")
+            raise ValueError(f"--backends: no backend is registered as {name!r}; there are {known}")
     if not wanted:
-        raise ValueError("no backend is named: the list is empty")
+        raise ValueError("--backends: the list is empty")
     return wanted
 
 
-def _rows(names: list[str], cases: Any, device: str, seed: int, *, quiet: bool) -> list[Row]:
+def _score(
+    names: Sequence[str], cases: Sequence[Case], device: str, seed: int, *, quiet: bool
+) -> list[Row]:
+    from int4_lora.integration.conformance.scoreboard import Row, score
+
     rows: list[Row] = []
     console = Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=quiet)
-    with redirect_stdout(sys.stderr), progress:
+    with redirect_stdout(sys.stderr), progress:  # what a backend prints is not the report
         task = progress.add_task("", total=len(names) * len(cases))
-        for name, found in score(names, cases, device=device, seed=seed):
-            if isinstance(found, Row):
-                rows.append(found)
+        for name, result in score(names, cases, device=device, seed=seed):
+            if isinstance(result, Row):
+                rows.append(result)
                 progress.update(task, completed=len(rows) * len(cases))
             else:
-                progress.update(task, advance=1, description=f"{name}: {found.case}")
+                progress.update(task, advance=1, description=f"{name}: {result.case}")
     return rows
 
 
-def _print(console: Console, rows: list[Row], device: str) -> None:
-    known = ", ".join(f"{name} {value}" for name, value in installed().items())
-    table = Table(title=f"on {device} ({known})")
+def _print(console: Console, rows: Sequence[Row], device: str) -> None:
+    from int4_lora.integration.conformance.scoreboard import installed
+    from int4_lora.integration.conformance.scorecard import diagnoses
+
+    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
+    table = Table(title=f"on {device} ({versions})")
     for title in ("backend", "verdict", "passed", "failed", "not claimed", "diagnoses"):
         numbers = title in ("passed", "failed", "not claimed")
         table.add_column(title, justify="right" if numbers else "left", overflow="fold")
@@ -115,7 +120,11 @@ def _print(console: Console, rows: list[Row], device: str) -> None:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    failures = [dataclasses.asdict(one) for one in row.outcomes if one.status == "failed"]
+    from int4_lora.integration.conformance.scorecard import diagnoses
+
+    failures = [
+        dataclasses.asdict(outcome) for outcome in row.outcomes if outcome.status == "failed"
+    ]
     return {
         "backend": row.name,
         "verdict": row.verdict,

@@ -10,38 +10,31 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from int4_lora.compiled import PreparedWeight, prepare, prepare_lora
-from int4_lora.compiled.selection.tuning import TOKENS, Point
-from int4_lora.compiled.selection.tuning import tune as tune_layer
-from int4_lora.integration.checkpoint.open import PARTS, Checkpoint, open_checkpoint
-from int4_lora.integration.cli.console import wide_console
-from int4_lora.integration.cli.exits import unusable
-from int4_lora.reference import LoRAStack, PackedWeight
+from int4_lora.integration.cli.console import refusing_bad_input, wide_console
+from int4_lora.integration.cli.options import AsJson, CheckpointPath, Device, Dtype, as_torch
+
+if TYPE_CHECKING:
+    import torch
+
+    from int4_lora.compiled import PreparedWeight
+    from int4_lora.compiled.selection.tuning import Point
+    from int4_lora.integration.checkpoint.open import Checkpoint
+    from int4_lora.reference import PackedWeight
 
 __all__ = ["tune"]
 
 
-class Dtype(str, Enum):
-    """The dtypes of x that are served."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
 @dataclass(frozen=True)
 class Kind:
-    """A kind of layer that was measured.
+    """What was measured for the layers of one kind.
 
     Args:
         modules: the names of the modules of this kind.
@@ -49,7 +42,7 @@ class Kind:
         layout: the class of the prepared weight.
         adapters: how many adapters there were to choose from; 0 for the base alone.
         rank: their rank; 0 for the base alone.
-        points: what was measured.
+        points: the measurements.
     """
 
     modules: list[str]
@@ -61,74 +54,72 @@ class Kind:
 
 
 def tune(
-    path: Annotated[str, typer.Argument(help="A compressed-tensors checkpoint.")],
-    dtype: Annotated[Dtype | None, typer.Option(help="Of x; the scales' if not given.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapters to measure with.")] = 16,
-    adapters: Annotated[int, typer.Option(min=0, help="To choose from; 0: base alone.")] = 4,
-    tokens: Annotated[
-        list[int] | None, typer.Option(help="Rows of x to measure at; may be repeated.")
+    path: CheckpointPath,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="The dtype of x; by default that of the scales.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the layers will run.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    rank: Annotated[int, typer.Option(min=1, help="The rank of the adapters.")] = 16,
+    adapters: Annotated[
+        int, typer.Option(min=0, help="How many adapters to measure with; 0: the base alone.")
+    ] = 4,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="A number of tokens to measure at; may be repeated."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
-    """Measure which formulation is fastest for each kind of layer, and keep it for this machine.
+    """Measure which formulation is fastest for each kind of layer, and store it for this machine.
 
-    Every kind is measured alone and with adapters. What is kept is used from then on, by every
-    process with this torch and number of threads.
+    Each kind is measured alone and with adapters. From then on, every process on this machine with
+    the same torch and number of threads uses the fastest formulation.
 
     Example: int4-lora tune ./llama-w4a16 --rank 16 --adapters 4
     """
-    try:
+    with refusing_bad_input(RuntimeError):
+        counts = sorted(set(tokens)) if tokens else None
+        if counts is not None and counts[0] < 1:
+            raise ValueError(f"--tokens must be 1 or more, got {counts[0]}")
         where = _device(device)
+        from int4_lora.compiled.selection.tuning import TOKENS
+        from int4_lora.integration.checkpoint.open import open_checkpoint
+
         checkpoint = open_checkpoint(path)
-        kinds = _kinds(checkpoint)
-        asked = sorted(set(tokens or TOKENS))
-        if asked[0] < 1:
-            raise ValueError(f"--tokens must be 1 or more, got {asked[0]}")
-        found: list[Kind] = []
-        bar = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with Progress(*bar, console=console, transient=True, disable=as_json) as progress:
-            counts = (0, adapters) if adapters else (0,)
-            task = progress.add_task("", total=len(kinds) * len(counts) * len(asked))
-            for names in kinds:
-                packed = checkpoint.packed_weight(names[0]).to(where)
-                for count in counts:
-                    progress.update(task, description=f"{names[0]}, {count} adapters")
-                    chosen = getattr(torch, dtype.value) if dtype else packed.scale.dtype
-                    weight = prepare(packed)
-                    points = _measure(
-                        weight, packed, chosen, count, rank, asked,
-                        lambda _: progress.advance(task),
-                    )  # fmt: skip
-                    layout = type(weight).__name__
-                    shape = (packed.out_features, packed.in_features)
-                    found.append(Kind(names, shape, layout, count, rank if count else 0, points))
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise unusable(str(error)) from error
+        measured = _measure_all(
+            checkpoint,
+            _kinds(checkpoint),
+            where,
+            as_torch(dtype),
+            adapters=adapters,
+            rank=rank,
+            tokens=counts or sorted(TOKENS),
+            quiet=as_json,
+        )
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+        typer.echo(json.dumps([dataclasses.asdict(kind) for kind in measured], indent=2))
     else:
-        _print(wide_console(), found)
+        _print(wide_console(), measured)
 
 
 def _device(name: str) -> torch.device:
     """Return a device that layers can run on here.
 
     Raises:
-        ValueError: it is none, or is not there.
+        ValueError: it is another kind of device, or does not exist.
     """
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    import torch
+
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ValueError(f"--device {name} is not there: torch finds {found} GPUs")
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device {name} is not there: torch finds {count} GPUs")
     return device
 
 
 def _kinds(checkpoint: Checkpoint) -> list[list[str]]:
-    """Return the packed modules, those whose tensors have the same shapes and dtypes together."""
+    """Return the packed modules, grouped by scheme and by the shapes and dtypes of tensors."""
     kinds: dict[object, list[str]] = {}
     for name in checkpoint.modules():
         if checkpoint.is_packed(name):
@@ -140,11 +131,53 @@ def _kinds(checkpoint: Checkpoint) -> list[list[str]]:
 
 
 def _headers(checkpoint: Checkpoint, name: str) -> Iterator[object]:
+    from int4_lora.integration.checkpoint.open import PARTS
+
     for part in PARTS:
         stored = checkpoint.tensors.get(f"{name}.{part}")
         if stored is not None:
             yield part, stored.dtype, tuple(stored.shape)
     yield checkpoint.shape_of(name)
+
+
+def _measure_all(
+    checkpoint: Checkpoint,
+    kinds: Sequence[list[str]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    adapters: int,
+    rank: int,
+    tokens: Sequence[int],
+    quiet: bool,
+) -> list[Kind]:
+    """Measure the first module of each kind, alone and with adapters."""
+    from int4_lora.compiled import prepare
+
+    measured: list[Kind] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        counts = (0, adapters) if adapters else (0,)
+        task = progress.add_task("", total=len(kinds) * len(counts) * len(tokens))
+        for names in kinds:
+            packed = checkpoint.packed_weight(names[0]).to(device)
+            for count in counts:
+                progress.update(task, description=f"{names[0]}, {count} adapters")
+                weight = prepare(packed)
+                points = _measure(
+                    weight,
+                    packed,
+                    dtype or packed.scale.dtype,
+                    count,
+                    rank,
+                    tokens,
+                    lambda _: progress.advance(task),
+                )
+                layout = type(weight).__name__
+                shape = (packed.out_features, packed.in_features)
+                measured.append(Kind(names, shape, layout, count, rank if count else 0, points))
+    return measured
 
 
 def _measure(
@@ -156,6 +189,12 @@ def _measure(
     tokens: Sequence[int],
     progress: Callable[[int], None],
 ) -> list[Point]:
+    import torch
+
+    from int4_lora.compiled import prepare_lora
+    from int4_lora.compiled.selection import tuning
+    from int4_lora.reference import LoRAStack
+
     lora = None
     if adapters:
         device = packed.packed.device
@@ -163,29 +202,30 @@ def _measure(
         b = torch.randn(adapters, packed.out_features, rank, dtype=dtype, device=device)
         scaling = torch.ones(adapters, device=device)
         lora = prepare_lora(LoRAStack(a, b, scaling))
-    return tune_layer(weight, dtype, lora, tokens=tokens, progress=progress)
+    return tuning.tune(weight, dtype, lora, tokens=tokens, progress=progress)
 
 
-def _print(console: Console, found: list[Kind]) -> None:
+def _print(console: Console, measured: Sequence[Kind]) -> None:
     table = Table(title="the fastest formulation, ms a call (median)")
     table.add_column("layers")
     for title in ("shape", "layout", "adapters", "tokens: formulation (ms), others (ms)"):
         table.add_column(title)
-    for one in found:
+    for kind in measured:
+        count = f" x{len(kind.modules)}" if len(kind.modules) > 1 else ""
         table.add_row(
-            Text(one.modules[0] + (f" x{len(one.modules)}" if len(one.modules) > 1 else "")),
-            " x ".join(map(str, one.shape)),
-            one.layout,
-            f"{one.adapters} of rank {one.rank}" if one.adapters else "none",
-            "\n".join(_described(point) for point in one.points),
+            Text(kind.modules[0] + count),
+            " x ".join(map(str, kind.shape)),
+            kind.layout,
+            f"{kind.adapters} of rank {kind.rank}" if kind.adapters else "none",
+            "\n".join(_described(point) for point in kind.points),
         )
     console.print(table)
 
 
 def _described(point: Point) -> str:
-    """Return a point in words, the chosen formulation first."""
-    rest = sorted(
+    """Return the times at one number of tokens as text, the chosen formulation first."""
+    others = sorted(
         set(point.milliseconds) - {point.chosen}, key=lambda name: point.milliseconds[name]
     )
-    times = [f"{name} ({point.milliseconds[name]:.3f})" for name in (point.chosen, *rest)]
+    times = [f"{name} ({point.milliseconds[name]:.3f})" for name in (point.chosen, *others)]
     return f"{point.tokens}: {', '.join(times)}"

@@ -5,51 +5,51 @@ Source: ``docs/commands/unpack.md``.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from int4_lora.integration.checkpoint.open import open_checkpoint
-from int4_lora.integration.cli.exits import unusable
-from int4_lora.integration.cli.options import (
+from int4_lora.integration.cli.console import refusing_bad_input
+from int4_lora.integration.cli.conversion import (
     DryRun,
     Force,
     Jobs,
     MaxShardSize,
     Share,
-    dtype_of,
+    Target,
+    as_settings,
     run,
-    settings_of,
 )
-from int4_lora.integration.conversion.unpack import plan_unpack
+from int4_lora.integration.cli.options import AsJson, CheckpointPath, Dtype, as_torch
 
 __all__ = ["unpack"]
 
 
 def unpack(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A compressed-tensors checkpoint.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    source: CheckpointPath,
+    target: Target,
     dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16 or float32; as it is stored by default.")
+        Dtype | None,
+        typer.Option(help="The dtype of the dense weights; by default that of the scales."),
     ] = None,
     jobs: Jobs = None,
     share: Share = None,
     max_shard_size: MaxShardSize = 5.0,
     force: Force = False,
     dry_run: DryRun = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write a dense checkpoint, bit for bit what the quantised one stands for.
+    """Write a dense checkpoint with exactly the weights that the quantised one stands for.
 
-    What was killed goes on where it was when it is called again. Exit code 2 if the source or the
-    target cannot be used; nothing stands at DST then.
+    A run that was killed continues when the same command is called again. Exit code 2 if CHECKPOINT
+    or DST cannot be used; DST is then not written.
 
     Example: int4-lora unpack ./llama-w4a16 ./llama-dense
     """
-    settings = settings_of(jobs, share, max_shard_size, force=force, dry_run=dry_run)
-    try:
-        plan = plan_unpack(open_checkpoint(source), dtype_of(dtype))
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise unusable(str(error)) from error
+    with refusing_bad_input():
+        settings = as_settings(jobs, share, max_shard_size, force=force, dry_run=dry_run)
+        from int4_lora.integration.checkpoint.open import open_checkpoint
+        from int4_lora.integration.conversion.unpack import plan_unpack
+
+        plan = plan_unpack(open_checkpoint(source), as_torch(dtype))
     run(plan, target, settings, as_json=as_json)

@@ -18,14 +18,13 @@ from int4_lora.integration.adapter.read import Adapter, read_adapter
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import deltas_of
-from int4_lora.integration.conversion.merge_report import REPORT, accepted_report
+from int4_lora.integration.conversion.merge_report import MOST_ERROR, REPORT, accepted_report
 from int4_lora.integration.conversion.requantized_modules import REPLACED, RequantizedModule
 from int4_lora.integration.conversion.row_blocks import check_packed
 from int4_lora.integration.conversion.unpack import plain_task, plan_dense, tasks_in_order
 
-__all__ = ["MOST_ERROR", "To", "merge_checkpoint", "plan_merge"]
+__all__ = ["To", "merge_checkpoint", "plan_merge"]
 
-MOST_ERROR = 0.2  # relative: twice what quantising normal weights in groups costs
 To = Literal["dense", "int4"]
 
 

@@ -13,9 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["REPORT", "MergeRefusedError", "accepted_report"]
+__all__ = ["MOST_ERROR", "REPORT", "MergeRefusedError", "accepted_report"]
 
 REPORT = "merge_report.json"
+MOST_ERROR = 0.2  # relative: twice what quantising normal weights in groups costs
 WORST = 5  # how many modules the report and the error name
 SUMS = ("squared_error", "minmax_squared_error", "squared_norm", "squared_delta")
 

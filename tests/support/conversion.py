@@ -5,14 +5,14 @@ import json
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from int4_lora.integration.cli import app as cli
+from int4_lora.integration.cli.app import app
 
 SMALL = ("--max-shard-size", "0.0005")  # several files even of a tiny model
 
 
 def run(*arguments):
     """Run ``int4-lora`` in this process."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def convert(*arguments):

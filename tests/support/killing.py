@@ -18,8 +18,8 @@ def begin(arguments):
 def _invoke(arguments):
     from typer.testing import CliRunner
 
-    from int4_lora.integration.cli import app as cli
+    from int4_lora.integration.cli.app import app
 
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     print(result.output, file=sys.stderr)
     sys.exit(result.exit_code)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from int4_lora.integration import annotate
 from int4_lora.integration.annotation import write as annotation
-from int4_lora.integration.cli import app as cli
+from int4_lora.integration.cli.app import app
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, weights
 
@@ -22,7 +22,7 @@ WRITTEN = ("lora_metadata.json", "config.json")  # in this order
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["annotate", *(str(one) for one in arguments)])
+    return CliRunner().invoke(app, ["annotate", *(str(one) for one in arguments)])
 
 
 def state(folder):

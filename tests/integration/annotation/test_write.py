@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from int4_lora.integration import annotate, open_checkpoint
 from int4_lora.integration.annotation.write import preview_annotation
-from int4_lora.integration.cli import app as cli
+from int4_lora.integration.cli.app import app
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, weights
 from support.tiny import LLAMA, VARIANTS
@@ -20,7 +20,7 @@ WRITTEN = ("config.json", "lora_metadata.json")
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["annotate", *(str(one) for one in arguments)])
+    return CliRunner().invoke(app, ["annotate", *(str(one) for one in arguments)])
 
 
 def state(folder):

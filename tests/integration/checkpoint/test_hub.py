@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.checkpoint import hub
-from int4_lora.integration.cli import app as cli
+from int4_lora.integration.cli.app import app
 
 COMMIT = "0" * 40
 OPEN = """
@@ -136,6 +136,6 @@ def test_a_mistyped_folder_is_no_name(command, monkeypatch):
     monkeypatch.setattr(
         hub.importlib, "import_module", lambda name: pytest.fail(f"imported {name}")
     )
-    result = CliRunner().invoke(cli.app, [command, "./nowhere/model"])
+    result = CliRunner().invoke(app, [command, "./nowhere/model"])
     assert result.exit_code == 2
     assert "nowhere/model is not a folder with a checkpoint" in result.output

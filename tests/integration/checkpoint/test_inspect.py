@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.checkpoint.open import Checkpoint
-from int4_lora.integration.cli import app as cli
+from int4_lora.integration.cli.app import app
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard, weights
 from support.tiny import VARIANTS
 
 
 def run(*arguments):
     command = ["inspect", *(str(one) for one in arguments)]
-    return CliRunner().invoke(cli.app, command, env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, command, env={"COLUMNS": "160"})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

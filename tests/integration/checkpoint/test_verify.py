@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.checkpoint import verify as verification
 from int4_lora.integration.checkpoint.verify import same_bits, verify
-from int4_lora.integration.cli import app as cli
+from int4_lora.integration.cli.app import app
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, weights
 from support.tiny import VARIANTS
 from support.upstream_versions import GUESSES_BLOCKS, IGNORES_G_IDX
@@ -19,7 +19,7 @@ from support.weights import random_weight
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["verify", *(str(one) for one in arguments)])
+    return CliRunner().invoke(app, ["verify", *(str(one) for one in arguments)])
 
 
 def q_proj_of(folder):

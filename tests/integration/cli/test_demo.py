@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import int4_lora
-from int4_lora.integration.cli import app as cli
+from int4_lora.integration.cli.app import app
 from int4_lora.integration.demo import findings, models, recipe
 from int4_lora.reference import int4_lora_linear
 from support.checkpoints import edit_config, weights
@@ -38,10 +38,10 @@ def test_json_carries_all_of_it(run):
 def test_without_a_model_one_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "LLAMA", LLAMA)
     command = ["demo", f"--cache={tmp_path}", "--tokens=4"]
-    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0
     (folder,) = tmp_path.iterdir()
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file != folder} == made
 
 
@@ -114,7 +114,7 @@ def test_nan_has_no_number_in_json(monkeypatch, run):
 
 
 def test_the_version():
-    result = CliRunner().invoke(cli.app, ["--version"])
+    result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"int4-lora {int4_lora.__version__}\n")
 
 
@@ -134,7 +134,7 @@ def test_the_version():
     ],
 )
 def test_options_that_are_unusable(message, options):
-    result = CliRunner().invoke(cli.app, ["demo", *options])
+    result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
     assert "Traceback" not in result.output

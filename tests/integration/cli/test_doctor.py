@@ -9,12 +9,12 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from int4_lora.compiled.formulations import FORMULATIONS
-from int4_lora.integration.cli import app as cli
-from int4_lora.integration.cli import doctor as command_doctor
+from int4_lora.integration.cli import doctor
+from int4_lora.integration.cli.app import app
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["doctor", *arguments])
+    return CliRunner().invoke(app, ["doctor", *arguments])
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def versions(monkeypatch):
             raise PackageNotFoundError(name)
         return replaced[name]
 
-    monkeypatch.setattr(command_doctor, "version", found)
+    monkeypatch.setattr(doctor, "version", found)
     return replaced
 
 
@@ -85,7 +85,7 @@ def test_packages_that_do_not_go_together_are_wrong(versions):
     conflicts = [one for one in found["packages"] if one["by"] == "compressed-tensors"]
     assert result.exit_code == (0 if fits else 1)
     assert [one["package"] for one in conflicts] == ([] if fits else ["torch"])
-    assert found["parts"]["checkpoints: open, inspect, verify"] == fits
+    assert found["parts"]["int4-lora verify"] == fits
 
 
 def test_a_part_needs_the_core(versions):

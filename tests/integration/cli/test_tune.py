@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from int4_lora.compiled.selection import tuning
 from int4_lora.compiled.selection.tuning import Point
-from int4_lora.integration.cli import app as cli
-from int4_lora.integration.cli import tune as command_tune
+from int4_lora.integration.cli.app import app
 
 
 @pytest.fixture
@@ -23,12 +23,12 @@ def asked(monkeypatch):
             progress(count)
         return [Point(count, {"tiles": 2.0, "gemv": 1.0}, {}, "gemv") for count in tokens]
 
-    monkeypatch.setattr(command_tune, "tune_layer", measured)
+    monkeypatch.setattr(tuning, "tune", measured)
     return calls
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["tune", *map(str, arguments)])
+    return CliRunner().invoke(app, ["tune", *map(str, arguments)])
 
 
 def test_every_kind_is_measured_alone_and_with_adapters(tiny_models, asked):

@@ -70,7 +70,7 @@ def test_what_cannot_be_loaded_is_a_row_with_the_reason(monkeypatch):
 def few(monkeypatch):
     """Ask few cases only."""
     cases = select("pack/ragged,dequantize/g_idx_unbalanced/bf16")
-    place = "int4_lora.integration.cli.scoreboard.select"
+    place = "int4_lora.reference.conformance.select"
     monkeypatch.setattr(place, lambda quick: cases)
 
 
