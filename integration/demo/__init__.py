@@ -1,6 +1,6 @@
-"""The main job: a mixed batch through a real INT4 model, held against transformers and PEFT.
+"""Compare a mixed batch through a real INT4 model with transformers + PEFT.
 
-``recipe`` makes the model and the adapters, ``models`` puts them together in both ways,
-``comparison`` runs them, ``bound_check`` watches their linears, ``findings`` holds what was found
-and judges it, ``report`` prints it.
+``recipe`` makes the model and its adapters, ``models`` loads them in both ways, ``comparison`` runs
+both, ``linear_check`` judges every linear, ``served`` serves the batch by vLLM with ``engine`` as
+the process of each engine, ``findings`` holds the results and their rules, ``report`` prints them.
 """

@@ -1,6 +1,6 @@
-"""Run a mixed batch through the reference, and hold every row against transformers and PEFT.
+"""Run a mixed batch through the reference and each of its rows through transformers + PEFT.
 
-Source: the rules stand in ``findings``.
+Source: ``int4_lora.integration.demo.findings`` for the rules.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from int4_lora.integration.adapter.read import Adapter, read_adapter
 from int4_lora.integration.adapter.stack import check_fits
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
-from int4_lora.integration.demo.bound_check import BoundCheck
 from int4_lora.integration.demo.findings import Comparison, Row
+from int4_lora.integration.demo.linear_check import LinearCheck
 from int4_lora.integration.demo.models import (
     Float64Inside,
     RowAdapters,
@@ -26,10 +26,10 @@ from int4_lora.integration.demo.models import (
     reference_model,
 )
 from int4_lora.integration.demo.served import Batch, Served, serve
+from int4_lora.reference.bounds import FORMATS
+from int4_lora.reference.conformance.judging.verdict import rms_of
 
 __all__ = ["compare"]
-
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def compare(
@@ -48,92 +48,85 @@ def compare(
         model: the folder of a compressed-tensors checkpoint.
         adapters: the folder of each PEFT adapter, by name.
         tokens: the length of each row.
-        seed: chooses the tokens.
+        seed: the seed of the random tokens.
         dtype: the low precision, bfloat16 or float16.
-        no_vllm: why the batch is not served by vLLM, or None to serve it.
-        say: called with each step as it starts.
+        no_vllm: why vLLM does not serve the batch, or None to serve it.
+        say: called with a description of each step before it starts.
 
     Returns:
-        What was found; ``right`` tells whether every rule holds.
+        What was found; ``right`` says whether every rule holds.
 
     Raises:
-        OSError, TypeError, ValueError: files that are not there, not readable, or do not fit.
+        OSError, TypeError, ValueError: a file does not exist, cannot be read, or does not fit.
     """
     checkpoint = open_checkpoint(model)
-    ours = [read_adapter(folder) for folder in adapters.values()]
-    _check_usable(checkpoint, ours)
+    folders = list(adapters.values())
+    opened = [read_adapter(folder) for folder in folders]
+    _check_usable(checkpoint, opened)
     batch = _random_batch(checkpoint, len(adapters) + 1, tokens, seed)
-    rows, bounds = RowAdapters(torch.arange(-1, len(adapters))), BoundCheck(checkpoint, ours)
+    linears = LinearCheck(checkpoint, opened)
     name = str(dtype).removeprefix("torch.")
 
-    folders = list(adapters.values())
     say("float64: transformers + PEFT, row by row")
     truth, _ = _run_peft(checkpoint, folders, batch, torch.float64)
     say("float64: the reference, one mixed batch")
-    wide = reference_model(checkpoint, ours, rows, torch.float64)
-    found64, _ = _run_reference(wide, batch, bounds, Float64Inside())
-    del wide  # the largest thing here
+    ours64, _ = _run_reference(checkpoint, opened, batch, torch.float64, linears)
     say(f"{name}: transformers + PEFT, row by row")
     theirs, their_seconds = _run_peft(checkpoint, folders, batch, dtype)
     if not theirs.isfinite().all():
         raise ValueError(f"{model}: transformers + PEFT itself overflows in {name}: use another")
     say(f"{name}: the reference, one mixed batch")
-    narrow = reference_model(checkpoint, ours, rows, dtype)
-    found, our_seconds = _run_reference(narrow, batch, bounds, nullcontext())
-    del narrow
+    ours, our_seconds = _run_reference(checkpoint, opened, batch, dtype, linears)
     served = Served(no_vllm, 0.0)
     if no_vllm is None:
-        asked = _asked(checkpoint, adapters, ours, batch, name, truth, theirs)
-        served = serve(asked, say)
+        served = serve(_to_serve(checkpoint, folders, opened, batch, name, truth, theirs), say)
     return Comparison(
         rows=[
-            _judge(adapter, truth[row], found64[row], found[row], theirs[row], dtype)
+            _compare_row(adapter, truth[row], ours64[row], ours[row], theirs[row], dtype)
             for row, adapter in enumerate(["base", *adapters])
         ],
-        elements=bounds.elements,
-        unbounded=bounds.unbounded,
-        worst_of_bound=bounds.worst,
+        elements=linears.elements,
+        unbounded=linears.unbounded,
+        worst_of_bound=linears.worst,
+        wrong_linear=linears.finding,
         our_seconds=our_seconds,
         their_seconds=their_seconds,
         dtype=name,
         served=served,
-        **_sizes(checkpoint, ours),
+        **_sizes(checkpoint, opened),
     )
 
 
 def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, int]:
-    """Return how many quantised linears there are, and the bytes of them and of the adapters.
-
-    Dense bytes are those of the same weights in 16 bits.
-    """
+    """Return the number of quantised linears, and the sizes of their weights and the adapters."""
     packed = dense = 0
     for name in checkpoint.modules():
         weight = checkpoint.packed_weight(name)
         packed += weight.nbytes
         dense += 2 * weight.out_features * weight.in_features
-    parts = [part for adapter in adapters for part in adapter.modules.values()]
+    modules = [module for adapter in adapters for module in adapter.modules.values()]
     return {
         "linears": len(checkpoint.modules()),
         "packed_bytes": packed,
         "dense_bytes": dense,
-        "adapter_bytes": sum(part.a.nbytes + part.b.nbytes for part in parts),
+        "adapter_bytes": sum(module.a.nbytes + module.b.nbytes for module in modules),
     }
 
 
-def _asked(
+def _to_serve(
     checkpoint: Checkpoint,
-    folders: Mapping[str, Path],
+    folders: Sequence[Path],
     adapters: Sequence[Adapter],
     batch: Tensor,
     dtype: str,
     truth: Tensor,
     theirs: Tensor,
 ) -> Batch:
-    """Return what vLLM is to serve, and what is right after each row."""
-    ranks = [part.a.shape[0] for adapter in adapters for part in adapter.modules.values()]
+    """Return the batch that vLLM is to serve, and the right logits after each row."""
+    ranks = [module.a.shape[0] for adapter in adapters for module in adapter.modules.values()]
     return Batch(
         model=checkpoint.path,
-        adapters=[None, *folders.values()],
+        adapters=[None, *folders],
         rank=max(ranks, default=1),
         tokens=batch,
         most_tokens=_config_number(checkpoint, "max_position_embeddings"),
@@ -154,7 +147,7 @@ def _random_batch(checkpoint: Checkpoint, rows: int, tokens: int, seed: int) -> 
 
 
 def _check_usable(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-    """Check that every quantised module is INT4 or INT8 weight-only, and that adapters fit."""
+    """Check that every quantised module is weight-only INT4 or INT8, and that adapters fit."""
     file = checkpoint.path / "config.json"
     if checkpoint.quantization.get("kv_cache_scheme"):
         raise ValueError(f"{file}: kv_cache_scheme is set: only weights may be quantised")
@@ -167,7 +160,7 @@ def _check_usable(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
 
 
 def _config_number(checkpoint: Checkpoint, name: str) -> int:
-    """Return a number of config.json, from ``text_config`` where a model has one."""
+    """Return a number from config.json, from its ``text_config`` if the model has one."""
     value = (checkpoint.config.get("text_config") or checkpoint.config).get(name)
     if type(value) is not int or value < 1:
         file = checkpoint.path / "config.json"
@@ -175,34 +168,30 @@ def _config_number(checkpoint: Checkpoint, name: str) -> int:
     return value
 
 
-def _judge(
-    name: str, truth: Tensor, found64: Tensor, found: Tensor, theirs: Tensor, dtype: torch.dtype
+def _compare_row(
+    adapter: str, truth: Tensor, ours64: Tensor, ours: Tensor, theirs: Tensor, dtype: torch.dtype
 ) -> Row:
     return Row(
-        adapter=name,
-        float64_error=((found64 - truth).abs().max() / truth.abs().max()).item(),
-        ours=_rms(found - truth),
-        theirs=_rms(theirs - truth),
-        floor=UNIT_ROUNDOFF[dtype] / 2 * _rms(truth),
+        adapter=adapter,
+        float64_error=((ours64 - truth).abs().max() / truth.abs().max()).item(),
+        ours=rms_of(ours - truth),
+        theirs=rms_of(theirs - truth),
+        floor=FORMATS[dtype].u / 2 * rms_of(truth),
     )
-
-
-def _rms(values: Tensor) -> float:
-    return values.to(torch.float64).square().mean().sqrt().item()
 
 
 @torch.no_grad()
 def _run_peft(
     checkpoint: Checkpoint, adapters: Sequence[Path], batch: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
-    """Return the logits ``[rows, tokens, vocabulary]`` of each row alone, and the seconds."""
+    """Return the logits ``[rows, tokens, vocabulary]`` of rows run alone, and the seconds."""
     model = peft_model(checkpoint, adapters, dtype)
     logits, seconds = [], 0.0
     for index, row in enumerate(batch, start=-1):  # the first row has no adapter
         if index >= 0:
             model.set_adapter(peft_name(index))
         alone = model.disable_adapter() if index < 0 and adapters else nullcontext()
-        with alone, Float64Inside() if dtype == torch.float64 else nullcontext():
+        with alone, _inside(dtype):
             start = time.perf_counter()
             logits.append(model(input_ids=row[None], use_cache=False).logits[0])
             seconds += time.perf_counter() - start
@@ -211,13 +200,27 @@ def _run_peft(
 
 @torch.no_grad()
 def _run_reference(
-    model: nn.Module, batch: Tensor, bounds: BoundCheck, inside: AbstractContextManager[object]
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    batch: Tensor,
+    dtype: torch.dtype,
+    linears: LinearCheck,
 ) -> tuple[Tensor, float]:
-    """Return the logits ``[rows, tokens, vocabulary]`` of the mixed batch, and the seconds."""
-    with inside:
+    """Return the logits ``[rows, tokens, vocabulary]`` of the mixed batch, and the seconds.
+
+    A second forward pass, which is not timed, is judged linear by linear.
+    """
+    rows = RowAdapters(torch.arange(-1, len(adapters)))
+    model = reference_model(checkpoint, adapters, rows, dtype)
+    with _inside(dtype):
         start = time.perf_counter()
         logits = model(input_ids=batch, use_cache=False).logits
         seconds = time.perf_counter() - start
-        bounds.watch(model)
+        linears.watch(model)
         model(input_ids=batch, use_cache=False)
     return logits, seconds
+
+
+def _inside(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return the context in which a model of a dtype runs."""
+    return Float64Inside() if dtype == torch.float64 else nullcontext()

@@ -1,7 +1,7 @@
-"""The process that one vLLM engine runs in: what it answers, how fast, with how much memory.
+"""Run one vLLM engine in a process of its own; measure its answers, speed and memory.
 
-``python -m int4_lora.integration.demo.engine ANSWER`` reads what is asked from standard input, as
-JSON, and writes what was found to the file ANSWER. vLLM writes to standard output as it likes.
+``python -m int4_lora.integration.demo.engine ANSWER`` reads a request in JSON from standard input
+and writes the answer to the file ANSWER, since vLLM itself prints to standard output.
 
 Source: vLLM's ``LLMEngine.add_request`` and ``step``, which ``LLM.generate`` consists of.
 """
@@ -21,72 +21,72 @@ from typing import Any
 
 __all__ = ["main", "stepped"]
 
-ROUNDS = 3  # measured ones, after one that is not
+ROUNDS = 3  # measured, after one that is not
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve what standard input asks for, and write what was found."""
+    """Serve the request on standard input, and write the answer."""
     (answer,) = arguments
-    asked = json.load(sys.stdin)
-    Path(answer).write_text(json.dumps(_served(asked)), encoding="utf-8")
+    request = json.load(sys.stdin)
+    Path(answer).write_text(json.dumps(_serve(request)), encoding="utf-8")
 
 
 def stepped(
     llm: Any, name: str, prompts: Sequence[Sequence[int]], adapters: Sequence[Any], sampling: Any
 ) -> tuple[list[list[float]], list[list[int]], list[Any]]:
-    """Run requests that are there at once; the engine is stepped here, to time every token.
+    """Serve requests that arrive together; step the engine, so that every token is timed.
 
     Args:
         llm: vLLM's ``LLM``.
-        name: of the requests, not used before.
-        prompts: the tokens of each.
-        adapters: vLLM's request for the adapter of each, or None.
-        sampling: vLLM's ``SamplingParams``, with outputs that hold what is new.
+        name: a name of the requests that was not used before.
+        prompts: the tokens of each request.
+        adapters: vLLM's ``LoRARequest`` for each request, or None.
+        sampling: vLLM's ``SamplingParams``, with delta outputs.
 
     Returns:
-        For each request the seconds after the start at which each token was there, the tokens, and
-        the last output.
+        For each request the seconds from the start to each token, the tokens, and the last output.
     """
-    core, places = llm.llm_engine, {}
+    core, row_of = llm.llm_engine, {}
     started = time.perf_counter()
     for row, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
-        places[f"{name}-{row}"] = row
-        given = {"prompt_token_ids": list(prompt)}
-        core.add_request(f"{name}-{row}", given, sampling, lora_request=adapter)
+        row_of[f"{name}-{row}"] = row
+        tokens_prompt = {"prompt_token_ids": list(prompt)}
+        core.add_request(f"{name}-{row}", tokens_prompt, sampling, lora_request=adapter)
     times: list[list[float]] = [[] for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     outputs: list[Any] = [None for _ in prompts]
     while core.has_unfinished_requests():
         for output in core.step():
-            new, row = list(output.outputs[0].token_ids), places[output.request_id]
+            new, row = list(output.outputs[0].token_ids), row_of[output.request_id]
             times[row] += [time.perf_counter() - started] * len(new)
             tokens[row] += new
             outputs[row] = output
     return times, tokens, outputs
 
 
-def _served(asked: dict[str, Any]) -> dict[str, Any]:
+def _serve(request: dict[str, Any]) -> dict[str, Any]:
+    """Serve the batch of a request some times, then once for all log-probabilities."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
-    llm = LLM(asked["model"], **asked["arguments"])
-    requests = [
+    llm = LLM(request["model"], **request["arguments"])
+    adapters = [
         None if folder is None else LoRARequest(f"adapter{row}", row + 1, folder)
-        for row, folder in enumerate(asked["adapters"])
+        for row, folder in enumerate(request["adapters"])
     ]
     settings = {"temperature": 0, "ignore_eos": True, "detokenize": False}
     delta = RequestOutputKind.DELTA
-    many = SamplingParams(max_tokens=asked["new"], output_kind=delta, **settings)
+    answer = SamplingParams(max_tokens=request["new"], output_kind=delta, **settings)
     rounds = []
     for number in range(1 + ROUNDS):
-        times, _, _ = stepped(llm, f"r{number}", asked["prompts"], requests, many)
+        times, _, _ = stepped(llm, f"r{number}", request["prompts"], adapters, answer)
         rounds.append(times)
     measured = rounds[1:]
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    one = SamplingParams(max_tokens=1, logprobs=vocabulary, output_kind=delta, **settings)
-    _, _, outputs = stepped(llm, "next", asked["prompts"], requests, one)
-    total = asked["new"] * len(requests)
+    next_token = SamplingParams(max_tokens=1, logprobs=vocabulary, output_kind=delta, **settings)
+    _, _, outputs = stepped(llm, "next", request["prompts"], adapters, next_token)
+    total = request["new"] * len(adapters)
     return {
         "tokens_per_second": total / statistics.median(max(map(max, times)) for times in measured),
         "first_token_seconds": statistics.median(
@@ -98,15 +98,15 @@ def _served(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_order(logprobs: dict[int, Any], vocabulary: int) -> list[float | None]:
-    """Return the log-probability of each token, None for one that is no number."""
+    """Return the log-probability of each token, with None for one that is not finite."""
     values = [logprobs[token].logprob for token in range(vocabulary)]
     return [value if math.isfinite(value) else None for value in values]
 
 
 def _peak_bytes() -> int | None:
-    """Return the most bytes that the process held, on a GPU those of its memory; None if unknown.
+    """Return the peak memory of the process, on a GPU that of the GPU's memory; None if unknown.
 
-    ``VmHWM`` counts from this program's start; what ``getrusage`` tells survives an exec.
+    ``VmHWM`` counts from this program's start; the peak of ``getrusage`` survives an exec.
     """
     import torch
 

@@ -1,16 +1,18 @@
-"""What one demo run found, and the rules it is judged by.
+"""What a demo run found, and the rules that decide whether it is right.
 
-The truth of a row is transformers + PEFT with its adapter alone, in float64, on the weights that
-compressed-tensors decompresses. The rules:
+The truth for a row is transformers + PEFT with the row's adapter alone, in float64, on the weights
+that compressed-tensors decompresses. The rules:
 
 - float64: ``max |ours - truth| <= 1e-9 * max |truth|`` for each row
-- low precision: ``rms(ours - truth) <= 2 * rms(theirs - truth) + floor`` for each row, theirs
-  being eager transformers + PEFT in the same dtype; floor = u / 2 * rms(truth) with the dtype's
-  unit roundoff u, a quarter of the logits' own last place
-- every output of every quantised linear has a finite ``error_bound`` and lies within it of the
-  float64 value that upstream's weight and PEFT's formula give
-- where vLLM can serve the batch: our backend's log-probabilities after each row err from the truth
-  by at most twice what transformers + PEFT errs, plus 0.02 nats
+- low precision: ``rms(ours - truth) <= 2 * rms(theirs - truth) + floor`` for each row, where
+  theirs is eager transformers + PEFT in the same dtype, and floor = u / 2 * rms(truth) with the
+  dtype's unit roundoff u: a quarter of a unit in the last place of the logits
+- the oracle finds nothing against any output of any quantised linear, given the exact result by
+  upstream's weight and PEFT's formula, and every output has a finite ``error_bound``
+- where vLLM can serve the batch: the log-probabilities that our backend gives after each row err
+  by at most twice the error of transformers + PEFT, plus 0.02 nats
+
+The factor 2 is the oracle's ``RMS_FACTOR``.
 
 Source: ``docs/numerics.md``.
 """
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int4_lora.integration.demo.served import Served
+from int4_lora.reference.conformance.judging.verdict import RMS_FACTOR
 
 __all__ = ["FLOAT64_LIMIT", "Comparison", "Row"]
 
@@ -34,9 +37,9 @@ class Row:
     Args:
         adapter: the row's adapter, or "base".
         float64_error: the largest error in float64, relative to the largest logit.
-        ours: rms error of the reference in low precision, in logits.
-        theirs: rms error of transformers + PEFT in low precision, in logits.
-        floor: what is allowed beyond twice theirs, in logits.
+        ours: the rms error of the reference in low precision, in logits.
+        theirs: the rms error of transformers + PEFT in low precision, in logits.
+        floor: the error allowed beyond twice theirs, in logits.
     """
 
     adapter: str
@@ -47,12 +50,12 @@ class Row:
 
     @property
     def allowed(self) -> float:
-        """What ``ours`` may be, in logits."""
-        return 2 * self.theirs + self.floor
+        """The largest ``ours`` that is right, in logits."""
+        return RMS_FACTOR * self.theirs + self.floor
 
     @property
     def right(self) -> bool:
-        """Whether both rules hold; NaN never does."""
+        """Whether both rules hold; NaN breaks them."""
         return self.float64_error <= FLOAT64_LIMIT and self.ours <= self.allowed
 
 
@@ -61,16 +64,18 @@ class Comparison:
     """What one demo run found.
 
     Args:
-        rows: one entry for each row of the batch.
-        linears: how many quantised linears the model has.
-        elements: how many of their outputs were held against ``error_bound``.
-        unbounded: how many of them have no bound, because they may overflow; right is 0.
-        worst_of_bound: the largest error of one of them over its bound; right up to 1.
-        packed_bytes: bytes of the packed weights.
-        dense_bytes: bytes the same weights have in 16 bits.
-        adapter_bytes: bytes of all adapters, as they are stored.
-        our_seconds: one mixed batch, low precision, by the reference.
-        their_seconds: the same rows one after the other, by transformers + PEFT.
+        rows: the rows of the batch.
+        linears: the number of quantised linears in the model.
+        elements: the number of their outputs that were judged.
+        unbounded: the number of these outputs that have no bound because they may overflow; any
+            makes the run wrong.
+        worst_of_bound: the largest error of these outputs, as a fraction of its bound.
+        wrong_linear: the oracle's first finding against a linear, or None.
+        packed_bytes: the size of the packed weights.
+        dense_bytes: the size of the same weights in 16 bits.
+        adapter_bytes: the size of all adapters, as stored.
+        our_seconds: the time of one mixed batch by the reference, in low precision.
+        their_seconds: the time of the same rows by transformers + PEFT, one after the other.
         dtype: the low precision.
         served: what vLLM did with the batch.
     """
@@ -80,6 +85,7 @@ class Comparison:
     elements: int
     unbounded: int
     worst_of_bound: float
+    wrong_linear: str | None
     packed_bytes: int
     dense_bytes: int
     adapter_bytes: int
@@ -90,7 +96,7 @@ class Comparison:
 
     @property
     def right(self) -> bool:
-        """Whether every rule holds, and something was there to hold it against."""
-        bounds = self.elements > 0 and self.unbounded == 0 and self.worst_of_bound <= 1
+        """Whether every rule holds, and there was something to judge."""
+        linears = self.elements > 0 and self.unbounded == 0 and self.wrong_linear is None
         rows = len(self.rows) > 0 and all(row.right for row in self.rows)
-        return bounds and rows and self.served.right
+        return linears and rows and self.served.right

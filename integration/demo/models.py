@@ -1,10 +1,10 @@
-"""One INT4 checkpoint as a transformers model, in two ways.
+"""Load one INT4 checkpoint as a transformers model, in two ways.
 
-``peft_model`` is the truth's way: dense weights as compressed-tensors decompresses them, PEFT
-for the adapters, one adapter at a time. ``reference_model`` keeps the packed weights, computes
-every quantised linear with ``int4_lora.reference``, and takes a mixed batch.
+``peft_model`` gives the truth: dense weights decompressed by compressed-tensors, and PEFT for the
+adapters, one at a time. ``reference_model`` keeps the packed weights, computes every quantised
+linear with ``int4_lora.reference``, and takes a mixed batch.
 
-Source: transformers' ``modeling_llama.py`` for what surrounds the linears.
+Source: transformers' ``modeling_llama.py`` for the model around the linears.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 class RowAdapters:
-    """Which adapter each row of the batch uses; shared by all linears of a model.
+    """The adapter of each row of the batch, shared by all linears of a model.
 
     Args:
         ids: int64 ``[rows]``, -1 for none.
@@ -46,17 +46,17 @@ class RowAdapters:
         self.ids = ids
 
     def of_tokens(self, tokens: int) -> Tensor:
-        """Return the id of each token: int64 ``[tokens]``, rows being equally long."""
+        """Return the id of each token: int64 ``[tokens]``; all rows have the same length."""
         return self.ids.repeat_interleave(tokens // len(self.ids))
 
 
 class ReferenceLinear(nn.Module):
-    """A linear layer computed by ``int4_lora.reference`` from packed weights.
+    """A linear layer that ``int4_lora.reference`` computes from packed weights.
 
     Args:
         weight: the packed base weight.
         lora: the adapters of this layer, or None.
-        rows: which adapter each row of the batch uses.
+        rows: the adapter of each row of the batch.
         bias: ``[out_features]`` or None.
     """
 
@@ -75,15 +75,15 @@ class ReferenceLinear(nn.Module):
         return tokens, self.weight, self.lora, ids, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x ``[..., in_features]``; returns ``[..., out_features]``."""
+        """Apply the layer to x ``[..., in_features]`` and return ``[..., out_features]``."""
         return int4_lora_linear(*self.operands(x)).reshape(*x.shape[:-1], -1)
 
 
 class Float64Inside(TorchFunctionMode):
-    """Inside, a conversion to float32 goes to float64.
+    """A context in which conversions to float32 go to float64.
 
-    transformers computes norms, rotary angles and softmax in float32 whatever the model's dtype.
-    A float64 model is a truth only where it does not.
+    transformers computes norms, rotary angles and softmax in float32 whatever the model's dtype,
+    so without this a float64 model would be no truth.
     """
 
     def __torch_function__(
@@ -93,7 +93,7 @@ class Float64Inside(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call ``func`` with every float32 among its arguments replaced by float64."""
+        """Call ``func`` with every ``torch.float32`` among its arguments replaced by float64."""
         if func is Tensor.float:
             return args[0].to(torch.float64)
 
@@ -105,14 +105,15 @@ class Float64Inside(TorchFunctionMode):
 
 
 def dense_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """Return the model in eager attention, its weights decompressed by compressed-tensors.
+    """Return the model with eager attention and weights decompressed by compressed-tensors.
 
     Args:
         checkpoint: an open checkpoint.
-        dtype: the dtype of the weights and the activations.
+        dtype: the dtype of weights and activations.
 
     Raises:
-        ValueError: transformers' model does not have the tensors of the checkpoint.
+        ValueError: transformers makes no model of the config, or its model has other tensors than
+            the checkpoint.
     """
     file = checkpoint.path / "config.json"
     try:
@@ -123,11 +124,11 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         )
     except Exception as error:  # transformers raises whatever its model code raises
         detail = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{file}: transformers makes no model of it: {detail}") from error
+        raise ValueError(f"{file}: transformers cannot build this model: {detail}") from error
     model.tie_weights()
     _fill(model, checkpoint)
-    whole: nn.Module = model.to(dtype) if dtype == torch.float64 else model  # rotary buffers too
-    return whole.eval()
+    complete: nn.Module = model.to(dtype) if dtype == torch.float64 else model  # rotary buffers too
+    return complete.eval()
 
 
 @torch.no_grad()
@@ -164,21 +165,21 @@ def peft_model(checkpoint: Checkpoint, adapters: Sequence[Path], dtype: torch.dt
     Args:
         checkpoint: an open checkpoint.
         adapters: the folder of each adapter.
-        dtype: the dtype of the base; in float64 the adapters are float64 too, otherwise PEFT's
-            default holds.
+        dtype: the dtype of the base; adapters are float64 in a float64 model, otherwise they have
+            PEFT's default dtype.
     """
     model: Any = dense_model(checkpoint, dtype)
     for index, folder in enumerate(adapters):
-        inside = peft_name(index)
+        name = peft_name(index)
         if isinstance(model, peft.PeftModel):
-            model.load_adapter(folder, adapter_name=inside)
+            model.load_adapter(folder, adapter_name=name)
         else:
-            model = peft.PeftModel.from_pretrained(model, folder, adapter_name=inside)
+            model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
     return (model.to(dtype) if dtype == torch.float64 else model).eval()
 
 
 def peft_name(index: int) -> str:
-    """Return the name PEFT knows an adapter by: not every name is one that a module can have."""
+    """Return the name of an adapter in PEFT, where it must be valid as a module's name."""
     return f"adapter_{index}"
 
 
@@ -190,11 +191,11 @@ def reference_model(
     Args:
         checkpoint: an open checkpoint.
         adapters: the adapters; an id is a position in this list.
-        rows: which adapter each row of a batch uses.
-        dtype: the dtype of the activations and of what is not quantised.
+        rows: the adapter of each row of a batch.
+        dtype: the dtype of activations and of tensors that are not quantised.
 
     Raises:
-        ValueError: a quantised module is no linear layer, or an adapter does not fit it.
+        ValueError: a quantised module is not a linear layer, or an adapter does not fit it.
     """
     model = dense_model(checkpoint, dtype)
     for name in checkpoint.modules():

@@ -1,6 +1,6 @@
-"""A small real INT4 Llama and three adapters, made by compressed-tensors and PEFT themselves.
+"""Make a small INT4 Llama and three adapters, with compressed-tensors and PEFT themselves.
 
-They are made once and kept in a cache folder. The weights are random; the files are what the
+They are made once and kept in a cache folder. The weights are random; the files are what these
 tools write for a model of any size.
 
 Source: ``ModelCompressor`` of compressed-tensors, ``get_peft_model`` of PEFT.
@@ -39,7 +39,7 @@ __all__ = [
     "save_quantised",
 ]
 
-FOLDER = "demo-llama-w4a16-g128-1"  # the last number grows with the recipe
+FOLDER = "demo-llama-w4a16-g128-1"  # to be counted up when the recipe changes
 
 LLAMA = {
     "hidden_size": 512,
@@ -68,7 +68,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """Where the demo's model and adapters are.
+    """The folders of the demo's model and adapters.
 
     Args:
         model: the checkpoint's folder.
@@ -80,9 +80,9 @@ class DemoFiles:
 
 
 def prepare(cache: Path) -> DemoFiles:
-    """Return the demo's files, made first where the cache has none.
+    """Return the demo's files; make them first if the cache lacks them.
 
-    They are made beside their place and renamed: a run that was stopped leaves nothing that looks
+    They are made beside their place and renamed: a run that is stopped leaves nothing that looks
     whole, and of two runs at once one wins.
 
     Args:
@@ -102,13 +102,13 @@ def prepare(cache: Path) -> DemoFiles:
                 for name, settings in ADAPTERS.items():
                     make_adapter(made / name, LLAMA, name, settings)
         except OSError:
-            if not folder.is_dir():  # otherwise another run was first
+            if not folder.is_dir():  # unless another run was first
                 raise
     return DemoFiles(folder / "model", {name: folder / name for name in ADAPTERS})
 
 
 def make_model(folder: Path, llama: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-    """Make a random Llama, quantise its linear layers but lm_head, and save the checkpoint.
+    """Make a random Llama, quantise its linear layers except lm_head, and save the checkpoint.
 
     Args:
         folder: where to save it.
@@ -120,10 +120,10 @@ def make_model(folder: Path, llama: Mapping[str, Any], weights: Mapping[str, Any
 
 @torch.no_grad()
 def save_quantised(model: LlamaForCausalLM, folder: Path, weights: Mapping[str, Any]) -> None:
-    """Quantise a model's linear layers but lm_head, min-max, and save the checkpoint.
+    """Quantise a model's linear layers except lm_head by min-max, and save the checkpoint.
 
     Args:
-        model: dense; it is changed.
+        model: the dense model, which is changed.
         folder: where to save it.
         weights: arguments of compressed-tensors' ``QuantizationArgs``.
     """
@@ -146,7 +146,7 @@ def save_quantised(model: LlamaForCausalLM, folder: Path, weights: Mapping[str, 
 
 
 def _dense_model(llama: Mapping[str, Any]) -> Any:
-    """Return a random Llama whose rows have offsets, which make zero-points matter."""
+    """Return a random Llama whose rows have offsets, so that zero-points matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(LlamaConfig(**llama))
@@ -159,7 +159,7 @@ def _dense_model(llama: Mapping[str, Any]) -> Any:
 
 
 def _calibrate(name: str, module: Any) -> None:
-    """Set scale and zero-point from the extremes of each group, as a data-free observer does."""
+    """Set scales and zero-points from the extremes of each group, as a data-free observer does."""
     args = module.quantization_scheme.weights
     weight = module.weight.data
     if hasattr(module, "weight_g_idx"):
@@ -175,7 +175,7 @@ def _calibrate(name: str, module: Any) -> None:
 
 
 def _activation_order(name: str, columns: int, group_size: int) -> Tensor:
-    """Return the groups that some activation order would give, different in every module."""
+    """Return a g_idx as an activation order gives it, different in every module."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
     order = torch.randperm(columns, generator=generator)
     return (torch.argsort(order) // group_size).to(torch.int32)
@@ -184,12 +184,12 @@ def _activation_order(name: str, columns: int, group_size: int) -> Tensor:
 def make_adapter(
     folder: Path, llama: Mapping[str, Any], name: str, settings: Mapping[str, Any]
 ) -> None:
-    """Make a random adapter, B included, and save it as PEFT does.
+    """Make a random adapter, with B random too, and save it as PEFT does.
 
     Args:
         folder: where to save it.
         llama: arguments of the base's ``LlamaConfig``.
-        name: seeds the adapter.
+        name: the adapter's name, which seeds it.
         settings: arguments of PEFT's ``LoraConfig``.
     """
     model = _dense_model(llama)

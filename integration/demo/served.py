@@ -1,7 +1,7 @@
-"""The demo's mixed batch served by vLLM, with its own kernels and with ours.
+"""Serve the demo's mixed batch by vLLM, with its own kernels and with ours.
 
-Each engine is a process of its own. What is compared is the log-probability of every token that
-could follow each row, with transformers + PEFT in float64.
+Each engine runs in a process of its own. The log-probability of every token that could follow each
+row is compared with transformers + PEFT in float64.
 
 Source: ``docs/commands/demo.md``.
 """
@@ -25,37 +25,38 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.vllm_plugin.contract import untested
+from int4_lora.reference.conformance.judging.verdict import RMS_FACTOR
 
 __all__ = ["FLOOR", "OURS", "STOCK", "Batch", "Engine", "Served", "serve", "why_not"]
 
 STOCK, OURS = "vLLM", "vLLM, int4_lora"
-FLOOR = 0.02  # nats, beside twice what transformers errs
-NEW = 16  # tokens that each row asks for
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
-SECONDS = 1800  # for an engine from start to end
+FLOOR = 0.02  # nats, allowed beyond twice the error of transformers + PEFT
+NEW = 16  # tokens to generate for each row
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes for max_lora_rank
+SECONDS = 1800  # the timeout of an engine's process
 ERROR = re.compile(r"\b[A-Z]\w*Error: \S")
-FOLLOWS = "Engine core initialization failed"  # what vLLM says after the cause
+CONSEQUENCE = "Engine core initialization failed"  # vLLM's error after the one that caused it
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_DO_NOT_TRACK": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, whose memory can be told
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, so that its memory can be measured
 }
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is served, and what is right.
+    """The batch to serve, and its right answer.
 
     Args:
         model: the checkpoint's folder.
         adapters: the folder of each row's adapter, None for base.
-        rank: the largest of the adapters.
+        rank: the largest rank of the adapters.
         tokens: int64 ``[rows, tokens]``.
-        most_tokens: that the model takes, prompt and answer together.
+        most_tokens: the most tokens that the model takes, prompt and answer together.
         dtype: the low precision.
-        truth: float64 logits after each row, ``[rows, vocabulary]``.
-        theirs: the same by transformers + PEFT in the low precision.
+        truth: the float64 logits after each row, ``[rows, vocabulary]``.
+        theirs: the same logits by transformers + PEFT in the low precision.
     """
 
     model: Path
@@ -70,13 +71,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Engine:
-    """What one engine did.
+    """How one engine served the batch.
 
     Args:
         name: ``STOCK`` or ``OURS``.
-        tokens_per_second: of the answers of all rows together.
-        first_token_seconds: the median row's.
-        peak_bytes: the most that its process held, or None where that is not known.
+        tokens_per_second: the tokens generated per second, for all rows together.
+        first_token_seconds: the time to the first token, of the median row.
+        peak_bytes: the peak memory of its process, or None if unknown.
         errors: the largest error of a log-probability of each row, in nats.
     """
 
@@ -92,9 +93,9 @@ class Served:
     """What vLLM did with the batch.
 
     Args:
-        why_not: why nothing was served, or why ours was not, or None.
-        allowed: what the errors of our engine may be, in nats.
-        engines: those that ran.
+        why_not: why an engine did not serve the batch, or None.
+        allowed: the largest error that is right for our engine, in nats.
+        engines: the engines that served the batch.
     """
 
     why_not: str | None
@@ -104,19 +105,18 @@ class Served:
     @property
     def ran(self) -> bool:
         """Whether both engines served the batch."""
-        return [one.name for one in self.engines] == [STOCK, OURS]
+        return [engine.name for engine in self.engines] == [STOCK, OURS]
 
     @property
     def right(self) -> bool:
-        """Whether ours is right, or vLLM could not serve the batch at all."""
-        names = [one.name for one in self.engines]
-        if not names:
+        """Whether our engine is right, or vLLM could not serve the batch at all."""
+        if not self.engines:
             return True
         return self.ran and all(error <= self.allowed for error in self.engines[1].errors)
 
 
 def why_not() -> str | None:
-    """Return why there is no vLLM to serve with, or None where there is one."""
+    """Return why vLLM cannot serve here, or None if it can."""
     if find_spec("vllm") is not None:
         return untested()
     if sys.platform != "linux" or sys.version_info < (3, 11):
@@ -130,36 +130,41 @@ def serve(batch: Batch, say: Callable[[str], None] = lambda step: None) -> Serve
     """Serve the batch with vLLM's own kernels, then with ours.
 
     Args:
-        batch: what is served.
-        say: called with each step as it starts.
+        batch: the batch to serve.
+        say: called with a description of each step before it starts.
     """
     truth = batch.truth.double().log_softmax(-1)
-    allowed = 2 * float((batch.theirs.double().log_softmax(-1) - truth).abs().max()) + FLOOR
+    theirs = batch.theirs.double().log_softmax(-1)
+    allowed = RMS_FACTOR * float((theirs - truth).abs().max()) + FLOOR
     new = min(NEW, batch.most_tokens - batch.tokens.shape[1])
     if new < 1:
         return Served("the rows leave no room for an answer: fewer --tokens", allowed)
     engines: list[Engine] = []
-    for name, own in ((STOCK, {}), (OURS, {"quantization": "int4_lora"})):
+    for name, options in ((STOCK, {}), (OURS, {"quantization": "int4_lora"})):
         say(f"{name}: starting, and serving the batch")
-        found = _answer(batch, new, own)
-        if isinstance(found, str):
-            return Served(f"{name} did not serve the batch: {found}", allowed, engines)
-        logprobs = torch.tensor(
-            [[torch.nan if one is None else one for one in row] for row in found.pop("logprobs")],
-            dtype=torch.float64,
-        )
-        missing = truth.shape[1] - logprobs.shape[1]  # negative where the engine's is padded
-        logprobs = torch.nn.functional.pad(logprobs, (0, missing), value=torch.nan)
-        errors = (logprobs - truth).abs().amax(1).tolist()
-        engines.append(Engine(name=name, errors=errors, **found))
+        answer = _answer(batch, new, options)
+        if isinstance(answer, str):
+            return Served(f"{name} did not serve the batch: {answer}", allowed, engines)
+        errors = _errors(answer.pop("logprobs"), truth)
+        engines.append(Engine(name=name, errors=errors, **answer))
     return Served(None, allowed, engines)
 
 
-def _answer(batch: Batch, new: int, own: Mapping[str, Any]) -> dict[str, Any] | str:
-    """Return what an engine's process found, or why it did not."""
-    asked = {
+def _errors(logprobs: Sequence[Sequence[float | None]], truth: Tensor) -> list[float]:
+    """Return the largest error of each row, NaN for one that lacks a finite log-probability."""
+    rows = [[torch.nan if logprob is None else logprob for logprob in row] for row in logprobs]
+    values = torch.tensor(rows, dtype=torch.float64)
+    missing = truth.shape[1] - values.shape[1]  # negative if the engine pads its vocabulary
+    values = torch.nn.functional.pad(values, (0, missing), value=torch.nan)
+    return [float(error) for error in (values - truth).abs().amax(1)]
+
+
+def _answer(batch: Batch, new: int, options: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Return the answer of an engine's process, or why there is none."""
+    folders = [None if folder is None else str(folder.resolve()) for folder in batch.adapters]
+    request = {
         "model": str(batch.model.resolve()),
-        "adapters": [None if one is None else str(one.resolve()) for one in batch.adapters],
+        "adapters": folders,
         "prompts": batch.tokens.tolist(),
         "new": new,
         "arguments": {
@@ -171,16 +176,16 @@ def _answer(batch: Batch, new: int, own: Mapping[str, Any]) -> dict[str, Any] | 
             "enable_prefix_caching": False,
             "seed": 0,
             **_lora(batch),
-            **own,
+            **options,
         },
     }
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-P", "-m", "int4_lora.integration.demo.engine", str(answer)]
+        file = Path(folder) / "answer.json"
+        command = [sys.executable, "-P", "-m", "int4_lora.integration.demo.engine", str(file)]
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 command,
-                input=json.dumps(asked),
+                input=json.dumps(request),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -191,22 +196,23 @@ def _answer(batch: Batch, new: int, own: Mapping[str, Any]) -> dict[str, Any] | 
             )
         except subprocess.TimeoutExpired:
             return f"not within {SECONDS} s"
-        if done.returncode != 0 or not answer.is_file():
-            return _reason(done.stdout)
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return found
+        if process.returncode != 0 or not file.is_file():
+            return _reason(process.stdout)
+        answer: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return answer
 
 
 def _lora(batch: Batch) -> dict[str, Any]:
-    adapters = sum(one is not None for one in batch.adapters)
+    """Return vLLM's arguments about adapters."""
+    adapters = sum(folder is not None for folder in batch.adapters)
     if not adapters:
         return {}
-    rank = next((one for one in RANKS if one >= batch.rank), RANKS[-1])
+    rank = next((rank for rank in RANKS if rank >= batch.rank), RANKS[-1])
     return {"enable_lora": True, "max_loras": adapters, "max_lora_rank": rank}
 
 
 def _reason(log: str) -> str:
-    """Return the line of a log that says why a process ended."""
+    """Return the line of a log that says why the process failed."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if ERROR.search(line) and FOLLOWS not in line]
-    return (errors or lines or ["it ended without a word"])[-1]
+    errors = [line for line in lines if ERROR.search(line) and CONSEQUENCE not in line]
+    return (errors or lines or ["its process ended and printed nothing"])[-1]

@@ -156,7 +156,7 @@ def test_files_that_do_not_fit(run, tiny_models, demo_files, tmp_path):
     (copied / "config.json").write_text(json.dumps(wider))
     cases["640] for the model of config.json, got [256, 512]"] = run(model=copied)
     (copied / "config.json").write_text(json.dumps({**config, "hidden_size": "big"}))
-    cases["config.json: transformers makes no model of it: "] = run(model=copied)
+    cases["config.json: transformers cannot build this model: "] = run(model=copied)
     (copied / "config.json").write_text(
         json.dumps({**config, "text_config": None, "vocab_size": 0})
     )

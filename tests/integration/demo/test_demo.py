@@ -1,4 +1,4 @@
-"""The main job: every variant agrees, planted faults are seen, unusable input is refused."""
+"""The demo: every variant of checkpoint is right, and every planted fault is wrong."""
 
 import dataclasses
 import json
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from int4_lora.integration.demo import comparison, findings, models
-from int4_lora.integration.demo.bound_check import BoundCheck
+from int4_lora.integration.demo.linear_check import LinearCheck
 from int4_lora.integration.demo.served import STOCK, Engine, Served
 from int4_lora.reference import LoRAStack, dequantize, int4_lora_linear, linear
+from int4_lora.reference.conformance.judging.answers import Answer
 from support.tiny import VARIANTS
 from support.upstream_versions import IGNORES_G_IDX
 
@@ -36,7 +37,7 @@ def test_every_variant_agrees(tiny_models, tiny_adapters, variant, dtype):
     )
     assert [row.adapter for row in found.rows] == ["base", "a", "b", "c"]
     if variant == "actorder-g128" and IGNORES_G_IDX:
-        assert not found.right  # the truth is upstream's, and upstream is wrong
+        assert not found.right  # the truth is upstream's, which is wrong in this version
         return
     assert found.right, found
     assert found.linears == 14
@@ -44,7 +45,7 @@ def test_every_variant_agrees(tiny_models, tiny_adapters, variant, dtype):
     assert found.elements == 2 * 4 * 8 * 2 * (2 * 256 + 2 * 128 + 2 * 512 + 256)
     assert found.dense_bytes == 2 * 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)
     assert found.dense_bytes / found.packed_bytes > (1.9 if variant == "w8-g128" else 3)
-    # both ways of running err, and no row is another row
+    # both have errors, and no two rows are the same
     assert all(row.ours > 0 and row.theirs > 0 for row in found.rows)
     assert len({row.ours for row in found.rows}) == 4
 
@@ -100,9 +101,9 @@ def test_inside_float64_nothing_is_rounded_to_float32():
 
 
 def judged(found, theirs):
-    """Return the row of logits that err from a truth of ones by these amounts."""
+    """Return the row for logits that differ from a truth of ones by these errors."""
     truth = torch.ones(4, 8, dtype=torch.float64)
-    return comparison._judge(
+    return comparison._compare_row(
         "a", truth, truth + found, truth + found, truth + theirs, torch.bfloat16
     )
 
@@ -119,7 +120,7 @@ def test_a_row_is_judged_by_all_its_tokens():
 
 
 LOW_PRECISION_FAULTS = {
-    # seen by the low-precision rule, and by the bound, but not in float64
+    # caught by the low-precision rule and by the bound, but not in float64
     "outputs in eight bits": lambda y, rows: y.to(torch.float8_e4m3fn).to(y.dtype),
     "the first row": lambda y, rows: torch.cat([y[:8].to(torch.float8_e4m3fn).to(y.dtype), y[8:]]),
     "the last row": lambda y, rows: torch.cat([y[:-8], y[-8:].to(torch.float8_e4m3fn).to(y.dtype)]),
@@ -151,11 +152,12 @@ def test_one_output_beyond_its_bound_is_enough(run, monkeypatch):
     found = json.loads(run("--json").stdout)
     assert all(row["right"] for row in found["rows"])
     assert found["worst_of_bound"] > 1
+    assert "q_proj: 1 of 8192 elements are wrong; [0, 0, 0] is" in found["wrong_linear"]
     assert not found["right"]
 
 
 def test_a_wrong_dequantise_is_beyond_the_bound(run, monkeypatch):
-    """The exact result of the bound's check shares no code with what it checks."""
+    """The exact result that linears are judged by shares no code with the reference."""
 
     def wrong(weight, dtype=None):
         return dequantize(weight, dtype) * (1 + 1e-6)
@@ -163,25 +165,39 @@ def test_a_wrong_dequantise_is_beyond_the_bound(run, monkeypatch):
     monkeypatch.setattr(linear, "dequantize", wrong)
     found = json.loads(run("--json").stdout)
     assert found["worst_of_bound"] > 1
+    assert "bounds away" in found["wrong_linear"]
+    assert not found["right"]
 
 
 def test_nothing_found_is_not_right():
     right = findings.Row("base", 0.0, 1.0, 1.0, 0.0)
     served = Served("there is no vLLM", 0.0)
-    whole = findings.Comparison([right], 1, 8, 0, 0.5, 1, 2, 0, 1.0, 1.0, "bfloat16", served)
+    whole = findings.Comparison([right], 1, 8, 0, 0.5, None, 1, 2, 0, 1.0, 1.0, "bfloat16", served)
     assert whole.right
-    changes = [{"rows": []}, {"elements": 0}, {"unbounded": 1}, {"worst_of_bound": math.nan}]
+    changes = [{"rows": []}, {"elements": 0}, {"unbounded": 1}, {"wrong_linear": "q_proj: wrong"}]
     changes += [{"served": dataclasses.replace(served, engines=[Engine(STOCK, 1, 1, 1, [0.0])])}]
-    changes += [{"worst_of_bound": 1.01}, {"rows": [dataclasses.replace(right, ours=9.0)]}]
+    changes += [{"rows": [dataclasses.replace(right, ours=9.0)]}]
     for change in changes:
         assert not dataclasses.replace(whole, **change).right
 
 
-def test_the_bound_check_counts_what_has_no_bound():
-    check = BoundCheck(None, [])
-    inf, nan = math.inf, math.nan
-    check.add(torch.tensor([1.0, 2.0, inf]), torch.ones(3).double(), torch.tensor([1.0, 4.0, inf]))
+def judge(check, output, exact, bound):
+    exact, bound = (torch.tensor(values, dtype=torch.float64) for values in (exact, bound))
+    check.judge("q_proj", torch.tensor(output), Answer(exact, torch.float32, bound, (exact,)))
+
+
+def test_outputs_without_a_bound_are_counted():
+    check = LinearCheck(None, [])
+    judge(check, [1.0, 2.0, math.inf], [1.0, 1.0, 1.0], [1.0, 4.0, math.inf])
     assert (check.elements, check.unbounded, check.worst) == (3, 1, 0.25)
-    check.add(torch.tensor([nan]), torch.ones(1).double(), torch.ones(1))
-    check.add(torch.ones(1), torch.ones(1).double(), torch.ones(1))
-    assert math.isnan(check.worst)
+    assert check.finding is None
+
+
+@pytest.mark.parametrize("wrong", [3.5, math.nan, math.inf])
+def test_the_first_finding_is_kept(wrong):
+    check = LinearCheck(None, [])
+    judge(check, [1.0, 1.0], [1.0, 1.0], [1.0, 1.0])
+    assert check.finding is None
+    judge(check, [1.0, wrong], [1.0, 1.0], [1.0, 1.0])
+    judge(check, [9.0, 1.0], [1.0, 1.0], [1.0, 1.0])
+    assert check.finding.startswith(f"q_proj: 1 of 2 elements are wrong; [1] is {wrong}")

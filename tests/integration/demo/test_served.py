@@ -90,7 +90,7 @@ def test_no_room_for_an_answer(batch):
         ),
         ("ValueError: wrong\n[W socket.cpp] Warning: Error: later", "ValueError: wrong"),
         ("something\n\n", "something"),
-        ("", "it ended without a word"),
+        ("", "its process ended and printed nothing"),
     ],
 )
 def test_the_line_that_says_why(log, reason):
@@ -99,7 +99,7 @@ def test_the_line_that_says_why(log, reason):
 
 def test_a_process_that_ends_is_no_answer(batch, monkeypatch):
     monkeypatch.setattr(served.sys, "executable", "/bin/false")
-    assert served._answer(batch, 4, {}) == "it ended without a word"
+    assert served._answer(batch, 4, {}) == "its process ended and printed nothing"
 
 
 def test_why_there_is_no_vllm(monkeypatch):
