@@ -10,6 +10,8 @@ from int4_lora.reference import LoRASlice, LoRAStack
 from int4_lora.reference import int4_lora_linear as reference
 from support.weights import random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 SHAPE = {"rows": 48, "columns": 128}
 
 

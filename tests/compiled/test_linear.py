@@ -22,6 +22,8 @@ from int4_lora.reference import LoRASlice, LoRAStack, error_bound
 from int4_lora.reference import int4_lora_linear as reference
 from support.weights import narrow, random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 ROWS, COLUMNS = 80, 128  # a block of 64 rows, and a rest
 SHAPE = {"rows": ROWS, "columns": COLUMNS}
 WEIGHT = random_weight(**SHAPE)

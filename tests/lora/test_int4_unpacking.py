@@ -10,6 +10,8 @@ import torch
 
 from int4_lora.reference import PackedWeight, dequantize, unpack
 
+pytestmark = pytest.mark.versions
+
 
 def int32(words):
     return torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32))

@@ -17,6 +17,8 @@ from int4_lora.reference import (
 )
 from support.weights import random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 TOKENS = OUT = 1024  # 2**20 elements
 

@@ -16,6 +16,8 @@ from int4_lora.reference import (
     pack,
 )
 
+pytestmark = pytest.mark.versions
+
 N = 2**16
 
 

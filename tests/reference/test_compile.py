@@ -2,6 +2,7 @@
 
 import unittest
 
+import pytest
 import torch
 from packaging.version import Version
 from parameterized import parameterized
@@ -13,6 +14,8 @@ from int4_lora.reference import (
     int4_lora_linear,
 )
 from support.weights import narrow, random_stack, random_weight, random_x
+
+pytestmark = pytest.mark.versions
 
 WEIGHT = random_weight(symmetric=False)
 STACK = random_stack()

@@ -14,6 +14,8 @@ from int4_lora.reference import PackedWeight, dequantize, pack
 from support import scalar
 from support.weights import bits_of, every_format, random_weight
 
+pytestmark = pytest.mark.versions
+
 
 class EveryFormat(unittest.TestCase):
     @parameterized.expand(every_format())

@@ -21,6 +21,8 @@ from int4_lora.reference import (
 from support import scalar
 from support.weights import every_format, narrow, random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 WEIGHT = random_weight(symmetric=False)
 STACK = random_stack()
 X = random_x()

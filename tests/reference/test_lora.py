@@ -7,6 +7,8 @@ from int4_lora.reference import LoRASlice, LoRAStack, expand, shrink
 from int4_lora.reference.lora_stack import rows_of
 from support.weights import narrow, random_stack, random_x
 
+pytestmark = pytest.mark.versions
+
 STACK = random_stack()
 X = random_x()
 IDS = torch.tensor([0, -1, 2, 1, 2, -1])

@@ -19,6 +19,8 @@ from int4_lora.reference import (
 )
 from support.weights import every_format, random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 STACK = random_stack()
 
 

@@ -10,6 +10,8 @@ from parameterized import parameterized
 from int4_lora.reference import PackedWeight, dequantize
 from support.weights import bits_of, every_format, random_weight
 
+pytestmark = pytest.mark.versions
+
 GROUP = random_weight("group", symmetric=False)
 BLOCK = random_weight("block", symmetric=False)
 G_IDX = random_weight("g_idx")

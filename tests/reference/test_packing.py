@@ -13,6 +13,8 @@ from parameterized import parameterized
 from int4_lora.reference import pack, unpack
 from support import scalar
 
+pytestmark = pytest.mark.versions
+
 KNOWN = [
     ("ascending", 4, [-8, -7, -6, -5, -4, -3, -2, 7], [0xF6543210]),
     ("all_low", 4, [-8] * 8, [0x00000000]),

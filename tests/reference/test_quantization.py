@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from int4_lora.reference import dequantize, quantize, unpack
 
+pytestmark = pytest.mark.versions
+
 
 def test_known_answer_symmetric():
     packed = quantize(torch.tensor([[7.5, -3.0, 1.5, 0.5, 2.5, -7.5, 0.0, 7.4]]), group_size=4)

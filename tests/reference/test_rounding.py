@@ -1,11 +1,14 @@
 """round_once: float64 to sixteen bits without the second rounding on the way."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from int4_lora.reference.rounding import round_once
+
+pytestmark = pytest.mark.versions
 
 FLOAT64 = st.floats(width=64, allow_nan=True, allow_infinity=True)
 

@@ -14,6 +14,8 @@ from int4_lora.reference import (
     shrink,
 )
 
+pytestmark = pytest.mark.versions
+
 OUT, IN = 48, 64
 
 

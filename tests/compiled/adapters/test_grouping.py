@@ -9,6 +9,8 @@ from int4_lora.compiled.adapters.grouping import bring_together
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.adapters.terms import gathered, grouped, masked
 
+pytestmark = pytest.mark.versions
+
 IDS = st.lists(st.integers(-2, 6), max_size=40)
 
 

@@ -7,6 +7,8 @@ from int4_lora.compiled import PreparedLoRA, prepare_lora
 from int4_lora.reference import LoRASlice, LoRAStack
 from support.weights import narrow, random_stack
 
+pytestmark = pytest.mark.versions
+
 STACK = random_stack()
 SLICES = [LoRASlice(narrow(STACK, 5), 0), LoRASlice(narrow(STACK, 8, 5), 5)]
 

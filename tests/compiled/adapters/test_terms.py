@@ -6,6 +6,8 @@ from torch.nn.functional import pad
 
 from int4_lora.compiled.adapters.terms import side_by_side, spread
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.mark.parametrize(
     ("start", "width", "outputs"),

@@ -16,6 +16,8 @@ from int4_lora.compiled.formulations import FORMULATIONS, MAGIC_GEMV
 from int4_lora.reference import LoRASlice, dequantize, error_bound, int4_lora_linear, pack
 from support.weights import every_format, narrow, random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 SHAPES = [{"rows": 13, "columns": 64}, {"rows": 48, "columns": 128}, {"rows": 13, "columns": 44}]
 CASES = [
     (f"{index}_{name}", {**arguments, **shape})

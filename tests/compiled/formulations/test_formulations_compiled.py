@@ -23,6 +23,8 @@ from int4_lora.reference import (
 )
 from support.weights import random_stack, random_x
 
+pytestmark = pytest.mark.versions
+
 ROWS, COLUMNS = 208, 256  # three blocks of 64 rows, and a rest
 RMS_OVER_EAGER = 2.0
 

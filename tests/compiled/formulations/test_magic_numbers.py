@@ -1,5 +1,6 @@
 """Nibbles as float32: every code at every place, and next to every other."""
 
+import pytest
 import torch
 
 from int4_lora.compiled.formulations.magic_numbers import (
@@ -9,6 +10,8 @@ from int4_lora.compiled.formulations.magic_numbers import (
     decoded_rows,
 )
 from int4_lora.reference import unpack
+
+pytestmark = pytest.mark.versions
 
 ONE = torch.tensor(EXPONENT_OF_ONE, dtype=torch.int32)
 

@@ -7,6 +7,8 @@ from int4_lora.compiled.formulations.whole_blocks import whole_blocks, words_of_
 from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from support.weights import random_weight
 
+pytestmark = pytest.mark.versions
+
 
 def operands(groups, symmetric=True):
     weight = random_weight(rows=12, columns=32 * groups, groups=groups, symmetric=symmetric)

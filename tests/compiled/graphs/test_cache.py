@@ -17,6 +17,8 @@ from int4_lora.compiled.graphs import cache as graphs
 from int4_lora.reference import LoRAStack, quantize
 from support.weights import random_weight
 
+pytestmark = pytest.mark.versions
+
 
 def symbols_of(in_features, out_features, tokens=5):
     """Return the symbols in the sizes of each input of the graph that a layer is traced to."""

@@ -10,6 +10,8 @@ from int4_lora.compiled.graphs.direct_entry import DirectEntry
 from int4_lora.compiled.graphs.entry import BoundLayer
 from support.weights import random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 ROWS, COLUMNS = 48, 128
 
 

@@ -11,6 +11,8 @@ from int4_lora.compiled import PreparedWeight, layouts, prepare
 from int4_lora.reference import PackedWeight, dequantize
 from support.weights import bits_of, every_format, random_weight
 
+pytestmark = pytest.mark.versions
+
 SHAPES = {
     "ragged": {"rows": 13, "columns": 44},
     "whole_words": {"rows": 13, "columns": 64},

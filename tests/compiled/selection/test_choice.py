@@ -9,6 +9,8 @@ from int4_lora.disk_cache import cache_folder
 from int4_lora.reference import int4_linear as reference_linear
 from support.weights import random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 MANY = 2**31 - 1
 
 

@@ -12,6 +12,8 @@ from int4_lora.compiled.selection.timing import Times, copies_beyond_the_cache, 
 from int4_lora.compiled.selection.tuning import tune
 from support.weights import random_stack, random_weight
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture(autouse=True)
 def _nothing_kept(tmp_path, monkeypatch):

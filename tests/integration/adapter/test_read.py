@@ -17,6 +17,8 @@ from int4_lora.integration import read_adapter, stack_adapters
 from int4_lora.integration.adapter.config import is_targeted
 from support.adapters import assert_equal
 
+pytestmark = pytest.mark.versions
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q_PROJ}.lora_A.weight"
 

@@ -16,6 +16,8 @@ from int4_lora.integration.adapter.write import _alpha
 from int4_lora.integration.demo import recipe
 from support.adapters import assert_equal
 
+pytestmark = pytest.mark.versions
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 

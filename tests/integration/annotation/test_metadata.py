@@ -16,6 +16,8 @@ from int4_lora.reference import dequantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard
 from support.tiny import VARIANTS
 
+pytestmark = pytest.mark.versions
+
 PAGE = (Path(__file__).parents[3] / "docs" / "lora-metadata.md").read_text()
 DOWN_PROJ = "model.layers.0.mlp.down_proj"
 

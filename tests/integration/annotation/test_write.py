@@ -15,6 +15,8 @@ from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metada
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, weights
 from support.tiny import LLAMA, VARIANTS
 
+pytestmark = pytest.mark.versions
+
 ALL = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 WRITTEN = ("config.json", "lora_metadata.json")
 

@@ -15,6 +15,8 @@ from int4_lora.integration.checkpoint import cache as unpacked_weight_cache
 from int4_lora.reference import PackedWeight, dequantize
 from support.weights import random_weight
 
+pytestmark = pytest.mark.versions
+
 DENSE = 13 * 44 * 4  # bytes of one random weight in float32
 
 

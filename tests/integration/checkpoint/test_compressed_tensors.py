@@ -18,6 +18,8 @@ from support.tiny import VARIANTS
 from support.upstream_versions import CRASHES_ON_ONE_WORD, IGNORES_G_IDX
 from support.weights import bits_of, every_format, random_weight
 
+pytestmark = pytest.mark.versions
+
 
 def upstream(weight, strategy, **args):
     """Return compressed-tensors' decompression of a packed weight."""

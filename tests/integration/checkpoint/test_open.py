@@ -9,6 +9,8 @@ from int4_lora.integration import open_checkpoint
 from int4_lora.reference import dequantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard, weights
 
+pytestmark = pytest.mark.versions
+
 
 def test_modules_and_config(tiny_models):
     checkpoint = open_checkpoint(tiny_models["asym-g32"])

@@ -13,6 +13,8 @@ from int4_lora.integration.checkpoint.safetensors_files import read_tensor
 from int4_lora.integration.checkpoint.safetensors_header import read_headers
 from support.checkpoints import shard
 
+pytestmark = pytest.mark.versions
+
 
 def test_files_that_are_not_there_or_not_readable(copied_model, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder with a checkpoint"):

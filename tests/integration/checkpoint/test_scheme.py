@@ -14,6 +14,8 @@ from int4_lora.reference import dequantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, weights
 from support.weights import random_weight
 
+pytestmark = pytest.mark.versions
+
 GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 

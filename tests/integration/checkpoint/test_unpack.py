@@ -9,6 +9,8 @@ from int4_lora.reference import dequantize
 from support.upstream_versions import IGNORES_G_IDX
 from support.weights import SCALE_DTYPES, random_weight
 
+pytestmark = pytest.mark.versions
+
 LAYOUTS = ["tensor", "channel", "group", "g_idx", "g_idx_unbalanced", "g_idx_minus_one"]
 
 

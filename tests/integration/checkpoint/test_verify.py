@@ -17,6 +17,8 @@ from support.tiny import VARIANTS
 from support.upstream_versions import GUESSES_BLOCKS, IGNORES_G_IDX
 from support.weights import random_weight
 
+pytestmark = pytest.mark.versions
+
 
 def run(*arguments):
     return CliRunner().invoke(app, ["verify", *(str(one) for one in arguments)])

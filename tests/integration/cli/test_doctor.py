@@ -12,6 +12,8 @@ from int4_lora.compiled.formulations import FORMULATIONS
 from int4_lora.integration.cli import doctor
 from int4_lora.integration.cli.app import app
 
+pytestmark = pytest.mark.versions
+
 
 def run(*arguments):
     return CliRunner().invoke(app, ["doctor", *arguments])

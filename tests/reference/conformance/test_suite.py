@@ -22,6 +22,8 @@ from int4_lora.reference.conformance.judging.check import one_thread
 from int4_lora.reference.conformance.judging.yardstick import interleaved, one_by_one, yardstick
 from support.weights import bits_of
 
+pytestmark = pytest.mark.versions
+
 REGULAR = [case for case in CASES if not case.optional]
 
 

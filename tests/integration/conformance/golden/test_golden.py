@@ -20,6 +20,8 @@ from int4_lora.reference.conformance import Backend, Manifest, select
 from int4_lora.reference.conformance.judging.yardstick import yardstick
 from support.conformance_backends import HalfSums
 
+pytestmark = pytest.mark.versions
+
 ROOT = Path(__file__).parents[4]
 SMALL = ROOT / "tests" / "golden"
 CASES = (

@@ -10,6 +10,8 @@ from int4_lora.reference.conformance import Manifest, Operands, check_addition, 
 from int4_lora.reference.conformance.judging.yardstick import yardstick
 from support.weights import narrow, random_stack, random_weight, random_x
 
+pytestmark = pytest.mark.versions
+
 ROUNDED = {"weight_rounded": True, "base_rounded": False}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WEIGHT = random_weight(rows=104, symmetric=False, dtype=torch.bfloat16)

@@ -9,6 +9,8 @@ from int4_lora.reference.conformance.judging.answers import Answer
 from int4_lora.reference.conformance.judging.systematic_error import systematic_error
 from int4_lora.reference.conformance.judging.verdict import judge, rms_of
 
+pytestmark = pytest.mark.versions
+
 EXACT = torch.linspace(1, 2, 1024, dtype=torch.float64).reshape(32, 32)
 ANSWER = Answer(EXACT, torch.float32, torch.full_like(EXACT, 1e-3), (EXACT,))
 RIGHT = EXACT.float()
