@@ -1,13 +1,13 @@
-/* An INT4 + LoRA backend in C, held against golden files.
+/* An INT4 + LoRA backend in C, checked against golden files.
  *
  *     cc -O2 -o golden_backend golden_backend.c -lm
  *     ./golden_backend GOLDEN RESULTS
  *     int4-lora golden check GOLDEN RESULTS
  *
- * It was written from docs/golden-format.md, docs/format.md and docs/numerics.md: for each file of
- * GOLDEN it computes unpack, dequantize, int4_linear or int4_lora_linear, sums in float, and writes
- * a file of the same name to RESULTS. Compiled with -DFAULT it takes 7 from the stored codes
- * instead of 8.
+ * It was written from docs/golden-format.md, docs/format.md and docs/numerics.md. For each file of
+ * GOLDEN it computes unpack, dequantize, int4_linear or int4_lora_linear, with sums in float, and
+ * writes a file of the same name to RESULTS. Compiled with -DFAULT it subtracts 7 from the stored
+ * codes instead of 8.
  */
 #include <dirent.h>
 #include <math.h>
@@ -23,25 +23,26 @@
 #endif
 
 typedef struct { char dtype[8]; int rank; long shape[4]; const uint8_t *data; } Tensor;
-static char *header;          /* JSON, ended by 0 */
-static const uint8_t *body;   /* what follows it */
+static char *header;          /* JSON, terminated by 0 */
+static const uint8_t *body;   /* the bytes after the header */
 
 static void die(const char *what, const char *which) {
     fprintf(stderr, "golden_backend: %s: %s\n", what, which);
     exit(2);
 }
 
-/* The text after "key": within an object that starts at `from`, or NULL; strings hold no quotes. */
+/* Return the text after "key": in the object that starts at `from`, or NULL. Assumes that strings
+ * hold no quotes. */
 static char *value_of(char *from, const char *key) {
     char quoted[128];
     snprintf(quoted, sizeof quoted, "\"%s\":", key);
-    char *end = from, *found;
+    char *end = from, *match;
     for (int depth = 0; *end; end++) {
         depth += *end == '{';
         if (*end == '}' && --depth == 0) break;
     }
-    found = strstr(from, quoted);
-    return found && found < end ? found + strlen(quoted) : NULL;
+    match = strstr(from, quoted);
+    return match && match < end ? match + strlen(quoted) : NULL;
 }
 
 static int attribute(const char *key, char *out, size_t size) {
@@ -118,7 +119,7 @@ static int code(const Tensor *packed, long word, long place) {
     return (((const uint32_t *)packed->data)[word] >> 4 * place & 15) - OFFSET;
 }
 
-/* The weight, [out, in], rounded once in the dtype of its scale. */
+/* Return the weight, [out, in], rounded once to the dtype of its scale. */
 static float *dense_weight(long n, long k, char *scale_dtype) {
     Tensor packed, scale, zero, g_idx;
     char strategy[16] = "", block[32] = "[1, 1]";

@@ -194,7 +194,8 @@ def _block_index(index: Tensor, size: int) -> Tensor:
     """Return which block of the weight each block of the result is: int64 ``[blocks]``."""
     block_of_row = index // size
     blocks = block_of_row[::size]
-    wrong = (block_of_row != blocks.repeat_interleave(size)[: len(index)]).nonzero()
+    new_block_of_row = torch.arange(len(index), device=index.device) // size
+    wrong = (block_of_row != blocks[new_block_of_row]).nonzero()
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(

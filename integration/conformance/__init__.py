@@ -1,4 +1,4 @@
-"""The oracle from outside: backends by name, golden files, the mixin, and peers.
+"""The oracle for users: backends by name, golden files, a mixin for test suites, and peers.
 
 Source: ``docs/conformance.md``.
 """

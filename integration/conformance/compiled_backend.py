@@ -23,7 +23,7 @@ __all__ = ["CompiledBackend"]
 
 
 class CompiledBackend:
-    """The compiled layers, with their formulation's flags for each call."""
+    """The compiled layers, which declare the flags of the formulation of each call."""
 
     manifest = Manifest(dtypes=(torch.float16, torch.bfloat16, torch.float32), weight_rounded=False)
 
@@ -35,7 +35,7 @@ class CompiledBackend:
     def declared(
         self, x: Tensor, weight: PreparedWeight, lora: PreparedLoRA | None
     ) -> dict[str, bool]:
-        """Return the roundings of the formulation that is chosen for a call."""
+        """Return the roundings of the formulation that a call uses."""
         chosen = formulation_for(weight, x.dtype, x.shape[0], lora)
         return {
             "weight_rounded": chosen.weight_rounded,

@@ -1,4 +1,4 @@
-"""From what a user names to a backend.
+"""The backend that a user names.
 
 Source: ``docs/commands/conform.md``.
 """
@@ -22,12 +22,11 @@ def load_backend(spec: str) -> Backend:
 
     Args:
         spec: ``module:object``, ``module`` where the module itself has the functions, or the name
-            of an entry point in the group ``int4_lora.backends``. An object that is a class is
-            made an instance of.
+            of an entry point in the group ``int4_lora.backends``. A class is instantiated.
 
     Raises:
         ValueError: no such module, object or entry point; the message says which.
-        TypeError: the object has none of the functions, or its manifest claims nonsense.
+        TypeError: the object has none of the functions, or its manifest is not valid.
 
     Example:
         >>> load_backend("int4_lora.reference").functions[-1]
@@ -37,21 +36,23 @@ def load_backend(spec: str) -> Backend:
     if not spec.partition(":")[0]:
         raise ValueError(f"backend must be module:object or a registered name, got {spec!r}")
     if spec in entries:
-        found = _loaded(entries[spec], spec)
+        under_test = _loaded(entries[spec], spec)
     else:
         name, _, attribute = spec.partition(":")
-        found = _attribute(_module(name, spec), attribute, spec)
-    return Backend(_instance(found, spec) if isinstance(found, type) else found, spec)
+        under_test = _attribute(_module(name, spec), attribute, spec)
+    if isinstance(under_test, type):
+        under_test = _instance(under_test, spec)
+    return Backend(under_test, spec)
 
 
 def registered() -> dict[str, EntryPoint]:
-    """Return the entry points of installed packages, by name."""
+    """Return the entry points of the group in installed packages, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def _instance(kind: type, spec: str) -> object:
+def _instance(cls: type, spec: str) -> object:
     try:
-        return kind()
+        return cls()
     except ImportError:
         raise
     except (Exception, SystemExit) as error:
@@ -75,7 +76,7 @@ def _why(spec: str, module: str, error: BaseException) -> str:
 
 def _module(name: str, spec: str) -> object:
     here = os.getcwd()
-    if here not in sys.path:  # a script's own folder is, for a command it is the current one
+    if here not in sys.path:  # a command's users expect to import from their folder
         sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
@@ -89,9 +90,9 @@ def _module(name: str, spec: str) -> object:
 
 
 def _attribute(module: object, attribute: str, spec: str) -> object:
-    found = module
+    value = module
     for part in filter(None, attribute.split(".")):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ValueError(f"backend {spec!r}: there is no {part!r} in it")
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value

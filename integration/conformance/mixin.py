@@ -1,6 +1,6 @@
-"""The cases as tests of a project's own suite: for unittest a mixin, for pytest parameters.
+"""The cases as tests in a project's suite: a mixin for unittest, parameters for pytest.
 
-Source: ``docs/conformance.md``; array-api-tests, a suite that others run.
+Source: ``docs/conformance.md``; array-api-tests, a suite for other projects.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ def conformance_cases(patterns: str | None = None, *, quick: bool = False) -> Se
 
     Args:
         patterns: names with ``*`` and ``?``, separated by commas; None for all.
-        quick: only those of the quick run.
+        quick: whether to return only the cases of the quick run.
     """
     return select(patterns, quick=quick)
 
 
 def check_case(backend: object, case: Case, *, device: str = "cpu", seed: int = 0) -> None:
-    """Ask one case; skip the test if it is not claimed, fail it with the diagnosis if it is wrong.
+    """Run one case: skip the test if the backend does not claim it, fail it with the diagnosis.
 
     Args:
         backend: the object under test, or a ``Backend``.
         case: one of ``conformance_cases()``.
-        device: where the operands are.
+        device: the device of the operands.
         seed: of the inputs.
 
     Raises:
-        unittest.SkipTest: the backend does not claim the case; pytest takes it, too.
+        unittest.SkipTest: the backend does not claim the case; pytest skips it, too.
         AssertionError: the case failed; the message names the rule, the place and the mistake.
     """
     under_test = backend
@@ -63,7 +63,7 @@ def _message(outcome: Outcome) -> str:
 class BackendConformance:
     """A mixin for ``unittest.TestCase``: one test for each case.
 
-    Set ``backend`` to the object under test, and where it is not "cpu" ``device``.
+    Set ``backend`` to the object under test, and ``device`` if it is not "cpu".
 
     Example:
         >>> import int4_lora.reference
@@ -82,7 +82,7 @@ class BackendConformance:
 
     @parameterized.expand([(case.name, case) for case in select()])  # type: ignore[untyped-decorator]
     def test_case(self, name: str, case: Case) -> None:
-        """Ask one case of the backend; ``name`` is the case's."""
+        """Run one case; ``name`` is its name."""
         if self.backend is None:
             raise TypeError(f"{type(self).__name__}.backend must be the object under test")
         check_case(self.backend, case, device=self.device, seed=self.seed)

@@ -1,4 +1,4 @@
-"""Every registered backend held against the reference, and the table of it.
+"""The scoreboard: every registered backend against the reference, as a table.
 
 Source: ``docs/scoreboard.md``.
 """
@@ -37,7 +37,7 @@ class Row:
     Args:
         name: its entry point.
         outcomes: settled; empty if it could not be loaded.
-        reason: why it could not be, or "".
+        reason: why it could not be loaded, or "".
     """
 
     name: str
@@ -46,32 +46,32 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Return "conforms", "does not", or why it was not asked."""
+        """Return "conforms", "does not conform", or why no case was judged."""
         judged = conforms(self.outcomes)
         if judged is None:
             return self.reason or "no case was judged"
         return "conforms" if judged else "does not conform"
 
     def count(self, status: str) -> int:
-        """Return how many cases have a status."""
-        return sum(one.status == status for one in self.outcomes)
+        """Return the number of cases with a status."""
+        return sum(outcome.status == status for outcome in self.outcomes)
 
 
 def score(
     names: Sequence[str], cases: Sequence[Case], *, device: str, seed: int
 ) -> Iterator[tuple[str, Outcome | Row]]:
-    """Yield the outcomes of each backend as they come, and its row at the end.
+    """Yield each backend's outcomes as they come, and then its row.
 
     Args:
         names: entry points.
         cases: what ``select`` returned.
-        device: where the operands are.
+        device: the device of the operands.
         seed: of the inputs.
     """
     for name in names:
         try:
             backend = load_backend(name)
-        except Exception as error:  # whatever an import raises: the others are still asked
+        except Exception as error:  # whatever an import raises, the other backends still run
             yield name, Row(name, (), " ".join(str(error).split()) or type(error).__name__)
             continue
         outcomes = []
@@ -83,17 +83,17 @@ def score(
 
 def installed() -> dict[str, str]:
     """Return the versions that the scoreboard depends on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def as_markdown(rows: Sequence[Row], *, device: str, seed: int, cases: int) -> str:
-    """Return the dated table, with the failures of each backend below it."""
+    """Return the dated table, followed by the failures of each backend."""
     known = ", ".join(f"{name} {value}" for name, value in installed().items())
     today = datetime.date.today().isoformat()
     lines = [
@@ -107,7 +107,7 @@ def as_markdown(rows: Sequence[Row], *, device: str, seed: int, cases: int) -> s
         named = ", ".join(f"`{name}` {count}" for name, count in diagnoses(row.outcomes).items())
         lines.append(f"| `{row.name}` | {row.verdict} | {' | '.join(counts)} | {named} |")
     for row in rows:
-        failures = [one for one in row.outcomes if one.status == "failed"]
+        failures = [outcome for outcome in row.outcomes if outcome.status == "failed"]
         if not failures:
             continue
         lines += [
@@ -118,14 +118,15 @@ def as_markdown(rows: Sequence[Row], *, device: str, seed: int, cases: int) -> s
             "|---|---|---|",
         ]
         lines += [
-            f"| `{one.case}` | {' + '.join(one.diagnosis)} | {one.rule}: {_cell(one.message)} |"
-            for one in failures
+            f"| `{failure.case}` | {' + '.join(failure.diagnosis)} "
+            f"| {failure.rule}: {_cell(failure.message)} |"
+            for failure in failures
         ]
     return "\n".join(lines)
 
 
 def replaced(page: Path, table: str) -> str:
-    """Return a page with its table replaced, or a new page.
+    """Return the page with the new table, or a new page.
 
     Raises:
         ValueError: the page exists and has no place for a table.

@@ -1,6 +1,6 @@
-"""What came of a run, as a table for people and as JSON for programs.
+"""The outcomes of a run, as a scorecard for people and as JSON for programs.
 
-Source: ``docs/commands/conform.md``; the scorecard is that of TorchCTS.
+Source: ``docs/commands/conform.md``; the scorecard follows TorchCTS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from int4_lora.reference.conformance import FUNCTIONS, Manifest, Outcome
 
 __all__ = ["as_json", "conforms", "diagnoses", "print_scorecard"]
 
-SHOWN = 10
+SHOWN = 10  # failures
 
 
 def conforms(outcomes: Sequence[Outcome]) -> bool | None:
@@ -31,9 +31,10 @@ def conforms(outcomes: Sequence[Outcome]) -> bool | None:
 
 
 def diagnoses(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """Return how many failures each diagnosis explains; two faults are joined by "+"."""
-    found = Counter("+".join(one.diagnosis) for one in outcomes if one.status == "failed")
-    return dict(found.most_common())
+    """Return the number of failures by diagnosis; two faults are joined by "+"."""
+    failures = (outcome for outcome in outcomes if outcome.status == "failed")
+    counts = Counter("+".join(failure.diagnosis) for failure in failures)
+    return dict(counts.most_common())
 
 
 def as_json(
@@ -42,10 +43,10 @@ def as_json(
     """Return a run as plain values.
 
     Args:
-        name: the backend's.
+        name: the backend's name.
         manifest: its claims.
         outcomes: settled.
-        device: where it ran.
+        device: the device of the operands.
         seed: of the inputs.
     """
     counts = Counter(outcome.status for outcome in outcomes)
@@ -63,7 +64,7 @@ def as_json(
 
 
 def versions() -> dict[str, str]:
-    """Return what a verdict depends on."""
+    """Return the versions that a verdict depends on."""
     return {
         "int4_lora": int4_lora.__version__,
         "torch": torch.__version__,
@@ -74,27 +75,29 @@ def versions() -> dict[str, str]:
 def print_scorecard(
     console: Console, name: str, outcomes: Sequence[Outcome], device: str, seed: int
 ) -> None:
-    """Print the table, the failures, the reasons of the skips, and the smallest failure."""
+    """Print the table, the failures, the reasons for skips, and the verdict."""
     known = ", ".join(f"{key} {value}" for key, value in versions().items())
     console.print(Text(f"{name} on {device}, seed {seed} ({known})"))
     table = Table()
     for title in ("function", "passed", "failed", "skipped"):
         table.add_column(title, justify="left" if title == "function" else "right")
     for function in FUNCTIONS:
-        own = Counter(one.status for one in outcomes if one.case.startswith(f"{function}/"))
-        if own:
-            counts = (str(own[status]) for status in ("passed", "failed", "skipped"))
-            table.add_row(function, *counts)
+        counts = Counter(
+            outcome.status for outcome in outcomes if outcome.case.startswith(f"{function}/")
+        )
+        if counts:
+            cells = (str(counts[status]) for status in ("passed", "failed", "skipped"))
+            table.add_row(function, *cells)
     console.print(table)
-    _print_failures(console, [one for one in outcomes if one.status == "failed"])
-    reasons = Counter(one.message for one in outcomes if one.status == "skipped")
+    _print_failures(console, [outcome for outcome in outcomes if outcome.status == "failed"])
+    reasons = Counter(outcome.message for outcome in outcomes if outcome.status == "skipped")
     for reason, count in reasons.most_common():
         console.print(Text(f"skipped {count}: {reason}"))
     seconds = sum(outcome.seconds for outcome in outcomes)
     verdict = {True: "conforms", False: "does not conform", None: "nothing was judged"}
     judged = sum(outcome.status != "skipped" for outcome in outcomes)
-    said = f"{name}: {verdict[conforms(outcomes)]} ({judged} cases judged, {seconds:.0f} s)"
-    console.print(Text(said, style="bold"))
+    summary = f"{name}: {verdict[conforms(outcomes)]} ({judged} cases judged, {seconds:.0f} s)"
+    console.print(Text(summary, style="bold"))
 
 
 def _print_failures(console: Console, failures: Sequence[Outcome]) -> None:
@@ -103,34 +106,34 @@ def _print_failures(console: Console, failures: Sequence[Outcome]) -> None:
     table = Table(title="failures")
     for title in ("case", "diagnosis", "where", "why"):
         table.add_column(title, overflow="fold", no_wrap=title == "case")
-    for one in failures[:SHOWN]:
-        diagnosis = " + ".join(one.diagnosis)
-        table.add_row(one.case, diagnosis, Text(one.where), Text(f"{one.rule}: {one.message}"))
+    for failure in failures[:SHOWN]:
+        why = Text(f"{failure.rule}: {failure.message}")
+        table.add_row(failure.case, " + ".join(failure.diagnosis), Text(failure.where), why)
     console.print(table)
     if len(failures) > SHOWN:
         console.print(f"and {len(failures) - SHOWN} more; --json has them all")
     for diagnosis, count in diagnoses(failures).items():
-        example = next(one for one in failures if "+".join(one.diagnosis) == diagnosis)
+        example = next(each for each in failures if "+".join(each.diagnosis) == diagnosis)
         variants = " + ".join(filter(None, example.variants))
         console.print(Text(f"{count} of {len(failures)}: {diagnosis} {variants}".rstrip()))
-    shown = [one for one in failures if one.snippet]
-    if shown:
-        least = min(shown, key=lambda one: one.elements or 2**62)
-        console.print(Text(f"\nThe smallest failure again ({least.case}):\n"))
-        console.print(Text(least.snippet), soft_wrap=True)
+    reproducible = [failure for failure in failures if failure.snippet]
+    if reproducible:
+        smallest = min(reproducible, key=lambda failure: failure.elements or 2**62)
+        console.print(Text(f"\nTo reproduce the smallest failure ({smallest.case}):\n"))
+        console.print(Text(smallest.snippet), soft_wrap=True)
         console.print()
 
 
 def _case(outcome: Outcome) -> dict[str, Any]:
-    found = dataclasses.asdict(outcome)
-    found["diagnosis"] = list(outcome.diagnosis)
-    found["variants"] = list(outcome.variants)
-    found["explanations"] = [list(one.names) for one in outcome.explanations]
-    found["seconds"] = round(outcome.seconds, 3)
-    return found
+    case = dataclasses.asdict(outcome)
+    case["diagnosis"] = list(outcome.diagnosis)
+    case["variants"] = list(outcome.variants)
+    case["explanations"] = [list(explanation.names) for explanation in outcome.explanations]
+    case["seconds"] = round(outcome.seconds, 3)
+    return case
 
 
 def _plain(value: object) -> object:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

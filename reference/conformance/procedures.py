@@ -111,10 +111,12 @@ def _on_cpu(result: object) -> object:
 
 
 def _once(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Call once."""
     yield called(case, backend, operands)
 
 
 def _alone(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Call with all tokens, then with each token alone."""
     prepared = backend.prepare(operands)
     yield called(case, backend, operands, prepared)
     earlier = None
@@ -171,12 +173,14 @@ def _kept(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterat
 
 
 def _resized(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Call with fewer tokens and more again, with the same prepared operands."""
     prepared, count = backend.prepare(operands), _tokens(operands)
     for tokens in (count, 3, 1, count, count // 2, count):
         yield called(case, backend, operands.with_tokens(torch.arange(tokens)), prepared)
 
 
 def _repeated(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Repeat a call, and check that the bits are the same."""
     prepared = backend.prepare(operands)
     first = called(case, backend, operands, prepared)
     yield first
@@ -197,6 +201,7 @@ def _repeated(case: Case, backend: Backend, operands: Operands, seed: int) -> It
 
 
 def _written(case: Case, backend: Backend, operands: Operands, seed: int) -> Iterator[Asked]:
+    """Repeat a call, each time on other poisoned memory."""
     prepared = backend.prepare(operands)
     for _ in range(REPEATS):
         yield called(case, backend, operands, prepared)

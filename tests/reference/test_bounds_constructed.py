@@ -201,8 +201,8 @@ def test_tokens_without_adapter_are_charged_the_base_only():
 
 
 def test_a_stack_of_no_adapters_is_charged_the_base_only():
-    x, weight, one = torch.ones(2, 1), one_weight(), one_adapter()
-    none = LoRAStack(one.a[:0], one.b[:0], one.scaling[:0])
+    x, weight, stack = torch.ones(2, 1), one_weight(), one_adapter()
+    none = LoRAStack(stack.a[:0], stack.b[:0], stack.scaling[:0])
     bound = error_bound(x, weight, none, torch.tensor([-1, -1]))
     assert torch.equal(bound, error_bound(x, weight))
 

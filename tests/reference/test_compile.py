@@ -51,19 +51,12 @@ class Compiled(unittest.TestCase):
             assert y.dtype == dtype
             assert ((y.double() - exact).abs() <= bound).all()
 
-    def test_scales_in_sixteen_bits_need_the_rounding_that_inductor_leaves_out(self):
-        """Inductor keeps bfloat16 in float32 between fused steps unless it is told not to."""
-        for dtype in (torch.bfloat16, torch.float16):
-            weight = random_weight(symmetric=False, dtype=dtype)
-            for x in (X, X.to(dtype)):
-                exact = int4_lora_linear(x.double(), weight, STACK, IDS, BIAS)
-                for emulate in EMULATED:
-                    torch.compiler.reset()
-                    options = {"emulate_precision_casts": emulate}
-                    compiled = torch.compile(int4_lora_linear, fullgraph=True, options=options)
-                    bound = error_bound(x, weight, STACK, IDS, BIAS, weight_rounded=emulate)
-                    y = compiled(x, weight, STACK, IDS, BIAS)
-                    assert ((y.double() - exact).abs() <= bound).all(), (dtype, emulate)
+    def test_scales_in_bfloat16_need_the_rounding_that_inductor_leaves_out(self):
+        check_the_rounding_of_the_weight(torch.bfloat16)
+
+    @pytest.mark.nightly
+    def test_scales_in_float16_need_the_rounding_that_inductor_leaves_out(self):
+        check_the_rounding_of_the_weight(torch.float16)
 
     def test_slices_take_any_number_of_tokens(self):
         compiled = torch.compile(
@@ -93,3 +86,17 @@ class Compiled(unittest.TestCase):
         compiled = torch.compile(int4_lora_linear, fullgraph=True, backend="aot_eager")
         y = compiled(X, WEIGHT, STACK, torch.full((6,), 99))
         torch.testing.assert_close(y, int4_linear(X, WEIGHT))
+
+
+def check_the_rounding_of_the_weight(dtype):
+    """Inductor keeps 16-bit numbers in float32 between fused steps unless it is told not to."""
+    weight = random_weight(symmetric=False, dtype=dtype)
+    for x in (X, X.to(dtype)):
+        exact = int4_lora_linear(x.double(), weight, STACK, IDS, BIAS)
+        for emulate in EMULATED:
+            torch.compiler.reset()
+            options = {"emulate_precision_casts": emulate}
+            compiled = torch.compile(int4_lora_linear, fullgraph=True, options=options)
+            bound = error_bound(x, weight, STACK, IDS, BIAS, weight_rounded=emulate)
+            y = compiled(x, weight, STACK, IDS, BIAS)
+            assert ((y.double() - exact).abs() <= bound).all(), (dtype, emulate)

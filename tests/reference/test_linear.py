@@ -79,10 +79,10 @@ def test_a_batch_equals_its_rows_one_at_a_time(ids, dtype):
     batch = int4_lora_linear(x, WEIGHT, STACK, ids, BIAS)
     assert batch.shape == (len(ids), 13)
     for token in range(len(ids)):
-        one = slice(token, token + 1)
-        alone = int4_lora_linear(x[one], WEIGHT, STACK, ids[one], BIAS)
-        bound = error_bound(x[one], WEIGHT, STACK, ids[one], BIAS)
-        assert ((batch[one].double() - alone.double()).abs() <= 2 * bound).all()
+        single = slice(token, token + 1)
+        alone = int4_lora_linear(x[single], WEIGHT, STACK, ids[single], BIAS)
+        bound = error_bound(x[single], WEIGHT, STACK, ids[single], BIAS)
+        assert ((batch[single].double() - alone.double()).abs() <= 2 * bound).all()
 
 
 def test_ids_of_both_int_dtypes_and_any_memory_order():
@@ -101,7 +101,7 @@ def test_operands_are_not_modified():
     operands = [X, BIAS, IDS, WEIGHT.packed, WEIGHT.scale, WEIGHT.zero_point, STACK.a, STACK.b]
     before = [operand.clone() for operand in operands]
     int4_lora_linear(X, WEIGHT, STACK, IDS, BIAS)
-    assert all(torch.equal(one, other) for one, other in zip(operands, before, strict=True))
+    assert all(torch.equal(after, other) for after, other in zip(operands, before, strict=True))
 
 
 def test_slices_write_their_own_outputs():

@@ -129,8 +129,8 @@ def test_two_slices_are_both_merged():
 def test_a_sum_just_above_a_tie_is_rounded_up(dtype, bits):
     scale = torch.ones(1, 1, dtype=dtype)
     weight = PackedWeight(torch.tensor([[9]], dtype=torch.int32), scale, (1, 1))
-    one, delta = torch.tensor([[[1.0]], [[2.0**-bits + 2.0**-40]]], dtype=torch.float64)
-    lora = LoRAStack.stack([(one, delta, 1.0)])
+    a, b = torch.tensor([[[1.0]], [[2.0**-bits + 2.0**-40]]], dtype=torch.float64)
+    lora = LoRAStack.stack([(a, b, 1.0)])
     assert merge(weight, lora, 0).item() == 1 + 2.0 ** (1 - bits)
 
 

@@ -46,8 +46,10 @@ class EveryFormat(unittest.TestCase):
         assert weight.nbytes == sum(t.numel() * t.element_size() for t in tensors if t is not None)
         moved = weight.to("cpu")
         for field in dataclasses.fields(PackedWeight):
-            mine, theirs = getattr(weight, field.name), getattr(moved, field.name)
-            same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+            before, after = getattr(weight, field.name), getattr(moved, field.name)
+            same = (
+                torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
+            )
             assert same, field.name
 
     @parameterized.expand(every_format())

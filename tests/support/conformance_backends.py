@@ -1,4 +1,4 @@
-"""Backends with faults, and honest ones that round in another order."""
+"""Backends with faults, and correct ones that round in another order."""
 
 from typing import ClassVar
 
@@ -9,7 +9,11 @@ from int4_lora.reference import dequantize, error_bound, int4_lora_linear
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.yardstick import one_by_one, yardstick
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
+from int4_lora.reference.dequantization import (
+    centred_codes,
+    scale_of_each_weight,
+    unrounded_weight,
+)
 
 
 class Layer:
@@ -22,8 +26,8 @@ class Layer:
         delta = 0.0
         if lora is not None:
             wide = x.float()
-            own = int4_lora_linear(wide, weight, lora, adapter_ids)
-            delta = own - int4_lora_linear(wide, weight)
+            layer = int4_lora_linear(wide, weight, lora, adapter_ids)
+            delta = layer - int4_lora_linear(wide, weight)
         y = self.base(x, weight).float() + delta
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -32,14 +36,14 @@ class Layer:
 
 
 class HalfSums(Layer):
-    """Sums kept in float16, one product after the other."""
+    """Sums in float16, product by product."""
 
     def base(self, x, weight):
         return one_by_one(x.half(), dequantize(weight, torch.float16))
 
 
 class HalfAtomics(Layer):
-    """Blocks of 32 columns summed in float32, and added up in float16."""
+    """Blocks of 32 columns summed in float32 and added up in float16."""
 
     def base(self, x, weight):
         dense = dequantize(weight, torch.float32)
@@ -51,7 +55,7 @@ class HalfAtomics(Layer):
 
 
 class ScaleOfX(Layer):
-    """The scale rounded to the dtype of x, as engines do that allocate it in the model's."""
+    """The scale rounded to the dtype of x, as in engines that keep it in the model's."""
 
     def base(self, x, weight):
         scale = scale_of_each_weight(weight).to(x.dtype)
@@ -75,7 +79,7 @@ class StaleIds:
 
 
 class EarlierIds(StaleIds):
-    """Adapter ids that arrive a call late."""
+    """The adapter ids of the previous call."""
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
         if adapter_ids is None:
@@ -117,7 +121,7 @@ class FourBounds:
 
 
 class Biased:
-    """A tenth of the bound added to every element, but where it would be seen at once."""
+    """A tenth of the bound added to every element whose bound still holds."""
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
         operands = (x, weight, lora, adapter_ids, bias)
@@ -128,7 +132,7 @@ class Biased:
 
 
 class Unwritten(Layer):
-    """The last outputs are never written."""
+    """It never writes the last outputs."""
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
         y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
@@ -138,7 +142,7 @@ class Unwritten(Layer):
 
 
 class Writes(Layer):
-    """x is scaled in place on the way."""
+    """It scales x in place."""
 
     def base(self, x, weight):
         y = super().base(x, weight)
@@ -159,7 +163,7 @@ class Unsteady(Layer):
 
 
 class UnsteadyDeclared(Unsteady):
-    """The same, and it says so."""
+    """The same, declared."""
 
     manifest = Manifest(deterministic=False)
 
@@ -177,7 +181,7 @@ class SplitSums(Layer):
     def base(self, x, weight):
         dense = dequantize(weight, torch.float32)
         parts = zip(x.float().split(64, dim=1), dense.split(64, dim=1), strict=True)
-        return sum(one @ other.T for one, other in parts)
+        return sum(x_part @ w_part.T for x_part, w_part in parts)
 
 
 class Unrounded(Layer):
@@ -186,11 +190,11 @@ class Unrounded(Layer):
     manifest = Manifest(weight_rounded=False)
 
     def base(self, x, weight):
-        dense = centred_codes(weight).float() * scale_of_each_weight(weight).float()
+        dense = unrounded_weight(weight, torch.float32)
         return x.float() @ dense.T
 
     def dequantize(self, weight, dtype=None):
-        dense = centred_codes(weight).float() * scale_of_each_weight(weight).float()
+        dense = unrounded_weight(weight, torch.float32)
         return dense.to(dtype or weight.scale.dtype)
 
 
@@ -210,7 +214,7 @@ class HalfSumsDeclared(HalfSums):
 
 
 class Prepared:
-    """A backend with operands of its own, prepared once."""
+    """A backend that prepares its operands once, in its own format."""
 
     manifest = Manifest()
 
@@ -225,8 +229,8 @@ class Prepared:
         return {"lora": lora}
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
-        own = None if lora is None else lora["lora"]
-        return int4_lora_linear(x, weight["weight"], own, adapter_ids, bias)
+        lora = None if lora is None else lora["lora"]
+        return int4_lora_linear(x, weight["weight"], lora, adapter_ids, bias)
 
 
 class EagerLow:

@@ -17,7 +17,7 @@ class PreparesInPlace(Layer):
 
 
 class Exits(Layer):
-    """It ends the program, as if all were right."""
+    """It exits the program with code 0."""
 
     def base(self, x, weight):
         print("on the way out")
@@ -25,17 +25,20 @@ class Exits(Layer):
 
 
 class FirstScalings(Layer):
-    """The scalings of the first slice for all."""
+    """It uses the scalings of the first slice for all slices."""
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
         if isinstance(lora, list):
-            stacks = [LoRAStack(one.stack.a, one.stack.b, lora[0].stack.scaling) for one in lora]
-            lora = [LoRASlice(s, one.start) for s, one in zip(stacks, lora, strict=True)]
+            scaling = lora[0].stack.scaling
+            lora = [
+                LoRASlice(LoRAStack(part.stack.a, part.stack.b, scaling), part.start)
+                for part in lora
+            ]
         return super().int4_lora_linear(x, weight, lora, adapter_ids, bias)
 
 
 class NoBiasOfSlices(Layer):
-    """The bias is dropped where there are slices."""
+    """It drops the bias where there are slices."""
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
         bias = None if isinstance(lora, list) else bias
@@ -43,7 +46,7 @@ class NoBiasOfSlices(Layer):
 
 
 class LastAdapter(Layer):
-    """The sixteenth adapter is not there."""
+    """It ignores the sixteenth adapter."""
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
         if adapter_ids is not None:
@@ -52,7 +55,7 @@ class LastAdapter(Layer):
 
 
 class FirstBias(Layer):
-    """The bias of the first call with a weight is kept."""
+    """It keeps the bias of the first call with a weight."""
 
     def __init__(self):
         self.bias = {}
@@ -64,14 +67,14 @@ class FirstBias(Layer):
 
 
 class Contiguous(Layer):
-    """x is read as if it were contiguous."""
+    """It reads x as if it were contiguous."""
 
     def base(self, x, weight):
         return super().base(torch.as_strided(x, x.shape, (x.shape[1], 1)), weight)
 
 
 class OneNanForAll(Layer):
-    """A token's NaN reaches every token."""
+    """A NaN of one token reaches every token."""
 
     def base(self, x, weight):
         return super().base(x, weight) + 0 * x.sum()

@@ -1,7 +1,7 @@
-"""The reference with a fault in it, as a backend: a second copy under another name.
+"""A copy of the reference with a fault, as a backend.
 
-The suite itself must not be planted, so the copy is imported as ``planted`` and its operands are
-converted on the way.
+The suite itself must stay right, so the copy is imported under another name, and its operands are
+converted.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ SOURCE = Path(int4_lora.reference.__file__).parent
 
 
 def planted_reference(folder, changed):
-    """Return the reference as a backend, the text of some modules changed.
+    """Return the reference as a backend, with the text of some modules replaced.
 
     Args:
         folder: an empty folder for the copy.
@@ -40,7 +40,7 @@ def planted_reference(folder, changed):
 
 
 class PlantedBackend:
-    """A second reference, called with the first one's operands."""
+    """A planted copy of the reference, called with operands of the real one."""
 
     def __init__(self, planted):
         self.planted = planted
@@ -53,8 +53,8 @@ class PlantedBackend:
         return self.planted.int4_linear(x, self._weight(weight), bias)
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
-        own = self._lora(lora)
-        return self.planted.int4_lora_linear(x, self._weight(weight), own, adapter_ids, bias)
+        lora = self._lora(lora)
+        return self.planted.int4_lora_linear(x, self._weight(weight), lora, adapter_ids, bias)
 
     def shrink(self, x, lora, adapter_ids):
         return self.planted.shrink(x, self._lora(lora), adapter_ids)
@@ -63,14 +63,14 @@ class PlantedBackend:
         return self.planted.expand(h, self._lora(lora), adapter_ids)
 
     def _weight(self, weight):
-        fields = {one.name: getattr(weight, one.name) for one in dataclasses.fields(weight)}
+        fields = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
         del fields["column_order"]
         return self.planted.PackedWeight(**fields)
 
     def _lora(self, lora):
-        def stack(one):
-            return self.planted.LoRAStack(one.a, one.b, one.scaling)
+        def copy(stack):
+            return self.planted.LoRAStack(stack.a, stack.b, stack.scaling)
 
         if lora is None or isinstance(lora, LoRAStack):
-            return None if lora is None else stack(lora)
-        return [self.planted.LoRASlice(stack(part.stack), part.start) for part in lora]
+            return None if lora is None else copy(lora)
+        return [self.planted.LoRASlice(copy(part.stack), part.start) for part in lora]

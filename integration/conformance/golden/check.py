@@ -1,4 +1,4 @@
-"""Hold results against golden files, with nothing but what the files say.
+"""Check results against golden files, using the files alone.
 
 Source: ``docs/golden-format.md``.
 """
@@ -32,7 +32,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the index of a folder of golden files.
 
     Raises:
-        ValueError: there is none, or it is of another version.
+        ValueError: there is none, or it has another version.
     """
     file = folder / "index.json"
     try:
@@ -46,8 +46,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise ValueError(f"{file}: version must be {VERSION}, got {index.get('version')!r}")
     named = isinstance(index.get("cases"), list) and all(
-        isinstance(one, dict) and isinstance(one.get("file"), str) and "/" not in one["file"]
-        for one in index["cases"]
+        isinstance(case, dict) and isinstance(case.get("file"), str) and "/" not in case["file"]
+        for case in index["cases"]
     )
     if not named or not isinstance(index.get("seed"), int):
         raise ValueError(f"{file}: it needs a seed, and cases that each name a file in the folder")
@@ -55,15 +55,15 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_golden(folder: Path, results: Path, manifest: Manifest) -> Iterator[Outcome]:
-    """Judge result files against golden files; yield what came of each case.
+    """Judge result files against golden files; yield the outcome of each case.
 
     Args:
-        folder: what ``golden write`` wrote.
+        folder: a folder that ``golden write`` wrote.
         results: a folder with a file of the same name for each case, whose tensor is "result".
-        manifest: what the backend claims.
+        manifest: the backend's claims.
 
     Raises:
-        ValueError: a file that cannot be read, or no result at all.
+        ValueError: a file cannot be read, or there is no result at all.
     """
     entries = read_index(folder)["cases"]
     if not any((results / entry["file"]).exists() for entry in entries):
@@ -71,7 +71,7 @@ def check_golden(folder: Path, results: Path, manifest: Manifest) -> Iterator[Ou
     diagnostician = Diagnostician()
     for entry in entries:
         try:
-            yield _one(entry, folder, results, manifest, diagnostician)
+            yield _outcome(entry, folder, results, manifest, diagnostician)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise ValueError(
@@ -79,7 +79,7 @@ def check_golden(folder: Path, results: Path, manifest: Manifest) -> Iterator[Ou
             ) from error
 
 
-def _one(
+def _outcome(
     entry: dict[str, Any],
     folder: Path,
     results: Path,
@@ -101,13 +101,13 @@ def _one(
     declared = _declaration(entry, manifest)
     held = _answer(entry, tensors, declared)
     yardstick = None if declared is None else declared["rms"]
-    if not _has_bound_for(entry, manifest):  # a claim that the files hold no bound for
+    if not _has_bound_for(entry, manifest):
         held = answer(entry["function"], operands, manifest)
         yardstick = yardstick_rms(entry["function"], operands, manifest, held)
     finding = judge(result, held, equal=entry["equal"], yardstick=yardstick)
     if finding is None:
         return passed
-    found = diagnostician.explain(entry["function"], operands, result, manifest)
+    explanations = diagnostician.explain(entry["function"], operands, result, manifest)
     where = affected(entry["function"], operands, finding.wrong)
     return replace(
         passed,
@@ -115,19 +115,20 @@ def _one(
         rule=finding.rule,
         message=finding.message,
         where=where,
-        explanations=tuple(found),
+        explanations=tuple(explanations),
         elements=result.numel(),
     )
 
 
 def _has_bound_for(entry: dict[str, Any], manifest: Manifest) -> bool:
+    """Return whether the files hold a bound for the declared roundings."""
     if manifest.delta_rounded or manifest.accumulate != torch.float32:
         return bool(entry["equal"])
     return manifest.weight_rounded or entry["function"] != "dequantize"
 
 
 def _declaration(entry: dict[str, Any], manifest: Manifest) -> dict[str, Any] | None:
-    """Return the bounds that go with the roundings declared, or None where there are none."""
+    """Return the bounds for the declared roundings, or None where the files hold none."""
     words = [] if manifest.weight_rounded else ["weight_unrounded"]
     words += ["base_rounded"] if manifest.base_rounded else []
     bounds: dict[str, dict[str, Any]] = entry["bounds"]

@@ -1,8 +1,8 @@
 """Sums in a fixed order, so that golden files are byte-identical wherever they are written.
 
-A library's product of matrices adds in an order that depends on the processor and the number of
-threads. Within ``ordered_sums`` products and sums are added term by term, from the first to the
-last, with elementwise operations, which IEEE 754 fixes.
+The order in which a library's matrix product adds depends on the processor and the number of
+threads. Inside ``ordered_sums``, elementwise operations add term by term, from the first to the
+last; IEEE 754 fixes their results.
 
 Source: ``docs/golden-format.md``.
 """
@@ -22,7 +22,7 @@ __all__ = ["ordered_sums"]
 
 
 class ordered_sums(TorchFunctionMode):
-    """Within it, ``@``, ``sum`` and ``mean`` add one term after the other.
+    """A context in which ``@``, ``sum`` and ``mean`` add one term after the other.
 
     Example:
         >>> with ordered_sums():
@@ -38,7 +38,7 @@ class ordered_sums(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Replace what adds."""
+        """Replace the functions that add."""
         options = dict(kwargs or {})
         if func in PRODUCTS:
             return one_by_one(args[0], args[1].T)
@@ -55,7 +55,7 @@ MEANS = (torch.mean, torch.Tensor.mean)
 
 
 def _summed(value: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """Return a sum over one dimension, or over all elements."""
+    """Return the sum over one dimension, or over all elements."""
     if dim is None:
         value, dim, keepdim = value.flatten(), 0, False
     total = torch.zeros_like(value.select(dim, 0)) if value.shape[dim] else value.sum(dim)

@@ -1,4 +1,4 @@
-"""Results that were written to files, by a backend in any language.
+"""Results in files, written by a backend in any language.
 
 Source: ``docs/golden-format.md``.
 """
@@ -28,10 +28,10 @@ NO_FILE = "no result file"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the claims in ``manifest.json``, or the default ones without it.
+    """Return the claims in ``manifest.json``; without the file, the defaults.
 
     Raises:
-        ValueError: the file is no JSON object, or claims what there is none of.
+        ValueError: the file is no JSON object, or one of its claims is not valid.
     """
     file = folder / "manifest.json"
     if not file.exists():
@@ -60,25 +60,25 @@ def read_result(file: Path) -> Tensor:
 def run_recorded(
     folder: Path, cases: Sequence[Case], manifest: Manifest, seed: int = 0
 ) -> Iterator[Outcome]:
-    """Judge the results in a folder; yield what came of each case.
+    """Judge the results in a folder; yield the outcome of each case.
 
     Args:
-        folder: one safetensors file for a case, named as in golden files.
+        folder: one safetensors file per case, named as in golden files.
         cases: what ``select`` returned.
-        manifest: the claims.
-        seed: that the golden files were written with.
+        manifest: the backend's claims.
+        seed: the seed of the golden files.
 
     Raises:
-        ValueError: no file is there for any case, or one cannot be read.
+        ValueError: there is no file for any case, or one cannot be read.
     """
     if not any((folder / file_name(case.name)).exists() for case in exportable(cases)):
         raise ValueError(f"{folder}: there is no result of any of the cases")
     diagnostician = Diagnostician()
     for case in cases:
-        yield _one(folder, case, manifest, seed, diagnostician)
+        yield _outcome(folder, case, manifest, seed, diagnostician)
 
 
-def _one(
+def _outcome(
     folder: Path, case: Case, manifest: Manifest, seed: int, diagnostician: Diagnostician
 ) -> Outcome:
     passed = Outcome(case.name, case.exercises, "passed")

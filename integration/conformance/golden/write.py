@@ -1,6 +1,6 @@
 """Golden files: inputs, exact answers and bounds, for backends in any language.
 
-Source: ``docs/golden-format.md``; ONNX's backend tests, whose cases are exported likewise.
+Source: ``docs/golden-format.md``; ONNX's backend tests, which are exported in the same way.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ DECLARATIONS: dict[str, dict[str, Any]] = {
     "base_rounded": {"base_rounded": True},
     "weight_unrounded_base_rounded": {"weight_rounded": False, "base_rounded": True},
 }
-"""What a backend may declare, by the name that its bound has in a file."""
+"""The roundings that a backend may declare, by the name of the bound in the file."""
 
 
 def exportable(cases: Sequence[Case]) -> list[Case]:
-    """Return the cases that are one call, and so can be a file."""
+    """Return the cases that are one call: only those fit a file."""
     return [case for case in cases if case.procedure == "answer" and not case.optional]
 
 
@@ -48,17 +48,17 @@ def file_name(case: str) -> str:
 
 
 def write_golden(folder: Path, cases: Sequence[Case], seed: int = 0) -> Iterator[Case]:
-    """Write cases into an empty or new folder; yield each when its file is there.
+    """Write cases into an empty or new folder; yield each when its file is written.
 
-    ``index.json`` comes last: a folder without it is not complete.
+    ``index.json`` is written last: a folder without it is incomplete.
 
     Args:
-        folder: where to.
-        cases: those that are no single call are left out.
+        folder: the folder.
+        cases: the cases; those of several calls are left out.
         seed: of the inputs.
 
     Raises:
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder is not empty.
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,17 +86,17 @@ def write_golden(folder: Path, cases: Sequence[Case], seed: int = 0) -> Iterator
 
 
 def _sort_header(file: Path) -> None:
-    """Sort the keys of a header, which the library writes in an order of chance."""
+    """Sort the keys of a file's header, which the library writes in random order."""
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # what follows stays aligned
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def _vector(case: Case, operands: Operands) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the entry of the index, and the tensors of the file."""
+    """Return the entry in the index, and the tensors of the file."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors_of(operands).items()}
     bounds: dict[str, dict[str, Any]] = {}
     held = answer(case.function, operands, Manifest())
@@ -108,12 +108,12 @@ def _vector(case: Case, operands: Operands) -> tuple[dict[str, Any], dict[str, T
             if name and case.function in ("shrink", "expand"):
                 continue
             manifest = Manifest(**flags)
-            own = answer(case.function, operands, manifest)
+            declared = answer(case.function, operands, manifest)
             key = "bound" + (f".{name}" if name else "")
-            tensors[key] = own.bound.contiguous()
+            tensors[key] = declared.bound.contiguous()
             bounds[name or "none"] = {
                 "tensor": key,
-                "rms": yardstick_rms(case.function, operands, manifest, own),
+                "rms": yardstick_rms(case.function, operands, manifest, declared),
             }
     entry = {
         "name": case.name,
@@ -130,32 +130,32 @@ def _vector(case: Case, operands: Operands) -> tuple[dict[str, Any], dict[str, T
 
 
 def _attributes(case: Case, operands: Operands) -> dict[str, Any]:
-    """Return what a call needs besides tensors."""
+    """Return the arguments of a call that are not tensors."""
     if case.function == "pack":
         return {"dim": operands.dim}
     if case.function == "unpack":
         return {"dim": operands.dim, "size": operands.size}
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     weight = operands.weight
     if weight is not None:
-        found = {
+        attributes = {
             "out_features": weight.out_features,
             "in_features": weight.in_features,
             "strategy": weight.strategy,
         }
         if isinstance(weight.group_size, tuple):
-            found["block"] = list(weight.group_size)
+            attributes["block"] = list(weight.group_size)
     if operands.dtype is not None:
-        found["dtype"] = str(operands.dtype)[6:]
+        attributes["dtype"] = str(operands.dtype)[6:]
     if operands.lora is not None and not isinstance(operands.lora, LoRAStack):
-        found["slices"] = [part.start for part in operands.slices]
-    return found
+        attributes["slices"] = [part.start for part in operands.slices]
+    return attributes
 
 
 def _metadata(entry: dict[str, Any]) -> dict[str, str]:
-    """Return the entry as strings, so that a file can be used without the index."""
-    found = {"case": entry["name"], "function": entry["function"]}
+    """Return the entry as strings, so that the file can be used without the index."""
+    metadata = {"case": entry["name"], "function": entry["function"]}
     for name, value in entry["attributes"].items():
-        found[name] = value if isinstance(value, str) else json.dumps(value)
-    found["result_dtype"] = entry["result"]["dtype"]
-    return found
+        metadata[name] = value if isinstance(value, str) else json.dumps(value)
+    metadata["result_dtype"] = entry["result"]["dtype"]
+    return metadata

@@ -1,6 +1,6 @@
-"""Other people's code as backends, each in a file of its own; imported only when it is asked.
+"""Other projects' kernels as backends, one file each, imported only when they are run.
 
-What cannot be imported raises ImportError, which the scoreboard prints.
+A peer that cannot be imported raises ImportError, which the scoreboard prints.
 
 Source: ``docs/scoreboard.md``.
 """

@@ -1,4 +1,4 @@
-"""compressed-tensors' own decompression, and a product in the dtype of x on top of it.
+"""compressed-tensors' decompression, followed by a product in the dtype of x.
 
 Source: ``compressed_tensors/compressors/pack_quantized/base.py``.
 """
@@ -19,7 +19,7 @@ __all__ = ["CompressedTensors", "stored_weight", "weights_arguments"]
 
 
 class CompressedTensors:
-    """``decompress`` and ``torch.nn.functional.linear``."""
+    """``decompress``, then ``torch.nn.functional.linear``."""
 
     manifest = Manifest(scale_dtype_of_x=True, base_rounded=True, g_idx=True)
 
@@ -27,7 +27,7 @@ class CompressedTensors:
         self._classes = importlib.import_module("compressed_tensors.quantization")
 
     def dequantize(self, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-        """Return what compressed-tensors makes of a module's tensors."""
+        """Return the weight that compressed-tensors decompresses."""
         arguments = self._classes.QuantizationArgs(**weights_arguments(weight))
         scheme = self._classes.QuantizationScheme(targets=["Linear"], weights=arguments)
         dense = decompress_tensors(stored_weight(weight), scheme)
@@ -35,36 +35,36 @@ class CompressedTensors:
 
     def int4_linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """Return the product in the dtype of x."""
-        own = None if bias is None else bias.to(x.dtype)
-        return linear(x, self.dequantize(weight, x.dtype), own)
+        bias = None if bias is None else bias.to(x.dtype)
+        return linear(x, self.dequantize(weight, x.dtype), bias)
 
 
 def weights_arguments(weight: PackedWeight) -> dict[str, object]:
-    """Return the ``weights`` of a config group that a weight would have."""
-    found: dict[str, object] = {
+    """Return the ``weights`` of the config group that describes a weight."""
+    arguments: dict[str, object] = {
         "num_bits": weight.bits,
         "type": "int",
         "symmetric": weight.symmetric,
         "strategy": weight.strategy,
     }
     if weight.strategy == "group":
-        found["group_size"] = weight.in_features // weight.scale.shape[1]
+        arguments["group_size"] = weight.in_features // weight.scale.shape[1]
     if weight.strategy == "block" and isinstance(weight.group_size, tuple):
-        found["block_structure"] = list(weight.group_size)
+        arguments["block_structure"] = list(weight.group_size)
     if weight.g_idx is not None:
-        found["actorder"] = "group"
-    return found
+        arguments["actorder"] = "group"
+    return arguments
 
 
 def stored_weight(weight: PackedWeight) -> dict[str, Tensor]:
-    """Return a weight's tensors by the names that a checkpoint gives them."""
-    found = {
+    """Return the tensors of a weight by their names in a checkpoint."""
+    tensors = {
         "weight_packed": weight.packed,
         "weight_scale": weight.scale,
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
     if weight.zero_point is not None:
-        found["weight_zero_point"] = weight.zero_point
+        tensors["weight_zero_point"] = weight.zero_point
     if weight.g_idx is not None:
-        found["weight_g_idx"] = weight.g_idx
-    return found
+        tensors["weight_g_idx"] = weight.g_idx
+    return tensors

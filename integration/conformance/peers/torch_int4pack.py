@@ -1,4 +1,4 @@
-"""torch's own INT4 operator for CPUs, with zero-points as its table of offsets.
+"""torch's INT4 operator for CPUs; zero-points become its table of offsets.
 
 The operator computes w = (u - 8) s + o with scales and offsets in the dtype of x.
 
@@ -17,7 +17,7 @@ from int4_lora.reference.conformance import Manifest
 
 __all__ = ["TorchInt4Pack"]
 
-INNER_TILES = 1  # ignored by the CPU's operator
+INNER_TILES = 1  # the operator for CPUs ignores it
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class TorchInt4Pack:
             raise ImportError("this torch has no _weight_int4pack_mm_for_cpu")
 
     def prepare(self, weight: PackedWeight) -> Packed:
-        """Lay a weight out; the offset is -z s, rounded to the scale's dtype."""
+        """Convert a weight to the operator's layout; the offset is -z s in the scale's dtype."""
         codes = unpack(weight.packed, weight.in_features).to(torch.int32) + 8
         scale = weight.scale.T  # [groups, out]
         offset = torch.zeros_like(scale)
@@ -69,7 +69,7 @@ class TorchInt4Pack:
         return Packed(data, torch.stack([scale, offset], dim=2).contiguous(), group)
 
     def int4_linear(self, x: Tensor, weight: Packed) -> Tensor:
-        """Return the operator's product."""
+        """Return the operator's result."""
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), weight.data, weight.group_size, weight.table
         )

@@ -1,4 +1,4 @@
-"""transformers' loading with ``dequantize=True``: a checkpoint is written and loaded.
+"""transformers with ``dequantize=True``: write a checkpoint and load it.
 
 Source: ``transformers/quantizers/quantizer_compressed_tensors.py``.
 """
@@ -35,16 +35,16 @@ class TransformersDequantize:
     def __init__(self) -> None:
         self._transformers = importlib.import_module("transformers")
         importlib.import_module("compressed_tensors")
-        said = importlib.import_module("transformers.utils.logging")
-        said.set_verbosity_error()
-        said.disable_progress_bar()
+        logging = importlib.import_module("transformers.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
     def dequantize(self, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight of the loaded model."""
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder), weight)
             config = self._transformers.CompressedTensorsConfig(dequantize=True)
-            with warnings.catch_warnings():  # that the flag overrides the checkpoint's config
+            with warnings.catch_warnings():  # it warns that the flag overrides the config
                 warnings.simplefilter("ignore")
                 model = self._transformers.AutoModelForCausalLM.from_pretrained(
                     folder, quantization_config=config, dtype=weight.scale.dtype
@@ -69,7 +69,7 @@ class TransformersDequantize:
         }
         del tensors[f"{MODULE}.weight"]
         stored = {f"{MODULE}.{name}": value for name, value in stored_weight(weight).items()}
-        tensors = {name: one.contiguous() for name, one in {**tensors, **stored}.items()}
+        tensors = {name: value.contiguous() for name, value in {**tensors, **stored}.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         group = {
             "targets": [f"re:.*{MODULE.rpartition('.')[2]}$"],

@@ -1,7 +1,7 @@
 """vLLM's CPU kernel for INT4 weights, with its CPU operators for adapters.
 
-A weight is laid out as ``CPUWNA16LinearKernel`` does it; adapters are added as ``PunicaWrapperCPU``
-does it, the scaling multiplied into B when an adapter is loaded.
+The layout of a weight is that of ``CPUWNA16LinearKernel``; adapters are added as in
+``PunicaWrapperCPU``, with the scaling multiplied into B when an adapter is loaded.
 
 Source: ``vllm/model_executor/kernels/linear/mixed_precision/cpu.py`` and
 ``vllm/lora/ops/torch_ops/lora_ops.py``, read in vLLM 0.32.0.
@@ -26,7 +26,7 @@ WORDS_OF_A_BLOCK = 2  # sixteen outputs
 
 
 class VllmCpuLora:
-    """``bgmv_shrink`` and ``bgmv_expand_slice``; -1 means no adapter, as on the other platforms."""
+    """``bgmv_shrink`` and ``bgmv_expand_slice``; -1 means no adapter, as on other platforms."""
 
     manifest = Manifest(
         dtypes=(torch.float16, torch.bfloat16), devices=("cpu",), delta_rounded=True
@@ -56,7 +56,7 @@ class VllmCpuLora:
 
 
 class VllmCpu(VllmCpuLora):
-    """``cpu_gemm_wna16`` and the operators above."""
+    """``cpu_gemm_wna16`` with the operators above."""
 
     manifest = Manifest(
         dtypes=(torch.bfloat16, torch.float16),
@@ -88,11 +88,13 @@ class VllmCpu(VllmCpuLora):
     def int4_linear(
         self, x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], bias: Tensor | None = None
     ) -> Tensor:
-        """Return the kernel's product."""
+        """Return the kernel's result."""
         words, scale, zero_point = weight
         isa = "amx" if self._has_amx and x.dtype == torch.bfloat16 else "vec"
-        own = None if bias is None else bias.to(x.dtype)
-        y: Tensor = self._ops.cpu_gemm_wna16(x, words, scale, zero_point, own, CODES_OF_A_WORD, isa)
+        bias = None if bias is None else bias.to(x.dtype)
+        y: Tensor = self._ops.cpu_gemm_wna16(
+            x, words, scale, zero_point, bias, CODES_OF_A_WORD, isa
+        )
         return y
 
     def int4_lora_linear(
@@ -103,6 +105,6 @@ class VllmCpu(VllmCpuLora):
         adapter_ids: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Return the kernel's product with the adapters added to it."""
+        """Return the kernel's result with the adapters added to it."""
         y = self.int4_linear(x, weight, bias)
         return y if lora is None or adapter_ids is None else self.add(y, x, lora, adapter_ids)

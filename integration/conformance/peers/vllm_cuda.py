@@ -1,7 +1,7 @@
-"""vLLM's CUDA kernels for INT4 weights, each with its Punica operators for adapters.
+"""vLLM's CUDA kernels for INT4 weights, each with vLLM's Punica operators for adapters.
 
-None of these has been run by this project: no machine with CUDA was at hand. They are called as
-vLLM's own layers call them.
+They are called as vLLM's layers call them. This project has not run them: it had no machine with
+CUDA.
 
 Source: ``vllm/model_executor/kernels/linear/mixed_precision`` (``marlin.py``, ``machete.py``,
 ``triton_w4a16.py``), ``vllm/_custom_ops.py`` and ``vllm/lora/ops/triton_ops``, read in vLLM 0.32.0.
@@ -24,11 +24,11 @@ __all__ = ["Machete", "Marlin", "TritonW4A16"]
 Product = Callable[[Tensor], Tensor]
 MARLIN = "vllm.model_executor.layers.quantization.utils.marlin_utils"
 TRITON = "vllm.model_executor.kernels.linear.mixed_precision.triton_w4a16"
-BLOCKS_OF_A_MULTIPROCESSOR = 4  # the most that Marlin keeps locks for
+BLOCKS_OF_A_MULTIPROCESSOR = 4  # the most for which Marlin keeps locks
 
 
 def claims(*, groups: tuple[int, ...], out_multiple: int, in_multiple: int) -> Manifest:
-    """Return what these kernels have in common."""
+    """Return the claims of one kernel: all but these arguments are common to the kernels."""
     return Manifest(
         dtypes=(torch.float16, torch.bfloat16),
         scale_dtype_of_x=True,
@@ -55,7 +55,7 @@ class WithPunica:
         self.punica = importlib.import_module("vllm.lora.ops.triton_ops")
 
     def int4_linear(self, x: Tensor, weight: Product) -> Tensor:
-        """Return the kernel's product."""
+        """Return the kernel's result."""
         return weight(x)
 
     def int4_lora_linear(
@@ -65,7 +65,7 @@ class WithPunica:
         lora: LoRAStack | Sequence[LoRASlice] | None = None,
         adapter_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the product with the adapters added to it."""
+        """Return the kernel's result with the adapters added to it."""
         y = weight(x)
         if lora is None or adapter_ids is None or not len(x):
             return y
@@ -88,7 +88,7 @@ class Marlin(WithPunica):
     manifest = claims(groups=(32, 64, 128), out_multiple=64, in_multiple=128)
 
     def prepare(self, weight: PackedWeight) -> Product:
-        """Lay a weight out as ``MarlinLinearKernel`` does."""
+        """Convert a weight to the layout of ``MarlinLinearKernel``."""
         marlin = importlib.import_module(MARLIN)
         kind = importlib.import_module("vllm.scalar_type").scalar_types.uint4b8
         rows, columns = weight.shape
@@ -122,7 +122,7 @@ class Machete(WithPunica):
     manifest = claims(groups=(64, 128), out_multiple=128, in_multiple=64)
 
     def prepare(self, weight: PackedWeight) -> Product:
-        """Lay a weight out as ``MacheteLinearKernel`` does."""
+        """Convert a weight to the layout of ``MacheteLinearKernel``."""
         if torch.cuda.get_device_capability(weight.packed.device) != (9, 0):
             raise RuntimeError("Machete is for compute capability 9.0")
         kind = importlib.import_module("vllm.scalar_type").scalar_types.uint4b8
@@ -147,7 +147,7 @@ class TritonW4A16(WithPunica):
     manifest = claims(groups=(32, 64, 128), out_multiple=8, in_multiple=32)
 
     def prepare(self, weight: PackedWeight) -> Product:
-        """Lay a weight out as ``TritonW4A16LinearKernel`` does."""
+        """Convert a weight to the layout of ``TritonW4A16LinearKernel``."""
         gemm = importlib.import_module(TRITON).triton_w4a16_gemm
         codes = unpack(weight.packed, weight.in_features)
         words = pack(codes.T.contiguous())  # [in, out / 8]

@@ -1,6 +1,7 @@
-"""Our own layer in vLLM, as the backend ``--quantization int4_lora`` runs it.
+"""The layer of our vLLM plug-in, as ``--quantization int4_lora`` runs it.
 
-Adapters are laid out as vLLM writes them into slots: the scaling multiplied into B in its dtype.
+Adapters are written as vLLM writes them into slots: with the scaling multiplied into B, in the
+dtype of B.
 
 Source: ``int4_lora.integration.vllm_plugin.served_layer``.
 """
@@ -23,14 +24,14 @@ __all__ = ["VllmPlugin"]
 
 
 class VllmPlugin:
-    """``ServedLayer``, held as an engine holds it."""
+    """``ServedLayer``, called as vLLM calls it."""
 
     manifest = Manifest(
         dtypes=(torch.float16, torch.bfloat16), weight_rounded=False, delta_rounded=True
     )
 
     def prepare(self, weight: PackedWeight) -> PreparedWeight:
-        """Lay a weight out."""
+        """Prepare a weight."""
         return prepare(weight)
 
     def prepare_lora(self, lora: LoRAStack | Sequence[LoRASlice]) -> PreparedLoRA:
@@ -41,21 +42,21 @@ class VllmPlugin:
         prepared, views = adapter_slots(a, b)
         for view, values in zip(views, b, strict=True):
             view.copy_(values)
-        placed = zip(prepared.slices, slices, strict=True)  # vLLM's slices leave no gaps
-        return PreparedLoRA(
-            tuple(dataclasses.replace(own, start=part.start) for own, part in placed)
+        pairs = zip(prepared.slices, slices, strict=True)
+        return PreparedLoRA(  # vLLM's slices follow one another, the cases' may leave gaps
+            tuple(dataclasses.replace(slot, start=part.start) for slot, part in pairs)
         )
 
     def declared(
         self, x: Tensor, weight: PreparedWeight, lora: PreparedLoRA | None
     ) -> dict[str, bool]:
-        """Return the roundings of the formulation that is chosen for a call."""
+        """Return the roundings of the formulation that a call uses."""
         chosen = formulation_for(weight, x.dtype, x.shape[0], lora)
         return {"weight_rounded": chosen.weight_rounded, "base_rounded": chosen.base_rounded}
 
     def int4_linear(self, x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
         """Return the layer without adapters."""
-        return _holding(weight).forward(x, None, bias)
+        return _layer_with(weight).forward(x, None, bias)
 
     def int4_lora_linear(
         self,
@@ -66,7 +67,7 @@ class VllmPlugin:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Return the layer with adapters."""
-        layer = _holding(weight)
+        layer = _layer_with(weight)
         if lora is None or adapter_ids is None:
             return layer.forward(x, None, bias)
         layer.lora = lora
@@ -77,5 +78,5 @@ def _scaled(stack: LoRAStack) -> Tensor:
     return stack.b * stack.scaling.to(stack.b.dtype)[:, None, None]
 
 
-def _holding(weight: PreparedWeight) -> ServedLayer:
+def _layer_with(weight: PreparedWeight) -> ServedLayer:
     return ServedLayer("layer", weight=weight)

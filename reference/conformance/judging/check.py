@@ -90,8 +90,9 @@ def check_addition(
 ) -> Finding | None:
     """Judge adapters added to the outputs of a base layer: ``RN_x(base + delta)``.
 
-    The bound is that of the delta alone, rounded to the dtype of x, and twice the rounding of the
-    sum.
+    The bound is that of the delta alone, rounded to the dtype of x, plus twice the rounding of the
+    sum. For a wide layer, judge some outputs: y and base at those columns, and the slices that
+    ``lora_stack.rows_of`` returns for them.
 
     Args:
         y: the result, of the shape and dtype of ``base`` if it is right.
@@ -120,7 +121,7 @@ def check_addition(
     held = Answer(exact, x.dtype, delta.bound + last_rounding, (exact,))
     wide = dataclasses.replace(operands, x=x.to(manifest.sums_of(x))).to("cpu")
     deltas = [yardstick("int4_lora_linear", wide, manifest, order) for order in ORDERS]
-    rms = largest_rms([(added_to + one).to(x.dtype) for one in deltas], held)
+    rms = largest_rms([(added_to + computed).to(x.dtype) for computed in deltas], held)
     return _judge_on_cpu(y, x.device, held, equal=False, yardstick=rms)
 
 

@@ -66,7 +66,7 @@ def judge(
     result = result.detach()
     if not answer.exact.is_floating_point():
         wrong = result != answer.exact
-        return _finding("equal", wrong, result, answer, "differs from the integer that is right")
+        return _finding("equal", wrong, result, answer)
     classes = _classes(result, answer)
     if classes is not None:
         return classes
@@ -75,8 +75,8 @@ def judge(
     error = error_of(result, answer)
     beyond = ~(error <= answer.bound)
     if bool(beyond.any()):
-        ratio = torch.where(beyond, error / answer.bound, 0.0)
-        return _finding("bound", beyond, result, answer, f"is {ratio.max():.3g} bounds away")
+        largest = torch.where(beyond, error / answer.bound, 0.0).max()
+        return _finding("bound", beyond, result, answer, f": up to {largest:.3g} bounds away")
     return rms_rule(result, answer, yardstick)
 
 
@@ -118,7 +118,7 @@ def _classes(result: Tensor, answer: Answer) -> Finding | None:
     right |= unbounded & within  # an intermediate number may overflow
     if answer.free is not None:
         right |= answer.free
-    return _finding("class", ~right, result, answer, "must be")
+    return _finding("class", ~right, result, answer)
 
 
 def _equality(result: Tensor, answer: Answer) -> Finding | None:
@@ -126,7 +126,7 @@ def _equality(result: Tensor, answer: Answer) -> Finding | None:
     same = (result == exact) | (result.isnan() & exact.isnan())
     if answer.exact.dtype == result.dtype:  # a weight: the signs of its zeros count
         same &= (result != 0) | (result.signbit() == exact.signbit())
-    return _finding("equal", ~same, result, answer, "must be exactly")
+    return _finding("equal", ~same, result, answer)
 
 
 def rms_rule(result: Tensor, answer: Answer, yardstick: float | None) -> Finding | None:
@@ -146,15 +146,18 @@ def rms_rule(result: Tensor, answer: Answer, yardstick: float | None) -> Finding
     times = rms / yardstick if yardstick else float("inf")
     return Finding(
         "rms",
-        f"the rms error is {rms:.3g}, {times:.3g} times that of the same maths done eagerly, "
-        f"{yardstick:.3g}; no element is beyond its bound",
+        f"the rms error is {rms:.3g}, {times:.3g} times the yardstick's {yardstick:.3g}; "
+        "no element is beyond its bound",
     )
 
 
-def _finding(rule: str, wrong: Tensor, result: Tensor, answer: Answer, says: str) -> Finding | None:
+def _finding(
+    rule: str, wrong: Tensor, result: Tensor, answer: Answer, detail: str = ""
+) -> Finding | None:
+    """Return a finding with the first wrong element, or None if no element is wrong."""
     if not bool(wrong.any()):
         return None
     at = tuple(wrong.nonzero()[0].tolist())
     got, want = result[at].item(), answer.exact[at].item()
-    count = f"{int(wrong.sum())} of {wrong.numel()} elements are wrong; "
-    return Finding(rule, f"{count}{[*at]} is {got}, {says}: exact is {want}", wrong)
+    count = f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
+    return Finding(rule, f"{count}; {[*at]} is {got}, exact is {want}{detail}", wrong)

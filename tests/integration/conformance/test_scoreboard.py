@@ -19,7 +19,11 @@ def outcomes(name, cases):
 
 
 def failures(name, cases):
-    return {one.case: one.diagnosis for one in outcomes(name, cases) if one.status == "failed"}
+    return {
+        outcome.case: outcome.diagnosis
+        for outcome in outcomes(name, cases)
+        if outcome.status == "failed"
+    }
 
 
 def test_every_peer_is_registered():
@@ -30,9 +34,9 @@ def test_every_peer_is_registered():
 
 
 def test_compressed_tensors_is_right_but_for_groups_of_unequal_size():
-    found = outcomes("compressed_tensors", "dequantize/*/bf16,int4_linear/group_*/bf16")
-    assert sum(one.status == "passed" for one in found) > 15
-    named = {one.case: one.diagnosis for one in found if one.status == "failed"}
+    results = outcomes("compressed_tensors", "dequantize/*/bf16,int4_linear/group_*/bf16")
+    assert sum(outcome.status == "passed" for outcome in results) > 15
+    named = {outcome.case: outcome.diagnosis for outcome in results if outcome.status == "failed"}
     assert named == {"dequantize/g_idx_unbalanced/bf16": ("g_idx_column_order",)}
 
 
@@ -49,7 +53,7 @@ def test_transformers_loads_what_the_format_says():
 
 def test_the_compiled_path_conforms_in_small():
     cases = "int4_lora_linear/on_ragged_asym/bf16,int4_lora_linear/replay/bf16"
-    assert {one.status for one in outcomes("compiled", cases)} == {"passed"}
+    assert {outcome.status for outcome in outcomes("compiled", cases)} == {"passed"}
 
 
 def test_what_cannot_be_loaded_is_a_row_with_the_reason(monkeypatch):
@@ -60,8 +64,8 @@ def test_what_cannot_be_loaded_is_a_row_with_the_reason(monkeypatch):
 
     place = "int4_lora.integration.conformance.scoreboard.load_backend"
     monkeypatch.setattr(place, no_such)
-    found = score(["vllm_cpu", "reference"], select("pack/ragged"), device="cpu", seed=0)
-    rows = [one for _, one in found if isinstance(one, Row)]
+    scored = score(["vllm_cpu", "reference"], select("pack/ragged"), device="cpu", seed=0)
+    rows = [row for _, row in scored if isinstance(row, Row)]
     assert rows[0].verdict == "No module named 'vllm'"
     assert (rows[1].verdict, rows[1].count("passed")) == ("conforms", 1)
 
@@ -79,8 +83,8 @@ def test_a_page_keeps_what_is_around_the_table(few, tmp_path):
     page.write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     names = ("--backends", "reference,compressed_tensors")
     for _ in range(2):
-        found = runner.invoke(app, ["scoreboard", *names, "--write", str(page)])
-        assert found.exit_code == 0, found.output
+        result = runner.invoke(app, ["scoreboard", *names, "--write", str(page)])
+        assert result.exit_code == 0, result.output
     text = page.read_text()
     assert text.startswith(f"# Mine\n\n{BEGIN}\n")
     assert text.endswith(f"{END}\n\nafter\n")
@@ -93,17 +97,17 @@ def test_a_page_keeps_what_is_around_the_table(few, tmp_path):
 def test_a_page_without_a_place_is_left_alone(few, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Mine\n")
-    found = runner.invoke(app, ["scoreboard", "--backends", "reference", "--write", str(page)])
-    assert found.exit_code == 2
+    result = runner.invoke(app, ["scoreboard", "--backends", "reference", "--write", str(page)])
+    assert result.exit_code == 2
     assert page.read_text() == "# Mine\n"
     assert replaced(tmp_path / "new.md", "table").startswith("# Scoreboard")
 
 
 def test_json_and_names(few):
-    found = runner.invoke(app, ["scoreboard", "--backends", "compressed_tensors", "--json"])
-    (backend,) = json.loads(found.stdout)["backends"]
+    result = runner.invoke(app, ["scoreboard", "--backends", "compressed_tensors", "--json"])
+    (backend,) = json.loads(result.stdout)["backends"]
     assert backend["diagnosis"] == {"g_idx_column_order": 1}
     assert backend["skipped"] == 1
     for wrong in ("nothing", " , "):
-        found = runner.invoke(app, ["scoreboard", "--backends", wrong])
-        assert found.exit_code == 2
+        result = runner.invoke(app, ["scoreboard", "--backends", wrong])
+        assert result.exit_code == 2

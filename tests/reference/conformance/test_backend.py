@@ -26,8 +26,8 @@ SPEC = "support.conformance_backends"
 
 
 def conform(*arguments):
-    found = runner.invoke(app, ["conform", *arguments])
-    return found.exit_code, found.stdout, found.stderr
+    result = runner.invoke(app, ["conform", *arguments])
+    return result.exit_code, result.stdout, result.stderr
 
 
 def test_a_manifest_is_read_from_a_mapping():
@@ -88,18 +88,18 @@ def test_what_is_not_claimed_is_skipped_with_its_reason(claims, case, reason):
         int4_linear = staticmethod(int4_lora.reference.int4_linear)
         int4_lora_linear = staticmethod(int4_lora.reference.int4_lora_linear)
 
-    (found,) = run(Backend(Claims(), "claims"), select(case))
-    assert found.status == "skipped"
-    assert reason in found.message
-    (found,) = run(Backend(int4_lora.reference, "all"), select(case))
-    assert found.status == "passed"
+    (outcome,) = run(Backend(Claims(), "claims"), select(case))
+    assert outcome.status == "skipped"
+    assert reason in outcome.message
+    (outcome,) = run(Backend(int4_lora.reference, "all"), select(case))
+    assert outcome.status == "passed"
 
 
 def test_operands_are_prepared_once():
     under_test = backends.Prepared()
-    found = list(run(Backend(under_test, "prepared"), select("int4_lora_linear/re*/bf16")))
-    assert {one.status for one in found} == {"passed"}
-    assert under_test.prepared == len(found)
+    outcomes = list(run(Backend(under_test, "prepared"), select("int4_lora_linear/re*/bf16")))
+    assert {outcome.status for outcome in outcomes} == {"passed"}
+    assert under_test.prepared == len(outcomes)
 
 
 def test_what_a_backend_raises_is_a_finding():
@@ -107,9 +107,9 @@ def test_what_a_backend_raises_is_a_finding():
         def int4_linear(self, x, weight, bias=None):
             raise RuntimeError("no kernel\nfor this shape")
 
-    (found,) = settled(list(run(Backend(Raises(), "x"), select("int4_linear/group_128/bf16"))))
-    assert (found.status, found.rule, found.diagnosis) == ("failed", "call", ("unknown",))
-    assert found.message == "raised RuntimeError: no kernel for this shape"
+    (outcome,) = settled(list(run(Backend(Raises(), "x"), select("int4_linear/group_128/bf16"))))
+    assert (outcome.status, outcome.rule, outcome.diagnosis) == ("failed", "call", ("unknown",))
+    assert outcome.message == "raised RuntimeError: no kernel for this shape"
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_conform_says_what_is_right_and_what_was_skipped():
 def test_conform_prints_json_with_the_diagnosis():
     cases = "int4_linear/scale_fp32/bf16,int4_linear/ragged/bf16"
     code, out, _ = conform(f"{SPEC}:ScaleOfX", "--cases", cases, "--json")
-    found = json.loads(out)
+    report = json.loads(out)
     assert code == 1
-    assert found["diagnosis"] == {"scale_rounded": 1}
-    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 0}
-    assert found["manifest"]["accumulate"] == "float32"
-    failed = next(one for one in found["cases"] if one["status"] == "failed")
+    assert report["diagnosis"] == {"scale_rounded": 1}
+    assert report["counts"] == {"passed": 1, "failed": 1, "skipped": 0}
+    assert report["manifest"]["accumulate"] == "float32"
+    failed = next(each for each in report["cases"] if each["status"] == "failed")
     assert failed["diagnosis"] == ["scale_rounded"]
     assert "the weight too" in failed["variants"][0]
 
@@ -168,10 +168,10 @@ def test_conform_prints_json_with_the_diagnosis():
 def test_the_smallest_failure_can_be_pasted(tmp_path):
     case = "int4_linear/scale_fp32/bf16"
     _, out, _ = conform(f"{SPEC}:ScaleOfX", "--cases", case, "--json")
-    (found,) = json.loads(out)["cases"]
-    assert "with_tokens(torch.tensor([0])).with_outputs(0, 8)" in found["snippet"]
+    (case_report,) = json.loads(out)["cases"]
+    assert "with_tokens(torch.tensor([0])).with_outputs(0, 8)" in case_report["snippet"]
     script = tmp_path / "again.py"
-    script.write_text(found["snippet"])
+    script.write_text(case_report["snippet"])
     again = subprocess.run(
         [sys.executable, str(script)],
         env={"PYTHONPATH": ":".join(path for path in sys.path if path)},

@@ -28,27 +28,29 @@ SPEC = "support.conformance_faults:Exits"
     ],
 )
 def test_faults_that_are_easy_to_miss(kind, case, rule):
-    (found,) = run(Backend(kind(), "x"), select(case))
-    assert (found.status, found.rule) == ("failed", rule), found.message
+    (outcome,) = run(Backend(kind(), "x"), select(case))
+    assert (outcome.status, outcome.rule) == ("failed", rule), outcome.message
 
 
 def test_the_layer_without_adapters_is_the_other_layer_with_none():
-    found = list(run(Backend(backends.EagerLow(), "x"), select("int4_linear/ragged*/bf16")))
-    assert {one.status for one in found} == {"passed"}
+    outcomes = list(run(Backend(backends.EagerLow(), "x"), select("int4_linear/ragged*/bf16")))
+    assert {outcome.status for outcome in outcomes} == {"passed"}
 
 
 def test_what_is_right_but_for_a_rounding_is_said_to_be_so():
     undeclared = type("Undeclared", (backends.BaseRounded,), {"manifest": None})
     cases = select("int4_lora_linear/bias/*,int4_lora_linear/mixed/fp16")
-    found = settled(list(run(Backend(undeclared(), "x"), cases)))
-    failed = [one for one in found if one.status == "failed"]
+    outcomes = settled(list(run(Backend(undeclared(), "x"), cases)))
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     assert failed
-    assert {one.diagnosis for one in failed} == {("unknown",)}
-    assert {one.variants for one in failed} == {("right if the manifest says base_rounded=True",)}
+    assert {outcome.diagnosis for outcome in failed} == {("unknown",)}
+    assert {outcome.variants for outcome in failed} == {
+        ("right if the manifest says base_rounded=True",)
+    }
 
 
 def test_what_a_backend_prints_is_not_in_the_json():
-    found = CliRunner().invoke(
+    result = CliRunner().invoke(
         app,
         [
             "conform",
@@ -58,5 +60,5 @@ def test_what_a_backend_prints_is_not_in_the_json():
             "--json",
         ],
     )
-    assert found.exit_code == 1
-    assert json.loads(found.stdout)["counts"]["failed"] == 1
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["counts"]["failed"] == 1

@@ -1,11 +1,11 @@
 """Backends with a fault fail and the fault is named; honest ones that round otherwise pass."""
 
 import pytest
-from test_mutations import MUTANTS
 
 from int4_lora.reference.conformance import Backend, run, select, settled
 from support import conformance_backends as backends
 from support.planted_backend import planted_reference
+from support.reference_mutants import MUTANTS
 
 FORMAT = "dequantize/*/bf16,unpack/*,pack/*,int4_linear/*/bf16,int4_lora_linear/on_*/bf16"
 ADAPTERS = "shrink/*/bf16,expand/*/bf16,int4_lora_linear/*/bf16"
@@ -32,9 +32,9 @@ def outcomes(under_test, patterns, seed=0):
     return settled(list(run(backend, select(patterns, quick=True), seed=seed)))
 
 
-def diagnoses(found):
+def diagnoses(results):
     """Return the diagnoses of the failures, and check that there are some."""
-    names = [one.diagnosis for one in found if one.status == "failed"]
+    names = [outcome.diagnosis for outcome in results if outcome.status == "failed"]
     assert names, "no case failed"
     return names
 
@@ -43,13 +43,13 @@ def diagnoses(found):
 def test_a_fault_of_the_ground_truths_mutation_check_is_named(name, tmp_path):
     expected, patterns = PLANTED[name]
     module, changes, _ = MUTANTS[name]
-    found = outcomes(planted_reference(tmp_path, {module: changes}), patterns)
-    assert set(diagnoses(found)) == {(expected,)}
+    results = outcomes(planted_reference(tmp_path, {module: changes}), patterns)
+    assert set(diagnoses(results)) == {(expected,)}
 
 
 def test_the_copy_that_is_planted_in_conforms(tmp_path):
-    found = outcomes(planted_reference(tmp_path, {}), None)
-    assert {one.status for one in found} == {"passed"}
+    results = outcomes(planted_reference(tmp_path, {}), None)
+    assert {outcome.status for outcome in results} == {"passed"}
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,17 @@ def test_a_fault_of_a_kernel_is_named(name, patterns, expected):
     ],
 )
 def test_what_is_no_known_mistake_is_unknown_with_its_place(name, case, rule, where):
-    (found,) = settled(list(run(Backend(getattr(backends, name)(), name), select(case))))
-    assert (found.status, found.rule, found.diagnosis) == ("failed", rule, ("unknown",))
-    assert where in found.where
+    (outcome,) = settled(list(run(Backend(getattr(backends, name)(), name), select(case))))
+    assert (outcome.status, outcome.rule, outcome.diagnosis) == ("failed", rule, ("unknown",))
+    assert where in outcome.where
 
 
 @pytest.mark.parametrize("case", ["written/bf16", "written/fp32", "mixed/bf16"])
 def test_outputs_that_are_never_written_are_found(case):
     backend = Backend(backends.Unwritten(), "under test")
-    (found,) = settled(list(run(backend, select(f"int4_lora_linear/{case}"))))
-    assert found.status == "failed"
-    assert "outputs 61-63 of 64" in found.where
+    (outcome,) = settled(list(run(backend, select(f"int4_lora_linear/{case}"))))
+    assert outcome.status == "failed"
+    assert "outputs 61-63 of 64" in outcome.where
 
 
 HONEST = [
@@ -109,16 +109,16 @@ HONEST = [
 
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_backend_conforms(name):
-    found = outcomes(getattr(backends, name)(), "*")
-    assert [one.case for one in found if one.status == "failed"] == []
-    assert any(one.status == "passed" for one in found)
+    results = outcomes(getattr(backends, name)(), "*")
+    assert [outcome.case for outcome in results if outcome.status == "failed"] == []
+    assert any(outcome.status == "passed" for outcome in results)
 
 
 @pytest.mark.parametrize("name", ["Unrounded", "BaseRounded"])
 def test_what_is_not_declared_fails(name):
     undeclared = type("Undeclared", (getattr(backends, name),), {"manifest": None})
-    found = outcomes(undeclared(), "int4_lora_linear/mixed/*,int4_lora_linear/bias/*")
-    assert "failed" in {one.status for one in found}
+    results = outcomes(undeclared(), "int4_lora_linear/mixed/*,int4_lora_linear/bias/*")
+    assert "failed" in {outcome.status for outcome in results}
 
 
 @pytest.mark.parametrize(
@@ -135,5 +135,5 @@ def test_two_faults_at_once_are_named(first, second, tmp_path):
         module, changes, _ = MUTANTS[name]
         changed.setdefault(module, {}).update(changes)
     cases = "int4_lora_linear/on_group_32_asym/bf16,int4_lora_linear/on_ragged_asym/bf16"
-    found = outcomes(planted_reference(tmp_path, changed), cases)
-    assert set(diagnoses(found)) == {(first, second)}
+    results = outcomes(planted_reference(tmp_path, changed), cases)
+    assert set(diagnoses(results)) == {(first, second)}

@@ -50,8 +50,8 @@ def splitmix(state, index):
 def test_draws_are_uniform_and_normal():
     draws = Draws(1, "case")
     codes = draws.integers("codes", (160_000,), -8, 7)
-    found = torch.stack([(codes == code).sum() for code in range(-8, 8)])
-    assert ((found - 10_000).abs() < 500).all()
+    counts = torch.stack([(codes == code).sum() for code in range(-8, 8)])
+    assert ((counts - 10_000).abs() < 500).all()
     normal = draws.normal("n", (100_000,))
     assert abs(normal.mean()) < 0.02
     assert abs(normal.std() - 1) < 0.02
@@ -103,13 +103,13 @@ def test_every_identifier_has_a_mistake_and_every_mistake_changes_something():
         earlier = None if operands.adapter_ids is None else operands.adapter_ids.flip(0)
         with one_thread():
             wrong = {
-                (one.name, one.variant): answer_of(
-                    case.function, operands, one.within(RIGHT), Manifest(), earlier
+                (mistake.name, mistake.variant): answer_of(
+                    case.function, operands, mistake.within(RIGHT), Manifest(), earlier
                 ).exact
-                for one in MISTAKES
+                for mistake in MISTAKES
             }
         changed |= {key for key, other in wrong.items() if not torch.equal(other, right)}
-    missing = {(one.name, one.variant) for one in MISTAKES} - changed
+    missing = {(mistake.name, mistake.variant) for mistake in MISTAKES} - changed
     assert {name for name, _ in missing} <= {"tail_lost"}, missing
 
 
@@ -150,18 +150,22 @@ def test_a_weight_in_steps_has_the_references_bits():
 
 def test_the_reference_conforms():
     backend = Backend(int4_lora.reference, "reference")
-    skipped = {one.message for one in run(backend, select("*/fp64")) if one.status == "skipped"}
+    skipped = {
+        outcome.message for outcome in run(backend, select("*/fp64")) if outcome.status == "skipped"
+    }
     assert skipped == {"x is float64"}  # what a backend claims that says nothing
     wide = (*backend.manifest.dtypes, torch.float64)
     backend.manifest = dataclasses.replace(backend.manifest, dtypes=wide)
-    assert {one.status for one in run(backend, select())} == {"passed"}
+    assert {outcome.status for outcome in run(backend, select())} == {"passed"}
 
 
 def test_the_reference_conforms_with_seeds_that_nobody_chose():
     backend = Backend(int4_lora.reference, "reference")
     for seed in (1, 20261126):
         failed = [
-            one for one in run(backend, select(quick=True), seed=seed) if one.status != "passed"
+            outcome
+            for outcome in run(backend, select(quick=True), seed=seed)
+            if outcome.status != "passed"
         ]
         assert failed == []
 

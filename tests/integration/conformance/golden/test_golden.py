@@ -44,15 +44,15 @@ def results_of(under_test, folder, target, patterns=CASES):
 
 
 def checked(folder, results):
-    found = runner.invoke(app, ["golden", "check", str(folder), str(results), "--json"])
-    return found.exit_code, json.loads(found.stdout) if found.exit_code < 2 else found.stderr
+    result = runner.invoke(app, ["golden", "check", str(folder), str(results), "--json"])
+    return result.exit_code, json.loads(result.stdout) if result.exit_code < 2 else result.stderr
 
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden") / "new"
-    found = runner.invoke(app, ["golden", "write", str(folder), "--cases", CASES])
-    assert found.exit_code == 0, found.output
+    result = runner.invoke(app, ["golden", "write", str(folder), "--cases", CASES])
+    assert result.exit_code == 0, result.output
     return folder
 
 
@@ -68,7 +68,7 @@ def test_the_index_says_what_the_files_hold(golden):
     assert (index["format"], index["version"]) == ("int4-lora golden", 1)
     for entry in index["cases"]:
         tensors = load_file(golden / entry["file"])
-        bounds = {one["tensor"] for one in entry["bounds"].values()}
+        bounds = {case["tensor"] for case in entry["bounds"].values()}
         assert set(tensors) == {*entry["operands"], "expected", *bounds}
         assert list(tensors["expected"].shape) == entry["result"]["shape"]
         with safe_open(golden / entry["file"], "pt") as file:
@@ -78,13 +78,13 @@ def test_the_index_says_what_the_files_hold(golden):
 
 
 def test_the_reference_passes_and_a_faulty_backend_does_not(golden, tmp_path):
-    code, found = checked(golden, results_of(int4_lora.reference, golden, tmp_path / "right"))
-    assert (code, found["counts"]["failed"], found["counts"]["skipped"]) == (0, 0, 0)
-    code, found = checked(golden, results_of(HalfSums(), golden, tmp_path / "wrong"))
+    code, report = checked(golden, results_of(int4_lora.reference, golden, tmp_path / "right"))
+    assert (code, report["counts"]["failed"], report["counts"]["skipped"]) == (0, 0, 0)
+    code, report = checked(golden, results_of(HalfSums(), golden, tmp_path / "wrong"))
     assert code == 1
-    assert "low_precision_accumulate" in found["diagnosis"]
-    skipped = [one for one in found["cases"] if one["status"] == "skipped"]
-    assert {one["message"] for one in skipped} == {"no result file"}
+    assert "low_precision_accumulate" in report["diagnosis"]
+    skipped = [case for case in report["cases"] if case["status"] == "skipped"]
+    assert {case["message"] for case in skipped} == {"no result file"}
 
 
 def test_one_wrong_number_is_found_in_each_kind_of_case(golden, tmp_path):
@@ -94,19 +94,19 @@ def test_one_wrong_number_is_found_in_each_kind_of_case(golden, tmp_path):
         wrong = right.clone()
         wrong.view(-1)[-1] += 1
         save_file({"result": wrong}, file)
-        code, found = checked(golden, results)
+        code, report = checked(golden, results)
         assert code == 1
-        assert [one["status"] for one in found["cases"]].count("failed") == 1, file.name
+        assert [case["status"] for case in report["cases"]].count("failed") == 1, file.name
         save_file({"result": right}, file)
 
 
 def test_results_are_a_backend_of_conform(golden, tmp_path):
     results = results_of(int4_lora.reference, golden, tmp_path / "results")
-    found = runner.invoke(app, ["conform", str(results), "--cases", CASES, "--json"])
-    assert found.exit_code == 0, found.output
+    result = runner.invoke(app, ["conform", str(results), "--cases", CASES, "--json"])
+    assert result.exit_code == 0, result.output
     (results / "manifest.json").write_text('{"dtypes": ["float16"]}')
-    found = runner.invoke(app, ["conform", str(results), "--json"])
-    reasons = {one["message"] for one in json.loads(found.stdout)["cases"]}
+    result = runner.invoke(app, ["conform", str(results), "--json"])
+    reasons = {case["message"] for case in json.loads(result.stdout)["cases"]}
     assert {"x is bfloat16", "needs a backend that can be called", "no result file"} <= reasons
 
 
@@ -155,10 +155,10 @@ def test_a_declared_rounding_has_a_bound_of_its_own(golden, tmp_path):
     ],
 )
 def test_refuses_folders(change, message, golden, tmp_path):
-    own = shutil.copytree(golden, tmp_path / "golden")
-    results = results_of(int4_lora.reference, own, tmp_path / "results", "pack/ragged")
-    change(own, results)
-    code, error = checked(own, results)
+    copied = shutil.copytree(golden, tmp_path / "golden")
+    results = results_of(int4_lora.reference, copied, tmp_path / "results", "pack/ragged")
+    change(copied, results)
+    code, error = checked(copied, results)
     assert code == 2
     assert message in error
 
@@ -178,13 +178,15 @@ def edit_entry(golden, key, value):
 
 
 def test_bounds_that_are_no_bounds_are_refused(golden, tmp_path):
-    own = shutil.copytree(golden, tmp_path / "golden")
-    results = results_of(int4_lora.reference, own, tmp_path / "results", "int4_linear/ragged/bf16")
-    file = own / "int4_linear.ragged.bf16.safetensors"
+    copied = shutil.copytree(golden, tmp_path / "golden")
+    results = results_of(
+        int4_lora.reference, copied, tmp_path / "results", "int4_linear/ragged/bf16"
+    )
+    file = copied / "int4_linear.ragged.bf16.safetensors"
     right = load_file(file)
     for wrong in (right["bound"] * float("nan"), -right["bound"], right["bound"][:1]):
         save_file({**right, "bound": wrong.contiguous()}, file)
-        code, error = checked(own, results)
+        code, error = checked(copied, results)
         assert code == 2
         assert "bound must" in error
 
@@ -203,14 +205,14 @@ def test_claims_without_a_bound_in_the_files_are_judged_by_their_own(golden, tmp
 
 def test_nothing_is_written_over(tmp_path):
     (tmp_path / "file").write_text("mine")
-    found = runner.invoke(app, ["golden", "write", str(tmp_path), "--cases", "pack/ragged"])
-    assert found.exit_code == 2
-    assert "must be empty or new" in found.stderr
+    result = runner.invoke(app, ["golden", "write", str(tmp_path), "--cases", "pack/ragged"])
+    assert result.exit_code == 2
+    assert "must be empty or new" in result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     with pytest.raises(FileExistsError):
         list(write_golden(tmp_path, select("pack/ragged")))
-    found = runner.invoke(app, ["golden", "write", str(tmp_path / "x"), "--cases", "*/replay/*"])
-    assert found.exit_code == 2
+    result = runner.invoke(app, ["golden", "write", str(tmp_path / "x"), "--cases", "*/replay/*"])
+    assert result.exit_code == 2
     assert not (tmp_path / "x").exists()
 
 
@@ -236,12 +238,12 @@ def test_a_backend_in_c_passes_and_fails_with_a_fault(golden, tmp_path):
         subprocess.run([str(part) for part in command], check=True)
         results.mkdir()
         subprocess.run([program, golden, results], check=True)
-        code, found = checked(golden, results)
-        passed = {one["case"] for one in found["cases"] if one["status"] == "passed"}
+        code, report = checked(golden, results)
+        passed = {case["case"] for case in report["cases"] if case["status"] == "passed"}
         if name == "right":
             assert code == 0
             assert {"int4_lora_linear/slices_qkv/bf16", "int4_linear/exact/fp16"} <= passed
-            assert found["counts"] == {"passed": 14, "failed": 0, "skipped": 3}
+            assert report["counts"] == {"passed": 14, "failed": 0, "skipped": 3}
         else:
             assert code == 1
-            assert "offset" in found["diagnosis"]
+            assert "offset" in report["diagnosis"]

@@ -1,0 +1,189 @@
+"""Faults planted in the reference: those that INT4 + LoRA code in the field has had.
+
+The tests of the reference must notice each one, and the oracle must name those that it knows.
+"""
+
+BOUNDS = "reference/test_bounds_constructed.py::"
+DEQUANTIZATION = "reference/test_dequantization.py::EveryFormat"
+DELTA = "reference/test_lora.py::test_the_delta_by_hand"
+PACKING = "reference/test_packing.py::KnownWords"
+ROWS = "reference/test_packed_weight.py::EveryFormat"
+
+# name: (module, {right: wrong}, the test that must notice)
+MUTANTS = {
+    "nibble_order": (
+        "packing",
+        {
+            "(32 // bits, dtype=torch.int32, device=packed.device)": (
+                "(32 // bits, dtype=torch.int32, device=packed.device).flip(0)"
+            ),
+            "(per_word, dtype=torch.int32, device=codes.device)": (
+                "(per_word, dtype=torch.int32, device=codes.device).flip(0)"
+            ),
+        },
+        PACKING,
+    ),
+    "offset": ("packing", {":size] + low)": ":size] + low + 1)"}, PACKING),
+    "missing_mask": ("packing", {" & (2**bits - 1)": ""}, PACKING),
+    "zero_point_sign": (
+        "dequantization",
+        {"return codes - zero_point": "return codes + zero_point"},
+        DEQUANTIZATION,
+    ),
+    "zero_point_axis": (
+        "dequantization",
+        {"bits=weight.bits, dim=0)": "bits=weight.bits, dim=0).T.reshape(weight.out_features, -1)"},
+        DEQUANTIZATION,
+    ),
+    "g_idx_ignored": (
+        "dequantization",
+        {"if weight.g_idx is not None and not weight.column_order:": "if False:"},
+        DEQUANTIZATION,
+    ),
+    "groups_reversed": (
+        "dequantization",
+        {"columns // (weight.in": "columns.flip(0) // (weight.in"},
+        DEQUANTIZATION,
+    ),
+    "g_idx_column_order": (
+        "dequantization",
+        {"weight.g_idx.to(torch.int64)": "weight.g_idx.to(torch.int64).sort().values"},
+        DEQUANTIZATION,
+    ),
+    "round_before_subtract": (
+        "dequantization",
+        {
+            "    dense = centred_codes(weight).to(scale.dtype) * scale\n": (
+                "    codes = unpack(weight.packed, weight.in_features, bits=weight.bits)\n"
+                "    zero_point = codes.to(torch.int16) - centred_codes(weight)\n"
+                "    dense = codes.to(scale.dtype) * scale - zero_point.to(scale.dtype) * scale\n"
+            )
+        },
+        DEQUANTIZATION,
+    ),
+    "tail_lost": (
+        "dequantization",
+        {
+            "    return dense if dtype is None": (
+                "    dense[:, weight.in_features // 8 * 8 :] = 0\n    return dense if dtype is None"
+            )
+        },
+        DEQUANTIZATION,
+    ),
+    "adapter_minus_one_indexed": (
+        "lora",
+        {"(adapter_ids == adapter)": "(adapter_ids % lora.adapters == adapter)"},
+        DELTA,
+    ),
+    "scaling_missing": (
+        "lora",
+        {"product = scaling * (torch": "product = (torch"},
+        DELTA,
+    ),
+    "scaling_twice": (
+        "lora",
+        {"product = scaling * (torch": "product = scaling * scaling * (torch"},
+        DELTA,
+    ),
+    "slices_swapped": (
+        "linear",
+        {
+            "for part in slices:\n        delta =": (
+                "for part, at in zip(slices, slices[::-1]):\n        delta ="
+            ),
+            "(part.start, weight.out_features - part.stop)": (
+                "(at.start, weight.out_features - at.start - part.stack.out_features)"
+            ),
+        },
+        "reference/test_linear.py::test_slices_write_their_own_outputs",
+    ),
+    "gradients_leak": (
+        "lora",
+        {"torch.where(chosen, x, 0).to": "x.to"},
+        "reference/test_linear.py::test_gradients_of_one_adapter_and_token_reach_no_other",
+    ),
+    "merge_of_the_first_slice": (
+        "merging",
+        {"for part in slices:": "for part in slices[:1]:"},
+        "reference/test_merging.py::test_two_slices_are_both_merged",
+    ),
+    "rounded_twice": (
+        "merging",
+        {"return round_once(": "return (lambda value, dtype: value.to(dtype))("},
+        "reference/test_merging.py::EveryFormat::test_merge_rounds_once_24_group_sym_4bit_fp16",
+    ),
+    "round_before_zero_point": (
+        "quantization",
+        {"(w / s[pick] + zero_point[pick])": "((w / s[pick]).round() + zero_point[pick])"},
+        "reference/test_quantization.py::test_a_tie_is_rounded_after_the_zero_point_is_added",
+    ),
+    "quantised_in_float32": (
+        "quantization",
+        {"w = weight if weight.dtype == torch.float64 else weight": "w = weight"},
+        "reference/test_quantization.py::test_float64_weights_are_divided_in_float64",
+    ),
+    "bound_without_bias": (
+        "bounds",
+        {"base + bias.abs()": "base + 0 * bias"},
+        f"{BOUNDS}test_the_magnitude_of_the_bias_counts",
+    ),
+    "bound_without_joins": (
+        "bounds",
+        {" + (delta.rank > 0) + (bias is not None)": ""},
+        f"{BOUNDS}test_the_addition_of_the_bias_counts",
+    ),
+    "bound_without_rank": (
+        "bounds",
+        {"in_features + delta.rank +": "in_features +"},
+        f"{BOUNDS}test_the_rank_counts_when_the_expand_is_added_term_by_term",
+    ),
+    "bound_without_scaling": (
+        "bounds",
+        {"gamma(n + 2, u) * delta.sum": "gamma(n, u) * delta.sum"},
+        f"{BOUNDS}test_the_roundings_of_the_scaling_count",
+    ),
+    "bound_without_scale_on_sums": (
+        "bounds",
+        {"(0 if weight_rounded else 2)": "0"},
+        f"{BOUNDS}test_a_scale_applied_to_the_sum_is_one_more_rounding",
+    ),
+    "bound_without_underflow": (
+        "bounds",
+        {"(n + delta.underflows + lost)": "n"},
+        f"{BOUNDS}test_products_that_underflow_before_the_scaling",
+    ),
+    "bound_without_output_underflow": (
+        "bounds",
+        {"(exact.abs() + error) + output.output_underflow": "(exact.abs() + error)"},
+        f"{BOUNDS}test_the_result_may_be_rounded_to_a_subnormal",
+    ),
+    "bound_without_base_overflow": (
+        "bounds",
+        {"rounded >= output.": "rounded * 0 > output."},
+        f"{BOUNDS}test_a_rounded_base_may_overflow",
+    ),
+    "bound_without_sum_overflow": (
+        "bounds",
+        {"(largest + error >= inside.overflow)": "(error.isnan())"},
+        f"{BOUNDS}test_products_that_underflow_before_the_scaling",
+    ),
+    "rows_without_their_zero_points": (
+        "packed_weight",
+        {"pack(unpacked[index],": "pack(unpacked[: len(index)],"},
+        ROWS,
+    ),
+    "rows_of_other_blocks": (
+        "packed_weight",
+        {"blocks = block_of_row[::size]": "blocks = block_of_row[::size] * 0"},
+        ROWS,
+    ),
+    "rows_of_slices_from_their_start": (
+        "lora_stack",
+        {
+            "LoRASlice(dataclasses.replace(part.stack, b=b), first)": (
+                "LoRASlice(dataclasses.replace(part.stack, b=b), part.start)"
+            )
+        },
+        "reference/test_lora.py::test_rows_of_slices_write_what_the_slices_write_there",
+    ),
+}
