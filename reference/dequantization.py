@@ -33,6 +33,7 @@ __all__ = [
     "scale_of_each_weight",
     "scale_rows",
     "unrounded_weight",
+    "zero_points",
 ]
 
 
@@ -77,14 +78,20 @@ def unrounded_weight(weight: PackedWeight, dtype: torch.dtype = torch.float64) -
 def centred_codes(weight: PackedWeight) -> Tensor:
     """Return ``q - z`` of every weight: int16 ``[out_features, in_features]``, exact."""
     codes = unpack(weight.packed, weight.in_features, bits=weight.bits).to(torch.int16)
-    if weight.zero_point is None:
+    zero_point = zero_points(weight)
+    if zero_point is None:
         return codes
-    if weight.zero_point.dtype == torch.int32:
-        zero_point = unpack(weight.zero_point, weight.out_features, bits=weight.bits, dim=0)
-    else:
-        zero_point = weight.zero_point.reshape(-1, weight.scale.shape[-1])
     rows, columns = scale_rows(weight), scale_columns(weight)
     return codes - zero_point.to(torch.int16)[rows[:, None], columns]
+
+
+def zero_points(weight: PackedWeight) -> Tensor | None:
+    """Return the table of zero-points: int8, one for each entry of the scale table, or None."""
+    if weight.zero_point is None:
+        return None
+    if weight.zero_point.dtype == torch.int32:
+        return unpack(weight.zero_point, weight.out_features, bits=weight.bits, dim=0)
+    return weight.zero_point.reshape(-1, weight.scale.shape[-1])
 
 
 def scale_of_each_weight(weight: PackedWeight) -> Tensor:

@@ -1,9 +1,9 @@
-"""Packed weights made dense through tables of bytes: the reference's weights, bit for bit, faster.
+"""Dequantise packed weights through tables of bytes: the reference's bits, faster.
 
-A byte holds two codes of 4 bits or one of 8. A table gives for each of the 256 bytes its codes in
-the dtype of the scales, side by side, so that looking up the bytes of a row gives the row. What
-follows is the reference's arithmetic: q - z is exact in every one of these dtypes, and the product
-with the scale is rounded once.
+A byte holds two codes of 4 bits or one of 8. For each of the 256 bytes a table holds its codes side
+by side in the dtype of the scales, so looking up the bytes of a row gives the codes of the row. The
+rest is the reference's arithmetic: q - z is exact in each of these dtypes, and the product with the
+scale is rounded once.
 
 Source: ``int4_lora.reference.dequantization``.
 """
@@ -15,18 +15,19 @@ import functools
 import torch
 from torch import Tensor
 
-from int4_lora.reference import PackedWeight, dequantize, unpack
+from int4_lora.reference import PackedWeight, dequantize
+from int4_lora.reference.dequantization import zero_points
 
 __all__ = ["dense_rows"]
 
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # what holds an entry, by its bytes
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the dtype of an entry, by its bytes
 
 
 def dense_rows(weight: PackedWeight) -> Tensor:
     """Return the dense weight in the scale's dtype, as ``dequantize`` does.
 
     Args:
-        weight: on the CPU.
+        weight: a weight on the CPU.
 
     Returns:
         ``[out_features, in_features]``.
@@ -41,13 +42,15 @@ def dense_rows(weight: PackedWeight) -> Tensor:
     ragged = columns % (32 // weight.bits) != 0
     if ragged or weight.strategy not in ("channel", "group"):
         return dequantize(weight)
-    scale, zeros = weight.scale, _zero_points(weight)
-    codes = _codes(weight)
+    codes, scale, zeros = _codes(weight), weight.scale, zero_points(weight)
+    if zeros is not None:
+        zeros = zeros.to(scale.dtype)
     if weight.column_order:
-        shape = (rows, scale.shape[1], -1)
-        centred = codes.view(shape) if zeros is None else codes.view(shape).sub_(zeros[:, :, None])
-        return centred.mul_(scale[:, :, None]).view(rows, columns)
-    assert weight.g_idx is not None, "it says the order of columns"
+        groups = codes.view(rows, scale.shape[1], -1)
+        if zeros is not None:
+            groups.sub_(zeros[:, :, None])
+        return groups.mul_(scale[:, :, None]).view(rows, columns)
+    assert weight.g_idx is not None, "without g_idx, columns are in order"
     group = weight.g_idx.to(torch.int64)
     if zeros is not None:
         codes -= zeros.index_select(1, group)
@@ -56,22 +59,14 @@ def dense_rows(weight: PackedWeight) -> Tensor:
 
 def _codes(weight: PackedWeight) -> Tensor:
     """Return the codes in the scale's dtype: ``[out_features, in_features]``."""
-    places = weight.packed.contiguous().view(torch.uint8).flatten().to(torch.int32)
-    found = _table(weight.bits, weight.scale.dtype).index_select(0, places)
-    return found.view(weight.scale.dtype).view(weight.shape)
-
-
-def _zero_points(weight: PackedWeight) -> Tensor | None:
-    """Return the zero-points in the scale's dtype: ``[out_features, groups]``, or None."""
-    if weight.zero_point is None:
-        return None
-    found = unpack(weight.zero_point, weight.out_features, bits=weight.bits, dim=0)
-    return found.to(weight.scale.dtype)
+    packed_bytes = weight.packed.contiguous().view(torch.uint8).flatten().to(torch.int32)
+    entries = _table(weight.bits, weight.scale.dtype).index_select(0, packed_bytes)
+    return entries.view(weight.scale.dtype).view(weight.shape)
 
 
 @functools.cache
 def _table(bits: int, dtype: torch.dtype) -> Tensor:
-    """Return the codes of every byte, the lowest first, as one integer: ``[256]``."""
+    """Return for every byte its codes, the lowest bits first, as one integer: ``[256]``."""
     byte = torch.arange(256)
     codes = [(byte >> shift) % 2**bits - 2 ** (bits - 1) for shift in range(0, 8, bits)]
     table = torch.stack(codes, dim=1).to(dtype)

@@ -1,6 +1,9 @@
-"""A packed weight some rows at a time, so that what is held does not grow with it.
+"""Read a packed weight block by block of its rows, so that memory does not grow with the weight.
 
-Source: ``docs/format.md`` for which tensors are packed along which dimension.
+``PackedWeight.rows`` takes rows of a weight in memory; here they are rows of a file, and a block
+starts where every tensor of the module starts a row.
+
+Source: ``docs/format.md`` for the dimension along which each tensor is packed.
 """
 
 from __future__ import annotations
@@ -25,30 +28,30 @@ def row_blocks(
     """Yield blocks of rows of a packed weight, each as a weight of its own.
 
     Args:
-        checkpoint: an open checkpoint whose headers were checked.
-        name: one of its packed modules.
-        whole: all rows at once.
+        checkpoint: an open checkpoint.
+        name: one of its packed modules, whose headers were checked.
+        whole: whether to yield all rows at once.
 
     Yields:
         The first row of a block, and the block.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: tensors that contradict each other, or a file that changed.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: tensors contradict each other, or a file changed.
     """
     rows, columns = checkpoint.shape_of(name)
-    step = _step(checkpoint, name)
+    step = math.lcm(*rows_of(checkpoint, name).values())
     count = rows if whole else max(step, WEIGHTS // columns // step * step)
     for start in range(0, rows, count):
-        yield start, _rows(checkpoint, name, start, min(start + count, rows), columns)
+        yield start, _block(checkpoint, name, start, min(start + count, rows), columns)
 
 
 def check_packed(checkpoint: Checkpoint, name: str) -> None:
-    """Check a packed module by its headers, and the values that have rules by its first rows.
+    """Check a packed module by its headers, and g_idx by its values.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: tensors that contradict each other, or a ``weight_g_idx`` out of range.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: tensors contradict each other, or ``weight_g_idx`` is out of range.
     """
     checkpoint.check(name)
     if f"{name}.weight_g_idx" in checkpoint.tensors:
@@ -56,29 +59,24 @@ def check_packed(checkpoint: Checkpoint, name: str) -> None:
 
 
 def rows_of(checkpoint: Checkpoint, name: str) -> dict[str, int]:
-    """Return how many rows of a packed weight share a row of each of its tensors.
+    """Return for each tensor that has rows how many rows of the weight share one of them.
 
     Args:
         checkpoint: an open checkpoint.
         name: one of its packed modules.
     """
     scheme = checkpoint.schemes[name]
-    blocks = scheme.group_size[0] if isinstance(scheme.group_size, tuple) else 1
+    block = scheme.group_size[0] if isinstance(scheme.group_size, tuple) else 1
     packed_zeros = scheme.strategy in ("channel", "group")
     return {
         "weight_packed": 1,
-        "weight_scale": blocks,
-        "weight_zero_point": 32 // scheme.bits if packed_zeros else blocks,
+        "weight_scale": block,
+        "weight_zero_point": 32 // scheme.bits if packed_zeros else block,
     }
 
 
-def _step(checkpoint: Checkpoint, name: str) -> int:
-    """Return of what the first row of a block must be a multiple."""
-    return math.lcm(*rows_of(checkpoint, name).values())
-
-
-def _rows(checkpoint: Checkpoint, name: str, start: int, stop: int, columns: int) -> PackedWeight:
-    """Return some rows of a packed weight."""
+def _block(checkpoint: Checkpoint, name: str, start: int, stop: int, columns: int) -> PackedWeight:
+    """Return the rows ``[start, stop)`` of a packed weight."""
     scheme = checkpoint.schemes[name]
     shared = rows_of(checkpoint, name)
 
@@ -87,10 +85,9 @@ def _rows(checkpoint: Checkpoint, name: str, start: int, stop: int, columns: int
         if full not in checkpoint.tensors:
             return None
         stored = checkpoint.tensors[full]
-        if kind not in shared or len(stored.shape) < 2:  # g_idx, and one scale for all
+        if kind not in shared or len(stored.shape) < 2:  # g_idx, or one scale for the whole weight
             return read_tensor(stored, full)
-        each = shared[kind]
-        return read_rows(stored, full, start // each, -(-stop // each))
+        return read_rows(stored, full, start // shared[kind], -(-stop // shared[kind]))
 
     packed, scale = part("weight_packed"), part("weight_scale")
     assert packed is not None, "the headers were checked"

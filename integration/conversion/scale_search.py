@@ -1,9 +1,9 @@
-"""Scales for weights that are quantised again: the best of a few for each group.
+"""Quantise a weight again in the groups it had, with the best of some scales for each group.
 
-For each group, among the candidates (s, z): the one with the least sum of (w - w')^2, where
-q = clamp(round(w / s + z)) and w' = RN((q - z) * s) in the scale's dtype. The candidates are the
-min-max rule of ``int4_lora.reference.quantize``, its scale times ``FACTORS``, and the scale and
-zero-point that the group had. So no group is worse off than by min-max.
+The best (s, z) of a group has the least sum of (w - w')^2, where q = clamp(round(w / s + z)) and
+w' = RN((q - z) * s) in the scale's dtype. The candidates are the min-max rule of
+``int4_lora.reference.quantize``, its scale times each of ``FACTORS``, and the scale and zero-point
+that the group had. So no group is worse than by min-max.
 
 Source: ``int4_lora.reference.quantization`` for the min-max rule.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference import PackedWeight, pack, unpack
-from int4_lora.reference.dequantization import scale_columns, scale_rows
+from int4_lora.reference import PackedWeight, pack
+from int4_lora.reference.dequantization import scale_columns, scale_rows, zero_points
 from int4_lora.reference.merging import stored_zero_point
 from int4_lora.reference.packing import code_range
 from int4_lora.reference.quantization import quantize_groups
@@ -32,10 +32,10 @@ class Requantized:
     """A weight that was quantised again, and what that cost.
 
     Args:
-        weight: in the grouping of the one before.
-        squared_error: the sum of (w - w')^2 against the exact weight, in float64.
-        minmax_squared_error: the same by the min-max rule alone.
-        squared_norm: the sum of w^2 of the exact weight.
+        weight: the weight, in the groups it had.
+        squared_error: the sum of (w - w')^2, with w exact in float64.
+        minmax_squared_error: the same sum if scales were min-max.
+        squared_norm: the sum of w^2.
         max_error: the largest |w - w'|.
     """
 
@@ -48,39 +48,39 @@ class Requantized:
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """Which rows and columns share a scale: a table of scales spread over a weight, and back."""
+    """The groups of a weight: weight (i, j) has entry (row_of[i], column_of[j]) of a table."""
 
     row_of: Tensor
     column_of: Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # of a table
 
     def spread(self, table: Tensor) -> Tensor:
-        """Return ``[out, in]`` of a table's entries."""
+        """Return the entry of each weight: ``[out, in]``."""
         return table.index_select(0, self.row_of).index_select(1, self.column_of)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Return the sum over each group of ``[out, in]``."""
+        """Return the sum of ``[out, in]`` over each group, as a table."""
         rows = values.new_zeros(values.shape[0], self.shape[1]).index_add(1, self.column_of, values)
         return rows.new_zeros(self.shape).index_add(0, self.row_of, rows)
 
 
 @torch.no_grad()
 def requantize(exact: Tensor, like: PackedWeight, *, search: bool = True) -> Requantized:
-    """Quantise a weight in the grouping, symmetry, bits and dtype of scales of another.
+    """Quantise a weight with the groups, symmetry, bits and scale dtype of another.
 
     Args:
         exact: float64 ``[out_features, in_features]``.
-        like: the packed weight that it was.
-        search: whether scales are searched for; otherwise they are min-max.
+        like: the packed weight to imitate, whose scales are candidates too.
+        search: whether to search for scales; otherwise they are min-max.
 
     Raises:
-        ValueError: a weight that is not finite, or too large for the scale's dtype.
+        ValueError: a weight is not finite, or too large for the scale's dtype.
 
     Example:
         >>> from int4_lora.reference import quantize
         >>> weight = torch.randn(8, 128, dtype=torch.float64)
-        >>> found = requantize(weight, quantize(weight.float(), group_size=32))
-        >>> found.squared_error <= found.minmax_squared_error
+        >>> result = requantize(weight, quantize(weight.float(), group_size=32))
+        >>> result.squared_error <= result.minmax_squared_error
         True
     """
     table = (1, 1) if like.scale.ndim == 1 else (like.scale.shape[0], like.scale.shape[1])
@@ -99,7 +99,7 @@ def requantize(exact: Tensor, like: PackedWeight, *, search: bool = True) -> Req
     if search:
         best, scale, zero = _searched(exact, like, groups, (minmax, scale, zero))
     codes = _codes(exact, scale, zero, groups, like.bits)
-    found = dataclasses.replace(
+    weight = dataclasses.replace(
         like,
         packed=pack(codes, bits=like.bits),
         scale=scale.reshape(like.scale.shape),
@@ -107,7 +107,7 @@ def requantize(exact: Tensor, like: PackedWeight, *, search: bool = True) -> Req
     )
     difference = _values(codes, scale, zero, groups) - exact
     return Requantized(
-        found,
+        weight,
         float(best.sum()),
         float(minmax.sum()),
         float(exact.square().sum()),
@@ -118,54 +118,64 @@ def requantize(exact: Tensor, like: PackedWeight, *, search: bool = True) -> Req
 def _searched(
     exact: Tensor, like: PackedWeight, groups: _Groups, start: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the errors, scales and zero-points of the best candidates."""
+    """Return the errors, scales and zero-points of the best candidate of each group.
+
+    Args:
+        exact: the weight to quantise.
+        like: the packed weight to imitate.
+        groups: its groups.
+        start: the errors, scales and zero-points of the min-max rule.
+    """
     minmax, scale, zero = start
-    narrow = exact.to(torch.float32)  # says which is best; what it costs is counted in float64
+    narrow = exact.to(torch.float32)  # enough to choose; errors are reported in float64
     least = _errors(narrow, scale, zero, groups, like.bits)
-    chosen, chosen_zero = scale, zero
-    for candidate, its_zero in _candidates(like, scale, zero):
-        errors = _errors(narrow, candidate, its_zero, groups, like.bits)
+    best_scale, best_zero = scale, zero
+    for candidate_scale, candidate_zero in _candidates(like, scale, zero):
+        errors = _errors(narrow, candidate_scale, candidate_zero, groups, like.bits)
         better = errors < least
         least = torch.where(better, errors, least)
-        chosen = torch.where(better, candidate, chosen)
-        chosen_zero = torch.where(better, its_zero, chosen_zero)
-    found = _errors(exact, chosen, chosen_zero, groups, like.bits)
-    better = found < minmax
+        best_scale = torch.where(better, candidate_scale, best_scale)
+        best_zero = torch.where(better, candidate_zero, best_zero)
+    errors = _errors(exact, best_scale, best_zero, groups, like.bits)
+    better = errors < minmax
     return (
-        torch.where(better, found, minmax),
-        torch.where(better, chosen, scale),
-        torch.where(better, chosen_zero, zero),
+        torch.where(better, errors, minmax),
+        torch.where(better, best_scale, scale),
+        torch.where(better, best_zero, zero),
     )
 
 
 def _candidates(like: PackedWeight, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return scales and zero-points to try beside the min-max ones; all are usable."""
-    found = [((scale.float() * factor).to(scale.dtype), zero) for factor in FACTORS]
-    found.append((like.scale.reshape(scale.shape), _zero_points(like, scale.shape)))
+    """Return scales and zero-points to try beside the min-max ones.
+
+    Where a candidate's scale is not finite and positive, the min-max entry takes its place.
+    """
+    candidates = [((scale.float() * factor).to(scale.dtype), zero) for factor in FACTORS]
+    zeros = zero_points(like)
+    candidates.append(
+        (like.scale.reshape(scale.shape), torch.zeros_like(zero) if zeros is None else zeros)
+    )
     usable = []
-    for candidate, its_zero in found:
-        fine = candidate.isfinite() & (candidate > 0)
-        usable.append((torch.where(fine, candidate, scale), torch.where(fine, its_zero, zero)))
+    for candidate_scale, candidate_zero in candidates:
+        valid = candidate_scale.isfinite() & (candidate_scale > 0)
+        usable.append(
+            (
+                torch.where(valid, candidate_scale, scale),
+                torch.where(valid, candidate_zero, zero),
+            )
+        )
     return usable
 
 
-def _zero_points(weight: PackedWeight, table: torch.Size) -> Tensor:
-    """Return the zero-points of a weight, unpacked: int8 of the table's shape."""
-    if weight.zero_point is None:
-        return torch.zeros(table, dtype=torch.int8)
-    if weight.zero_point.dtype == torch.int8:
-        return weight.zero_point.reshape(table)
-    return unpack(weight.zero_point, weight.out_features, bits=weight.bits, dim=0)
-
-
 def _codes(exact: Tensor, scale: Tensor, zero: Tensor, groups: _Groups, bits: int) -> Tensor:
+    """Return the codes of a weight: int8 ``[out, in]``."""
     low, high = code_range(bits)
     wide = (exact / groups.spread(scale.to(exact.dtype))) + groups.spread(zero.to(exact.dtype))
     return wide.clamp(low, high).round().to(torch.int8)
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor, groups: _Groups) -> Tensor:
-    """Return the weights that codes stand for, in float64."""
+    """Return the dequantised weights of codes, in float64."""
     centred = codes.to(torch.int16) - groups.spread(zero.to(torch.int16))
     return (centred.to(scale.dtype) * groups.spread(scale)).to(torch.float64)
 
