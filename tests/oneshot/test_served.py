@@ -11,25 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving.test_answers import FLOOR, peft_logprobs
 
 from int4_lora.integration import annotate
+from support.served_truth import truth_and_allowed
 from support.tiny import LLAMA
 
 TESTS = Path(__file__).parents[1]
 PYTHON = os.environ.get("INT4_LORA_VLLM_PYTHON")
 PROGRAM = """
 import json, sys
-from serving.conftest import engine, logprobs, requests_of
+from support.engines import COLD, engine, logprobs, requests_of
 
 model, adapters, prompts = json.loads(sys.argv[1])
-settings = {
-    "quantization": "int4_lora",
-    "additional_config": {"int4_lora": {"backend": "compiled", "warm_up": False}},
-    "enable_lora": True,
-    "max_loras": 3,
-    "max_lora_rank": 16,
-}
+settings = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 16, **COLD}
 if __name__ == "__main__":
     requests = [None, *requests_of(adapters).values()]
     rows = [requests[row % len(requests)] for row in range(len(prompts))]
@@ -68,11 +62,7 @@ def test_vllm_serves_what_was_annotated(quantised, tiny_adapters, tmp_path):
     said, answers = served(quantised.folder, tiny_adapters, prompts, tmp_path)
     assert said == [True, True, list(found.lora_target_modules)]
     folders = list(tiny_adapters.values())
-    truth, theirs = (
-        peft_logprobs(quantised.folder, folders, prompts, dtype)
-        for dtype in (torch.float64, torch.bfloat16)
-    )
-    allowed = 2 * (theirs - truth).abs().amax() + FLOOR
+    truth, allowed = truth_and_allowed(quantised.folder, folders, prompts)
     right = torch.stack([truth[row % len(truth), row] for row in range(len(prompts))])
     error = (torch.tensor(answers, dtype=torch.float64) - right).abs().amax()
     assert error <= allowed, f"{error:.4f} of {allowed:.4f} nats"

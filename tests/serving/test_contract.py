@@ -1,14 +1,16 @@
 """What the backend relies on in the installed vLLM: symbols, parameters and behaviour.
 
-Run by ``tox run -e vllm``, and against a vLLM that was never run end to end by ``vllm-contract``.
+``tox run -e vllm`` runs it, and ``vllm-contract`` on a vLLM whose engine does not start on a CPU.
 """
 
 import pytest
 import torch
-from serving.conftest import CONFIG
 
-from int4_lora.integration.vllm_plugin import contract as upstream
+from int4_lora.integration.vllm_plugin import contract
 from int4_lora.integration.vllm_plugin.contract import Symbol, installed_version, missing, untested
+from support.engines import CONFIG
+
+pytestmark = pytest.mark.versions
 
 INPUTS, OUTPUTS, RANK, SLOTS = 256, 128, 8, 2
 PREFIX = "model.layers.0.mlp.up_proj"
@@ -19,15 +21,15 @@ def test_every_symbol_is_there():
 
 
 def test_a_minor_runs_or_is_refused():
-    found = installed_version()
-    assert found is not None
-    minor = tuple(int(part) for part in found.split(".")[:2])
+    installed = installed_version()
+    assert installed is not None
+    minor = tuple(int(part) for part in installed.split(".")[:2])
     refusal = untested()
-    assert (refusal is None) == (minor in upstream.TESTED)
+    assert (refusal is None) == (minor in contract.TESTED)
     if refusal is not None:
         from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
 
-        with pytest.raises(ValueError, match=f"vLLM {found} was never run"):
+        with pytest.raises(ValueError, match=f"vLLM {installed} was never run"):
             Int4LoRAConfig.from_config(CONFIG)
 
 
@@ -41,13 +43,13 @@ def test_a_minor_runs_or_is_refused():
     ],
 )
 def test_what_is_gone_is_named(symbol, sentence, monkeypatch):
-    monkeypatch.setattr(upstream, "SYMBOLS", (symbol,))
+    monkeypatch.setattr(contract, "SYMBOLS", (symbol,))
     assert sentence in missing()[0]
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.32.0", "", None, "dev"])
 def test_another_minor_is_refused(version, monkeypatch):
-    monkeypatch.setattr(upstream, "installed_version", lambda: version)
+    monkeypatch.setattr(contract, "installed_version", lambda: version)
     assert "install one of" in (untested() or "")
 
 
@@ -120,12 +122,12 @@ def test_the_first_class_that_takes_a_layer_wraps_it(layer, lora_config, monkeyp
     import vllm.lora.utils as utils
     from vllm.lora.layers import ColumnParallelLinearWithLoRA
 
-    class Mine(ColumnParallelLinearWithLoRA):
+    class Ours(ColumnParallelLinearWithLoRA):
         pass
 
-    monkeypatch.setattr(utils, "_all_lora_classes", (Mine, *utils._all_lora_classes))
+    monkeypatch.setattr(utils, "_all_lora_classes", (Ours, *utils._all_lora_classes))
     wrapped = utils.from_layer(layer, SLOTS, lora_config, [], None)
-    assert type(wrapped) is Mine
+    assert type(wrapped) is Ours
     assert wrapped.base_layer is layer
 
 

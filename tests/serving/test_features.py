@@ -1,24 +1,41 @@
-"""vLLM's features together with the flag: what runs gives the same answers, the rest is refused."""
+"""vLLM's features together with the flag: answers stay the same, or the start is refused."""
 
 import shutil
 
 import pytest
 import torch
-from serving.conftest import COMPILED, engine, logprobs, requests_of, run
 
-SETTINGS = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16, **COMPILED}
+from support.engines import (
+    COLD,
+    COMPILED,
+    engine,
+    generated,
+    logprobs,
+    requests_of,
+    run_in_process,
+)
+
+SETTINGS = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16, **COLD}
 CLOSE = 0.1  # nats: sums of bfloat16 in another order
 
 
 def answers(llm, prompts, tiny_adapters):
-    """Return log-probabilities of base and of three adapters, each in a row of its own."""
+    """Return log-probabilities of the base and of three adapters, each in a row of its own."""
     return torch.tensor(logprobs(llm, prompts, [None, *requests_of(tiny_adapters).values()]))
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_models, tiny_adapters, prompts):
+def repeating(prompts):
+    """Return prompts that repeat themselves, so that ``ngram`` has something to guess."""
+    return [prompt[:6] * 4 for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_models, tiny_adapters, prompts, repeating):
+    """Return the answers of an engine without features."""
     with engine(tiny_models["g128"], **SETTINGS) as llm:
-        return answers(llm, prompts, tiny_adapters)
+        requests = [None, *requests_of(tiny_adapters).values()]
+        return answers(llm, prompts, tiny_adapters), generated(llm, repeating, requests)
 
 
 @pytest.mark.parametrize(
@@ -33,21 +50,20 @@ def plain(tiny_models, tiny_adapters, prompts):
 def test_the_answers_are_the_same(feature, plain, tiny_models, tiny_adapters, prompts):
     with engine(tiny_models["g128"], **SETTINGS, **feature) as llm:
         first = answers(llm, prompts, tiny_adapters)
-        again = answers(llm, prompts, tiny_adapters)  # of what the first has left in caches
-    assert (first - plain).abs().max() <= CLOSE
-    assert (again - plain).abs().max() <= CLOSE
+        again = answers(llm, prompts, tiny_adapters)  # from what the first has left in caches
+    assert (first - plain[0]).abs().max() <= CLOSE
+    assert (again - plain[0]).abs().max() <= CLOSE
 
 
-def test_speculative_decoding(tiny_models, tiny_adapters, prompts, tmp_path):
-    """In processes of their own: after it numba does not let vLLM start a second engine in one."""
+def test_speculative_decoding(plain, tiny_models, tiny_adapters, repeating, tmp_path):
+    """In a process of its own: after it, numba does not let vLLM start another engine in one."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    own = {"speculative_config": speculative, "max_num_seqs": 8}
-    asked = tmp_path, tiny_models["g128"], tiny_adapters, [prompt[:6] * 4 for prompt in prompts]
-    plain, said = run(*asked, SETTINGS, what="generated")
-    assert plain is not None, said
-    guessed, said = run(*asked, {**SETTINGS, **own}, what="generated")
-    assert guessed is not None, said
-    for (tokens, each), (others, others_each) in zip(plain, guessed, strict=True):
+    settings = {**SETTINGS, "speculative_config": speculative, "max_num_seqs": 8}
+    guessed, output = run_in_process(
+        tmp_path, tiny_models["g128"], tiny_adapters, repeating, settings, "generated"
+    )
+    assert guessed is not None, output
+    for (tokens, each), (others, others_each) in zip(plain[1], guessed, strict=True):
         for token, other, one, two in zip(tokens, others, each, others_each, strict=True):
             assert abs(one[token] - two[token]) <= CLOSE
             if token != other:
@@ -80,16 +96,31 @@ def test_sleep_mode_is_refused(tiny_models):
         pass
 
 
-@pytest.mark.parametrize("in_graph", ["custom-op", "inlined"])
-def test_within_the_graph_of_vllm(in_graph, tiny_models, tiny_adapters, prompts, tmp_path):
+@pytest.fixture(scope="module")
+def eager(tiny_models, prompts, tmp_path_factory):
+    """Return the answers without vLLM's own compile."""
+    found, output = run_in_process(
+        tmp_path_factory.mktemp("eager"), tiny_models["asym-g128"], {}, prompts, COLD
+    )
+    assert found is not None, output
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(
+    "in_graph", ["custom-op", pytest.param("inlined", marks=pytest.mark.nightly)]
+)
+def test_within_the_graph_of_vllm(in_graph, eager, tiny_models, prompts, tmp_path):
     """Without adapters vLLM compiles the model on a CPU, and the layers are part of its graph."""
-    options = {"int4_lora": {"backend": "compiled", "in_graph": in_graph}}
-    own = {"quantization": "int4_lora", "additional_config": options}
-    asked = tmp_path, tiny_models["asym-g128"], {}, prompts
-    eager, said = run(*asked, {**own, "enforce_eager": True})
-    assert eager is not None, said
-    own_cache = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}  # so that it does compile
-    compiled, said = run(*asked, own, **own_cache)
-    assert compiled is not None, said
-    assert (torch.tensor(compiled) - torch.tensor(eager)).abs().max() <= CLOSE
-    assert "saved AOT compiled function" in said, said
+    options = {"backend": "compiled", "in_graph": in_graph}
+    settings = {
+        "quantization": "int4_lora",
+        "additional_config": {"int4_lora": options},
+        "enforce_eager": False,
+    }
+    env = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}  # so that it does compile
+    compiled, output = run_in_process(
+        tmp_path, tiny_models["asym-g128"], {}, prompts, settings, **env
+    )
+    assert compiled is not None, output
+    assert (torch.tensor(compiled) - eager).abs().max() <= CLOSE
+    assert "saved AOT compiled function" in output, output

@@ -1,12 +1,14 @@
-"""What the flag makes of the layers, and what their weights read back as."""
+"""The layers of an engine with the flag, and the weights that are read back from them."""
 
 import pytest
 import torch
-from serving.conftest import COMPILED, engine, layers_of, logprobs, requests_of
 
 from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.reference import dequantize
+from support.engines import COLD, engine, layers_of, logprobs, requests_of
+
+pytestmark = pytest.mark.versions
 
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
@@ -53,17 +55,17 @@ def test_unpacked_weights_are_the_checkpoints(variant, backend, tiny_models):
 def test_scales_keep_the_checkpoints_dtype(tiny_models):
     """A model served in float16 keeps bfloat16 scales: vLLM casts them, and loses bits."""
     checkpoint = open_checkpoint(tiny_models["g128"])
-    options = {"backend": "compiled", "warm_up": False}
-    settings = {"quantization": "int4_lora", "additional_config": {"int4_lora": options}}
-    with engine(tiny_models["g128"], dtype="float16", **settings) as llm:
+    with engine(tiny_models["g128"], dtype="float16", **COLD) as llm:
         for name, module in linears(llm).items():
             packed = module.int4_lora.weight.packed_weight()
             assert packed.scale.dtype == torch.bfloat16
             assert torch.equal(dequantize(packed), expected(checkpoint, name))
 
 
-def test_a_weight_is_in_memory_once(tiny_models):
-    with engine(tiny_models["g128"], **LORA, **COMPILED) as llm:
+def test_the_log_counts_the_layers_and_a_weight_is_in_memory_once(tiny_models):
+    with engine(tiny_models["g128"], **LORA, **COLD) as llm:
+        served_engine = next(iter(linears(llm).values())).int4_lora.engine
+        assert served_engine.summary() == ["8 of 8 linear layers fused (INT4 base, adapters)"]
         for module in linears(llm).values():
             prepared = module.int4_lora.weight
             codes = prepared.in_features * prepared.out_features // 2
@@ -83,12 +85,6 @@ def test_without_the_flag_nothing_changes(tiny_models, tiny_adapters, prompts, m
         assert {name: type(module) for name, module in layers_of(llm).items()} == classes
         assert logprobs(llm, prompts, rows) == answers
     assert not any(one.__module__.startswith("int4_lora") for one in classes.values())
-
-
-def test_the_log_counts_the_layers(tiny_models):
-    with engine(tiny_models["g128"], **LORA, **COMPILED) as llm:
-        engine_state = next(iter(linears(llm).values())).int4_lora.engine
-        assert engine_state.summary() == ["8 of 8 linear layers fused (INT4 base, adapters)"]
 
 
 def test_scales_of_another_dtype_are_tried_as_they_are(tiny_models, monkeypatch):

@@ -1,11 +1,11 @@
-"""What a load holds at its peak: the weights, and beside them one layer being laid out."""
+"""The peak memory of a load: the weights, and beside them one layer that is being laid out."""
 
 import ctypes
 from pathlib import Path
 
 import torch
-from serving.conftest import CONFIG
 
+from support.engines import CONFIG
 from support.memory import peak_bytes
 
 INPUTS, OUTPUTS, LAYERS = 4096, 8192, 6
@@ -24,19 +24,19 @@ def return_free_memory():
 
 
 def forget_the_peak():
-    """Let the peak start again from what is held now."""
+    """Reset the peak to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    from int4_lora.integration.vllm_plugin import contract as upstream
+    from int4_lora.integration.vllm_plugin import contract
     from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
     from int4_lora.integration.vllm_plugin.options import Options
     from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 
-    monkeypatch.setattr(upstream, "untested", lambda: None)
+    monkeypatch.setattr(contract, "untested", lambda: None)
     config = Int4LoRAConfig.from_config(CONFIG)
     config._engine = ServedEngine(Options(backend="compiled"), max_tokens=64)
     layers = []
@@ -56,7 +56,7 @@ def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
         layers.append(layer)
     return_free_memory()
     first, second, *others = layers
-    for layer in (first, second):  # compiles; then the allocator has room for what comes and goes
+    for layer in (first, second):  # compiles, and gives the allocator room for temporaries
         layer.quant_method.process_weights_after_loading(layer)
     forget_the_peak()
     before = resident_bytes()
@@ -66,5 +66,5 @@ def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
     return_free_memory()
     assert all(layer.int4_lora.weight is not None for layer in layers)
     assert resident_bytes() - before <= PACKED / 2  # one copy of each
-    assert grown <= 1.4 * PACKED  # a layer laid out anew, and some rows' codes on the way
+    assert grown <= 1.4 * PACKED  # a layer's new layout, and the codes of some rows
     assert grown < DENSE / 2

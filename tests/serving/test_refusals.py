@@ -1,4 +1,4 @@
-"""What the backend does not take stops the start with one sentence, and changes nothing."""
+"""Settings, checkpoints and adapters that are refused: each stops the start with one sentence."""
 
 import contextlib
 import json
@@ -8,13 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from serving.conftest import engine, logprobs
 
 from support.checkpoints import edit_config, edit_tensors, weights
+from support.engines import COLD, FLAG, engine, logprobs
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
-FLAG = {"quantization": "int4_lora"}
-COLD = {**FLAG, "additional_config": {"int4_lora": {"backend": "compiled", "warm_up": False}}}
 
 
 def contradict(config, quantization):
@@ -132,30 +130,33 @@ def test_experts_are_counted(monkeypatch):
     assert [layer.fallback_reason for layer in state.layers] == ["a mixture of experts"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [({"use_dora": True}, "does not yet support DoRA"), ({"r": 32}, "greater than max_lora_rank")],
-)
-def test_an_adapter_that_vllm_does_not_take(settings, sentence, model, prompts, tmp_path):
+def test_an_adapter_that_vllm_does_not_take(model, prompts, tmp_path):
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     from int4_lora.integration.demo import recipe
     from support.tiny import LLAMA
 
-    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **settings}
-    recipe.make_adapter(tmp_path / "bad", LLAMA, "bad", given)
-    asked = SamplingParams(max_tokens=1, detokenize=False)
+    sampling = SamplingParams(max_tokens=1, detokenize=False)
     with engine(model, **LORA, **COLD) as llm:
-        bad = LoRARequest("bad", 1, str(tmp_path / "bad"))
-        with pytest.raises(Exception, match=sentence):
-            llm.generate([{"prompt_token_ids": prompts[0]}], asked, lora_request=[bad])
+        for number, (settings, sentence) in enumerate(
+            [
+                ({"use_dora": True}, "does not yet support DoRA"),
+                ({"r": 32}, "greater than max_lora_rank"),
+            ]
+        ):
+            given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **settings}
+            folder = tmp_path / f"bad{number}"
+            recipe.make_adapter(folder, LLAMA, "bad", given)
+            bad = LoRARequest(folder.name, number + 1, str(folder))
+            with pytest.raises(Exception, match=sentence):
+                llm.generate([{"prompt_token_ids": prompts[0]}], sampling, lora_request=[bad])
 
 
 def test_an_untested_minor(model, monkeypatch):
-    from int4_lora.integration.vllm_plugin import contract as upstream
+    from int4_lora.integration.vllm_plugin import contract
 
-    monkeypatch.setattr(upstream, "installed_version", lambda: "0.99.0")
+    monkeypatch.setattr(contract, "installed_version", lambda: "0.99.0")
     assert "vLLM 0.99.0 was never run with int4_lora" in refused(model, **FLAG)
 
 
