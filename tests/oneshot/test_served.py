@@ -29,8 +29,8 @@ if __name__ == "__main__":
     rows = [requests[row % len(requests)] for row in range(len(prompts))]
     with engine(model, **settings) as llm:
         config = llm.llm_engine.vllm_config.quant_config
-        said = [config.is_lora_compatible(), config.lora_compatible, config.lora_target_modules]
-        print("FOUND", json.dumps([said, logprobs(llm, prompts, rows)]), flush=True)
+        metadata = [config.is_lora_compatible(), config.lora_compatible, config.lora_target_modules]
+        print("FOUND", json.dumps([metadata, logprobs(llm, prompts, rows)]), flush=True)
 """
 
 
@@ -56,11 +56,11 @@ def served(model, adapters, prompts, tmp_path):
 def test_vllm_serves_what_was_annotated(quantised, tiny_adapters, tmp_path):
     if quantised.bits == 8:
         pytest.skip("vLLM has no kernel for 8 bits on a CPU")
-    found = annotate(quantised.folder)
+    annotated = annotate(quantised.folder)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, LLAMA["vocab_size"], (4, 9), generator=generator).tolist()
-    said, answers = served(quantised.folder, tiny_adapters, prompts, tmp_path)
-    assert said == [True, True, list(found.lora_target_modules)]
+    metadata, answers = served(quantised.folder, tiny_adapters, prompts, tmp_path)
+    assert metadata == [True, True, list(annotated.lora_target_modules)]
     folders = list(tiny_adapters.values())
     truth, allowed = truth_and_allowed(quantised.folder, folders, prompts)
     right = torch.stack([truth[row % len(truth), row] for row in range(len(prompts))])

@@ -6,12 +6,12 @@ import json
 def test_both_engines_serve_the_batch(run):
     result = run("--require-vllm", "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["served"]
-    assert found["why_not"] is None
-    stock, ours = found["engines"]
-    assert max(ours["errors"]) <= found["allowed"]
-    assert max(stock["errors"][1:]) <= found["allowed"]  # the first, base, may get an adapter
-    for one in (stock, ours):
-        assert one["tokens_per_second"] > 0
-        assert 0 < one["first_token_seconds"] < 60
-        assert one["peak_bytes"] > 2**27
+    served = json.loads(result.stdout)["served"]
+    assert served["why_not"] is None
+    stock, ours = served["engines"]
+    assert max(ours["errors"]) <= served["allowed"]
+    assert max(stock["errors"][1:]) <= served["allowed"]  # the first, base, may get an adapter
+    for engine in (stock, ours):
+        assert engine["tokens_per_second"] > 0
+        assert 0 < engine["first_token_seconds"] < 60
+        assert engine["peak_bytes"] > 2**27

@@ -64,10 +64,10 @@ def test_speculative_decoding(plain, tiny_models, tiny_adapters, repeating, tmp_
     )
     assert guessed is not None, output
     for (tokens, each), (others, others_each) in zip(plain[1], guessed, strict=True):
-        for token, other, one, two in zip(tokens, others, each, others_each, strict=True):
-            assert abs(one[token] - two[token]) <= CLOSE
+        for token, other, step, other_step in zip(tokens, others, each, others_each, strict=True):
+            assert abs(step[token] - other_step[token]) <= CLOSE
             if token != other:
-                assert abs(one[token] - one[other]) <= CLOSE  # two that are as likely
+                assert abs(step[token] - step[other]) <= CLOSE  # two that are as likely
                 break
 
 
@@ -99,11 +99,11 @@ def test_sleep_mode_is_refused(tiny_models):
 @pytest.fixture(scope="module")
 def eager(tiny_models, prompts, tmp_path_factory):
     """Return the answers without vLLM's own compile."""
-    found, output = run_in_process(
+    answers, output = run_in_process(
         tmp_path_factory.mktemp("eager"), tiny_models["asym-g128"], {}, prompts, COLD
     )
-    assert found is not None, output
-    return torch.tensor(found)
+    assert answers is not None, output
+    return torch.tensor(answers)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def linears(llm):
 def expected(checkpoint, name):
     parent, _, last = name.replace(".base_layer", "").rpartition(".")
     parts = MERGED.get(last, [last])
-    return torch.cat([dequantize(checkpoint.packed_weight(f"{parent}.{one}")) for one in parts])
+    return torch.cat([dequantize(checkpoint.packed_weight(f"{parent}.{part}")) for part in parts])
 
 
 @pytest.mark.parametrize("backend", ["compiled", "stock-base"])
@@ -71,7 +71,7 @@ def test_the_log_counts_the_layers_and_a_weight_is_in_memory_once(tiny_models):
             codes = prepared.in_features * prepared.out_features // 2
             scales = 2 * prepared.out_features * prepared.in_features // 128
             assert prepared.nbytes <= codes + 2 * scales  # the scales twice in torch's layout
-            assert sum(one.nbytes for one in module.parameters()) < codes / 8
+            assert sum(tensor.nbytes for tensor in module.parameters()) < codes / 8
 
 
 def test_without_the_flag_nothing_changes(tiny_models, tiny_adapters, prompts, monkeypatch):
@@ -84,7 +84,7 @@ def test_without_the_flag_nothing_changes(tiny_models, tiny_adapters, prompts, m
     with engine(tiny_models["g128"], **LORA) as llm:
         assert {name: type(module) for name, module in layers_of(llm).items()} == classes
         assert logprobs(llm, prompts, rows) == answers
-    assert not any(one.__module__.startswith("int4_lora") for one in classes.values())
+    assert not any(layer.__module__.startswith("int4_lora") for layer in classes.values())
 
 
 def test_scales_of_another_dtype_are_tried_as_they_are(tiny_models, monkeypatch):

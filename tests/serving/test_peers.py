@@ -10,14 +10,13 @@ CASES = (
 
 
 def outcomes(name):
-    found = settled(list(run(load_backend(name), select(CASES))))
-    return {one.case: (one.status, one.diagnosis) for one in found}
+    settled_outcomes = settled(list(run(load_backend(name), select(CASES))))
+    return {outcome.case: (outcome.status, outcome.diagnosis) for outcome in settled_outcomes}
 
 
 def test_base_rows_of_mixed_batches_get_an_adapter_from_vllms_cpu_operators():
-    found = outcomes("vllm_cpu")
     right, wrong = ("passed", ()), ("failed", ("adapter_minus_one_indexed",))
-    assert found == {
+    assert outcomes("vllm_cpu") == {
         "int4_linear/group_128/bf16": right,
         "int4_linear/group_32_asym/bf16": right,
         "int4_lora_linear/mixed/bf16": wrong,

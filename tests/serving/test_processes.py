@@ -7,8 +7,8 @@ from support.engines import COLD, run_in_process
 SETTINGS = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 16, **COLD}
 
 
-def furthest(one, other):
-    pairs = zip(one, other, strict=True)
+def furthest(answers, others):
+    pairs = zip(answers, others, strict=True)
     return max(abs(a - b) for left, right in pairs for a, b in zip(left, right, strict=True))
 
 

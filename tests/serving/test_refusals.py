@@ -32,7 +32,7 @@ def refused(model, **settings):
 
 
 @pytest.fixture
-def said():
+def log():
     """Return the lines that vLLM's loggers write during a test."""
     lines = []
     handler = logging.Handler()
@@ -181,7 +181,7 @@ def test_weights_are_reloaded(model, prompts, tmp_path):
         assert logprobs(llm, prompts[:1], [None]) == right != before
 
 
-def test_modules_outside_the_targets_are_named(model, tiny_adapters, prompts, said):
+def test_modules_outside_the_targets_are_named(model, tiny_adapters, prompts, log):
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -192,14 +192,14 @@ def test_modules_outside_the_targets_are_named(model, tiny_adapters, prompts, sa
         request = LoRARequest("a", 1, str(tiny_adapters["a"]))
         asked = SamplingParams(max_tokens=1, detokenize=False)
         llm.generate([{"prompt_token_ids": prompts[0]}], asked, lora_request=[request])
-    named = [line for line in said if "lora_target_modules" in line]
+    named = [line for line in log if "lora_target_modules" in line]
     assert len(named) == 1
     assert "targets v_proj" in named[0]
     assert "q_proj, o_proj" in named[0]
 
 
-def test_a_model_that_says_so_without_the_flag(model, said):
+def test_a_model_that_says_so_without_the_flag(model, log):
     edit_config(model, lambda config, _: config.update(lora_compatible=True))
     with engine(model):
         pass
-    assert sum("the model says lora_compatible" in line for line in said) == 1
+    assert sum("the model says lora_compatible" in line for line in log) == 1

@@ -28,7 +28,7 @@ OPTIONS = json.dumps({"int4_lora": {"backend": "compiled"}})
 
 
 class Server:
-    """A server that runs, and what is asked of it."""
+    """A running server, and the requests to it."""
 
     def __init__(self, port, process):
         self.port, self.process = port, process
@@ -37,9 +37,9 @@ class Server:
         """Return the status and the text of an answer."""
         address = f"http://127.0.0.1:{self.port}{path}"
         data = json.dumps(body).encode()
-        asked = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(asked, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -56,8 +56,8 @@ class Server:
             ignore_eos=True,
         )
         assert status == 200, text
-        found = json.loads(text)["choices"][0]["logprobs"]
-        return found["tokens"], found["token_logprobs"]
+        logprobs = json.loads(text)["choices"][0]["logprobs"]
+        return logprobs["tokens"], logprobs["token_logprobs"]
 
     def resident(self):
         """Return the resident bytes of the server and its engine."""
@@ -66,7 +66,7 @@ class Server:
         for pid in [self.process.pid, *map(int, children.split())]:
             with contextlib.suppress(FileNotFoundError):
                 status = Path(f"/proc/{pid}/status").read_text()
-                line = [one for one in status.splitlines() if one.startswith("VmRSS:")]
+                line = [line for line in status.splitlines() if line.startswith("VmRSS:")]
                 total += 1024 * int(line[0].split()[1]) if line else 0
         return total
 
@@ -102,11 +102,11 @@ def server(tiny_models, folders, tmp_path_factory):
     command += ["--additional-config", OPTIONS, "--enable-lora", "--max-loras", str(SLOTS)]
     command += ["--max-lora-rank", "16", "--max-cpu-loras", str(ADAPTERS)]
     command += ["--max-model-len", "128", "--no-enable-prefix-caching"]
-    own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (
         log.open("w") as opened,
         subprocess.Popen(
-            command, env={**os.environ, **own}, stdout=opened, stderr=subprocess.STDOUT
+            command, env={**os.environ, **settings}, stdout=opened, stderr=subprocess.STDOUT
         ) as process,
     ):
         try:
@@ -134,7 +134,7 @@ def load(server, folders, name):
     return server.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(folders / name))
 
 
-def test_a_bad_adapter_is_an_error_and_nobody_else_notices(server, folders):
+def test_a_bad_adapter_is_an_error_and_others_are_served(server, folders):
     before = server.complete("base", "hello")
     for name, message in (("wide", "rank"), ("cut", ""), ("not-there", "")):
         with ThreadPoolExecutor(2) as pool:
@@ -156,7 +156,7 @@ def test_streaming(server, folders):
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data")]
     assert events[-1] == "[DONE]"
     each = [json.loads(event)["choices"][0]["logprobs"] for event in events[:-1]]
-    assert [token for one in each if one for token in one["tokens"]] == whole
+    assert [token for logprobs in each if logprobs for token in logprobs["tokens"]] == whole
     assert server.post("/v1/unload_lora_adapter", lora_name="a0")[0] == 200
 
 
@@ -169,7 +169,9 @@ def test_adapters_come_and_go_under_load(server, folders):
         alone |= {(name, prompt): server.complete(name, prompt) for prompt in prompts}
     alone |= {("base", prompt): server.complete("base", prompt) for prompt in prompts}
     first = [alone[name, "hello"][1][0] for name in ["base", *names]]
-    assert len({round(one, 2) for one in first}) > ADAPTERS // 2  # the adapters do something
+    assert (
+        len({round(logprob, 2) for logprob in first}) > ADAPTERS // 2
+    )  # the adapters do something
     generator = torch.Generator().manual_seed(0)
     memory = []
 
@@ -197,6 +199,6 @@ def test_adapters_come_and_go_under_load(server, folders):
                 len(tokens),
             )
             close = zip(logprobs[: same + 1], right[1][: same + 1], strict=True)
-            assert max(abs(one - other) for one, other in close) <= 0.1, (name, prompt)
+            assert max(abs(logprob - other) for logprob, other in close) <= 0.1, (name, prompt)
     settled = memory[len(memory) // 3 :]
     assert max(settled) <= 1.02 * settled[0] + 2**25  # flat

@@ -15,14 +15,14 @@ MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 
 
-def read(model, name, sizes, columns, rank, **own):
+def read(model, name, sizes, columns, rank, **attributes):
     engine = ServedEngine(model=str(model), packed_modules=MERGED)
     layer = SimpleNamespace(
         int4_lora=ServedLayer(name, engine),
         output_partition_sizes=sizes,
         input_size_per_partition=columns,
         tp_rank=rank,
-        **own,
+        **attributes,
     )
     return dequantize(packed_weight_of_checkpoint(layer))
 
@@ -35,20 +35,20 @@ def dense(model, module):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rows_are_split_over_two_ranks(variant, rank, tiny_models):
     model = tiny_models[variant]
-    found = read(model, f"{ATTENTION}.qkv_proj", [128, 64, 64], 256, rank)
+    weight = read(model, f"{ATTENTION}.qkv_proj", [128, 64, 64], 256, rank)
     parts = [dense(model, f"{ATTENTION}.{part}_proj").chunk(2)[rank] for part in ("q", "k", "v")]
-    assert torch.equal(found, torch.cat(parts))
-    found = read(model, f"{MLP}.gate_up_proj", [256, 256], 256, rank)
+    assert torch.equal(weight, torch.cat(parts))
+    weight = read(model, f"{MLP}.gate_up_proj", [256, 256], 256, rank)
     parts = [dense(model, f"{MLP}.{part}_proj").chunk(2)[rank] for part in ("gate", "up")]
-    assert torch.equal(found, torch.cat(parts))
+    assert torch.equal(weight, torch.cat(parts))
 
 
 @pytest.mark.parametrize("variant", ["g32", "asym-g32", "channel", "asym-channel"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_columns_are_split_over_two_ranks(variant, rank, tiny_models):
     model = tiny_models[variant]
-    found = read(model, f"{MLP}.down_proj", [256], 256, rank)
-    assert torch.equal(found, dense(model, f"{MLP}.down_proj").chunk(2, dim=1)[rank])
+    weight = read(model, f"{MLP}.down_proj", [256], 256, rank)
+    assert torch.equal(weight, dense(model, f"{MLP}.down_proj").chunk(2, dim=1)[rank])
 
 
 def test_key_heads_that_are_fewer_than_ranks_are_on_several(tiny_models):
@@ -56,10 +56,10 @@ def test_key_heads_that_are_fewer_than_ranks_are_on_several(tiny_models):
     model = tiny_models["asym-g32"]
     query, key, value = (dense(model, f"{ATTENTION}.{part}_proj") for part in ("q", "k", "v"))
     for rank in range(4):
-        own = {"num_kv_head_replicas": 2}
-        found = read(model, f"{ATTENTION}.qkv_proj", [64, 64, 64], 256, rank, **own)
+        attributes = {"num_kv_head_replicas": 2}
+        weight = read(model, f"{ATTENTION}.qkv_proj", [64, 64, 64], 256, rank, **attributes)
         right = [query.chunk(4)[rank], key.chunk(2)[rank // 2], value.chunk(2)[rank // 2]]
-        assert torch.equal(found, torch.cat(right))
+        assert torch.equal(weight, torch.cat(right))
 
 
 def test_a_module_that_is_not_there_is_named(tiny_models):

@@ -1,4 +1,4 @@
-"""The check that a layer has to pass before it serves: right ones pass, wrong ones do not."""
+"""The check at load: correct layers pass, wrong ones do not."""
 
 import dataclasses
 import re
@@ -147,45 +147,45 @@ def test_what_vllm_writes_to_slots_is_what_is_computed_with(weight):
 def test_within_a_graph_nothing_depends_on_the_number_of_tokens(
     symmetric, lora, tmp_path, monkeypatch
 ):
-    """VLLM traces its model once, for any number of tokens, and drops the guards."""
+    """VLLM traces its model once for any number of tokens, and drops the guards."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a kept graph has its own guards
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(96, 128, generator=generator).bfloat16()
     served = ServedLayer("layer", ServedEngine(Options(in_graph="inlined")))
     served.hold(prepare(quantize(dense, group_size=32, symmetric=symmetric)))
     served.lora = lora
-    for one in lora.slices:
-        one.a.normal_(generator=generator)
-        one.bt.normal_(generator=generator)
+    for slice_ in lora.slices:
+        slice_.a.normal_(generator=generator)
+        slice_.bt.normal_(generator=generator)
     whole = _own_code(lambda x, ids: served.forward(x, ids, None), symmetric)
     base = _own_code(lambda x: served.forward(x, None, None), symmetric)
-    traced, plain = (torch.compile(one, fullgraph=True) for one in (whole, base))
+    traced, plain = (torch.compile(function, fullgraph=True) for function in (whole, base))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (100, 40, 17, 5, 2):
             x = torch.randn(tokens, 128, generator=generator).bfloat16()
             ids = torch.arange(tokens) % 4 - 1
             torch._dynamo.mark_dynamic(x, 0, min=2, max=8192)
             torch._dynamo.mark_dynamic(ids, 0, min=2, max=8192)
-            found = traced(x, ids)
+            y = traced(x, ids)
             right = served.forward(x.clone(), ids.clone(), None)
-            torch.testing.assert_close(found, right, rtol=0.02, atol=0.5)
-            own = torch.randn(tokens, 128, generator=generator).bfloat16()
-            torch._dynamo.mark_dynamic(own, 0, min=2, max=8192)
+            torch.testing.assert_close(y, right, rtol=0.02, atol=0.5)
+            other = torch.randn(tokens, 128, generator=generator).bfloat16()
+            torch._dynamo.mark_dynamic(other, 0, min=2, max=8192)
             torch.testing.assert_close(
-                plain(own), served.forward(own.clone(), None, None), rtol=0.02, atol=0.5
+                plain(other), served.forward(other.clone(), None, None), rtol=0.02, atol=0.5
             )
 
 
 def test_plain_adapters_are_those_of_the_compiled_path(weight, lora):
-    """What a layer is given whose compiled adapters were not right."""
+    """Layers whose compiled adapters failed the check use them."""
     generator = torch.Generator().manual_seed(0)
     served = ServedLayer("layer", lora=lora)
-    for one in lora.slices:
-        one.a.normal_(generator=generator)
-        one.bt.normal_(generator=generator)
+    for slice_ in lora.slices:
+        slice_.a.normal_(generator=generator)
+        slice_.bt.normal_(generator=generator)
     x = torch.randn(6, 128, generator=generator).bfloat16()
     base = torch.randn(6, 96, generator=generator).bfloat16()
     ids = torch.tensor([0, -1, 2, 1, 9, 0])  # 9 is no slot
-    found = served.add_adapters_eagerly(base, x, ids)
-    torch.testing.assert_close(found, served.add_adapters(base, x, ids), rtol=0.01, atol=0.05)
-    assert torch.equal(found[[1, 4]], base[[1, 4]])
+    y = served.add_adapters_eagerly(base, x, ids)
+    torch.testing.assert_close(y, served.add_adapters(base, x, ids), rtol=0.01, atol=0.05)
+    assert torch.equal(y[[1, 4]], base[[1, 4]])

@@ -1,4 +1,4 @@
-"""Options of the vLLM backend, and what a checkpoint says about adapters: no vLLM needed."""
+"""The options of the vLLM backend, and what a checkpoint says about adapters; without vLLM."""
 
 import json
 
@@ -42,14 +42,14 @@ def test_a_wrong_option_is_named(given, error, message):
 
 
 def test_what_a_checkpoint_says_is_found_in_each_place(tmp_path):
-    said = {"lora_compatible": True, "lora_target_modules": ["q_proj"]}
+    fields = {"lora_compatible": True, "lora_target_modules": ["q_proj"]}
     right = LoRAMetadata(True, ("q_proj",))
     assert read_metadata({}) == LoRAMetadata(None, None)
-    assert read_metadata(said) == right
-    assert read_metadata({"quantization_config": said}) == right
-    (tmp_path / "lora_metadata.json").write_text(json.dumps(said))
+    assert read_metadata(fields) == right
+    assert read_metadata({"quantization_config": fields}) == right
+    (tmp_path / "lora_metadata.json").write_text(json.dumps(fields))
     assert read_metadata({}, tmp_path) == right
-    assert read_metadata(said, tmp_path) == right
+    assert read_metadata(fields, tmp_path) == right
 
 
 def test_places_that_contradict_are_both_named(tmp_path):
@@ -68,7 +68,7 @@ def test_places_that_contradict_are_both_named(tmp_path):
         ('{"lora_target_modules": [1]}', TypeError, "must be a list of names"),
     ],
 )
-def test_a_spoilt_file_is_named(text, error, message, tmp_path):
+def test_a_wrong_file_is_named(text, error, message, tmp_path):
     (tmp_path / "lora_metadata.json").write_text(text)
     with pytest.raises(error, match=message) as caught:
         read_metadata({}, tmp_path)
