@@ -1,15 +1,10 @@
-"""Dense weights kept for reuse, within a budget of bytes.
-
-Source: the contract of ``int4_lora.integration``; the policy is least recently used.
-"""
+"""Dense weights kept for reuse, within a budget of bytes; the least recently used go first."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict, deque
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +13,9 @@ from int4_lora.reference import PackedWeight, dequantize
 
 __all__ = ["UnpackedWeightCache"]
 
-Key: TypeAlias = tuple[int, torch.dtype]  # id of the weight, dtype of the dense tensor
 
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """A dense weight, and what must still hold for it to be right."""
+class _Entry(NamedTuple):
+    """A dense weight, and the state for which it is right."""
 
     weight: weakref.ref[PackedWeight]
     source: tuple[int, ...]
@@ -34,13 +26,13 @@ class _Entry:
 class UnpackedWeightCache:
     """Dense weights by the packed weight they came from, at most ``max_bytes`` of them.
 
-    An entry is served only for the very object it was made from, while neither that weight's
-    tensors nor the dense tensor have been written to since: PyTorch counts the writes. Writes it
-    cannot count (through ``.data``, NumPy or another process) call for ``discard``. A dense
-    tensor that the budget cannot hold is returned and not kept; weights with tensors made in
-    inference mode, or that want gradients, are never kept, since PyTorch does not count all
-    writes to them (fused optimizers). What is evicted or cleared is freed as
-    soon as no caller holds it. All methods may be called from any thread.
+    A dense weight is returned again only for the same ``PackedWeight`` object, and only while
+    neither its tensors nor the dense tensor have been written to: PyTorch counts the writes. After
+    a write that it cannot count (through ``.data``, NumPy or another process) call ``discard``.
+    Weights with tensors made in inference mode, or that require gradients, are never kept, because
+    PyTorch does not count all writes to them (fused optimizers); nor is a dense tensor that is
+    larger than the budget. What is evicted or cleared is freed as soon as no caller holds it. All
+    methods may be called from any thread.
 
     Args:
         max_bytes: the most bytes of dense tensors to keep; 0 keeps none.
@@ -55,9 +47,6 @@ class UnpackedWeightCache:
         >>> cache = UnpackedWeightCache(max_bytes=2**20)
         >>> cache.get(weight) is cache.get(weight), cache.nbytes
         (True, 32)
-
-    Source:
-        The request this project began with asks for unpacked weights with a cache.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -66,28 +55,25 @@ class UnpackedWeightCache:
         if max_bytes < 0:
             raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # least recently used first
-        self._nbytes = 0
+        # By id of the weight and dtype, least recently used first. A weight that is collected
+        # removes its entry without the lock, which the collecting thread may hold already.
+        self._entries: dict[tuple[int, torch.dtype], _Entry] = {}
         self._lock = threading.Lock()
-        self._dead: deque[Key] = deque()  # keys of weights collected while the lock was held
 
     @property
     def nbytes(self) -> int:
         """Bytes of the dense tensors that are kept now."""
         with self._lock:
-            self._bury()
-            return self._nbytes
+            return self._total()
 
     def __len__(self) -> int:
         with self._lock:
-            self._bury()
             return len(self._entries)
 
     def __contains__(self, weight: object) -> bool:
         """Return whether a dense tensor of that very weight is kept, of whatever dtype."""
         with self._lock:
-            self._bury()
-            return any(key[0] == id(weight) for key in self._entries)
+            return any(key[0] == id(weight) for key in list(self._entries))
 
     def get(self, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight, unpacked now or kept from an earlier call.
@@ -97,8 +83,8 @@ class UnpackedWeightCache:
             dtype: of the result; None means the scale's dtype.
 
         Returns:
-            ``[out_features, in_features]``; shared with every caller, so not to be written to
-            (a write is noticed, and the entry made anew for the next caller).
+            ``[out_features, in_features]``; shared with every caller, so do not write to it (a
+            write is noticed, and the next caller gets a new tensor).
 
         Raises:
             TypeError: ``weight`` is no PackedWeight, or ``dtype`` not a float dtype.
@@ -106,82 +92,54 @@ class UnpackedWeightCache:
         if not isinstance(weight, PackedWeight):
             raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
         key = (id(weight), weight.scale.dtype if dtype is None else dtype)
-        source = _fingerprint(weight)
         with self._lock:
-            self._bury()
-            entry = self._entries.get(key)
-            if entry is not None:
-                if _is_fresh(entry, weight, source):
-                    self._entries.move_to_end(key)
-                    return entry.dense
-                self._drop(key)
+            kept = self._find(key, weight)
+        if kept is not None:
+            return kept
+        source = _fingerprint(weight)
         with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
             dense = dequantize(weight, dtype)
-        if source is None or _fingerprint(weight) != source:
-            return dense  # untracked, or written to while it was unpacked
-        return self._keep(key, weight, source, dense)
+        with self._lock:
+            kept = self._find(key, weight)
+            if kept is not None:
+                return kept  # another thread was first: all callers share one tensor
+            if source is None or source != _fingerprint(weight):
+                return dense  # untracked, or written to while it was unpacked
+            if dense.nbytes > self.max_bytes:
+                return dense
+            while self._total() + dense.nbytes > self.max_bytes:
+                for oldest in list(self._entries)[:1]:
+                    self._entries.pop(oldest, None)
+            alive = weakref.ref(weight, lambda _: self._entries.pop(key, None))
+            self._entries[key] = _Entry(alive, source, dense, dense._version)
+        return dense
 
     def discard(self, weight: PackedWeight) -> None:
         """Forget what was made from ``weight``; nothing happens if there is nothing."""
         with self._lock:
-            self._bury()
-            for key in [key for key in self._entries if key[0] == id(weight)]:
-                self._drop(key)
+            for key in [key for key in list(self._entries) if key[0] == id(weight)]:
+                self._entries.pop(key, None)
 
     def clear(self) -> None:
         """Forget everything, and give the memory back."""
         with self._lock:
-            self._dead.clear()
             self._entries.clear()
-            self._nbytes = 0
 
-    def _keep(
-        self, key: Key, weight: PackedWeight, source: tuple[int, ...], dense: Tensor
-    ) -> Tensor:
-        with self._lock:
-            self._bury()
-            entry = self._entries.get(key)
-            if entry is not None and _is_fresh(entry, weight, source):
-                return entry.dense  # another thread was first: all callers share one tensor
-            if entry is not None:
-                self._drop(key)
-            if dense.nbytes > self.max_bytes:
-                return dense
-            while self._nbytes + dense.nbytes > self.max_bytes:
-                self._drop(next(iter(self._entries)))
-            alive = weakref.ref(weight, lambda _: self._collected(key))
-            self._entries[key] = _Entry(alive, source, dense, dense._version)
-            self._nbytes += dense.nbytes
-        return dense
+    def _find(self, key: tuple[int, torch.dtype], weight: PackedWeight) -> Tensor | None:
+        """Return a kept dense weight and mark it as used; drop it if it is stale."""
+        entry = self._entries.pop(key, None)
+        if (
+            entry is None
+            or entry.weight() is not weight
+            or entry.source != _fingerprint(weight)
+            or entry.version != entry.dense._version
+        ):
+            return None
+        self._entries[key] = entry
+        return entry.dense
 
-    def _collected(self, key: Key) -> None:
-        """Drop the entry of a weight that was collected, at once if no thread holds the lock."""
-        self._dead.append(key)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._bury()
-            finally:
-                self._lock.release()
-
-    def _bury(self) -> None:
-        """Drop the entries of collected weights; the lock is held."""
-        while self._dead:
-            key = self._dead.popleft()
-            entry = self._entries.get(key)
-            if entry is not None and entry.weight() is None:
-                self._drop(key)
-
-    def _drop(self, key: Key) -> None:
-        self._nbytes -= self._entries.pop(key).dense.nbytes
-
-
-def _is_fresh(entry: _Entry, weight: PackedWeight, source: tuple[int, ...] | None) -> bool:
-    """Return whether an entry was made from this very weight as it is now."""
-    return (
-        entry.weight() is weight
-        and entry.source == source
-        and entry.dense._version == entry.version
-    )
+    def _total(self) -> int:
+        return sum(entry.dense.nbytes for entry in list(self._entries.values()))
 
 
 def _fingerprint(weight: PackedWeight) -> tuple[int, ...] | None:

@@ -45,7 +45,8 @@ def refusing_bad_input(*more: type[Exception]) -> Iterator[None]:
     Args:
         more: errors that count as such beside ImportError, OSError, TypeError and ValueError.
     """
+    refused: tuple[type[Exception], ...] = (ImportError, OSError, TypeError, ValueError, *more)
     try:
         yield
-    except (ImportError, OSError, TypeError, ValueError, *more) as error:
+    except refused as error:
         raise unusable(str(error)) from error
