@@ -1,4 +1,4 @@
-"""What a checkpoint says of adapters, written into it: ``config.json``, ``lora_metadata.json``.
+"""Record in a checkpoint what adapters may target: ``config.json`` and ``lora_metadata.json``.
 
 Source: ``docs/commands/annotate.md``; the reader in vLLM is ``vllm_plugin/metadata.py``.
 """
@@ -6,13 +6,14 @@ Source: ``docs/commands/annotate.md``; the reader in vLLM is ``vllm_plugin/metad
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from int4_lora.atomic_files import replace_files
-from int4_lora.integration.annotation.json_members import set_members
 from int4_lora.integration.annotation.metadata import KEYS, metadata_of, metadata_text
 from int4_lora.integration.annotation.targets import lora_targets
 from int4_lora.integration.checkpoint.open import open_checkpoint
@@ -21,12 +22,13 @@ from int4_lora.integration.vllm_plugin.metadata import FILE
 __all__ = ["Annotation", "annotate", "preview_annotation"]
 
 CONFIG = "config.json"
+QUANTIZATION = "quantization_config"
 IN_CONFIG = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a checkpoint says of adapters, and which of its files did not say so before.
+    """What a checkpoint offers adapters, and which of its files did not say so before.
 
     Args:
         path: the checkpoint's folder.
@@ -49,11 +51,12 @@ class Annotation:
 
 
 def annotate(path: str | os.PathLike[str]) -> Annotation:
-    """Write into a checkpoint what it is to adapters.
+    """Record in a checkpoint what it offers adapters.
 
     ``config.json`` gets ``lora_compatible``, ``lora_target_modules`` and
-    ``suggested_lora_targets``, and no other byte of it changes; ``lora_metadata.json`` is written
-    whole. A second call changes nothing. Each file is the old or the new one at any moment.
+    ``suggested_lora_targets``; every other value in it stays, and so does the order of the keys.
+    ``lora_metadata.json`` is written whole. A second call writes nothing. At any moment each file
+    is whole, the old or the new one.
 
     Args:
         path: the checkpoint's folder.
@@ -65,8 +68,9 @@ def annotate(path: str | os.PathLike[str]) -> Annotation:
         FileNotFoundError: the folder, or a file it must have, is not there.
         OSError: a file cannot be written; then none is changed.
         TypeError: a tensor of the wrong dtype.
-        ValueError: a checkpoint that cannot be read, tensors that contradict each other, a link, or
-            a ``lora_metadata.json`` that holds something else.
+        ValueError: a checkpoint that cannot be read, tensors that contradict each other, a link, a
+            ``config.json`` with a repeated key or a number that no float holds, or a
+            ``lora_metadata.json`` that holds something else.
 
     Example:
         >>> oneshot(model="my-model", recipe=recipe, output_dir="my-W4A16")  # doctest: +SKIP
@@ -106,7 +110,7 @@ def preview_annotation(path: str | os.PathLike[str]) -> Annotation:
 
 
 def _planned(folder: Path) -> tuple[Annotation, Mapping[Path, bytes]]:
-    """Return the annotation, and the new bytes of each file that has others."""
+    """Return the annotation, and the new contents of the files that change."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with a checkpoint")
     config, beside = folder / CONFIG, folder / FILE
@@ -115,14 +119,14 @@ def _planned(folder: Path) -> tuple[Annotation, Mapping[Path, bytes]]:
     checkpoint = open_checkpoint(folder)
     targets = lora_targets(checkpoint)
     metadata = metadata_of(checkpoint, targets)
-    said = {key: metadata[key] for key in IN_CONFIG}
-    before = config.read_bytes()
-    new = set_members(before.decode("utf-8"), said, also_in="quantization_config").encode("utf-8")
-    contents = {beside: metadata_text(metadata).encode("ascii"), config: new}
-    old = {beside: beside.read_bytes() if beside.exists() else None, config: before}
-    different = {file: data for file, data in contents.items() if old[file] != data}
-    if beside in different:
-        _check_is_ours(beside, old[beside])
+    contents: dict[Path, bytes] = {}
+    text = metadata_text(metadata).encode("ascii")
+    if not beside.exists() or beside.read_bytes() != text:
+        _check_is_ours(beside)
+        contents[beside] = text
+    new = _config_with(config, {key: metadata[key] for key in IN_CONFIG})
+    if new is not None:
+        contents[config] = new
     annotation = Annotation(
         path=folder,
         lora_compatible=targets.compatible,
@@ -130,9 +134,52 @@ def _planned(folder: Path) -> tuple[Annotation, Mapping[Path, bytes]]:
         lora_target_modules=targets.modules,
         suggested_lora_targets=targets.suggested,
         modules=len(metadata["modules"]),
-        changed=tuple(file.name for file in different),
+        changed=tuple(file.name for file in contents),
     )
-    return annotation, different
+    return annotation, contents
+
+
+def _config_with(file: Path, members: Mapping[str, Any]) -> bytes | None:
+    """Return config.json with some members set, as transformers writes it; None if it has them.
+
+    Members that ``quantization_config`` has too are set there as well, because vLLM refuses two
+    places that contradict each other; none is added to it.
+    """
+    try:
+        config = json.loads(
+            file.read_text(encoding="utf-8"),
+            object_pairs_hook=_without_repeats,
+            parse_float=_finite,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    new = {**config, **members}
+    inner = config.get(QUANTIZATION)
+    if isinstance(inner, dict):
+        also = {key: value for key, value in members.items() if key in inner}
+        new[QUANTIZATION] = {**inner, **also}
+    text = json.dumps(new, indent=2)
+    if text == json.dumps(config, indent=2):
+        return None
+    return (text + "\n").encode("ascii")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(
+                f"the key {key!r} must not be repeated, one of its values would be lost"
+            )
+        members[key] = value
+    return members
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large for a float and would be lost")
+    return value
 
 
 def _check_is_no_link(file: Path) -> None:
@@ -144,12 +191,12 @@ def _check_is_no_link(file: Path) -> None:
         )
 
 
-def _check_is_ours(file: Path, old: bytes | None) -> None:
+def _check_is_ours(file: Path) -> None:
     """Refuse to write over a file that holds what would be lost."""
-    if old is None:
+    if not file.exists():
         return
     try:
-        held = json.loads(old)
+        held = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is there and is not JSON: {error}") from error
     if not isinstance(held, dict):
