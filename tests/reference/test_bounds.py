@@ -1,4 +1,4 @@
-"""error_bound: never exceeded, not far above what is seen, and violated by what is wrong."""
+"""error_bound: never exceeded by a correct result, tight, and exceeded by a wrong one."""
 
 import dataclasses
 import math

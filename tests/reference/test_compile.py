@@ -1,4 +1,4 @@
-"""torch.compile takes the reference as it is: one graph, any number of tokens, any ids."""
+"""torch.compile compiles the reference as it is: one graph, any number of tokens, any ids."""
 
 import unittest
 

@@ -1,4 +1,4 @@
-"""PackedWeight: what it takes, what it says of itself, and what it refuses."""
+"""PackedWeight: every format, its properties and rows, and what it refuses."""
 
 import dataclasses
 import unittest

@@ -1,4 +1,4 @@
-"""round_once: float64 to sixteen bits without the second rounding on the way."""
+"""round_once: float64 to sixteen bits without a second rounding."""
 
 import numpy as np
 import pytest

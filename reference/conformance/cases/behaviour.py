@@ -20,13 +20,13 @@ __all__ = ["behaviour_cases"]
 
 # procedure, what it exercises, dtypes of x
 PROCEDURES = (
-    ("alone", "a token alone has the answer that it has in a batch", ("bf16", "fp32")),
-    ("replay", "the same buffers again, with other adapter ids in them", ("bf16", "fp32")),
+    ("alone", "a token alone has the same answer as in a batch", ("bf16", "fp32")),
+    ("replay", "the same buffers again, with other values and adapter ids", ("bf16", "fp32")),
     ("resized", "fewer tokens, then more again, with the same weight", ("bf16",)),
-    ("repeat", "a call repeated gives the same bits", ("bf16", "fp32")),
-    ("kept", "what a call returned is not written over by a later one", ("bf16",)),
+    ("repeat", "a repeated call gives the same bits", ("bf16", "fp32")),
+    ("kept", "a later call does not write over an earlier result", ("bf16",)),
     ("unmodified", "no operand is written to", ("bf16",)),
-    ("written", "every output is written: memory is poisoned before", ("bf16", "fp32")),
+    ("written", "every output is written, on poisoned memory", ("bf16", "fp32")),
 )
 
 
@@ -45,7 +45,7 @@ def behaviour_cases() -> Iterator[Case]:
     for short in ("bf16", "fp16", "fp32"):
         yield Case(
             f"int4_lora_linear/bias_of_errors/{short}",
-            "over many draws errors go both ways",
+            "over many draws, errors have no systematic part",
             "int4_lora_linear",
             with_adapters(FLOATS[short], count=64, columns=64, groups=2, rank=4),
             procedure="many_draws",
@@ -53,7 +53,7 @@ def behaviour_cases() -> Iterator[Case]:
         )
     yield Case(
         "int4_linear/repeat/bf16",
-        "a call repeated gives the same bits, where sums are long",
+        "a repeated call gives the same bits with long sums",
         "int4_linear",
         _long,
         procedure="repeat",

@@ -67,7 +67,7 @@ def _limits() -> Iterator[Case]:
     for columns in (32, 64, 128):
         yield Case(
             f"int4_linear/short_sum_{columns}/fp32",
-            f"a sum of {columns} float32 products: sums kept in 16 bits show",
+            f"a sum of {columns} float32 products, in which 16-bit sums show",
             "int4_linear",
             _layer(torch.float32, columns=columns, groups=columns // 32),
             quick=columns == 64,
@@ -135,7 +135,7 @@ def _numbers(short: str, dtype: torch.dtype) -> Iterator[Case]:
 
     yield case(
         "one_hot",
-        "each token picks one column of the weight: what comes back is the weight itself",
+        "each token picks one column of the weight: the result is the weight itself",
         lambda draws: Operands(
             x=torch.eye(256, dtype=dtype)[draws.permutation("columns", 256)[:96]],
             weight=weight(draws, groups=4, symmetric=False, dtype=dtype),

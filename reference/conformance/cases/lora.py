@@ -130,8 +130,8 @@ def _of_ranks() -> Iterator[Case]:
 
 # name, what it exercises, 16 ids, whether it is quick
 IDS = (
-    ("all_minus_one", "adapters are there, no token uses one", [-1] * 16, True),
-    ("one_used", "three adapters are there, all tokens use the second", [1] * 16, False),
+    ("all_minus_one", "three adapters, and no token uses any", [-1] * 16, True),
+    ("one_used", "three adapters, and all tokens use the second", [1] * 16, False),
     ("descending", "ids that are not sorted", [2 - i // 4 for i in range(16)], False),
     ("last_minus_one", "one token without adapter", [2] * 15 + [-1], True),
 )

@@ -1,4 +1,4 @@
-"""What is a backend, what it claims, how it is called, and what a run makes of it."""
+"""Backends: how they are named, their claims, their calls, and the outcomes of a run."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def test_a_manifest_is_read_from_a_mapping():
         ({"symmetric": "yes"}, TypeError),
     ],
 )
-def test_a_manifest_that_claims_nonsense_is_refused(claims, error):
+def test_an_invalid_manifest_is_refused(claims, error):
     with pytest.raises(error, match="manifest"):
         Manifest.of(claims)
 
@@ -82,7 +82,7 @@ def test_a_manifest_that_claims_nonsense_is_refused(claims, error):
         ({"deterministic": False}, "int4_lora_linear/repeat/bf16", "declared not deterministic"),
     ],
 )
-def test_what_is_not_claimed_is_skipped_with_its_reason(claims, case, reason):
+def test_a_case_that_is_not_claimed_is_skipped_with_the_reason(claims, case, reason):
     class Claims:
         manifest = claims
         int4_linear = staticmethod(int4_lora.reference.int4_linear)
@@ -102,7 +102,7 @@ def test_operands_are_prepared_once():
     assert under_test.prepared == len(outcomes)
 
 
-def test_what_a_backend_raises_is_a_finding():
+def test_an_exception_of_a_backend_is_a_finding():
     class Raises:
         def int4_linear(self, x, weight, bias=None):
             raise RuntimeError("no kernel\nfor this shape")
@@ -122,7 +122,7 @@ def test_what_a_backend_raises_is_a_finding():
         (":x", "must be module:object"),
     ],
 )
-def test_what_is_no_backend_cannot_be_used(spec, message):
+def test_an_unusable_backend_is_an_error(spec, message):
     code, out, error = conform(spec)
     assert (code, out) == (2, "")
     assert message in error
@@ -137,13 +137,13 @@ def test_what_is_no_backend_cannot_be_used(spec, message):
         (["--device", "toaster"], "toaster"),
     ],
 )
-def test_options_that_cannot_be_used(options, message):
+def test_an_unusable_option_is_an_error(options, message):
     code, _, error = conform("int4_lora.reference", *options)
     assert code == 2
     assert message in error
 
 
-def test_conform_says_what_is_right_and_what_was_skipped():
+def test_conform_prints_the_verdict_and_the_skips():
     code, out, _ = conform(f"{SPEC}:Layer", "--cases", "pack/*,int4_linear/ragged/*")
     assert code == 0
     assert "skipped 5: no pack" in out
@@ -182,7 +182,7 @@ def test_the_smallest_failure_can_be_pasted(tmp_path):
     assert again.stdout.count("tensor") == 3
 
 
-def test_fresh_seeds_are_said():
+def test_fresh_seeds_are_printed():
     options = ("--seed", "fresh", "--cases", "int4_linear/ragged/*", "--json")
     seeds = {json.loads(conform("reference", *options)[1])["seed"] for _ in range(2)}
     assert len(seeds) == 2
@@ -195,11 +195,11 @@ def test_registered_names_beat_folders(tmp_path, monkeypatch):
     assert conform("./reference", "--cases", "pack/ragged")[0] == 2
 
 
-def test_a_class_is_made_an_instance_of():
+def test_a_class_is_instantiated():
     assert isinstance(load_backend(f"{SPEC}:Layer").under_test, backends.Layer)
 
 
-def test_numbers_in_short():
+def test_ranges_of_numbers():
     assert ranges([1, 2, 3, 7, 9, 10], 12) == "1-3, 7, 9-10 of 12"
     assert ranges(list(range(0, 20, 2)), 20) == "0, 2, 4, 6, 8, 10 ... of 20"
 
@@ -237,6 +237,6 @@ def test_the_cases_for_pytest(case):
     check_case(int4_lora.reference, case)
 
 
-def test_optional_cases_are_made_to_be_large():
+def test_the_optional_cases_are_the_large_ones():
     optional = {case.name for case in CASES if case.optional}
     assert optional == {"int4_lora_linear/large_output/bf16", "int4_linear/large_weight/bf16"}

@@ -1,4 +1,4 @@
-"""Faults that are easy to miss, and what is said of them."""
+"""Faults that are easy to miss, and the rules that find them."""
 
 import json
 
@@ -32,12 +32,12 @@ def test_faults_that_are_easy_to_miss(kind, case, rule):
     assert (outcome.status, outcome.rule) == ("failed", rule), outcome.message
 
 
-def test_the_layer_without_adapters_is_the_other_layer_with_none():
+def test_int4_lora_linear_stands_in_for_a_missing_int4_linear():
     outcomes = list(run(Backend(backends.EagerLow(), "x"), select("int4_linear/ragged*/bf16")))
     assert {outcome.status for outcome in outcomes} == {"passed"}
 
 
-def test_what_is_right_but_for_a_rounding_is_said_to_be_so():
+def test_an_undeclared_rounding_is_named():
     undeclared = type("Undeclared", (backends.BaseRounded,), {"manifest": None})
     cases = select("int4_lora_linear/bias/*,int4_lora_linear/mixed/fp16")
     outcomes = settled(list(run(Backend(undeclared(), "x"), cases)))
@@ -49,7 +49,7 @@ def test_what_is_right_but_for_a_rounding_is_said_to_be_so():
     }
 
 
-def test_what_a_backend_prints_is_not_in_the_json():
+def test_output_of_a_backend_is_not_in_the_json():
     result = CliRunner().invoke(
         app,
         [

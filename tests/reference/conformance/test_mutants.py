@@ -1,4 +1,4 @@
-"""Backends with a fault fail and the fault is named; honest ones that round otherwise pass."""
+"""A backend with a fault fails, and the fault is named; a correct one passes in any order."""
 
 import pytest
 
@@ -40,14 +40,14 @@ def diagnoses(results):
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_fault_of_the_ground_truths_mutation_check_is_named(name, tmp_path):
+def test_a_fault_planted_in_the_reference_is_named(name, tmp_path):
     expected, patterns = PLANTED[name]
     module, changes, _ = MUTANTS[name]
     results = outcomes(planted_reference(tmp_path, {module: changes}), patterns)
     assert set(diagnoses(results)) == {(expected,)}
 
 
-def test_the_copy_that_is_planted_in_conforms(tmp_path):
+def test_a_copy_of_the_reference_without_a_fault_conforms(tmp_path):
     results = outcomes(planted_reference(tmp_path, {}), None)
     assert {outcome.status for outcome in results} == {"passed"}
 
@@ -81,7 +81,7 @@ def test_a_fault_of_a_kernel_is_named(name, patterns, expected):
         ("Unsteady", "int4_lora_linear/repeat/fp32", "repeat", "outputs all of 64"),
     ],
 )
-def test_what_is_no_known_mistake_is_unknown_with_its_place(name, case, rule, where):
+def test_an_unknown_fault_is_reported_with_its_place(name, case, rule, where):
     (outcome,) = settled(list(run(Backend(getattr(backends, name)(), name), select(case))))
     assert (outcome.status, outcome.rule, outcome.diagnosis) == ("failed", rule, ("unknown",))
     assert where in outcome.where
@@ -115,7 +115,7 @@ def test_an_honest_backend_conforms(name):
 
 
 @pytest.mark.parametrize("name", ["Unrounded", "BaseRounded"])
-def test_what_is_not_declared_fails(name):
+def test_an_undeclared_rounding_fails(name):
     undeclared = type("Undeclared", (getattr(backends, name),), {"manifest": None})
     results = outcomes(undeclared(), "int4_lora_linear/mixed/*,int4_lora_linear/bias/*")
     assert "failed" in {outcome.status for outcome in results}

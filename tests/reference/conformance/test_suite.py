@@ -1,4 +1,4 @@
-"""The cases: what they are drawn from, what they cover, and how they are chosen."""
+"""The cases: how they are drawn, what they cover, and how they are selected."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""The suite's own judges, fed with wrong answers: each rule refuses what it is for."""
+"""The verdict: each rule rejects the results that it is meant to reject."""
 
 import math
 
@@ -27,7 +27,7 @@ def changed(value, at=(3, 5)):
     return result
 
 
-def test_what_is_right_is_right():
+def test_a_right_result_passes():
     assert rule(RIGHT) is None
     assert rule(RIGHT, yardstick=2e-8) is None
 
