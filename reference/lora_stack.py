@@ -202,7 +202,7 @@ class LoRASlice:
 def rows_of(slices: Sequence[LoRASlice], index: Tensor) -> list[LoRASlice]:
     """Return the adapters of some outputs: output ``i`` of the result is output ``index[i]``.
 
-    This is for adapters what ``PackedWeight.rows`` is for the weight.
+    It is the counterpart of ``PackedWeight.rows`` for adapters.
 
     Args:
         slices: slices of the whole layer.

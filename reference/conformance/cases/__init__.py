@@ -1,1 +1,1 @@
-"""The cases: for one function each, with operands drawn from a seed."""
+"""The cases: each calls one function, with operands drawn from a seed."""
