@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from int4_lora import reference
 from int4_lora.compiled import int4_linear, int4_lora_linear, layouts, prepare_lora
-from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs.entry import plan
 from int4_lora.compiled.selection.choice import candidates
 
 
@@ -106,4 +106,4 @@ def _reference_with_lora(x, stack, ids, weight):
 
 
 def _formulation(formulation, x, weight):
-    return graphs.run(formulation, x, weight, (), None, None)
+    return plan(x, weight, formulation=formulation)(x, None)

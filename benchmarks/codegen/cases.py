@@ -11,10 +11,11 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from int4_lora.compiled import PreparedLoRA, int4_lora_linear, linear
+from int4_lora.compiled import PreparedLoRA, int4_lora_linear
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.formulations import MAGIC_GEMV
 from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs import entry
 from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 
 
@@ -192,7 +193,7 @@ def generate(case):
         torch._functorch.config.patch(enable_autograd_cache=False),
         mock.patch.object(compile_fx, "compile_fx", noting_inputs),
         mock.patch.object(GraphLowering, "compile_to_module", stop),
-        mock.patch.object(linear, "choose", return_value=case.formulation()),
+        mock.patch.object(entry, "choose", return_value=case.formulation()),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):

@@ -19,7 +19,7 @@ from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
 from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.checks import check_slices
 from int4_lora.compiled.gradients import needs_gradients
-from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs.entry import plan_terms
 from int4_lora.reference.checks import (
     ID_DTYPES,
     X_DTYPES,
@@ -74,7 +74,7 @@ def _added(base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids
     if x.shape[0] == 0:
         return base.clone()
     with torch.no_grad():
-        return graphs.run_terms(base, x, slices, adapter_ids)
+        return plan_terms(base, x, slices, adapter_ids)(base, x, adapter_ids)
 
 
 def _check(base: Tensor, x: Tensor, lora: PreparedLoRA, adapter_ids: Tensor) -> None:

@@ -7,8 +7,9 @@ consecutive outputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,6 +51,29 @@ class PreparedSlice:
     def stop(self) -> int:
         """The output after the last that the slice writes."""
         return self.start + self.bt.shape[2]
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Its tensors: a, bt and scaling."""
+        return self.a, self.bt, self.scaling
+
+    @cached_property
+    def signature(self) -> tuple[Hashable, ...]:
+        """What graphs are specialised on: shapes, strides and dtypes, no values."""
+        return (
+            self.start,
+            *(
+                (
+                    tensor.dtype,
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.device,
+                    type(tensor),
+                    tensor.is_inference(),
+                )
+                for tensor in self.tensors
+            ),
+        )
 
     def refresh_finite(self) -> None:
         """Set ``finite`` from ``bt``; call it after writing to ``bt`` other than by ``update``."""

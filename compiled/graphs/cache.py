@@ -1,46 +1,73 @@
-"""Compiled layers: one graph per formulation, layer shape and bucket of tokens.
+"""Compiled graphs, one for each key, which says everything that a graph is made for.
 
-Every graph gets a code object of its own, because torch counts recompiles per code object: forty
-layer shapes in one process are forty graphs, not forty recompiles of one, and none makes another's
-sizes dynamic.
+torch counts recompiles per code object, so every graph gets one of its own: forty layer shapes in
+one process are forty graphs, not forty recompiles of one, and none makes another's sizes dynamic.
 
-Source: ``torch._dynamo``'s documentation of ``recompile_limit`` and ``mark_dynamic``;
-``torch._dynamo.pgo``.
+Dynamo's guards on plain operands are left out: the key says what they would, at less cost. Once
+compiled, a graph is entered without Dynamo, whose guards and wrappers take 0.3 ms with cold
+processor caches, as they are between the layers of a model; an adapter's sums for 8 tokens take
+0.1. What the backend returned is called with the graph's inputs, which are recognised by identity
+among the example inputs that every backend is given.
+
+Source: ``torch._dynamo``'s documentation of ``recompile_limit``, ``mark_dynamic`` and custom
+backends; ``torch._dynamo.pgo``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import importlib
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from int4_lora.compiled.adapters.prepared import PreparedSlice
-from int4_lora.compiled.adapters.terms import GATHERED_TOKENS, add_terms
-from int4_lora.compiled.formulations.formulation import Formulation
-from int4_lora.compiled.graphs.direct_entry import DirectEntry, is_transformed
-from int4_lora.compiled.layouts.layout import PreparedWeight
+from int4_lora.compiled.adapters.terms import GATHERED_TOKENS
 
-__all__ = ["bucket_of", "graph_of", "run", "run_terms"]
+__all__ = ["Graph", "bucket_of", "compile_graph", "graph_of", "in_rows", "marked", "state_of"]
 
 MOST_TOKENS = 2**31 - 1
-LAST_TOKENS = {  # the adapters' identity may not change in one; 2^13 rows are indexed in 32 bits
+LAST_TOKENS = {  # ends of buckets, within which the adapters' identity may not change
     "cpu": (1, GATHERED_TOKENS["cpu"][0], 2**15),
-    "cuda": (1, GATHERED_TOKENS["cuda"][0], 2**13),
+    "cuda": (1, GATHERED_TOKENS["cuda"][0], 2**13),  # 2^13 rows are indexed in 32 bits
 }
-
-_graphs: dict[Hashable, Callable[..., Tensor]] = {}
+_C: Any = torch._C
 _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2.8 and later
-_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A compiled function of operands by tokens, such as x, and of others.
+
+    Args:
+        guarded: what torch.compile returned; it checks guards and recompiles where they fail.
+        direct: what the backend returned, which takes the graph's inputs; None where guards are
+            needed.
+        pick: returns the graph's inputs out of (number of tokens, *operands' tensors).
+    """
+
+    guarded: Callable[..., Tensor]
+    direct: Callable[..., Sequence[Tensor]] | None = None
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+
+
+_graphs: dict[Hashable, Graph] = {}
+_lock = threading.RLock()
+
+
+def graph_of(key: Hashable) -> Graph | None:
+    """Return the graph of a key, or None if it was not compiled yet."""
+    return _graphs.get(key)
 
 
 def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
-    """Return the bucket that a number of tokens falls in: the first and the last of it.
+    """Return the first and the last number of tokens of the bucket that ``tokens`` falls in.
 
     Example:
         >>> bucket_of(5)
@@ -54,84 +81,156 @@ def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
     return first, MOST_TOKENS
 
 
-def run(
-    formulation: Formulation,
-    x: Tensor,
-    weight: PreparedWeight,
-    slices: Sequence[PreparedSlice],
-    adapter_ids: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Run a formulation: its graph, compiled at the first call of its kind, or its one call."""
-    if formulation.one_call and not slices and bias is None:
-        return formulation.layer(x, weight, slices, None, None)
-    bucket = bucket_of(x.shape[0], x.device.type)
-    slices = tuple(dataclasses.replace(one) for one in slices)  # as they are now: update() may come
-    key = _key(formulation, x, weight, slices, adapter_ids, bias)
-    graph = _graphs.get(key)
-    if graph is None:
-        backend = formulation.backend(weight, bucket) if formulation.backend else "inductor"
-        layer = _within(bucket, formulation.layer)
-        plain = _plain(x, adapter_ids, bias)
-        graph = _compiled(key, bucket, layer, backend, plain)
-    x = _dynamic(x, bucket)
-    bias = None if bias is None else bias.detach().resolve_neg().contiguous()
-    adapter_ids = None if adapter_ids is None else _dynamic(adapter_ids, bucket)
-    return graph(x, weight, slices, adapter_ids, bias)
+def state_of(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
+    """Return what a graph is made for of operands and of torch's settings and modes.
+
+    Left out are shapes, and what ``in_rows`` evens out.
+    """
+    device = first.device
+    state: list[Hashable] = [
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.compiler.is_compiling(),
+        _C._len_torch_function_stack(),
+        _C._len_torch_dispatch_stack(),
+        _C._functorch.peek_interpreter_stack() is not None,  # within vmap and its like
+        getattr(forward_ad, "_current_level", -1),
+        torch.is_autocast_enabled(device.type),
+        first.dtype,
+        device,
+        type(first),
+        first.is_inference(),
+    ]
+    for operand in others:
+        if operand is None:
+            state.append(None)
+        else:
+            state += (operand.dtype, operand.device, type(operand), operand.is_inference())
+    return tuple(state)
 
 
-def graph_of(
-    formulation: Formulation,
-    x: Tensor,
-    weight: PreparedWeight,
-    slices: Sequence[PreparedSlice],
-    adapter_ids: Tensor | None,
-    bias: Tensor | None,
-) -> Callable[..., Tensor] | None:
-    """Return the graph that ``run`` takes for these operands, or None if it was not made yet."""
-    return _graphs.get(_key(formulation, x, weight, slices, adapter_ids, bias))
+def in_rows(operand: Tensor | None) -> Tensor | None:
+    """Return an operand as graphs expect it: contiguous, without a negative bit."""
+    if operand is None or (operand.is_contiguous() and not operand.is_neg()):
+        return operand
+    return operand.detach().resolve_neg().contiguous()
 
 
-def _key(
-    formulation: Formulation,
-    x: Tensor,
-    weight: PreparedWeight,
-    slices: Sequence[PreparedSlice],
-    adapter_ids: Tensor | None,
-    bias: Tensor | None,
-) -> Hashable:
-    """Return what the graph of a layer is told by."""
-    bucket = bucket_of(x.shape[0], x.device.type)
-    operands = _operands((x, adapter_ids, bias), slices, weight.tensors)
-    return formulation.name, weight.signature, bucket, operands, _settings()
+def marked(operand: Tensor | None, bucket: tuple[int, int]) -> Tensor | None:
+    """Return an operand by tokens as Dynamo is given it: its number of rows is any of a bucket.
+
+    The last bucket has no upper end: kernels on a GPU index in 32 bits up to some number of tokens,
+    and no graph can be made for a range beyond it.
+    """
+    if operand is None:
+        return None
+    strides = (operand.shape[1], 1) if operand.ndim == 2 else (1,)  # one row has one stride, too
+    operand = operand.detach().resolve_neg().contiguous().as_strided(operand.shape, strides)
+    if bucket[1] == MOST_TOKENS:
+        torch._dynamo.mark_dynamic(operand, 0)
+    elif bucket[0] > 1:
+        torch._dynamo.mark_dynamic(operand, 0, min=bucket[0], max=bucket[1])
+    return operand
 
 
-def run_terms(
-    base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor
-) -> Tensor:
-    """Run ``lora_terms.add_terms`` on a base that was computed elsewhere."""
-    bucket = bucket_of(x.shape[0], x.device.type)
-    slices = tuple(dataclasses.replace(one) for one in slices)
-    operands = _operands((base, x, adapter_ids), slices, ())
-    key = ("terms", x.device, bucket, operands, _settings())
-    graph = _graphs.get(key)
-    if graph is None:
-        terms = _within(bucket, _terms)
-        graph = _compiled(key, bucket, terms, "inductor", _plain(base, x, adapter_ids))
-    base, x, adapter_ids = (_dynamic(one, bucket) for one in (base, x, adapter_ids))
-    return graph(base, x, slices, adapter_ids)
+def compile_graph(
+    key: Hashable,
+    bucket: tuple[int, int],
+    function: Callable[..., Tensor],
+    backend: Any,
+    operands: Sequence[Any],
+    tensors: Sequence[Tensor | None],
+) -> Graph:
+    """Return the graph of a key, compiled now unless another thread was first.
+
+    Args:
+        key: says everything that the graph is made for.
+        bucket: the numbers of tokens it is made for.
+        function: takes ``operands`` and returns one tensor.
+        backend: "inductor", or a callable, as torch.compile takes it.
+        operands: to compile with; the first has a row for each token.
+        tensors: the tensors among the operands and in them, in the order that ``pick`` is given.
+    """
+    plain = _is_plain(operands)
+    bounded = bucket[1] < MOST_TOKENS  # else guards say up to how many tokens it is right
+    under_modes = _C._len_torch_function_stack() + _C._len_torch_dispatch_stack() > 0
+    calls: list[tuple[Any, Any]] = []
+
+    def noting(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        pick = _pick(graph, examples, tensors, bucket)
+        if backend == "inductor":
+            compiled = importlib.import_module("torch._inductor.compile_fx").compile_fx(
+                graph, examples
+            )
+        else:
+            compiled = backend(graph, examples)
+        calls.append((compiled, pick))
+        return compiled
+
+    with _lock:
+        known = _graphs.get(key)
+        if known is not None:
+            return known
+        guarded: Callable[..., Tensor] = torch.compile(
+            _own_code(_bounded(bucket, function), key),
+            fullgraph=plain,
+            backend=noting if plain and bounded and not under_modes else backend,
+            options={"guard_filter_fn": _kept_guards} if plain and _GUARDS_CAN_GO else None,
+        )
+        guarded(*operands)
+        direct, pick = calls[0] if len(calls) == 1 else (None, None)
+        graph = Graph(guarded, None if pick is None else direct, pick)
+        return _graphs.setdefault(key, graph)
 
 
-def _terms(base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor) -> Tensor:
-    return add_terms(base, x, slices, adapter_ids, None)
+def _is_plain(operands: Sequence[Any]) -> bool:
+    """Return whether the key says everything of the operands: no subclasses, modes, transforms."""
+    return (
+        all(
+            type(operand) in (Tensor, torch.nn.Parameter)
+            for operand in operands
+            if isinstance(operand, Tensor)
+        )
+        and _C._functorch.peek_interpreter_stack() is None
+    )
 
 
-def _within(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _pick(
+    graph: torch.fx.GraphModule,
+    examples: Sequence[Any],
+    tensors: Sequence[Tensor | None],
+    bucket: tuple[int, int],
+) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    """Return what picks a graph's inputs out of (tokens, *tensors), or None if one is unknown.
+
+    A size that is an input is the number of tokens, of x or of the ids: no other is dynamic in the
+    first graph of a code object. Its value of the example says the same.
+    """
+    tokens = tensors[0].shape[0] if tensors[0] is not None else None
+    (output,) = graph.graph.find_nodes(op="output")
+    if len(examples) < 2 or len(output.args[0]) != 1:
+        return None
+    places = []
+    for example in examples:
+        if isinstance(example, torch.SymInt):
+            known = bucket[0] < bucket[1] and example.node.hint == tokens
+            places += [0] if known else []
+        else:
+            places += [at for at, tensor in enumerate(tensors, 1) if tensor is example][:1]
+    if len(places) != len(examples):
+        return None
+    return itemgetter(*places)
+
+
+def _bounded(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the same function with the bucket written into its graph.
 
     Torch keeps graphs on disk with the range of tokens that they were made for, and finds them by
-    what is in them: where another version of this package had other buckets, it would take one of
-    those, and stop at its range.
+    their content: where another version of this package had other buckets, it would take one of
+    those graphs, and fail outside of its range.
     """
 
     def bounded(*operands: Any) -> Tensor:
@@ -143,85 +242,9 @@ def _within(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callabl
     return bounded
 
 
-def _compiled(
-    key: Hashable,
-    bucket: tuple[int, int],
-    function: Callable[..., Tensor],
-    backend: Any,
-    plain: bool,
-) -> Callable[..., Tensor]:
-    """Return the graph of a key, which another thread may have made first.
-
-    Its key says all that Dynamo's guards on plain operands would, and costs less.
-    """
-    guards: dict[str, Any] | None = None
-    direct = plain and bucket[1] < MOST_TOKENS  # else guards say up to how many tokens it is right
-    if plain and _GUARDS_CAN_GO:
-        guards = {"guard_filter_fn": _kept_guards}
-    with _lock:
-        made: Callable[..., Tensor] = _own_code(function, key)
-        if direct:
-            made = DirectEntry(made, backend, guards)
-        else:
-            made = torch.compile(made, fullgraph=plain, backend=backend, options=guards)
-        return _graphs.setdefault(key, made)
-
-
 def _kept_guards(guards: Sequence[Any]) -> list[bool]:
     """Return which guards stay: those on no operand, such as torch's settings and modes."""
-    return [not one.name for one in guards]
-
-
-def _settings() -> tuple[Hashable, ...]:
-    """Return what of torch's settings often differs: a recompile of one code object is counted."""
-    return torch.get_default_dtype(), torch.get_num_threads(), is_transformed()
-
-
-def _plain(*operands: Tensor | None) -> bool:
-    """Return whether the key can say all of the operands: no subclasses, no transforms."""
-    plain = all(one is None or type(one) in (Tensor, torch.nn.Parameter) for one in operands)
-    return plain and not is_transformed()
-
-
-def _dynamic(operand: Tensor, bucket: tuple[int, int]) -> Tensor:
-    """Return an operand by tokens as graphs expect it: contiguous, any number of a bucket.
-
-    The last bucket is given no range: kernels on a GPU index in 32 bits up to some number of
-    tokens, and a graph that may not be limited to it cannot be made.
-    """
-    strides = (operand.shape[1], 1) if operand.ndim == 2 else (1,)  # one row has one stride, too
-    operand = operand.detach().resolve_neg().contiguous().as_strided(operand.shape, strides)
-    if bucket[1] == MOST_TOKENS:
-        torch._dynamo.mark_dynamic(operand, 0)
-    elif bucket[0] > 1:
-        torch._dynamo.mark_dynamic(operand, 0, min=bucket[0], max=bucket[1])
-    return operand
-
-
-def _operands(
-    tensors: Sequence[Tensor | None], slices: Sequence[PreparedSlice], others: Sequence[Tensor]
-) -> tuple[Hashable, ...]:
-    """Return what a graph is specialised on of the operands, the number of tokens left out."""
-    adapters = tuple(
-        (one.start, one.finite, *(_whole(tensor) for tensor in (one.a, one.bt, one.scaling)))
-        for one in slices
-    )
-    identities = [id(tensor) for one in slices for tensor in (one.a, one.bt, one.scaling)]
-    identities += map(id, others)
-    shared = len(set(identities)) < len(identities)  # then the graph has fewer inputs
-    pattern = tuple(identities.index(one) for one in identities) if shared else ()
-    return (*(_by_tokens(one) for one in tensors), adapters, pattern)
-
-
-def _by_tokens(operand: Tensor | None) -> tuple[Hashable, ...]:
-    """Return what a graph is specialised on of an operand whose number of rows is not."""
-    if operand is None:
-        return ()
-    return operand.dtype, operand.shape[1:], type(operand), operand.is_inference()
-
-
-def _whole(operand: Tensor) -> tuple[Hashable, ...]:
-    return operand.dtype, operand.shape, operand.stride(), type(operand), operand.is_inference()
+    return [not guard.name for guard in guards]
 
 
 def _own_code(function: Callable[..., Tensor], key: Hashable) -> Callable[..., Tensor]:
@@ -232,9 +255,9 @@ def _own_code(function: Callable[..., Tensor], key: Hashable) -> Callable[..., T
     in minutes.
     """
     assert isinstance(function, FunctionType)
-    own = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     copy = FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{own}"),
+        function.__code__.replace(co_name=f"{function.__name__}_{digest}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,

@@ -1,139 +1,197 @@
-"""A layer whose weight, adapters and bias stay the same objects, called at the least cost.
+"""How a call enters its graph: planned once from all operands, then called with x and the ids.
 
-Between the layers of a model processor caches are cold, and Python is slow: the checks of
-``int4_lora_linear`` and the key of its graph take 0.15 ms, as long as an adapter's sums for 8
-tokens. Here what a call was found to need is kept by its number of tokens: the graph, and its
-inputs but x and the ids. A call that is like one before goes to the graph; any other goes the usual
-way.
-
-Source: ``int4_lora.compiled.linear``, whose results these are.
+An entry holds a graph and the operands that stay: the weight, the adapters and the bias. It is
+valid as long as the shapes of x and the ids, ``state_of`` them, and ``finite`` of the adapters'
+slices are what they were when it was planned. The tensors that it holds may be written to, not
+replaced.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from int4_lora.compiled.adapters.prepared import PreparedLoRA
-from int4_lora.compiled.gradients import needs_gradients
-from int4_lora.compiled.graphs.cache import graph_of
-from int4_lora.compiled.graphs.direct_entry import DirectEntry, modes
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import add_terms
+from int4_lora.compiled.formulations import Formulation
+from int4_lora.compiled.formulations.formulation import Backend
+from int4_lora.compiled.graphs.cache import (
+    bucket_of,
+    compile_graph,
+    graph_of,
+    in_rows,
+    marked,
+    state_of,
+)
 from int4_lora.compiled.layouts.layout import PreparedWeight
-from int4_lora.compiled.linear import int4_lora_linear
 from int4_lora.compiled.selection.choice import choose
 
-__all__ = ["BoundLayer"]
+__all__ = ["Entry", "plan", "plan_terms"]
 
-MOST_CALLS = 64  # numbers of tokens that are kept
+Entry = Callable[..., Tensor]
+Operands = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a call needed.
+@dataclass(eq=False)
+class _OneCall:
+    """The entry of a base that is one call of an operator."""
+
+    formulation: Formulation
+    weight: PreparedWeight
+
+    def __call__(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        return self.formulation.base(x, self.weight)
+
+
+@dataclass(eq=False)
+class _Direct:
+    """The entry of a compiled graph, without Dynamo.
 
     Args:
-        met: what it was told by.
-        graph: the compiled graph.
-        inputs: of the graph.
-        x: the place of x among them.
-        ids: the place of the ids.
+        graph: what the backend returned.
+        pick: returns its inputs out of (number of tokens, *operands' tensors).
+        tensors: those that follow the operands of a call: the bias, and of adapters and weight.
     """
 
-    met: Hashable
     graph: Callable[..., Sequence[Tensor]]
-    inputs: tuple[Any, ...]
-    x: int
-    ids: int
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    tensors: Operands
+
+    def __call__(self, *by_tokens: Any) -> Tensor:
+        rows = map(in_rows, by_tokens)
+        return self.graph(*self.pick((by_tokens[0].shape[0], *rows, *self.tensors)))[0]
 
 
-class BoundLayer:
-    """``int4_lora_linear`` of one weight, its adapters and its bias.
+@dataclass(eq=False)
+class _Guarded:
+    """The entry of a compiled graph through Dynamo, which checks guards and may compile again.
 
     Args:
-        weight: what ``prepare`` returned; its tensors may be written to, not replaced.
-        lora: what ``prepare_lora`` returned; likewise.
-        bias: ``[out_features]`` or None; likewise.
-
-    Example:
-        >>> from int4_lora.compiled import prepare, prepare_lora
-        >>> from int4_lora.reference import LoRAStack, quantize
-        >>> weight = prepare(quantize(torch.randn(32, 256), group_size=128))
-        >>> lora = prepare_lora(LoRAStack.stack([(torch.ones(2, 256), torch.ones(32, 2), 0.5)]))
-        >>> BoundLayer(weight, lora)(torch.randn(3, 256), torch.tensor([0, -1, 0])).shape
-        torch.Size([3, 32])
+        graph: what torch.compile returned.
+        bucket: the numbers of tokens that it is made for.
+        fixed: what follows the operands of a call: the bias, the adapters' slices, the weight.
     """
 
-    def __init__(
-        self, weight: PreparedWeight, lora: PreparedLoRA, bias: Tensor | None = None
-    ) -> None:
-        self.weight, self.lora, self.bias = weight, lora, bias
-        self._calls: dict[int, _Call] = {}
+    graph: Callable[..., Tensor]
+    bucket: tuple[int, int]
+    fixed: tuple[Any, ...]
 
-    def __call__(self, x: Tensor, adapter_ids: Tensor) -> Tensor:
-        """Return what ``int4_lora_linear`` does.
+    def __call__(self, *by_tokens: Tensor | None) -> Tensor:
+        return self.graph(*(marked(operand, self.bucket) for operand in by_tokens), *self.fixed)
 
-        Args:
-            x: ``[tokens, in_features]``.
-            adapter_ids: int32 or int64 ``[tokens]``.
-        """
-        call = self._calls.get(x.shape[0])
-        if call is not None and call.met == self._met(x, adapter_ids):
-            inputs = list(call.inputs)
-            inputs[call.x], inputs[call.ids] = x, adapter_ids
-            return call.graph(*inputs)[0]
-        y = int4_lora_linear(x, self.weight, self.lora, adapter_ids, self.bias)
-        self._note(x, adapter_ids)
-        return y
 
-    def _met(self, x: Tensor, adapter_ids: Tensor) -> Hashable:
-        """Return all that a call may differ in from another of as many tokens."""
-        return (
-            x.shape,
-            x.dtype,
-            x.device,
-            x.is_contiguous() and not x.is_neg(),
-            x.is_inference(),
-            x.requires_grad,
-            type(x),
-            adapter_ids.shape,
-            adapter_ids.dtype,
-            adapter_ids.device,
-            adapter_ids.is_contiguous() and not adapter_ids.is_neg(),
-            adapter_ids.is_inference(),
-            type(adapter_ids),
-            tuple([one.finite for one in self.lora.slices]),
-            torch.get_num_threads(),
-            torch.get_default_dtype(),
-            torch.is_autocast_enabled(x.device.type),
-            modes(),
-        )
+def plan(
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice] = (),
+    adapter_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    formulation: Formulation | None = None,
+) -> Entry:
+    """Return the entry of a layer; the first plan of a key compiles its graph.
 
-    def _note(self, x: Tensor, adapter_ids: Tensor) -> None:
-        """Keep what a call needed, if the next one like it can go to its graph."""
-        slices, bias = self.lora.slices, self.bias
-        unusual = torch.is_autocast_enabled(x.device.type) or needs_gradients(x, slices, bias)
-        operands = [x, adapter_ids, *([] if bias is None else [bias])]
-        plain = type(x) is Tensor and type(adapter_ids) is Tensor
-        whole = all(one.is_contiguous() and not one.is_neg() for one in operands)
-        some = x.shape[0] > 0  # no tokens have no graph
-        if unusual or not (some and plain and whole) or len(self._calls) >= MOST_CALLS:
-            return
-        formulation = choose(self.weight, x.dtype, x.shape[0], slices)
-        entry = graph_of(formulation, x, self.weight, slices, adapter_ids, bias)
-        if not isinstance(entry, DirectEntry):
-            return
-        found = entry.direct((x, self.weight, slices, adapter_ids, bias))
-        if found is None:
-            return
-        graph, inputs = found
-        places = [
-            [place for place, one in enumerate(inputs) if one is given]
-            for given in (x, adapter_ids)
-        ]
-        if [len(one) for one in places] == [1, 1]:
-            met = self._met(x, adapter_ids)
-            self._calls[x.shape[0]] = _Call(met, graph, inputs, places[0][0], places[1][0])
+    Args:
+        x: ``[tokens, in_features]``, at least one token.
+        weight: what ``prepare`` returned.
+        slices: the adapters, by slice of the outputs.
+        adapter_ids: int ``[tokens]``; needed with slices.
+        bias: ``[out_features]`` or None. What is written to it later is read only if it is
+            contiguous.
+        formulation: the one to use; None for the one that ``choose`` returns.
+
+    Returns:
+        ``entry(x, adapter_ids)``, which returns the layer's result.
+    """
+    formulation = formulation or choose(weight, x.dtype, x.shape[0], slices)
+    if formulation.one_call and not slices and bias is None:
+        return _OneCall(formulation, weight)
+
+    def layer(
+        x: Tensor,
+        adapter_ids: Tensor | None,
+        bias: Tensor | None,
+        slices: Sequence[PreparedSlice],
+        weight: PreparedWeight,
+    ) -> Tensor:
+        return formulation.layer(x, weight, slices, adapter_ids, bias)
+
+    def backend(bucket: tuple[int, int]) -> Backend:
+        return formulation.backend(weight, bucket) if formulation.backend else "inductor"
+
+    kind = (formulation.name, weight.signature)
+    bias = None if bias is None else in_rows(bias.detach())
+    return _entry(kind, layer, backend, (x, adapter_ids), (bias,), slices, weight)
+
+
+def plan_terms(
+    base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor
+) -> Entry:
+    """Return the entry of ``add_terms`` on a base that was computed elsewhere.
+
+    Args:
+        base: ``[tokens, out_features]``, at least one token.
+        x: ``[tokens, in_features]``.
+        slices: the adapters, by slice of the outputs.
+        adapter_ids: int ``[tokens]``.
+
+    Returns:
+        ``entry(base, x, adapter_ids)``, which returns the sum.
+    """
+    kind = ("terms", base.shape[1])
+    return _entry(kind, _terms, lambda bucket: "inductor", (base, x, adapter_ids), (), slices)
+
+
+def _terms(base: Tensor, x: Tensor, adapter_ids: Tensor, slices: Sequence[PreparedSlice]) -> Tensor:
+    return add_terms(base, x, slices, adapter_ids, None)
+
+
+def _entry(
+    kind: Hashable,
+    function: Callable[..., Tensor],
+    backend: Callable[[tuple[int, int]], Backend],
+    by_tokens: Operands,
+    bound: Operands,
+    slices: Sequence[PreparedSlice],
+    *weight: PreparedWeight,
+) -> Entry:
+    """Return the entry of ``function(*by_tokens, *bound, slices, *weight)``."""
+    first = by_tokens[0]
+    assert first is not None
+    bucket = bucket_of(first.shape[0], first.device.type)
+    finite = tuple([part.finite for part in slices])  # read once: update() may change it
+    tensors = [tensor for part in slices for tensor in part.tensors]
+    if weight:
+        tensors += weight[0].tensors
+    key = (
+        kind,
+        bucket,
+        finite,
+        tuple([part.signature for part in slices]),
+        _sharing(tensors),
+        state_of(first, *by_tokens[1:], *bound),
+    )
+    graph = graph_of(key)
+    if graph is None or graph.direct is None:
+        parts = zip(slices, finite, strict=True)
+        fixed = (tuple(dataclasses.replace(part, finite=value) for part, value in parts), *weight)
+        if graph is None:
+            given = [*(marked(operand, bucket) for operand in by_tokens), *bound]
+            graph = compile_graph(
+                key, bucket, function, backend(bucket), (*given, *fixed), (*given, *tensors)
+            )
+        if graph.direct is None or graph.pick is None:
+            return _Guarded(graph.guarded, bucket, (*bound, *fixed))
+    return _Direct(graph.direct, graph.pick, (*bound, *tensors))
+
+
+def _sharing(tensors: Sequence[Tensor]) -> Hashable:
+    """Return which tensors are the same object: a graph of them has fewer inputs."""
+    identities = list(map(id, tensors))
+    if len(set(identities)) == len(identities):
+        return None
+    return tuple(identities.index(identity) for identity in identities)

@@ -11,7 +11,7 @@ import platform
 import threading
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ __all__ = [
     "takes",
 ]
 
-KIND = "crossovers"
+CACHE = "crossovers"
 FORMAT = 5  # counts up when a formulation changes so that old measurements say nothing
 INT4PACK_TOKENS = 24  # the most that torch's operator is the default for
 AS_USUAL = "default"  # in the place of a formulation's name: what is chosen without measurements
@@ -121,12 +121,12 @@ def kept_crossovers(
     The disk is read once a process for each kind of layer.
     """
     kind = _kind(weight, dtype, slices)
-    found = _tables.get(kind, _UNREAD)
-    if isinstance(found, str):
+    crossovers = _tables.get(kind, _UNREAD)
+    if isinstance(crossovers, str):
         with _lock:
-            found = _checked(recall(KIND, _key(weight, dtype, slices)), weight, dtype, slices)
-            _tables[kind] = found
-    return found
+            crossovers = _checked(recall(CACHE, _on_disk(kind)), weight, dtype, slices)
+            _tables[kind] = crossovers
+    return crossovers
 
 
 def keep_crossovers(
@@ -140,16 +140,45 @@ def keep_crossovers(
     Returns:
         Whether it could be written.
     """
+    kind = _kind(weight, dtype, slices)
     with _lock:
-        _tables[_kind(weight, dtype, slices)] = crossovers
-        return remember(KIND, _key(weight, dtype, slices), crossovers)
+        _tables[kind] = crossovers
+        return remember(CACHE, _on_disk(kind), crossovers)
 
 
-def _kind(weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]) -> Hashable:
-    """Return what ``_key`` holds, fast enough to be asked at each call."""
-    adapters = tuple((one.rank, one.start, one.stop) for one in slices)
-    threads = torch.get_num_threads() if weight.device.type == "cpu" else 0
-    return weight.signature, dtype, adapters, threads
+class _Kind(NamedTuple):
+    """What layers have in common that the same formulations are fastest for."""
+
+    weight: tuple[object, ...]
+    x: torch.dtype
+    adapters: tuple[tuple[int, int, int], ...]  # rank, start and stop of each slice
+    threads: int
+    device: torch.device
+
+
+def _kind(weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]) -> _Kind:
+    device = weight.device
+    return _Kind(
+        weight.signature,
+        dtype,
+        tuple([(part.rank, part.start, part.stop) for part in slices]),
+        torch.get_num_threads() if device.type == "cpu" else 0,
+        device,
+    )
+
+
+def _on_disk(kind: _Kind) -> dict[str, Any]:
+    """Return the key of a kind in the cache on disk."""
+    layout, *fields = kind.weight
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "device": device_name(kind.device),
+        "threads": kind.threads,
+        "weight": [getattr(layout, "__name__", ""), *map(_plain, fields)],
+        "x": str(kind.x),
+        "adapters": [list(adapter) for adapter in kind.adapters],
+    }
 
 
 def _checked(
@@ -180,20 +209,6 @@ def takes(
 ) -> bool:
     """Return whether there is a formulation of that name, and it is a candidate."""
     return name in FORMULATIONS and FORMULATIONS[name].takes(weight, dtype, tokens, slices)
-
-
-def _key(
-    weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "device": device_name(weight.device),
-        "threads": torch.get_num_threads() if weight.device.type == "cpu" else 0,
-        "weight": [type(weight).__name__, *map(_plain, weight.signature[1:])],
-        "x": str(dtype),
-        "adapters": [[one.rank, one.start, one.stop] for one in slices],
-    }
 
 
 def _plain(value: object) -> Any:

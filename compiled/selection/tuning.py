@@ -20,7 +20,7 @@ from torch import Tensor
 
 from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
 from int4_lora.compiled.formulations import Formulation
-from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs.entry import plan
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.selection.choice import (
     AS_USUAL,
@@ -135,9 +135,11 @@ def _call(
     slices: Sequence[PreparedSlice],
     ids: Tensor | None,
 ) -> Callable[[int], Tensor]:
-    return lambda number: graphs.run(
-        formulation, x, copies[number % len(copies)], slices, ids, None
-    )
+    def call(number: int) -> Tensor:
+        weight = copies[number % len(copies)]
+        return plan(x, weight, slices, ids, formulation=formulation)(x, ids)
+
+    return call
 
 
 def _copies(weight: PreparedWeight) -> Iterator[PreparedWeight]:

@@ -22,8 +22,7 @@ from torch import Tensor
 from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.graphs.cache import bucket_of
-from int4_lora.compiled.graphs.entry import BoundLayer
-from int4_lora.compiled.linear import any_tokens
+from int4_lora.compiled.linear import BoundLayer, any_tokens
 from int4_lora.integration.vllm_plugin.load_check import (
     fault_of_addition,
     fault_of_layer,

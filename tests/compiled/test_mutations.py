@@ -48,7 +48,7 @@ MUTANTS = {
     ),
     "kept_for_any_dtype": (
         "selection.choice",
-        {'        "x": str(dtype),\n': ""},
+        {'        "x": str(kind.x),\n': ""},
         ["compiled/selection/test_choice.py"],
     ),
     "nan_of_b_reaches_others": (

@@ -13,6 +13,7 @@ import torch
 from int4_lora.compiled import layouts, prepare, prepare_lora
 from int4_lora.compiled.formulations import FORMULATIONS
 from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs.entry import plan
 from int4_lora.reference import (
     error_bound,
     expand,
@@ -70,7 +71,7 @@ def eager(formulation, weight, stack, x, ids, bias):
 
 def check(formulation, weight, prepared, stack, slices, x, ids, bias):
     """Hold one result against the bound, and its rms against that of the eager reference."""
-    y = graphs.run(formulation, x, prepared, slices, ids, bias)
+    y = plan(x, prepared, slices, ids, bias, formulation=formulation)(x, ids)
     exact = int4_lora_linear(x.double(), weight, stack, ids, bias)
     flags = {
         "weight_rounded": formulation.weight_rounded,

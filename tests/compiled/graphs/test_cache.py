@@ -14,6 +14,7 @@ from int4_lora.compiled import PreparedLoRA, int4_linear, int4_lora_linear, prep
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.formulations import INT4PACK
 from int4_lora.compiled.graphs import cache as graphs
+from int4_lora.compiled.graphs.entry import plan
 from int4_lora.reference import LoRAStack, quantize
 from support.weights import random_weight
 
@@ -41,7 +42,7 @@ def symbols_of(in_features, out_features, tokens=5):
     ids = torch.zeros(tokens, dtype=torch.int64)
     graphs._graphs.clear()
     try:
-        graphs.run(formulation, x, weight, lora.slices, ids, None)
+        plan(x, weight, lora.slices, ids, formulation=formulation)(x, ids)
     finally:
         graphs._graphs.clear()
         graphs._graphs.update(kept)

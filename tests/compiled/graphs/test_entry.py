@@ -6,8 +6,8 @@ from torch.overrides import TorchFunctionMode
 
 from int4_lora.compiled import int4_lora_linear, prepare, prepare_lora
 from int4_lora.compiled.graphs import cache as graphs
-from int4_lora.compiled.graphs.direct_entry import DirectEntry
-from int4_lora.compiled.graphs.entry import BoundLayer
+from int4_lora.compiled.graphs import entry as entries
+from int4_lora.compiled.linear import BoundLayer
 from support.weights import random_stack, random_weight, random_x
 
 pytestmark = pytest.mark.versions
@@ -24,15 +24,21 @@ def layer():
 
 @pytest.fixture
 def dynamo(monkeypatch):
-    """How often Dynamo is asked."""
+    """The graphs that are compiled, and the calls that enter one through Dynamo."""
     asked = []
-    slow = DirectEntry.__call__
+    compile_graph, enter = entries.compile_graph, entries._Guarded.__call__
 
-    def counted(self, *operands):
-        asked.append(self.direct(operands) is None)
-        return slow(self, *operands)
+    def compiled(*arguments):
+        asked.append("compiled")
+        return compile_graph(*arguments)
 
-    monkeypatch.setattr(DirectEntry, "__call__", counted)
+    def entered(self, *by_tokens):
+        asked.append("entered")
+        return enter(self, *by_tokens)
+
+    monkeypatch.setattr(entries, "compile_graph", compiled)
+    monkeypatch.setattr(entries._Guarded, "__call__", entered)
+    monkeypatch.setattr(graphs, "_graphs", {})
     return asked
 
 
@@ -48,21 +54,19 @@ def same(layer, x, ids):
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_calls_like_one_before_go_to_the_graph(layer, dynamo, inference):
+def test_calls_like_one_before_go_to_the_graph(layer, dynamo, inference, monkeypatch):
     with torch.inference_mode(inference), torch.no_grad():
         for tokens in (1, 2, 7, 24):
             layer(random_x(tokens, COLUMNS, torch.bfloat16), ids_of(tokens))
-        kept = len(dynamo)
+        assert dynamo == ["compiled"] * 2  # the buckets {1} and {2 to 24}
         for seed, tokens in enumerate((7, 1, 24, 2, 7)):
-            x = random_x(tokens, COLUMNS, torch.bfloat16, seed)
-            found = layer(x, ids_of(tokens, seed))
-            assert len(dynamo) == kept
-            expected = int4_lora_linear(
-                x, layer.weight, layer.lora, ids_of(tokens, seed), layer.bias
-            )
-            assert torch.equal(found, expected)
-            kept = len(dynamo)
-    assert sum(dynamo) == 2  # the buckets {1} and {2 to 24}
+            x, ids = random_x(tokens, COLUMNS, torch.bfloat16, seed), ids_of(tokens, seed)
+            expected = int4_lora_linear(x, layer.weight, layer.lora, ids, layer.bias)
+            with monkeypatch.context() as patch:
+                patch.setattr("int4_lora.compiled.linear.check_operands", None)
+                patch.setattr("int4_lora.compiled.linear.plan", None)
+                assert torch.equal(layer(x, ids), expected)
+    assert dynamo == ["compiled"] * 2
 
 
 def test_many_tokens_and_new_numbers_of_them_go_the_usual_way(layer):
@@ -142,21 +146,22 @@ def test_under_a_mode_of_torch_dynamo_is_asked(layer, dynamo):
     with torch.no_grad():
         expected = layer(x, ids)
         assert torch.equal(layer(x, ids), expected)
-        asked = sum(dynamo)
+        assert dynamo == ["compiled"]
         with Counting():
-            assert torch.equal(layer(x, ids), expected)
-        assert sum(dynamo) > asked
+            for _ in range(2):
+                assert torch.equal(layer(x, ids), expected)
+        assert dynamo == ["compiled", "compiled", "entered", "entered"]
 
 
-def test_a_graph_that_dynamo_describes_otherwise_is_entered_through_it(layer, monkeypatch):
-    monkeypatch.setattr("int4_lora.compiled.graphs.direct_entry._inputs_of", lambda graph: None)
-    monkeypatch.setattr(graphs, "_graphs", {})
-    x, ids = random_x(3, COLUMNS, torch.bfloat16), ids_of(3)
+def test_a_graph_whose_inputs_are_unknown_is_entered_through_dynamo(layer, dynamo, monkeypatch):
+    monkeypatch.setattr(graphs, "_pick", lambda *_: None)
+    x = random_x(3, COLUMNS, torch.bfloat16)
     with torch.no_grad():
         for shift in range(3):
             assert same(layer, x, ids_of(3, shift))
-        assert not layer._calls
-    assert all(one.direct((x, ids)) is None for one in graphs._graphs.values())
+    assert dynamo.count("compiled") == 1
+    assert dynamo.count("entered") == 6
+    assert all(graph.direct is None for graph in graphs._graphs.values())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own, in jvp

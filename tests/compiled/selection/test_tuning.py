@@ -128,7 +128,8 @@ def test_the_operator_is_timed_as_it_is_called(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda layer, **_: compiled.append(layer) or layer)
     tune(weight, torch.bfloat16, tokens=[16])
     layers = [inspect.getclosurevars(function).nonlocals["function"] for function in compiled]
-    assert [layer.__self__.name for layer in layers] == ["tiles"]
+    formulations = [inspect.getclosurevars(layer).nonlocals["formulation"] for layer in layers]
+    assert [formulation.name for formulation in formulations] == ["tiles"]
 
 
 def test_rounds_are_shuffled_and_end_with_the_budget():
