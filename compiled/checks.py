@@ -59,7 +59,11 @@ def check_operands(
         check_shape("adapter_ids", adapter_ids, (x.shape[0],), "[tokens]")
     elif slices:
         raise ValueError("adapter_ids must be given with lora, got None")
-    check_one_device(x=x, weight=weight.tensors[0], adapter_ids=adapter_ids, bias=bias)
+    check_one_device(x=x, adapter_ids=adapter_ids, bias=bias)
+    if weight.device != x.device:
+        raise ValueError(
+            f"all operands must be on one device: x is on {x.device}, weight is on {weight.device}"
+        )
     return slices
 
 
