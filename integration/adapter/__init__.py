@@ -1,1 +1,1 @@
-"""LoRA adapters in PEFT's folder format: read, written, and stacked layer by layer."""
+"""Read, write and stack LoRA adapters in PEFT's folder format."""

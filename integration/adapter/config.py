@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 __all__ = ["check_plain_lora", "is_targeted", "rank_of", "scaling_of"]
 
 ALL_LINEAR = "all-linear"
-LAYER = r".*\.{}\.(\d+)\."  # PEFT puts layers_pattern into this,
-ENDING = r"(.*\.)?({})$"  # and the keys of rank_pattern and alpha_pattern into this
+LAYER = r".*\.{}\.(\d+)\."  # PEFT inserts layers_pattern here,
+ENDING = r"(.*\.)?({})$"  # and the keys of rank_pattern and alpha_pattern here
 
-# What changes the formula: y = W x + scaling * B A x is not what such an adapter means.
+# With one of these, an adapter means something else than y = W x + scaling * B A x.
 REFUSED_WHEN_SET = (
     "use_dora",
     "use_qalora",
@@ -59,11 +59,11 @@ def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
     for option in ("use_rslora", "inference_mode"):
         if type(config.get(option, False)) is not bool:
             raise ValueError(f"{file}: {option} must be true or false, got {config[option]!r}")
-    how = config.get("init_lora_weights", True)
-    if isinstance(how, str) and how.lower().startswith(CHANGES_THE_BASE):
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
         raise ValueError(
-            f"{file}: init_lora_weights = {how!r} changes the base's weights when it is loaded, so "
-            "that the adapter alone does not say what it adds; convert it with PEFT's "
+            f"{file}: init_lora_weights = {init!r} changes the base's weights when it is loaded, "
+            "so that the adapter alone does not say what it adds; convert it with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     _check_numbers(file, config, "r", "rank_pattern", _is_rank, "a positive whole number")
@@ -102,9 +102,9 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or "[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(LAYER.format(pattern), name)
-        if found:
-            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+        match = re.match(LAYER.format(pattern), name)
+        if match:
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 
@@ -128,7 +128,7 @@ def scaling_of(config: Mapping[str, Any], name: str) -> float:
 
 
 def _names(targets: Any, name: str) -> bool:
-    """Return whether a regular expression, or one of several ends of names, means ``name``."""
+    """Return whether a regular expression, or one of a list of endings, matches ``name``."""
     if not targets:
         return False
     if isinstance(targets, str):
@@ -144,10 +144,15 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
 
 
 def _check_numbers(
-    file: Path, config: Mapping[str, Any], option: str, patterns: str, right: Any, rule: str
+    file: Path,
+    config: Mapping[str, Any],
+    option: str,
+    patterns: str,
+    is_valid: Callable[[object], bool],
+    rule: str,
 ) -> None:
-    """Check one number and those that patterns of names replace it by."""
-    if not right(config.get(option)):
+    """Check a number and the values that replace it for names matching a pattern."""
+    if not is_valid(config.get(option)):
         raise ValueError(f"{file}: {option} must be {rule}, got {config.get(option)!r}")
     by_pattern = config.get(patterns) or {}
     if not isinstance(by_pattern, dict):
@@ -155,12 +160,12 @@ def _check_numbers(
     for pattern, value in by_pattern.items():
         where = f"{file}: {patterns}[{pattern!r}]"
         _check_pattern(where, pattern, ENDING.format(pattern))
-        if not right(value):
+        if not is_valid(value):
             raise ValueError(f"{where} must be {rule}, got {value!r}")
 
 
 def _check_pattern(where: str, pattern: str, used: str) -> re.Pattern[str]:
-    """Return what PEFT makes of a pattern, compiled."""
+    """Return the regular expression that PEFT makes of a pattern."""
     try:
         return re.compile(used)
     except re.error as error:

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's folder format: adapter_config.json and adapter_model.safetensors.
+"""Read LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 Source: ``peft/tuners/lora/config.py`` and ``peft/utils/save_and_load.py``.
 """
@@ -44,7 +44,7 @@ CONVERT = (
     "'adapter_model.safetensors')\""
 )
 
-# PEFT writes the prefix; other tools leave it out, or the adapter's name in.
+# PEFT writes the prefix and no adapter name; other tools omit the prefix or keep the name.
 KEY = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 
 
@@ -70,7 +70,7 @@ class Adapter:
     Args:
         path: its folder.
         config: the whole ``adapter_config.json``.
-        modules: what it adds to each layer, by the layer's name in the base model.
+        modules: the pair of each layer, by the layer's name in the base model.
     """
 
     path: Path
@@ -88,7 +88,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         The adapter, its tensors on the CPU in the dtype they are stored in.
 
     Raises:
-        FileNotFoundError: the folder, or a file it must have, is not there.
+        FileNotFoundError: the folder, or a file that it must have, does not exist.
         TypeError: a tensor of the wrong dtype.
         ValueError: a file that cannot be read, an adapter that is not plain LoRA, or a rank that
             contradicts the config; the message names file, module and rule.
@@ -150,8 +150,8 @@ def _as_module(
 ) -> AdapterModule:
     rank = rank_of(config, name)
     if a.dtype not in FLOATS or b.dtype != a.dtype:
-        found = f"{a.dtype} and {b.dtype}".replace("torch.", "")
-        raise TypeError(f"{where}: lora_A and lora_B must be float of one dtype, got {found}")
+        dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
+        raise TypeError(f"{where}: lora_A and lora_B must be float of one dtype, got {dtypes}")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise ValueError(
             f"{where}: lora_A must be [{rank}, in_features] and lora_B [out_features, {rank}] "

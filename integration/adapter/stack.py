@@ -1,7 +1,4 @@
-"""Several adapters of a whole model, stacked layer by layer.
-
-Source: the layout of ``int4_lora.reference.LoRAStack``.
-"""
+"""Stack several adapters layer by layer, and check that they fit a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ __all__ = ["check_fits", "check_shape", "stack_adapters"]
 def stack_adapters(
     adapters: Sequence[Adapter], name: str, in_features: int, out_features: int
 ) -> LoRAStack | None:
-    """Stack what several adapters add to one layer; ids are positions in ``adapters``.
+    """Stack the matrices of several adapters for one layer; ids are positions in ``adapters``.
 
-    An adapter that leaves the layer alone adds zero. Adapters of different dtypes are widened to
-    the smallest dtype that holds all of them exactly.
+    An adapter that does not target the layer adds zero. Adapters of different dtypes are widened
+    to the smallest dtype that holds all of them exactly.
 
     Args:
         adapters: the adapters.
@@ -59,10 +56,10 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
 
     Args:
         adapter: an adapter.
-        checkpoint: the base it is to be used with.
+        checkpoint: the base model.
 
     Raises:
-        ValueError: a layer the base does not have packed in INT4, or of other shapes.
+        ValueError: a layer is not packed in INT4 in the base, or has other shapes there.
     """
     quantised = {name for name in checkpoint.modules() if checkpoint.is_packed(name)}
     for name in adapter.modules:

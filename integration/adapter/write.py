@@ -40,24 +40,24 @@ def write_adapter(
 ) -> Adapter:
     """Write an adapter in PEFT's folder format; ``read_adapter`` gives the same back.
 
-    Tensors come back bit for bit. So does the scaling if some alpha / rank, or for all layers
-    alpha / sqrt(rank) with ``use_rslora``, is that number in float64; else the nearest one does,
-    within a relative 2^-52.
+    Tensors come back bit for bit. So does a scaling that is alpha / rank for some float64 alpha,
+    or, if that holds for all layers, alpha / sqrt(rank) with ``use_rslora``. Any other scaling
+    comes back as the nearest such number, within a relative 2^-52.
 
-    Rank and alpha that most layers have become ``r`` and ``lora_alpha``; layers that differ are
-    named in ``rank_pattern`` and ``alpha_pattern``. The folder is made beside its place and
+    The rank and alpha that most layers have become ``r`` and ``lora_alpha``; layers that differ are
+    listed in ``rank_pattern`` and ``alpha_pattern``. The folder is made beside its place and
     renamed, so that it is there whole or not at all.
 
     Args:
         path: the folder to make; it must not exist.
-        modules: a and b and scaling of each layer, by the layer's name in the base model.
-        base_model: name or path of the base, kept in the config.
+        modules: the pair of each layer, by the layer's name in the base model.
+        base_model: the name or path of the base, recorded in the config.
 
     Returns:
-        The adapter as it was read back.
+        The adapter, read back.
 
     Raises:
-        FileExistsError: ``path`` is there already.
+        FileExistsError: ``path`` exists.
         TypeError: a tensor of the wrong dtype, or a scaling that is no number.
         ValueError: no modules, shapes that contradict each other, or a scaling that is not finite.
 
@@ -96,13 +96,13 @@ def _check(name: str, module: AdapterModule) -> None:
     """Check one layer before anything is written."""
     for matrix, tensor in (("a", module.a), ("b", module.b)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
-            found = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name}: {matrix} must be a float tensor, got {found}")
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name}: {matrix} must be a float tensor, got {kind}")
         if tensor.ndim != 2 or 0 in tensor.shape:
             raise ValueError(f"{name}: {matrix} must be 2-D and not empty, got {[*tensor.shape]}")
     if module.a.dtype != module.b.dtype:
-        found = f"{module.a.dtype} and {module.b.dtype}"
-        raise TypeError(f"{name}: a and b must have one dtype, got {found}")
+        dtypes = f"{module.a.dtype} and {module.b.dtype}"
+        raise TypeError(f"{name}: a and b must have one dtype, got {dtypes}")
     if module.a.shape[0] != module.b.shape[1]:
         shapes = f"{list(module.a.shape)} and {list(module.b.shape)}"
         raise ValueError(f"{name}: a must be [rank, in] and b [out, rank], got {shapes}")
@@ -136,18 +136,19 @@ def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dic
 def _alphas(
     modules: Mapping[str, AdapterModule], ranks: Mapping[str, int]
 ) -> tuple[bool, dict[str, int | float]]:
-    """Return use_rslora, and the alpha of each layer: plain if no choice gives every scaling."""
-    plain = {name: _alpha(float(one.scaling), ranks[name]) for name, one in modules.items()}
+    """Return use_rslora and the alpha of each layer; False if neither gives every scaling."""
+    scalings = {name: float(module.scaling) for name, module in modules.items()}
+    plain = {name: _alpha(scaling, ranks[name]) for name, scaling in scalings.items()}
     roots = {name: math.sqrt(rank) for name, rank in ranks.items()}
-    stabilised = {name: _alpha(float(one.scaling), roots[name]) for name, one in modules.items()}
+    stabilised = {name: _alpha(scaling, roots[name]) for name, scaling in scalings.items()}
     for use_rslora, alphas, divisors in ((False, plain, ranks), (True, stabilised, roots)):
-        if all(alphas[name] / divisors[name] == one.scaling for name, one in modules.items()):
+        if all(alphas[name] / divisors[name] == scalings[name] for name in modules):
             return use_rslora, alphas
     return False, plain
 
 
 def _alpha(scaling: float, divisor: float) -> int | float:
-    """Return the alpha whose quotient by ``divisor`` is ``scaling``, or nearest to it."""
+    """Return the alpha for which alpha / divisor is ``scaling``, or nearest to it."""
     near = scaling * divisor
     candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     alpha = next((alpha for alpha in candidates if alpha / divisor == scaling), near)
@@ -155,10 +156,10 @@ def _alpha(scaling: float, divisor: float) -> int | float:
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Return the values that differ by patterns that match one name each.
+    """Return the values that differ from the default, by patterns that match one name each.
 
-    PEFT takes the first pattern that matches the end of a name: longer names go first, so that a
-    name that is the end of another does not speak for it, and the other is listed with it.
+    PEFT takes the first pattern that matches the end of a name. So longer names go first, and a
+    name that ends like a listed one is listed too, so that the listed one does not apply to it.
     """
     different = {name for name, value in values.items() if value != default}
     shadowed = {name for name in values if any(name.endswith(f".{other}") for other in different)}

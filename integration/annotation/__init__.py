@@ -1,1 +1,1 @@
-"""What a checkpoint says of adapters: worked out, and written into its folder."""
+"""Find out what a checkpoint offers adapters, and record it in its folder."""

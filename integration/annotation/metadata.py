@@ -1,4 +1,4 @@
-"""The content of ``lora_metadata.json``: what adapters may target, and how each weight is packed.
+"""Make ``lora_metadata.json``: what adapters may target, and how each weight is packed.
 
 Source: ``docs/lora-metadata.md``; its schema is ``lora_metadata.schema.json`` beside this file.
 """
@@ -36,17 +36,17 @@ UNPACKED = ("tensor", "block")  # strategies whose zero-points are int8, one for
 
 
 def metadata_of(checkpoint: Checkpoint, targets: LoRATargets) -> dict[str, Any]:
-    """Return what ``lora_metadata.json`` is to hold.
+    """Return the content of ``lora_metadata.json``.
 
-    Only headers and ``weight_shape`` are read, but of a module with ``weight_g_idx`` or zero-points
-    in int8 everything, because there are rules for their values.
+    Only headers and ``weight_shape`` are read, except for modules with ``weight_g_idx`` or int8
+    zero-points, which are read whole to check the values.
 
     Args:
         checkpoint: an open checkpoint.
-        targets: what it offers adapters.
+        targets: the modules that adapters can target.
 
     Returns:
-        JSON's own types; a module is there if it is pack-quantized, of 4 or 8 bits.
+        JSON's own types; ``modules`` holds the pack-quantized modules of 4 or 8 bits.
 
     Raises:
         TypeError: a tensor of the wrong dtype.
@@ -70,13 +70,14 @@ def metadata_of(checkpoint: Checkpoint, targets: LoRATargets) -> dict[str, Any]:
 
 
 def metadata_text(metadata: Mapping[str, Any]) -> str:
-    """Return the text of ``lora_metadata.json``: a line for each module.
+    """Return the text of ``lora_metadata.json``, one line per module.
 
     Args:
         metadata: as ``metadata_of`` returns it.
     """
     head = json.dumps({key: metadata[key] for key in KEYS[:-1]}, indent=2).removesuffix("\n}")
-    lines = [f"    {json.dumps(key)}: {json.dumps(one)}" for key, one in metadata[KEYS[-1]].items()]
+    modules = metadata[KEYS[-1]].items()
+    lines = [f"    {json.dumps(name)}: {json.dumps(module)}" for name, module in modules]
     return f'{head},\n  "{KEYS[-1]}": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
 
 
@@ -112,7 +113,7 @@ def _module(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def _check(checkpoint: Checkpoint, name: str) -> bool:
-    """Check a module; return whether ``weight_g_idx`` says which group a column belongs to."""
+    """Check a module; return whether ``weight_g_idx`` assigns columns to groups."""
     scheme = checkpoint.schemes[name]
     unpacked = not scheme.symmetric and scheme.strategy in UNPACKED
     if unpacked or f"{name}.weight_g_idx" in checkpoint.tensors:

@@ -1,7 +1,7 @@
-"""Which modules of a checkpoint adapters can stand on, and which are a good choice.
+"""Find the modules of a checkpoint that adapters can target, and those that are a good choice.
 
-A module is INT4 here if it is pack-quantized, of 4 bits, and its activations are not quantised:
-what ``--quantization int4_lora`` of vLLM computes.
+A module is INT4 here if it is pack-quantized with 4 bits and its activations are not quantised, as
+vLLM's ``--quantization int4_lora`` computes it.
 
 Source: ``docs/commands/annotate.md``; PEFT's ``target_modules``, which match the ends of names.
 """
@@ -30,8 +30,8 @@ class LoRATargets:
     Args:
         compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on INT4 layers.
         incompatible_because: why not, a sentence for each reason.
-        modules: the last parts of the names of INT4 modules, vocabulary left out.
-        suggested: those of them that name nothing but INT4 projections of layers.
+        modules: the last parts of the names of INT4 modules, without the vocabulary's.
+        suggested: those of them that name INT4 projections of layers and nothing else.
     """
 
     compatible: bool
@@ -41,13 +41,13 @@ class LoRATargets:
 
 
 def lora_targets(checkpoint: Checkpoint) -> LoRATargets:
-    """Say which modules of a checkpoint adapters can stand on.
+    """Return the modules of a checkpoint that adapters can target.
 
     Args:
         checkpoint: an open checkpoint.
 
     Returns:
-        The names, in PEFT's terms: ``q_proj`` means every module whose last part that is.
+        The names, as PEFT matches them: ``q_proj`` means every module with that last part.
 
     Example:
         >>> lora_targets(open_checkpoint("my-model-W4A16")).suggested  # doctest: +SKIP
@@ -59,10 +59,9 @@ def lora_targets(checkpoint: Checkpoint) -> LoRATargets:
     int4 = [name for name in checkpoint.modules() if _is_int4(checkpoint, name)]
     reasons = tuple(_reasons(checkpoint, int4))
     names = sorted({_last(name) for name in int4 if not VOCABULARY.fullmatch(name)})
-    own = {name for name in int4 if _is_projection(name)}
-    others = _linears(checkpoint) - own
-    spoilt = {_last(name) for name in others}
-    suggested = [name for name in names if name not in spoilt and not ROUTER.fullmatch(name)]
+    projections = {name for name in int4 if _is_projection(name)}
+    unsuitable = {_last(name) for name in _linears(checkpoint) - projections}
+    suggested = [name for name in names if name not in unsuitable and not ROUTER.fullmatch(name)]
     return LoRATargets(not reasons, reasons, tuple(names), tuple(suggested))
 
 
@@ -72,7 +71,7 @@ def _is_int4(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _is_projection(name: str) -> bool:
-    """Return whether a module stands in a numbered layer and is no expert and no vocabulary."""
+    """Return whether a module belongs to a numbered layer and is no expert and no vocabulary."""
     return _served_alone(name) and LAYER.search(name) is not None
 
 
@@ -85,7 +84,7 @@ def _linears(checkpoint: Checkpoint) -> set[str]:
 
 
 def _reasons(checkpoint: Checkpoint, int4: Iterable[str]) -> list[str]:
-    """Return why vLLM does not take adapters on the checkpoint's INT4 layers; none if it does."""
+    """Return the reasons why vLLM does not take adapters on the checkpoint's INT4 layers."""
     packed = [name for name in checkpoint.modules() if checkpoint.is_packed(name)]
     kinds = {
         "is ordered by activation, which vLLM refuses: quantise with actorder static or none": [

@@ -35,8 +35,8 @@ class Annotation:
         lora_compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on its INT4
             layers.
         incompatible_because: why not, a sentence for each reason.
-        lora_target_modules: the last parts of the names of modules that adapters can stand on.
-        suggested_lora_targets: those of them that name nothing but INT4 projections of layers.
+        lora_target_modules: the last parts of the names of modules that adapters can target.
+        suggested_lora_targets: those of them that name INT4 projections of layers only.
         modules: how many modules ``lora_metadata.json`` describes.
         changed: the names of the files that were written, or for a preview would be.
     """
@@ -65,7 +65,7 @@ def annotate(path: str | os.PathLike[str]) -> Annotation:
         What was written.
 
     Raises:
-        FileNotFoundError: the folder, or a file it must have, is not there.
+        FileNotFoundError: the folder, or a file that it must have, does not exist.
         OSError: a file cannot be written; then none is changed.
         TypeError: a tensor of the wrong dtype.
         ValueError: a checkpoint that cannot be read, tensors that contradict each other, a link, a
@@ -95,7 +95,7 @@ def preview_annotation(path: str | os.PathLike[str]) -> Annotation:
         What would be written.
 
     Raises:
-        FileNotFoundError: the folder, or a file it must have, is not there.
+        FileNotFoundError: the folder, or a file that it must have, does not exist.
         TypeError: a tensor of the wrong dtype.
         ValueError: what ``annotate`` refuses.
 
@@ -183,7 +183,7 @@ def _finite(text: str) -> float:
 
 
 def _check_is_no_link(file: Path) -> None:
-    """Refuse a link: what it leads to may be shared, and replacing it would cut it off."""
+    """Refuse a link: its target may be shared, and replacing the link would detach it."""
     if file.is_symlink():
         raise ValueError(
             f"{file} must be a file, got a link to {os.readlink(file)}, which other folders may "

@@ -1,1 +1,1 @@
-"""Checkpoints of compressed-tensors: opened, inspected, verified and unpacked."""
+"""Open, inspect, verify and unpack checkpoints of compressed-tensors."""

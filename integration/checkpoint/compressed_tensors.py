@@ -1,4 +1,4 @@
-"""compressed-tensors' own decompression, as the second opinion on every weight.
+"""compressed-tensors' own decompression, to compare ours with.
 
 Source: ``compressed_tensors/compressors/pack_quantized/base.py``.
 """

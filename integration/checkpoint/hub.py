@@ -1,4 +1,4 @@
-"""A checkpoint by its name on the Hugging Face hub: from the local cache, or downloaded to it.
+"""Find a checkpoint by its name on the Hugging Face hub: in the local cache, or by download.
 
 Source: ``huggingface_hub.snapshot_download``, https://huggingface.co/docs/huggingface_hub.
 """
@@ -20,11 +20,10 @@ NEEDED = ["*.json", "*.safetensors"]  # never pickles
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder that ``path`` names, downloading it if it names a model of the hub.
+    """Return the folder that ``path`` names; download it if it is a model on the hub.
 
-    A folder that exists is taken as it is. Otherwise ``owner/name`` is looked up in the local
-    cache of the hub, and then downloaded, with a progress bar, if the hub may be asked
-    (``HF_HUB_OFFLINE`` is not set).
+    A folder that exists is returned as it is. Otherwise ``owner/name`` is looked up in the hub's
+    local cache, and then downloaded with a progress bar unless ``HF_HUB_OFFLINE`` is set.
 
     Args:
         path: a folder, or ``owner/name``.
@@ -33,7 +32,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         The folder, which exists.
 
     Raises:
-        FileNotFoundError: neither a folder nor a model that can be had.
+        FileNotFoundError: neither a folder, nor a model in the cache or that can be downloaded.
         ImportError: ``path`` is a name and huggingface_hub is not installed.
 
     Example:
@@ -41,7 +40,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         PosixPath('.')
 
     Source:
-        ``HF_HUB_CACHE`` and ``HF_ENDPOINT`` are those of huggingface_hub.
+        huggingface_hub, whose ``HF_HUB_CACHE`` and ``HF_ENDPOINT`` apply.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -71,7 +70,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether a snapshot has what a model needs; other tools fetch config.json alone."""
+    """Return whether a snapshot has all files; other tools download config.json alone."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / INDEX_FILE

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, module by module, and whether adapters fit it.
+"""Describe a checkpoint, module by module, and check whether adapters fit it.
 
 Only headers and scales are read, so that a model of any size takes seconds.
 
@@ -45,7 +45,7 @@ class ModuleReport:
         nan_scales: how many scales are NaN.
         infinite_scales: how many scales are infinite.
         zero_scales: how many scales are zero.
-        packed: whether this package reads it, and so whether an adapter can stand on it.
+        packed: whether this package reads the module, so that an adapter can target it.
     """
 
     name: str
@@ -76,14 +76,14 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter, held against the checkpoint.
+    """One adapter, and whether it fits the checkpoint.
 
     Args:
         path: its folder.
-        base: the model it says it was made for, or None.
-        targets: how many layers it targets, by the last part of their name.
-        ranks: the ranks that occur.
-        scalings: the scalings that occur.
+        base: the model that its config says it was made for, or None.
+        targets: how many layers it targets, by the last part of their names.
+        ranks: the ranks of its layers.
+        scalings: the scalings of its layers.
         fault: why it does not fit, or None.
     """
 
@@ -97,14 +97,14 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A whole checkpoint, and the adapters that were given with it.
+    """A whole checkpoint, and adapters for it.
 
     Args:
         path: the checkpoint's folder.
         modules: its quantised modules.
         dense_tensors: how many other tensors it has.
         dense_bytes: their bytes.
-        lora_targets: the last parts of the names of modules that adapters can stand on.
+        lora_targets: the last parts of the names of modules that adapters can target.
         adapters: the adapters.
     """
 
@@ -123,14 +123,14 @@ class Inspection:
 
 
 def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspection:
-    """Describe a checkpoint, and hold adapters against it.
+    """Describe a checkpoint, and check whether adapters fit it.
 
     Args:
         checkpoint: an open checkpoint.
-        adapters: adapters that are to fit it.
+        adapters: adapters to check.
 
     Returns:
-        What it holds.
+        The description.
 
     Raises:
         ValueError: a file that cannot be read, or a module without scale or shape.
@@ -144,14 +144,16 @@ def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspect
         ``docs/commands/inspect.md``.
     """
     modules = [_module(checkpoint, name) for name in checkpoint.modules()]
-    own = {f"{name}.{part}" for name in checkpoint.modules() for part in (*PARTS, "weight_shape")}
-    others = [name for name in checkpoint.tensors if name not in own]
+    described = {
+        f"{name}.{part}" for name in checkpoint.modules() for part in (*PARTS, "weight_shape")
+    }
+    others = [name for name in checkpoint.tensors if name not in described]
     return Inspection(
         path=str(checkpoint.path),
         modules=modules,
         dense_tensors=len(others),
         dense_bytes=sum(_nbytes(checkpoint, name) for name in others),
-        lora_targets=sorted({one.name.rpartition(".")[2] for one in modules if one.packed}),
+        lora_targets=sorted({part.name.rpartition(".")[2] for part in modules if part.packed}),
         adapters=[_adapter(checkpoint, adapter) for adapter in adapters],
     )
 
@@ -202,7 +204,7 @@ def _nbytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _special_scales(scale: Tensor) -> tuple[int, int, int]:
-    """Return how many scales are NaN, infinite and zero; for most that takes one look."""
+    """Return how many scales are NaN, infinite and zero; mostly one pass shows that none is."""
     if not scale.is_floating_point() or scale.element_size() == 1 or scale.numel() == 0:
         return 0, 0, 0  # float8 and integer exponents have neither infinities nor a cheap test
     integer, magnitude, infinity = {
@@ -212,7 +214,7 @@ def _special_scales(scale: Tensor) -> tuple[int, int, int]:
         torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
     }[scale.dtype]
     sizes = scale.contiguous().view(integer) & magnitude  # bit patterns of |scale| are ordered
-    smallest, largest = (int(one) for one in torch.aminmax(sizes))
+    smallest, largest = (int(size) for size in torch.aminmax(sizes))
     nan = int((sizes > infinity).sum()) if largest > infinity else 0
     infinite = int((sizes == infinity).sum()) if largest >= infinity else 0
     zero = sizes.numel() - int(torch.count_nonzero(sizes)) if smallest == 0 else 0

@@ -1,4 +1,4 @@
-"""JSON files that hold one object, with errors that name the file."""
+"""Read JSON files that hold one object, with errors that name the file."""
 
 from __future__ import annotations
 

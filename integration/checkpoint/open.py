@@ -1,4 +1,4 @@
-"""INT4 checkpoints of compressed-tensors, read lazily: opening one reads headers only.
+"""Open INT4 checkpoints of compressed-tensors; only headers are read until a tensor is needed.
 
 Source: the ``pack-quantized`` format of compressed-tensors; ``docs/format.md``.
 """
@@ -36,13 +36,13 @@ __all__ = ["PARTS", "Checkpoint", "open_checkpoint"]
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
-# A quantised module has at least one of these; which of the two is missing tells its format.
+# Every quantised module has at least one of these.
 MARKS = (".weight_packed", ".weight_scale")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: what each tensor is and how each module is quantised.
+    """An open checkpoint: its tensors, and how each module is quantised.
 
     Args:
         path: the checkpoint's folder.
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """The part of the config that speaks of quantisation."""
+        """The part of the config that describes the quantisation."""
         return read_quantization(self.path / "config.json", self.config)
 
     def modules(self) -> list[str]:
@@ -66,7 +66,7 @@ class Checkpoint:
         return list(self.schemes)
 
     def is_packed(self, name: str) -> bool:
-        """Return whether ``packed_weight`` takes a module: 4 or 8 bits, pack-quantized."""
+        """Return whether ``packed_weight`` can read a module: pack-quantized, int, 4 or 8 bits."""
         scheme = self.schemes[name]
         return (scheme.format, scheme.kind) == (PACKED_FORMAT, "int") and scheme.bits in (4, 8)
 
@@ -84,7 +84,7 @@ class Checkpoint:
         """
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor named {name!r}")
-        inside(self.path, self.tensors[name].file.name)  # it may have become a link since
+        inside(self.path, self.tensors[name].file.name)  # it may have become a link meanwhile
         return read_tensor(self.tensors[name], name)
 
     def shape_of(self, name: str) -> tuple[int, int]:
@@ -98,8 +98,8 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {name}: weight_shape is missing")
         stored = self.tensors[full]
         if stored.dtype != "I64" or tuple(stored.shape) != (2,):
-            found = f"{stored.dtype} {list(stored.shape)}"
-            raise ValueError(f"{stored.file}: {name}: weight_shape must be I64 [2], got {found}")
+            shown = f"{stored.dtype} {list(stored.shape)}"
+            raise ValueError(f"{stored.file}: {name}: weight_shape must be I64 [2], got {shown}")
         rows, columns = self.tensor(full).tolist()
         if rows < 1 or columns < 1:
             raise ValueError(
@@ -126,16 +126,16 @@ class Checkpoint:
         return self._packed_weight(name, self.tensor)
 
     def check(self, name: str) -> None:
-        """Check a quantised module by the headers alone, and by its ``weight_shape``.
+        """Check a quantised module by its headers and its ``weight_shape`` alone.
 
         Raises:
             TypeError: a tensor of the wrong dtype.
-            ValueError: as ``packed_weight`` for what shapes and dtypes show.
+            ValueError: as ``packed_weight``, for what shapes and dtypes show.
         """
         self._packed_weight(name, self._described)
 
     def _packed_weight(self, name: str, get: Callable[[str], Tensor]) -> PackedWeight:
-        """Return a packed weight whose tensors come from ``get``."""
+        """Return a packed weight, reading its tensors with ``get``."""
         if name not in self.schemes:
             raise ValueError(f"{self.path}: no quantised module named {name!r}")
         scheme = self.schemes[name]

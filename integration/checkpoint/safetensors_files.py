@@ -1,4 +1,4 @@
-"""safetensors files of a folder: what they hold, read from their headers, and one tensor at a time.
+"""Read the safetensors files of a folder: their headers, and one tensor at a time.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors.
 """
@@ -41,9 +41,9 @@ DTYPES = {
 
 
 def read_tensor(stored: StoredTensor, name: str) -> Tensor:
-    """Read one tensor, to the CPU.
+    """Read one tensor to the CPU.
 
-    The bytes are read, not mapped: page faults can cost far more (docs/commands/inspect.md).
+    The bytes are read, not mapped: page faults can cost far more, see docs/commands/inspect.md.
 
     Args:
         stored: where it is.
@@ -70,7 +70,7 @@ def read_tensor(stored: StoredTensor, name: str) -> Tensor:
 
 
 def read_rows(stored: StoredTensor, name: str, start: int, stop: int) -> Tensor:
-    """Read some rows of one tensor, to the CPU.
+    """Read some rows of one tensor to the CPU.
 
     Args:
         stored: where the tensor is; it has a dimension of rows.
@@ -100,7 +100,8 @@ def read_model_headers(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: neither the one file nor the index is there, or a shard is missing.
-        ValueError: a file that cannot be read or is outside the folder, or an index that lies.
+        ValueError: a file that cannot be read or is outside the folder, or an index that does not
+            match the files.
     """
     if (folder / SINGLE_FILE).is_file():
         return read_headers(inside(folder, SINGLE_FILE))
@@ -123,12 +124,12 @@ def read_model_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return ``folder / name``, which must stay in the folder when links are followed.
+    """Return ``folder / name``, after checking that no link leads out of the folder.
 
-    The cache of the Hugging Face hub links its snapshots to files beside them; those may be used.
+    The cache of the Hugging Face hub links its snapshots to files beside them; these are allowed.
 
     Raises:
-        ValueError: the file is elsewhere.
+        ValueError: a link leads elsewhere.
     """
     file = folder / name
     try:
@@ -148,10 +149,10 @@ def _shard_file(index: Path, folder: Path, shard: str) -> Path:
         raise ValueError(f"{index}: a shard must be a file name in the folder, got {shard!r}")
     try:
         file = inside(folder, shard)
-        there = file.is_file()
+        exists = file.is_file()
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{index}: {shard[:80]!r} cannot be a file name: {error}") from error
-    if not there:
+    if not exists:
         raise FileNotFoundError(f"{index} names {shard}, which is not there")
     return file
 

@@ -1,8 +1,8 @@
-"""The header of a safetensors file: names, dtypes, shapes and places, checked before they are used.
+"""Read and check the header of a safetensors file: names, dtypes, shapes and places of tensors.
 
 A file is 8 bytes with the header's length, the header in JSON, and the tensors one after the other
-without a gap. Only the header is read here. The safetensors library would map the whole file to
-do that, which fails for a file larger than memory and swap, and does not tell where a tensor is.
+without a gap. The safetensors library maps the whole file to read a header, which fails for a file
+larger than memory and swap, and it does not tell where a tensor is; hence this reader.
 
 Source: the format's description, https://github.com/huggingface/safetensors#format.
 """
@@ -42,7 +42,7 @@ class StoredTensor:
         dtype: the format's name of the dtype, for example "BF16" or "I32".
         shape: the shape.
         start: the first byte, from the beginning of the file.
-        nbytes: how many there are.
+        nbytes: how many bytes it has.
         identity: device, inode, size and time of change of the file when it was opened.
     """
 
@@ -55,13 +55,13 @@ class StoredTensor:
 
 
 def read_headers(file: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of one file by name; only the header is read.
+    """Return every tensor of one file by name, reading the header only.
 
     Args:
         file: a safetensors file.
 
     Raises:
-        ValueError: the file is no readable safetensors file; the message names the rule.
+        ValueError: the file is not a readable safetensors file; the message names the rule.
     """
     with file.open("rb") as opened:
         identity = identity_of(opened.fileno())
@@ -80,15 +80,15 @@ def read_headers(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise _unreadable(file, "its header is no object")
     header.pop(METADATA, None)
-    found = {
+    tensors = {
         name: _as_stored(file, name, entry, 8 + length, identity) for name, entry in header.items()
     }
-    _check_places(file, found, 8 + length, size)
-    return found
+    _check_places(file, tensors, 8 + length, size)
+    return tensors
 
 
 def identity_of(descriptor: int) -> Identity:
-    """Return what tells an open file from any other, and from itself after a change."""
+    """Return numbers that differ between files, and change when a file is changed."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -110,10 +110,10 @@ def _as_stored(file: Path, name: str, entry: object, data: int, identity: Identi
     return StoredTensor(file, dtype, tuple(shape), data + place[0], bits // 8, identity)
 
 
-def _check_places(file: Path, found: dict[str, StoredTensor], data: int, size: int) -> None:
-    """Check that the tensors fill the file, one after the other."""
+def _check_places(file: Path, tensors: dict[str, StoredTensor], data: int, size: int) -> None:
+    """Check that the tensors follow each other and fill the file."""
     end = data
-    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if stored.start != end:
             rule = "tensors must follow each other without gap or overlap"
             raise _unreadable(file, f"{rule}: {name} begins at byte {stored.start}, not {end}")
@@ -123,14 +123,16 @@ def _check_places(file: Path, found: dict[str, StoredTensor], data: int, size: i
 
 
 def _are_lengths(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**63 for one in value)
+    return isinstance(value, list) and all(
+        type(length) is int and 0 <= length < 2**63 for length in value
+    )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return members
 
 
 def _unreadable(file: Path, why: str) -> ValueError:

@@ -1,6 +1,6 @@
-"""Which config group targets which module, in the order that compressed-tensors tries targets.
+"""Match modules to config groups, in the order in which compressed-tensors tries targets.
 
-Upstream's function needs the model itself to see classes; a checkpoint has names only.
+Its own function needs the model, to see the classes of modules; a checkpoint has names only.
 
 Source: ``match_targets`` in ``compressed_tensors/utils/match.py``.
 """
@@ -14,27 +14,30 @@ from pathlib import Path
 __all__ = ["compile_targets", "group_of"]
 
 CLASS_TARGETS = ("Linear", "Embedding")
-EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|\w*embed\w*)")  # names of modules of that class
+EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|\w*embed\w*)")  # the usual names of such modules
 
 
 def compile_targets(
     file: Path, targets: Mapping[str, list[str]]
 ) -> list[tuple[str, re.Pattern[str]]]:
-    """Return (group, pattern of a module's name) in the order in which they are to be tried.
+    """Return (group, pattern of a module's name) in the order in which to try them.
 
-    That is upstream's: exact names, then patterns in the order of their text, then classes.
+    Exact names come first, then regular expressions in the order of their text, then classes, as in
+    compressed-tensors.
 
     Args:
         file: config.json, for the messages.
         targets: the targets of each config group.
 
     Raises:
-        ValueError: a target that is no regular expression.
+        ValueError: a target after "re:" is not a regular expression.
     """
     by_kind: dict[str, list[tuple[str, str, re.Pattern[str]]]] = {"": [], "re:": [], "class": []}
-    classes = {target for wanted in targets.values() for target in wanted} & {*CLASS_TARGETS}
-    for name, wanted in targets.items():
-        for target in wanted:
+    classes = {target for group_targets in targets.values() for target in group_targets} & {
+        *CLASS_TARGETS
+    }
+    for name, group_targets in targets.items():
+        for target in group_targets:
             if target.startswith("re:"):
                 try:
                     pattern = re.compile(target.removeprefix("re:"))
@@ -49,12 +52,12 @@ def compile_targets(
                 by_kind["class"].append((target, name, pattern))  # Embedding before Linear
             else:
                 by_kind[""].append((target, name, re.compile(re.escape(target) + r"\Z")))
-    ordered = [sorted(by_kind[kind], key=lambda one: one[0]) for kind in ("", "re:", "class")]
+    ordered = [sorted(by_kind[kind], key=lambda entry: entry[0]) for kind in ("", "re:", "class")]
     return [(name, pattern) for kind in ordered for _, name, pattern in kind]
 
 
 def group_of(file: Path, module: str, matches: Iterable[tuple[str, re.Pattern[str]]]) -> str:
-    """Return the config group of a module.
+    """Return the config group that targets a module.
 
     Raises:
         ValueError: no group targets it.

@@ -1,4 +1,4 @@
-"""INT4 tensors of a checkpoint to a dense weight, in one call.
+"""Unpack the INT4 tensors of one module to a dense weight.
 
 Source: ``docs/format.md``; the arithmetic is that of ``int4_lora.reference.dequantize``.
 """

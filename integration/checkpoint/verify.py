@@ -1,6 +1,6 @@
-"""Every module against compressed-tensors' own decompression, bit for bit.
+"""Compare every module with compressed-tensors' own decompression, bit for bit.
 
-Source: ``compressed_tensors`` beside this file; the faults are those of ``docs/format.md``.
+Source: ``docs/format.md`` for the known faults.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Verdict = Literal["same", "upstream_wrong", "different", "unreadable", "not_int4
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found for one module.
+    """The result for one module.
 
     Args:
         name: the module.
-        verdict: "same"; "upstream_wrong" where compressed-tensors gives what a known mistake
-            gives; "different" where it gives anything else; "unreadable" where the tensors
+        verdict: "same"; "upstream_wrong" if compressed-tensors returns what a known mistake
+            returns; "different" if it returns anything else; "unreadable" if the tensors
             contradict each other; "not_int4" for a format that is not compared.
         detail: why, in words; empty for "same".
     """
@@ -44,13 +44,14 @@ class Finding:
 
 
 def verify(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Yield a finding for each quantised module, in the order of the checkpoint.
+    """Yield a finding for each quantised module, in the checkpoint's order.
 
     Args:
         checkpoint: an open checkpoint.
 
     Example:
-        >>> [one.name for one in verify(checkpoint) if one.verdict != "same"]  # doctest: +SKIP
+        >>> findings = verify(checkpoint)  # doctest: +SKIP
+        >>> [finding.name for finding in findings if finding.verdict != "same"]  # doctest: +SKIP
         []
 
     Source:
@@ -72,7 +73,7 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
     ours = dequantize(weight)
     try:
         theirs = decompress_tensors(tensors, upstream_scheme(checkpoint.schemes[name]))
-    except Exception as error:  # upstream raises whatever its tensor code raises
+    except Exception as error:  # whatever its tensor code raises
         detail = f"compressed-tensors cannot decompress it: {type(error).__name__}: {error}"
         return Finding(name, "upstream_wrong", detail.partition("\n")[0])
     if same_bits(ours, theirs):
@@ -87,7 +88,7 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
 
 
 def _known_mistakes(weight: PackedWeight) -> Iterator[tuple[str, PackedWeight]]:
-    """Yield what upstream is known to take a weight for, with the mistake in words."""
+    """Yield how compressed-tensors is known to misread a weight: the mistake, and the weight."""
     if not weight.column_order and weight.in_features % weight.scale.shape[1] == 0:
         yield "weight_g_idx is ignored", dataclasses.replace(weight, g_idx=None, group_size=None)
     if isinstance(weight.group_size, tuple):
@@ -99,19 +100,19 @@ def _known_mistakes(weight: PackedWeight) -> Iterator[tuple[str, PackedWeight]]:
             yield detail, dataclasses.replace(weight, group_size=inferred)
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two float tensors are the same bit for bit, NaN counting as NaN.
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Return whether two float tensors have the same bits; any NaN equals any NaN.
 
     Example:
         >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
         False
     """
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    nan = one.isnan()
-    if not torch.equal(nan, other.isnan()):
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[first.element_size()]
+    nan = first.isnan()
+    if not torch.equal(nan, second.isnan()):
         return False
-    zero = torch.zeros((), dtype=one.dtype)
-    bits = [torch.where(nan, zero, part).contiguous().view(integer) for part in (one, other)]
+    zero = torch.zeros((), dtype=first.dtype)
+    bits = [torch.where(nan, zero, part).contiguous().view(integer) for part in (first, second)]
     return torch.equal(*bits)
