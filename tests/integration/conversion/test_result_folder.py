@@ -205,7 +205,7 @@ def test_a_full_disk_changes_nothing_and_is_gone_on_from(sharded, tmp_path, monk
         patch.setattr(result_files.os, "pwrite", full)
         result = run("unpack", sharded, target, *SMALL)
     assert result.exit_code == 2
-    assert "goes on where it was" in result.stderr
+    assert "continues where it stopped" in result.stderr
     assert not target.exists()
     outcome = convert("unpack", sharded, target, *SMALL)
     assert outcome["finished"]
