@@ -6,8 +6,6 @@ others, and would leave them few rounds and cold caches.
 Source: ``benchmarks/results/README.md``.
 """
 
-from dataclasses import asdict
-
 from benchmarks import modes
 from benchmarks.contenders import eager_reference, formulations, own, rotated
 from benchmarks.judgement import Judge, select
@@ -53,7 +51,7 @@ def cell(rows, columns, tokens, dtype, options, copy_bytes_per_second):
     offered = [*own(layer), *peers]
     if mode != "compiled graph":  # there one is chosen that others' graphs can take in
         offered += formulations(layer)
-    ready, verdicts, failed = select(rotated(offered), MODES[mode], Judge(layer))
+    ready, failed = select(rotated(offered), MODES[mode], Judge(layer))
     times = measure(
         {name: one.run for name, one in ready.items()},
         rounds=options.rounds,
@@ -69,7 +67,6 @@ def cell(rows, columns, tokens, dtype, options, copy_bytes_per_second):
         times |= measure(calls, rounds=REFERENCE_ROUNDS, budget=0)
         layers |= {name: one.layers for name, one in eager.items()}
     found = _described(layer, mode, times, layers, [*offered, *references])
-    found["error"] = {name: asdict(verdict) for name, verdict in verdicts.items()}
     found["refused"] = {**failed, **refused}
     return {**found, **rates(found, copy_bytes_per_second)}
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,8 @@ from int4_lora import reference
 from int4_lora.compiled import int4_linear, int4_lora_linear, layouts, prepare_lora
 from int4_lora.compiled.graphs.entry import plan
 from int4_lora.compiled.selection.choice import candidates
+
+LOOSEST = {"weight_rounded": False, "base_rounded": True}  # a bound that holds for either
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Contender:
         layer: computes y from one copy of the weight.
         weights: copies of the weight as ``layer`` takes it, to be cycled through.
         lora: whether the adapters are added.
+        roundings: those that it makes, by the names of ``check_linear``.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Contender:
     layer: Callable[[Any], Tensor]
     weights: list[Any]
     lora: bool = False
+    roundings: dict[str, bool] = field(default_factory=lambda: LOOSEST)
 
 
 def own(operands):

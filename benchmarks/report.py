@@ -64,22 +64,16 @@ def rates_table(cells):
 
 
 def remarks(cells):
-    """Return who was not measured and why, and who was beyond the bound, as a list in Markdown."""
-    left_out, beyond = {}, {}
+    """Return who was not measured and why, as a list in Markdown."""
+    left_out = {}
     for one in cells:
         for name, why in one["refused"].items():
             counts = left_out.setdefault(why, {})
             counts[name] = counts.get(name, 0) + 1
-        for name in one["milliseconds"]:
-            error = one["error"].get(name)
-            if error and not error["within_bound"]:
-                beyond[name] = max(beyond.get(name, 0.0), error["rms"])
     lines = []
     for why, counts in left_out.items():
         names = [f"{name} ({count} of {len(cells)} rows)" for name, count in counts.items()]
         lines.append(f"- not measured: {', '.join(names)}: {why}")
-    for name, rms in beyond.items():
-        lines.append(f"- beyond `error_bound`, off by {100 * rms:.2g} % rms at most: {name}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.contenders import Contender
+from benchmarks.contenders import LOOSEST, Contender
 from benchmarks.judgement import reason
 from benchmarks.operands import Layer
 
@@ -78,7 +78,8 @@ def contenders(layer, peers):
             why_not = reason(error)
         if why_not is None:
             layer_of = functools.partial(_both, base, add)
-            found.append(Contender(both, "peer", layer_of, weights, lora=True))
+            roundings = {**LOOSEST, "delta_rounded": True}  # A's product is kept in x's dtype
+            found.append(Contender(both, "peer", layer_of, weights, True, roundings))
         else:
             refused[both] = why_not
     return found, refused
