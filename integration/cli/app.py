@@ -32,6 +32,7 @@ app = typer.Typer(
     help="INT4 base models with LoRA adapters.",
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
