@@ -1,7 +1,7 @@
 """The command line ``int4-lora``; each command has a module of its own.
 
-Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input. Commands import torch in
-their bodies, so that ``--help``, ``--version`` and usage errors do not wait for it.
+Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input. Commands import torch
+and rich in their bodies, so that ``--help``, ``--version`` and usage errors do not wait for them.
 
 Source: ``docs/commands/README.md``.
 """
@@ -34,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
 )
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, Cases, Device, Quick, check_device
@@ -67,6 +65,9 @@ def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outc
         total: how many cases there are.
         quiet: whether to leave out the progress bar.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     outcomes: list[Outcome] = []
     columns = (
         TextColumn("{task.completed}/{task.total}"),

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["refusing_bad_input", "unusable", "wide_console"]
 
@@ -25,6 +28,8 @@ def wide_console() -> Console:
         >>> wide_console().width >= 120
         True
     """
+    from rich.console import Console
+
     return Console(width=max(Console().width, COLUMNS))
 
 

@@ -14,16 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
 from int4_lora.integration.cli.console import unusable, wide_console
 
@@ -88,6 +78,16 @@ def as_settings(
 
 def run(plan: Conversion, target: Path, settings: Settings, *, as_json: bool) -> None:
     """Run a conversion with a progress bar and print what it did; end the command if it failed."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     from int4_lora.integration.conversion.convert import convert
     from int4_lora.integration.conversion.merge_report import MergeRefusedError
 
@@ -130,6 +130,8 @@ def run(plan: Conversion, target: Path, settings: Settings, *, as_json: bool) ->
 
 def _print(outcome: Outcome, *, dry_run: bool) -> None:
     """Print what was done, or would be."""
+    from rich.table import Table
+
     console = wide_console()
     total = sum(outcome.files.values())
     table = Table("file", "bytes")
@@ -153,6 +155,8 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
 
 def _print_report(outcome: Outcome) -> None:
     """Print what merging into INT4 cost."""
+    from rich.table import Table
+
     assert outcome.report is not None
     console = wide_console()
     table = Table("module", "lost, relative", "by min-max", "the adapters' part", "largest error")

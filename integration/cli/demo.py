@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from int4_lora.disk_cache import cache_folder
 from int4_lora.integration.cli.console import unusable, wide_console
@@ -65,7 +64,6 @@ def demo(
 
     Example: int4-lora demo --model ./llama-w4a16 --adapter sql=./sql-lora --adapter chat=./chat
     """
-    errors = Console(stderr=True)
     try:
         folders = _named_folders(adapter or [])
         if model is None and folders:
@@ -74,7 +72,9 @@ def demo(
             raise ValueError("--cache is where a model is made: it has no effect with --model")
         no_vllm = _no_vllm(serve=serve, required=require_vllm)
         _quiet()
-        with errors.status("loading transformers and PEFT") as status:
+        from rich.console import Console
+
+        with Console(stderr=True).status("loading transformers and PEFT") as status:
             import torch
 
             from int4_lora.integration.demo import comparison, recipe, report

@@ -16,14 +16,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from int4_lora.integration.cli.console import wide_console
 from int4_lora.integration.cli.options import AsJson
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+    from rich.console import Console
 
 __all__ = ["Need", "doctor", "formulations", "needs"]
 
@@ -173,6 +172,8 @@ def _contains(requirement: Requirement, found: str) -> bool:
 
 
 def _print(console: Console, packages: Sequence[Need], works: dict[str, bool]) -> None:
+    from rich.table import Table
+
     table = Table(title=f"Python {platform.python_version()}, int4-lora {version('int4-lora')}")
     for title in ("package", "needed", "by", "found", ""):
         table.add_column(title)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from int4_lora.integration.cli.conform import collect, finish
 from int4_lora.integration.cli.console import refusing_bad_input
@@ -37,6 +35,9 @@ def write(
 
     Example: int4-lora golden write ./golden --quick
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     with refusing_bad_input():
         from int4_lora.integration.conformance.golden.write import exportable, write_golden
         from int4_lora.reference.conformance import select

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, CheckpointPath
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from int4_lora.integration.checkpoint.inspect import Inspection, ModuleReport
 
 __all__ = ["inspect"]
@@ -94,6 +93,10 @@ def _print(console: Console, report: Inspection, every_module: bool) -> None:
 
 
 def _table(report: Inspection, every_module: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=Text(report.path), box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", no_wrap=True)
     table.add_column("weights")

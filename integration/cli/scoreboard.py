@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, Device, Quick, Seed, check_device
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from int4_lora.integration.conformance.scoreboard import Row
     from int4_lora.reference.conformance import Case
 
@@ -87,6 +85,9 @@ def _names(backends: str | None) -> list[str]:
 def _score(
     names: Sequence[str], cases: Sequence[Case], device: str, seed: int, *, quiet: bool
 ) -> list[Row]:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from int4_lora.integration.conformance.scoreboard import Row, score
 
     rows: list[Row] = []
@@ -104,6 +105,9 @@ def _score(
 
 
 def _print(console: Console, rows: Sequence[Row], device: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     from int4_lora.integration.conformance.scoreboard import installed
     from int4_lora.integration.conformance.scorecard import diagnoses
 

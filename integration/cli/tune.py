@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, CheckpointPath, Device, Dtype, as_torch
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from int4_lora.compiled import PreparedWeight
     from int4_lora.compiled.selection.tuning import Point
@@ -152,6 +149,9 @@ def _measure_all(
     quiet: bool,
 ) -> list[Kind]:
     """Measure the first module of each kind, alone and with adapters."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     from int4_lora.compiled import prepare
 
     measured: list[Kind] = []
@@ -206,6 +206,9 @@ def _measure(
 
 
 def _print(console: Console, measured: Sequence[Kind]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title="the fastest formulation, ms a call (median)")
     table.add_column("layers")
     for title in ("shape", "layout", "adapters", "tokens: formulation (ms), others (ms)"):

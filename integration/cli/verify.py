@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, CheckpointPath
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from int4_lora.integration.checkpoint.verify import Finding
 
 __all__ = ["verify"]
@@ -35,6 +33,9 @@ def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
 
     Example: int4-lora verify ./llama-w4a16
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     with refusing_bad_input():
         from int4_lora.integration.checkpoint import verify as verification
         from int4_lora.integration.checkpoint.compressed_tensors import upstream_version
@@ -64,6 +65,9 @@ def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
 def _print(
     console: Console, findings: Sequence[Finding], counts: Counter[str], upstream: str
 ) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=f"against compressed-tensors {upstream}")
     for title in ("module", "verdict", "why"):
         table.add_column(title, overflow="fold")

@@ -1,4 +1,4 @@
-"""The command line as a whole: usage errors, and that it answers without importing torch."""
+"""The command line as a whole: usage errors, and that it answers without heavy imports."""
 
 import subprocess
 import sys
@@ -98,7 +98,7 @@ def test_a_wrong_adapter_names_its_option(command):
     assert_usage_error(given, "--adapter must be")
 
 
-HEAVY = ("torch", "numpy", "safetensors", "transformers", "compressed_tensors")
+HEAVY = ("torch", "numpy", "safetensors", "transformers", "compressed_tensors", "rich")
 PROGRAM = f"""
 import sys
 from typer.testing import CliRunner
@@ -111,7 +111,7 @@ for line in sys.stdin:
 """
 
 
-def test_help_and_usage_errors_do_not_wait_for_torch():
+def test_help_and_usage_errors_do_not_wait_for_torch_or_rich():
     lines = ["--help", "--version", "", "no-such-command", "--no-such-option", "golden --help"]
     for command in COMMANDS:
         lines += [f"{command} --help", f"{command} --no-such-option"]
