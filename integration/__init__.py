@@ -54,3 +54,8 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """List the names that were not asked for yet, too."""
+    return sorted({*globals(), *__all__})
