@@ -228,6 +228,12 @@ def replace_stack(**fields):
         (ValueError, r"slices must not overlap: \[4, 12\) and \[0, 5\)",
          lambda: int4_lora_linear(
              X, WEIGHT, [LoRASlice(narrow(STACK, 8), 4), LoRASlice(narrow(STACK, 5), 0)], IDS)),
+        (ValueError, r"slices must not overlap: \[0, 5\) and \[4, 8\)",
+         lambda: int4_lora_linear(
+             X, WEIGHT,
+             [LoRASlice(narrow(STACK, 5), 0),
+              LoRASlice(narrow(STACK, 4), 9),
+              LoRASlice(narrow(STACK, 4), 4)], IDS)),
         (ValueError, r"as many adapters: lora\[0\] has 3, lora\[1\] has 2",
          lambda: int4_lora_linear(
              X, WEIGHT,
