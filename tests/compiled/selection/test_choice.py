@@ -7,8 +7,9 @@ from int4_lora.compiled import formulation_for, int4_linear, prepare, prepare_lo
 from int4_lora.compiled.formulations import Formulation
 from int4_lora.compiled.selection import choice
 from int4_lora.disk_cache import cache_folder
+from int4_lora.reference import LoRASlice
 from int4_lora.reference import int4_linear as reference_linear
-from support.weights import random_stack, random_weight, random_x
+from support.weights import narrow, random_stack, random_weight, random_x
 
 pytestmark = pytest.mark.versions
 
@@ -51,6 +52,9 @@ def test_it_is_kept_for_one_kind_of_layer_only(weight):
     assert names(other) == default
     choice.keep_crossovers(weight, torch.bfloat16, lora.slices, [(MANY, "tiles")])
     assert names(weight, lora) == ["tiles"] * 4
+    stack = narrow(random_stack(rows=48, columns=128), 24)  # of the same rank
+    for start in (0, 24):
+        assert names(weight, prepare_lora([LoRASlice(stack, start)])) == default
 
 
 def test_the_default_can_be_kept_and_stands_above_the_last(weight):
@@ -149,6 +153,8 @@ def test_defaults_of_a_gpu_are_those_meant_for_one(monkeypatch):
     assert [chosen(torch.bfloat16, tokens) for tokens in (5, 16, 65)] == ["tiles"] * 3
     wide = prepare_lora(random_stack(rows=48, columns=128, rank=65)).slices
     assert [chosen(torch.bfloat16, tokens, wide) for tokens in (1, 16)] == ["gemv", "tiles"]
+    widest = prepare_lora(random_stack(rows=48, columns=128, rank=64)).slices
+    assert chosen(torch.bfloat16, 1, widest) == "magic_gemv"
     assert chosen(torch.float32, 1) == "gemv"
     assert chosen(torch.float32, 5) == "tiles"
     assert chosen(torch.bfloat16, 1, inlined=True) == "gemv"  # others' graphs have no options
