@@ -179,6 +179,9 @@ class PackedWeight:
 def _row_index(index: Tensor | slice, rows: int) -> Tensor:
     """Check ``index`` against the number of rows; return it as an int64 tensor."""
     if isinstance(index, slice):
+        ends = [end for end in (index.start, index.stop) if end is not None]
+        if not all(-rows <= end <= rows for end in ends):  # Python would crop the slice
+            raise ValueError(f"index must be in [0, {rows}), the rows of weight, got {index}")
         index = torch.tensor(range(rows)[index], dtype=torch.int64)
     check_dtype("index", index, (torch.int64,))
     check_shape("index", index, (None,), "[rows]")

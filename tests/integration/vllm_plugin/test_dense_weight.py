@@ -65,3 +65,9 @@ def test_key_heads_that_are_fewer_than_ranks_are_on_several(tiny_models):
 def test_a_module_that_is_not_there_is_named(tiny_models):
     with pytest.raises(ValueError, match=r"has no module model\.layers\.9\.mlp\.down_proj"):
         read(tiny_models["g32"], "model.layers.9.mlp.down_proj", [256], 512, 0)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(258, 0), (200, 1)])
+def test_a_module_with_fewer_rows_than_the_layer_is_refused(size, rank, tiny_models):
+    with pytest.raises(ValueError, match=r"index must be in \[0, 256\), the rows of weight"):
+        read(tiny_models["g32"], f"{MLP}.down_proj", [size], 512, rank)
