@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from int4_lora import reference
 from int4_lora.compiled import PreparedLoRA, int4_linear, int4_lora_linear, prepare, prepare_lora
 from int4_lora.compiled.adapters.prepared import PreparedSlice
-from int4_lora.compiled.formulations import INT4PACK
+from int4_lora.compiled.formulations import GEMV, INT4PACK
 from int4_lora.compiled.graphs import cache as graphs
 from int4_lora.compiled.graphs.entry import plan
 from int4_lora.reference import LoRAStack, quantize
@@ -135,6 +135,19 @@ def test_a_scaling_that_is_the_weights_scale_and_then_is_not():
         stack = LoRAStack(a, bt.transpose(1, 2), scaling)
         right = reference.int4_lora_linear(x.double(), weight, stack, ids)
         torch.testing.assert_close(y.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_with_and_without_a_bias_and_of_another_dtype(monkeypatch):
+    monkeypatch.setattr(graphs, "_graphs", {})
+    eager = dataclasses.replace(GEMV, backend=lambda weight, bucket: lambda graph, _: graph.forward)
+    weight, x = random_weight(rows=48, columns=128), torch.randn(3, 128)
+    prepared, base = prepare(weight), reference.int4_linear(x.double(), weight)
+    bias = torch.linspace(-1, 1, 48)
+    for given in (None, bias, bias.bfloat16()):
+        y = plan(x, prepared, bias=given, formulation=eager)(x, None)
+        right = base if given is None else base + given.double()
+        torch.testing.assert_close(y.double(), right, rtol=1e-4, atol=1e-4)
+    assert len(graphs._graphs) == 3
 
 
 def test_modes_are_still_guarded():
