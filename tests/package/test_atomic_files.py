@@ -110,3 +110,40 @@ def test_of_two_that_make_one_folder_the_first_wins(folder):
         make(folder / "made", "second")
     assert (folder / "made" / "file").read_text() == "first"
     assert sorted(file.name for file in folder.iterdir()) == ["a", "b", "made"]
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The inodes that were flushed; no name is given to anything that was not."""
+    inodes, flush = set(), os.fsync
+
+    def fsync(descriptor):
+        flush(descriptor)
+        inodes.add(os.fstat(descriptor).st_ino)
+
+    def checked(give_name):
+        def call(path, target):
+            assert {part.stat().st_ino for part in (path, *path.rglob("*"))} <= inodes
+            return give_name(path, target)
+
+        return call
+
+    monkeypatch.setattr(atomic_files.os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", checked(Path.rename))
+    monkeypatch.setattr(Path, "replace", checked(Path.replace))
+    return inodes
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(folder, synced):
+    replace_files({folder / "a": b"new", folder / "c": b"new"})
+    assert {(folder / name).stat().st_ino for name in "ac"} <= synced
+    assert folder.stat().st_ino in synced
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(folder, synced):
+    with new_folder(folder / "made") as made:
+        (made / "file").write_text("whole")
+        (made / "deep").mkdir()
+        (made / "deep" / "file").write_text("whole")
+    assert (folder / "made").stat().st_ino in synced
+    assert folder.stat().st_ino in synced
