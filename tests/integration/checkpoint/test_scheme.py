@@ -48,6 +48,17 @@ def schemes_of(groups, names):
     return [scheme.group_size for scheme in found.values()]
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_activations_of_either_side_count(side):
+    group = {"targets": ["Linear"], "weights": {**GROUP, "group_size": 8}}
+    group |= {"input_activations": None, "output_activations": None}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    for activations in (None, {"num_bits": 8, "strategy": "token", "dynamic": True}):
+        quantization["config_groups"] = {"x": {**group, f"{side}_activations": activations}}
+        found = read_schemes(Path("config.json"), {"quantization_config": quantization}, ["q_proj"])
+        assert found["q_proj"].activations == (activations is not None)
+
+
 def test_targets_are_tried_in_upstreams_order():
     q_proj, embed = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
     assert schemes_of({"re:.*q_proj": 4, "re:.*attn.*": 8}, [q_proj]) == [8]
