@@ -63,7 +63,7 @@ def as_torch(dtype: Dtype | None) -> torch.dtype | None:
 
 
 def check_device(device: str) -> None:
-    """Check that tensors can be made on a device.
+    """Check that tensors can be made on a device, and read from it.
 
     Raises:
         ValueError: they cannot.
@@ -71,6 +71,6 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # tensors on "meta" have no values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error

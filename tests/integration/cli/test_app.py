@@ -90,6 +90,12 @@ def test_a_wrong_value_names_its_option(command, option, value, monkeypatch, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["conform", "scoreboard"])
+def test_a_device_without_values_is_refused(command):
+    given = [command, *ARGUMENTS.get(command, []), "--device=meta"]
+    assert_usage_error(given, "--device meta: ")
+
+
 @pytest.mark.parametrize("command", ["merge", "demo"])
 def test_a_wrong_adapter_names_its_option(command):
     given = [command, *ARGUMENTS.get(command, []), "--adapter=sql=much"]
