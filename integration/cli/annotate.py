@@ -30,10 +30,11 @@ def annotate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
-    """Record in a checkpoint which modules take adapters, and how each weight is packed.
+    """Write into a checkpoint which modules take adapters.
 
     Sets lora_compatible, lora_target_modules and suggested_lora_targets in config.json, keeps
-    every other value in it, and writes lora_metadata.json.
+    every other value in it, and writes lora_metadata.json, which also says how each weight is
+    packed.
 
     Example: int4-lora annotate ./llama-w4a16
     """

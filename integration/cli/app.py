@@ -29,7 +29,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="int4-lora",
-    help="INT4 base models with LoRA adapters.",
+    help="Inspect, convert and check INT4 checkpoints with LoRA adapters, and check kernels.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -53,7 +53,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """INT4 base models with LoRA adapters."""
+    """Inspect, convert and check INT4 checkpoints with LoRA adapters, and check kernels."""
 
 
 for command in (

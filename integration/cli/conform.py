@@ -40,9 +40,10 @@ def conform(
     ] = "0",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a backend with the reference: is it right, and if not, which rule does it break?
+    """Check a backend against the reference and name its mistakes.
 
-    Exit code 0 if it conforms, 1 if a case failed, 2 if it cannot be used or no case was judged.
+    Exit code 0 if the backend conforms, 1 if a case failed, 2 if the backend cannot be used or no
+    case was judged.
 
     Example: int4-lora conform int4_lora.reference --quick
     """

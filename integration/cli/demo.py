@@ -48,7 +48,10 @@ def demo(
         typer.Option(help="Where to keep the small model; by default in ~/.cache/int4-lora."),
     ] = None,
     serve: Annotated[
-        bool, typer.Option("--vllm/--no-vllm", help="Also serve the batch through vLLM.")
+        bool,
+        typer.Option(
+            "--vllm/--no-vllm", help="Also serve the batch through vLLM, if it is installed."
+        ),
     ] = True,
     require_vllm: Annotated[
         bool,
@@ -56,11 +59,12 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run one mixed batch through the reference, and compare each row with transformers + PEFT.
+    """Compare a mixed batch with transformers + PEFT, row by row.
 
-    The rows are the base, then each adapter. The truth is transformers + PEFT in float64, on the
-    weights that compressed-tensors decompresses, so --model needs memory for the model in float64.
-    Where vLLM is installed, it then serves the same batch with its own kernels and with ours.
+    The batch has a row without adapter and a row for each adapter. The truth is transformers +
+    PEFT in float64, on the weights that compressed-tensors decompresses, so --model needs memory
+    for the model in float64. If vLLM is installed, it then serves the same batch, with its own
+    kernels and with int4_lora.
 
     Example: int4-lora demo --model ./llama-w4a16 --adapter sql=./sql-lora --adapter chat=./chat
     """

@@ -55,10 +55,11 @@ class Need:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show which versions are installed, which parts work with them, and what to install.
+    """Show which versions are installed and what works with them.
 
-    Also shows which formulations of the compiled layer can run here, and why the others cannot.
-    Exit code 1 if the core, or a package that is installed, does not fit.
+    Also shows what to install, which formulations of the compiled layer can run here, and why the
+    others cannot. Exit code 1 if a package that the core needs is missing, or if an installed
+    package has a version that int4-lora does not accept.
 
     Example: int4-lora doctor
     """

@@ -17,7 +17,7 @@ from int4_lora.integration.cli.options import AsJson, Cases, GoldenFolder, Quick
 __all__ = ["golden"]
 
 golden = typer.Typer(
-    help="Write or check files of inputs, exact answers and bounds, for backends in any language.",
+    help="Write or check golden files, for backends in any language.",
     no_args_is_help=True,
 )
 
@@ -29,9 +29,9 @@ def write(
     cases: Cases = None,
     seed: Seed = 0,
 ) -> None:
-    """Write a golden file for each case that is a single call; the bytes depend on the seed alone.
+    """Write a golden file for each case that makes a single call.
 
-    DIR must be empty or new.
+    DIR must be empty or new. The bytes depend on the seed alone.
 
     Example: int4-lora golden write ./golden --quick
     """
@@ -64,7 +64,7 @@ def check(
 ) -> None:
     """Compare result files with golden files.
 
-    Exit code 0 if all conform, 1 if a case failed, 2 if a folder cannot be used.
+    Exit code 0 if all cases pass, 1 if a case failed, 2 if a folder cannot be used.
 
     Example: int4-lora golden check ./golden ./results
     """

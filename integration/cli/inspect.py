@@ -35,7 +35,10 @@ def inspect(
         typer.Option(help="A PEFT adapter, checked against the checkpoint; may be repeated."),
     ] = None,
     every_module: Annotated[
-        bool, typer.Option("--all", help="Show a row for each module instead of each kind.")
+        bool,
+        typer.Option(
+            "--all", help="Show a row for each module; without it, equal modules share a row."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

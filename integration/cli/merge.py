@@ -45,7 +45,8 @@ def merge(
     adapter: Annotated[
         list[str],
         typer.Option(
-            metavar="PATH[=WEIGHT]", help="A PEFT adapter and its factor; may be repeated."
+            metavar="PATH[=WEIGHT]",
+            help="A PEFT adapter and its weight, 1 by default; may be repeated.",
         ),
     ],
     to: Annotated[_To, typer.Option(help="What the merged weights become.")] = _To.DENSE,
@@ -66,10 +67,11 @@ def merge(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge adapters into the weights, which become dense or are quantised to INT4 again.
+    """Write a checkpoint with adapters merged in, dense or INT4.
 
-    For an INT4 result it prints what each module lost compared with the exact sum. Exit code 1 if
-    a module lost more than --max-error, 2 if the input cannot be used; DST is then not written.
+    An INT4 result is quantised again: the relative error that this adds to each module's weight is
+    printed. A killed run continues when the same command is run again. Exit code 1 if a module's
+    error exceeds --max-error, 2 if the input cannot be used; in both cases DST is not written.
 
     Example: int4-lora merge ./llama-w4a16 ./merged --adapter ./sql=0.7 --to int4
     """

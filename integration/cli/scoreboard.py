@@ -36,11 +36,12 @@ def scoreboard(
     device: Device = "cpu",
     seed: Seed = 0,
     write: Annotated[
-        Path | None, typer.Option(help="Replace the table of a Markdown file that has one.")
+        Path | None,
+        typer.Option(help="A Markdown file: its table is replaced; a missing file is created."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every registered backend with the reference, and print who passes what.
+    """Compare every registered backend with the reference.
 
     Exit code 0 whatever the verdicts are, 2 if no backend could be run.
 

@@ -57,16 +57,19 @@ def tune(
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="The rank of the adapters.")] = 16,
     adapters: Annotated[
-        int, typer.Option(min=0, help="How many adapters to measure with; 0: the base alone.")
+        int,
+        typer.Option(min=0, help="The number of adapters to measure with; 0 for the base alone."),
     ] = 4,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(help="A number of tokens to measure at; may be repeated."),
+        typer.Option(
+            help="A number of tokens to measure at; may be repeated. [default: 1, 2, 4 ... 256]"
+        ),
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure which formulation is fastest for each kind of layer, and store it for this machine.
+    """Measure which formulation is fastest on this machine.
 
     Each kind is measured alone and with adapters. From then on, every process on this machine with
     the same torch and number of threads uses the fastest formulation.

@@ -39,10 +39,11 @@ def unpack(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a dense checkpoint with exactly the weights that the quantised one stands for.
+    """Write the dense checkpoint of a quantised one.
 
-    A run that was killed continues when the same command is called again. Exit code 2 if CHECKPOINT
-    or DST cannot be used; DST is then not written.
+    The weights are exactly those that the quantised checkpoint encodes. A killed run continues when
+    the same command is run again. Exit code 2 if CHECKPOINT or DST cannot be used; then DST is not
+    written.
 
     Example: int4-lora unpack ./llama-w4a16 ./llama-dense
     """

@@ -25,11 +25,11 @@ __all__ = ["verify"]
 
 
 def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
-    """Compare every module with compressed-tensors' own decompression, bit for bit.
+    """Compare every weight with compressed-tensors, bit for bit.
 
-    A module that the installed compressed-tensors gets wrong is named with its mistake. Exit code
-    1 unless every INT4 module is the same; 2 if one cannot be read, or there is none. It needs
-    the extra "checkpoints".
+    Where the installed compressed-tensors is wrong, the module is listed with the known mistake.
+    Exit code 1 if an INT4 module differs, 2 if a module cannot be read or none is INT4. This
+    command needs the extra "checkpoints".
 
     Example: int4-lora verify ./llama-w4a16
     """
