@@ -1,10 +1,11 @@
 """The layers whose code is read: the product's own call on fake tensors of an H200.
 
-Source: the bars of ``benchmarks/codegen/__main__.py``.
+Source: ``docs/compiled.md`` for what the defaults on a GPU are.
 """
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -13,14 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from int4_lora.compiled import PreparedLoRA, int4_lora_linear
 from int4_lora.compiled.adapters.prepared import PreparedSlice
-from int4_lora.compiled.formulations import MAGIC_GEMV
-from int4_lora.compiled.graphs import cache as graphs
-from int4_lora.compiled.graphs import entry
+from int4_lora.compiled.graphs import cache, entry
 from int4_lora.compiled.layouts.interleaved import InterleavedWeight
+from int4_lora.compiled.selection.choice import default
 
 
 def on_gpu(shape, dtype):
-    """Return a tensor of the device that is not there."""
+    """Return a tensor on the fake GPU."""
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
@@ -31,14 +31,14 @@ class Case:
     Args:
         rows: out_features.
         columns: in_features.
-        tokens: rows of x at the call that compiles.
-        group: columns of a group; None for one group a row.
-        symmetric: whether there are no zero-points.
+        tokens: rows of x.
+        group: columns of a group, or None for one group per row.
+        symmetric: whether the weight has no zero-points.
         dtype: of x, the scales and the adapters.
-        adapters: adapters to choose from; 0 for the base alone.
-        rank: their rank.
-        slices: outputs of each slice, or () for one slice of all.
-        bias: whether there is one.
+        adapters: how many adapters there are to choose from, or 0 for the base alone.
+        rank: of the adapters.
+        slices: the number of outputs of each slice, or () for one slice of all outputs.
+        bias: whether the layer has a bias.
     """
 
     rows: int
@@ -54,21 +54,23 @@ class Case:
 
     @property
     def groups(self):
-        """Groups of a row."""
+        """Groups per row."""
         return 1 if self.group is None else self.columns // self.group
 
     def __str__(self):
-        """Return it in a few words."""
+        """Return the name of the case in tables."""
         group = "channel" if self.group is None else f"g{self.group}"
-        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
         kind = "sym" if self.symmetric else "asym"
         extra = f" slices {'+'.join(map(str, self.slices))}" if self.slices else ""
         extra += " bias" if self.bias else ""
+        extra += f" rank {self.rank}" if self.rank != Case.rank else ""
         extra += "" if self.adapters else " no adapters"
-        return f"{self.rows} x {self.columns} M={self.tokens} {group} {kind} {dtype}{extra}"
+        shape = f"{self.rows} x {self.columns} M={self.tokens}"
+        return f"{shape} {group} {kind} {names[self.dtype]}{extra}"
 
     def operands(self, make):
-        """Return the arguments of ``int4_lora_linear``; ``make(shape, dtype)`` makes tensors."""
+        """Return the arguments of ``int4_lora_linear``; ``make(shape, dtype)`` returns a tensor."""
         zeros = None
         if not self.symmetric:
             zeros = make((2 * -(-self.rows // 8), self.groups), torch.int16)
@@ -100,18 +102,14 @@ class Case:
         ids = make((self.tokens,), torch.int64)
         return x, weight, PreparedLoRA(tuple(parts)), ids, bias
 
-    def formulation(self):
-        """Return the formulation whose code is read."""
-        return MAGIC_GEMV
-
     def packed_bytes(self):
-        """Return the bytes of words, scales and zero-points."""
+        """Return the bytes of the words, scales and zero-points."""
         zeros = 0 if self.symmetric else self.rows * self.groups // 2
         scales = self.rows * self.groups * self.dtype.itemsize
         return self.rows * self.columns // 2 + scales + zeros
 
     def floor_bytes(self):
-        """Return the bytes that must move: the packed weight, adapters, x and y."""
+        """Return the bytes that must be moved: packed weight, active adapters, x and y."""
         size = self.dtype.itemsize
         active = min(self.adapters, self.tokens)
         lora = active * self.rank * (self.rows + self.columns) * size
@@ -119,7 +117,7 @@ class Case:
 
 
 class _Generated(BaseException):
-    """Carries the code out of the compilation, which must not go on to load it."""
+    """Carries the code out of the compilation before torch loads it, which needs a GPU."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +125,15 @@ class Code:
     """What Inductor generated.
 
     Args:
-        text: the wrapper, with the kernels' sources in it.
-        inputs: what each argument of the wrapper is: "tokens", or the operand as ``operand`` names
-            it.
+        text: the wrapper, with the sources of its kernels in it.
+        formulation: the name of the formulation that was compiled.
+        pick: returns the wrapper's arguments out of (number of tokens, x, adapter ids, bias,
+            *tensors of the adapters, *tensors of the weight).
     """
 
     text: str
-    inputs: tuple
+    formulation: str
+    pick: Callable
 
     @property
     def digest(self):
@@ -148,58 +148,63 @@ class Code:
 
     @property
     def launches(self):
-        """What is launched, in order."""
+        """The names of what is launched, in order."""
         call = self.text[self.text.index("def call(") :]
-        found = re.findall(r"(triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", call)
-        return [name.removesuffix(".run") for name in found]
+        names = re.findall(r"(triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", call)
+        return [name.removesuffix(".run") for name in names]
 
     @property
     def buffers(self):
-        """The shape, as text, and dtype of each buffer that is allocated."""
+        """The shape, as text, and the dtype of each buffer that is allocated."""
         return re.findall(r"= empty_strided_cuda\(\((.*?)\), \(.*?\), torch\.(\w+)\)", self.text)
 
 
-def operand(name, operands):
-    """Return the operand that a graph's input is, by Dynamo's name such as "L['weight'].words"."""
-    x, weight, lora, adapter_ids, bias = operands
-    slices = lora.slices if lora is not None else ()
-    scope = {"x": x, "weight": weight, "slices": slices, "adapter_ids": adapter_ids, "bias": bias}
-    return eval(name, {"__builtins__": {}}, {"L": scope})
-
-
 def generate(case):
-    """Return the code of the product's call on a case."""
+    """Return the code of the product's call on a case, with the default formulation.
+
+    Measurements kept on this machine's disk are not read. The inputs of the graph are matched with
+    the operands by identity, as the product does it where its operands are no fake tensors.
+    """
     from torch._inductor import compile_fx
     from torch._inductor.graph import GraphLowering
 
-    inputs, compile_graph = [], compile_fx.compile_fx
+    formulations, matched, picks = [], [], []
+    compile_inductor, compile_graph = compile_fx.compile_fx, entry.compile_graph
+
+    def noting_formulation(weight, dtype, tokens, slices):
+        formulations.append(default(weight, dtype, tokens, slices))
+        return formulations[-1]
+
+    def noting_operands(key, bucket, function, backend, operands, tensors):
+        matched.append((tensors, bucket))
+        return compile_graph(key, bucket, function, backend, operands, tensors)
 
     def noting_inputs(graph, examples, **options):
-        inputs.clear()  # it calls itself
-        for node in graph.graph.find_nodes(op="placeholder"):
-            size = isinstance(node.meta["example_value"], (int, torch.SymInt))
-            inputs.append("tokens" if size else node.meta["grapharg"].source.name)
-        return compile_graph(graph, examples, **options)
+        picks.append(cache._pick(graph, examples, *matched[0]))
+        return compile_inductor(graph, examples, **options)
 
     def stop(self, *_, **__):
         code, _ = self.codegen()
         raise _Generated(getattr(code, "value", code))
 
     torch._dynamo.reset()
-    graphs._graphs.clear()
+    cache._graphs.clear()
     config = {"compile_threads": 1, "fx_graph_cache": False, "joint_graph_constant_folding": False}
     with (
         torch._inductor.config.patch(config),
         torch._functorch.config.patch(enable_autograd_cache=False),
         mock.patch.object(compile_fx, "compile_fx", noting_inputs),
         mock.patch.object(GraphLowering, "compile_to_module", stop),
-        mock.patch.object(entry, "choose", return_value=case.formulation()),
+        mock.patch.object(entry, "choose", noting_formulation),
+        mock.patch.object(entry, "compile_graph", noting_operands),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):
         operands = case.operands(on_gpu)
         try:
             int4_lora_linear(*operands)
-        except _Generated as found:
-            return Code(found.args[0], tuple(inputs))
+        except _Generated as generated:
+            if picks[0] is None:
+                raise RuntimeError(f"{case}: an input of the graph is no operand") from None
+            return Code(generated.args[0], formulations[0].name, picks[0])
     raise RuntimeError(f"nothing was compiled for {case}")
