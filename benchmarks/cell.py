@@ -1,13 +1,13 @@
-"""One row of the table: one shape with one number of tokens, everybody in one run.
+"""Measure one row of the table: all contenders with one shape and one number of tokens.
 
-The eager reference is measured apart and in a few rounds: it takes as long as hundreds of the
-others, and would leave them few rounds and cold caches.
+The eager reference is measured separately and in fewer rounds: it takes hundreds of times as long
+as the others, and would leave them few rounds and cold caches.
 
 Source: ``benchmarks/results/README.md``.
 """
 
 from benchmarks import modes
-from benchmarks.contenders import eager_reference, formulations, own, rotated
+from benchmarks.contenders import eager_reference, formulations, our_layers, rotated
 from benchmarks.judgement import Judge, select
 from benchmarks.operands import Layer
 from benchmarks.peers import PEERS
@@ -25,7 +25,7 @@ WITHIN_A_GRAPH = "eager: measured one call at a time only"
 
 
 def mode_of(device, in_a_graph):
-    """Return the name of the mode that a device's contenders are run in."""
+    """Return the name of the mode in which contenders run on a device."""
     if device == "cuda":
         return "CUDA graph"
     return "compiled graph" if in_a_graph else "one call"
@@ -39,41 +39,41 @@ def cell(rows, columns, tokens, dtype, options, copy_bytes_per_second):
         columns: in_features.
         tokens: rows of x.
         dtype: of x, scales and adapters.
-        options: the command's.
-        copy_bytes_per_second: what a copy reaches on the device.
+        options: of the command.
+        copy_bytes_per_second: the bandwidth of a copy on the device.
 
     Returns:
-        What goes into the results as JSON.
+        The row as it is written to the results.
     """
     layer = Layer(rows, columns, tokens, dtype, options.group_size, options.device)
     mode = mode_of(options.device, options.in_a_graph)
     peers, refused = contenders_among(layer, PEERS)
-    offered = [*own(layer), *peers]
-    if mode != "compiled graph":  # there one is chosen that others' graphs can take in
+    offered = [*our_layers(layer), *peers]
+    if mode != "compiled graph":  # whose formulation must be one that it can inline
         offered += formulations(layer)
     ready, failed = select(rotated(offered), MODES[mode], Judge(layer))
     times = measure(
-        {name: one.run for name, one in ready.items()},
+        {name: candidate.run for name, candidate in ready.items()},
         rounds=options.rounds,
         budget=options.budget,
     )
-    layers = {name: one.layers for name, one in ready.items()}
+    layers = {name: candidate.layers for name, candidate in ready.items()}
     references = eager_reference(layer)
     if mode == "compiled graph":
-        refused |= {one.name: WITHIN_A_GRAPH for one in references}
+        refused |= {contender.name: WITHIN_A_GRAPH for contender in references}
     else:
-        eager = {one.name: modes.one_call(one) for one in references}
-        calls = {name: one.run for name, one in eager.items()}
+        eager = {contender.name: modes.one_call(contender) for contender in references}
+        calls = {name: candidate.run for name, candidate in eager.items()}
         times |= measure(calls, rounds=REFERENCE_ROUNDS, budget=0)
-        layers |= {name: one.layers for name, one in eager.items()}
-    found = _described(layer, mode, times, layers, [*offered, *references])
-    found["refused"] = {**failed, **refused}
-    return {**found, **rates(found, copy_bytes_per_second)}
+        layers |= {name: candidate.layers for name, candidate in eager.items()}
+    row = _described(layer, mode, times, layers, [*offered, *references])
+    row["refused"] = {**failed, **refused}
+    return {**row, **rates(row, copy_bytes_per_second)}
 
 
 def _described(layer, mode, times, layers, contenders):
-    measured = [one for one in contenders if one.name in times]
-    peers = [one for one in measured if one.kind == "peer"]
+    measured = [contender for contender in contenders if contender.name in times]
+    peers = [contender for contender in measured if contender.kind == "peer"]
     return {
         "rows": layer.rows,
         "columns": layer.columns,
@@ -85,14 +85,16 @@ def _described(layer, mode, times, layers, contenders):
         "in_a_graph": mode != "one call",
         "packed_bytes": layer.weight.nbytes,
         "lora_share": layer.lora_share(),
-        "milliseconds": {name: 1e3 * one.median / layers[name] for name, one in times.items()},
-        "spread": {name: one.spread for name, one in times.items()},
-        "rounds": {name: len(one.seconds) for name, one in times.items()},
+        "milliseconds": {name: 1e3 * time.median / layers[name] for name, time in times.items()},
+        "spread": {name: time.spread for name, time in times.items()},
+        "rounds": {name: len(time.seconds) for name, time in times.items()},
         "layers": layers,
         "bytes": {
-            one.name: layer.bytes_to_move(dense=one.kind == "dense", lora=one.lora)
-            for one in measured
+            contender.name: layer.bytes_to_move(
+                dense=contender.kind == "dense", lora=contender.lora
+            )
+            for contender in measured
         },
-        "peers": [one.name for one in peers if not one.lora],
-        "lora_peers": [one.name for one in peers if one.lora],
+        "peers": [peer.name for peer in peers if not peer.lora],
+        "lora_peers": [peer.name for peer in peers if peer.lora],
     }

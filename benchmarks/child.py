@@ -1,11 +1,11 @@
-"""Another process that answers one command at a time, and does nothing in between.
+"""A child process that answers one command at a time, and does nothing in between.
 
-Two engines of one model cannot share a process, and a process has one peak of memory; so each
+Two engines of one model cannot share a process, and peak memory is counted per process. So each
 contender has a process of its own, and the parent takes turns. Commands and answers are lines of
-JSON. Whatever a child prints goes to its log. A child that waits may be stopped, since engines have
-threads that look for work all the time.
+JSON. Whatever a child prints goes to its log. A waiting child may be stopped, since engines have
+threads that poll for work.
 
-Source: ``proc(5)`` for what a process has used, ``prctl(2)`` for ending with one's parent.
+Source: ``proc(5)`` for times and memory, ``prctl(2)`` for ending with the parent.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ LAST_LINES = 15  # of a log, shown when its process fails
 
 
 class Child:
-    """The parent's end.
+    """The parent's side.
 
     Args:
-        module: what ``python -m`` runs; it calls ``serve``.
+        module: run by ``python -m``; it calls ``serve``.
         log: file for whatever the child prints.
-        environment: variables beside the parent's own.
+        environment: variables to add to the parent's.
         python: the interpreter; None means the parent's.
     """
 
@@ -67,14 +67,14 @@ class Child:
         return answer["answer"]
 
     def _answer(self):
-        """Return the next line that is an answer, or None where there are no more lines."""
+        """Return the next answer, or None if the output has ended."""
         for line in self._process.stdout:  # what was printed before ``serve`` may come first
             if line.startswith(ANSWERS):
                 return json.loads(line)
         return None
 
     def cpu_seconds(self):
-        """Return the processor time that the process has used, or None where there is no /proc."""
+        """Return the processor time of the process, or None without /proc."""
         try:
             text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
         except OSError:
@@ -83,17 +83,17 @@ class Child:
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def pause(self):
-        """Stop the process, where there is a signal for that."""
+        """Stop the process, if the system can."""
         if STOPS:
             self._process.send_signal(signal.SIGSTOP)
 
     def resume(self):
-        """Let the process go on."""
+        """Continue the process."""
         if STOPS:
             self._process.send_signal(signal.SIGCONT)
 
     def close(self):
-        """End the process, stopped or not: it has no more commands to wait for."""
+        """End the process, stopped or not."""
         self.resume()
         with contextlib.suppress(BrokenPipeError):  # it has ended already
             self._process.stdin.close()
@@ -106,33 +106,33 @@ class Child:
 
 
 def serve(commands):
-    """Answer commands until there are no more: the child's end.
+    """Answer commands until there are no more: the child's side.
 
     Args:
-        commands: by name, functions of keywords that return what JSON can hold.
+        commands: functions by name, which take keywords and return what JSON can hold.
     """
     _end_with_the_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what anybody prints is no answer
-    print(file=answers, flush=True)  # ends whatever was printed before
+    os.dup2(2, 1)  # whatever is printed goes to the log
+    print(file=answers, flush=True)  # ends an unfinished line
     for line in sys.stdin:
         name, arguments = json.loads(line)
         try:
             answer = {"answer": commands[name](**arguments)}
-        except Exception as error:  # the parent says it; the process is still of use
+        except Exception as error:  # the parent raises it; the process goes on
             answer = {"error": f"{type(error).__name__}: {error}"}
-        sys.stdout.flush()  # the log has what was printed, before anybody reads it
+        sys.stdout.flush()  # the parent may read the log next
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def _end_with_the_parent():
-    """Have this process killed when its parent is: a stopped one would be there for ever."""
+    """Have this process killed when its parent ends: a stopped one would stay forever."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def memory_bytes():
-    """Return what this process holds and has held at most, or Nones where there is no /proc."""
+    """Return this process's memory now and at the peak; None without /proc."""
     try:
         text = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
@@ -143,7 +143,7 @@ def memory_bytes():
 
 
 def forget_the_peak():
-    """Let the peak of memory start again from what is held now; return whether that is possible."""
+    """Reset the peak of memory to the current use; return whether that is possible."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

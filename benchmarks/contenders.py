@@ -1,6 +1,6 @@
-"""Who is measured: our layer, its formulations, the dense layer and the eager reference.
+"""The contenders: our layer, its formulations, the dense layer and the eager reference.
 
-What others wrote is in ``benchmarks/peers``.
+The kernels of others are in ``benchmarks/peers``.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -20,7 +20,7 @@ from int4_lora.compiled import int4_linear, int4_lora_linear, layouts, prepare_l
 from int4_lora.compiled.graphs.entry import plan
 from int4_lora.compiled.selection.choice import candidates
 
-LOOSEST = {"weight_rounded": False, "base_rounded": True}  # a bound that holds for either
+LOOSEST = {"weight_rounded": False, "base_rounded": True}  # the bound that allows most
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Contender:
     """One way to compute a layer.
 
     Args:
-        name: what tables call it.
+        name: in tables.
         kind: "ours", "formulation", "dense", "reference", or "peer" for another INT4 layer.
         layer: computes y from one copy of the weight.
-        weights: copies of the weight as ``layer`` takes it, to be cycled through.
+        weights: copies of the weight as ``layer`` takes it, which are used in turn.
         lora: whether the adapters are added.
-        roundings: those that it makes, by the names of ``check_linear``.
+        roundings: its roundings, under the names of ``check_linear``.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Contender:
     roundings: dict[str, bool] = field(default_factory=lambda: LOOSEST)
 
 
-def own(operands):
+def our_layers(operands):
     """Return our layer with and without adapters, and the dense layer.
 
-    Every copy of our weight has its own copy of the adapters, as layers have; peers are given one
-    for all, which stays in the cache.
+    Every copy of our weight has its own copy of the adapters, as in a model. Peers share one copy,
+    which stays in the cache.
     """
     x, ids = operands.x, operands.ids
     ours = operands.in_layout(layouts(operands.weight)[0])
@@ -63,19 +63,19 @@ def own(operands):
 
 def formulations(operands):
     """Return every formulation that takes the operands, without adapters."""
-    found = {}
-    held = layouts(operands.weight)
-    for layout in [name for name in held if name in ("interleaved", held[0])]:
+    contenders = {}
+    possible = layouts(operands.weight)
+    for layout in [name for name in possible if name in ("interleaved", possible[0])]:
         weights = operands.in_layout(layout)
-        for one in candidates(weights[0], operands.dtype, operands.tokens):
-            name = f"formulation {one.name}"
-            layer = functools.partial(_formulation, one, operands.x)
-            found.setdefault(name, Contender(name, "formulation", layer, weights))
-    return list(found.values())
+        for formulation in candidates(weights[0], operands.dtype, operands.tokens):
+            name = f"formulation {formulation.name}"
+            layer = functools.partial(_formulation, formulation, operands.x)
+            contenders.setdefault(name, Contender(name, "formulation", layer, weights))
+    return list(contenders.values())
 
 
 def eager_reference(operands):
-    """Return the reference, eager, with and without adapters; dequantising is most of its time."""
+    """Return the eager reference with and without adapters."""
     x, stack, ids = operands.x, operands.stack, operands.ids
     with_lora = functools.partial(_reference_with_lora, x, stack, ids)
     return [
@@ -90,13 +90,14 @@ def eager_reference(operands):
 
 
 def rotated(contenders):
-    """Return the contenders so that those who share copies take different ones in a round."""
+    """Return the contenders with their copies rotated: sharers use different ones in a round."""
     sharers = Counter()
     turned = []
-    for one in contenders:
-        start = sharers[id(one.weights)] % len(one.weights)
-        sharers[id(one.weights)] += 1
-        turned.append(dataclasses.replace(one, weights=one.weights[start:] + one.weights[:start]))
+    for contender in contenders:
+        weights = contender.weights
+        start = sharers[id(weights)] % len(weights)
+        sharers[id(weights)] += 1
+        turned.append(dataclasses.replace(contender, weights=weights[start:] + weights[:start]))
     return turned
 
 

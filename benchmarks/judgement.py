@@ -1,7 +1,7 @@
-"""Whether a result is right: a contender whose numbers are wrong is named, and not timed.
+"""Judge results: a contender whose numbers are wrong is named, and not timed.
 
-The judge is that of the conformance suite, at the roundings that the contender declares. Some
-tokens and some outputs are judged, drawn at random: whole rows and columns of the operands.
+The judge is that of the conformance suite, with the roundings that the contender declares. It is
+given some tokens and some outputs, drawn at random.
 
 Source: ``docs/conformance.md``, "The verdict".
 """
@@ -11,11 +11,11 @@ import torch
 from int4_lora.reference import LoRAStack
 from int4_lora.reference.conformance import check_linear
 
-MOST_TOKENS, MOST_OUTPUTS = 64, 512  # that are judged
+MOST_TOKENS, MOST_OUTPUTS = 64, 512  # the most that are judged
 
 
 class Judge:
-    """The judge of one layer's results, alone and with adapters.
+    """The judge of one layer's results, with and without adapters.
 
     Args:
         layer: the operands.
@@ -24,8 +24,8 @@ class Judge:
     def __init__(self, layer):
         generator = torch.Generator().manual_seed(1)
         self.layer = layer
-        self.tokens = _some(layer.tokens, MOST_TOKENS, generator).to(layer.device)
-        self.outputs = _some(layer.rows, MOST_OUTPUTS, generator).to(layer.device)
+        self.tokens = _sample(layer.tokens, MOST_TOKENS, generator).to(layer.device)
+        self.outputs = _sample(layer.rows, MOST_OUTPUTS, generator).to(layer.device)
         self.weight = layer.weight.rows(self.outputs)
         self.stack = LoRAStack(layer.stack.a, layer.stack.b[:, self.outputs], layer.stack.scaling)
 
@@ -34,8 +34,8 @@ class Judge:
 
         Args:
             y: the result.
-            lora: whether it is the layer with adapters.
-            roundings: those that the contender makes, by the names of ``check_linear``.
+            lora: whether the result is of the layer with adapters.
+            roundings: the contender's roundings, under the names of ``check_linear``.
 
         Raises:
             ValueError: y has another shape or dtype than the layer's result.
@@ -43,8 +43,8 @@ class Judge:
         layer = self.layer
         shape = (layer.tokens, layer.rows)
         if tuple(y.shape) != shape or y.dtype != layer.dtype:
-            found = f"{y.dtype} {list(y.shape)}"
-            raise ValueError(f"the result must be {layer.dtype} {list(shape)}, got {found}")
+            got = f"{y.dtype} {list(y.shape)}"
+            raise ValueError(f"the result must be {layer.dtype} {list(shape)}, got {got}")
         adapters = (self.stack, layer.ids[self.tokens]) if lora else (None, None)
         judged = y[self.tokens[:, None], self.outputs]
         finding = check_linear(judged, layer.x[self.tokens], self.weight, *adapters, **roundings)
@@ -52,36 +52,39 @@ class Judge:
 
 
 def select(contenders, mode, judge):
-    """Make contenders ready and run each once.
+    """Prepare contenders, run each once, and judge the result.
 
     Args:
-        contenders: whom.
-        mode: makes one ready, one of those of ``benchmarks.modes``.
+        contenders: to prepare.
+        mode: prepares a contender; a function of ``benchmarks.modes``.
         judge: a Judge of their layer.
 
     Returns:
-        By name: those whose result is right, ready; and why the others are left out.
+        Two dicts by name: the prepared contenders whose result is right, and for the others why
+        they are left out.
     """
     ready, refused = {}, {}
-    for one in contenders:
+    for contender in contenders:
+        name = contender.name
         try:
-            candidate = mode(one)
-            wrong = judge(candidate.run(0), lora=one.lora, roundings=one.roundings)
+            candidate = mode(contender)
+            result = candidate.run(0)
+            wrong = judge(result, lora=contender.lora, roundings=contender.roundings)
         except Exception as error:  # whatever a peer raises, the others are measured
-            refused[one.name] = reason(error)
+            refused[name] = reason(error)
             continue
         if wrong is None:
-            ready[one.name] = candidate
+            ready[name] = candidate
         else:
-            refused[one.name] = wrong
+            refused[name] = wrong
     return ready, refused
 
 
 def reason(error):
-    """Return an exception in a line."""
+    """Return an exception as one line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def _some(count, most, generator):
+def _sample(count, most, generator):
     return torch.randperm(count, generator=generator)[:most].sort().values

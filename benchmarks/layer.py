@@ -1,7 +1,7 @@
-"""One INT4 layer with adapters against its peers: ``python -m benchmarks.layer``.
+"""Measure one INT4 layer with adapters beside its peers: ``python -m benchmarks.layer``.
 
-Prints each row as JSON, then the tables; ``--output NAME`` writes ``results/NAME.json``, ``.md``
-and ``.png``. On CUDA everything but the eager reference is replayed from CUDA graphs.
+Print each row as JSON, then the tables; ``--output NAME`` writes ``results/NAME.json``, ``.md``
+and ``.png``. On CUDA, everything but the eager reference is replayed from CUDA graphs.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -29,22 +29,22 @@ TOKENS_OF = {
 
 
 def options_of(arguments):
-    """Return the options, checked and filled in."""
+    """Return the checked options, with defaults filled in."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", help="write results/OUTPUT.json, .md and .png")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
-    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--tokens", type=int, nargs="+", help="rows of x")
     parser.add_argument("--shapes", type=int, nargs="+", help=f"indices into {SHAPES}")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of x")
+    parser.add_argument("--group-size", type=int, default=128, help="columns that share a scale")
     parser.add_argument(
         "--in-a-graph",
         action="store_true",
-        help="compile as many layers as leave the cache behind into one graph, as engines do",
+        help="compile enough layers to exceed the cache into one graph, as engines do",
     )
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--budget", type=float, default=15, help="seconds a cell")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=60, help="the most rounds")
+    parser.add_argument("--budget", type=float, default=15, help="seconds for each row")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     options = parser.parse_args(arguments)
     if options.shapes and not set(options.shapes) <= set(range(len(SHAPES))):
         parser.error(f"--shapes: indices of 0 to {len(SHAPES) - 1}, got {options.shapes}")
@@ -62,29 +62,29 @@ def main(arguments=None):
     """Measure, print, and write; return 1 if our own layer failed anywhere."""
     options = options_of(arguments)
     torch.set_num_threads(options.threads)
-    found_on = machine(options.device)
+    host = machine(options.device)
     cells = []
     with torch.inference_mode():
         for dtype in options.dtypes:
             for shape in options.shapes:
                 for tokens in options.tokens:
-                    found = cell(
+                    row = cell(
                         *SHAPES[shape],
                         tokens,
                         getattr(torch, dtype),
                         options,
-                        found_on["copy_bytes_per_second"],
+                        host["copy_bytes_per_second"],
                     )
-                    found["bars"] = bars(found)
-                    print(json.dumps(found), flush=True)
-                    cells.append(found)
+                    row["bars"] = bars(row)
+                    print(json.dumps(row), flush=True)
+                    cells.append(row)
     print(report(cells))
     if options.output:
-        record = {"machine": found_on, "cells": cells}
+        record = {"machine": host, "cells": cells}
         (RESULTS / f"{options.output}.json").write_text(json.dumps(record, indent=1) + "\n")
         (RESULTS / f"{options.output}.md").write_text(report(cells) + "\n")
         plot(cells, RESULTS / f"{options.output}.png")
-    failed = [name for one in cells for name in one["refused"] if name.startswith("ours")]
+    failed = [name for row in cells for name in row["refused"] if name.startswith("ours")]
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""What the figures hold for: the machine, the versions, and how fast it copies.
+"""Describe the machine: its hardware, the versions of libraries, and its copy bandwidth.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -14,14 +14,14 @@ import torch
 
 from int4_lora.compiled.selection.timing import copy_bandwidth
 
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # enough that a launch is nothing beside the copy
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # so many that the time of the launch is negligible
 
 
 def machine(device):
-    """Return what the figures hold for.
+    """Return the description of the machine that results are stored with.
 
     Args:
-        device: "cpu" or "cuda", what is measured; with "cpu" no GPU is visible.
+        device: "cpu" or "cuda", the device to measure; with "cpu" no GPU may be visible.
     """
     return {
         "date": date.today().isoformat(),
@@ -40,15 +40,15 @@ def machine(device):
     }
 
 
-def in_a_line(found_on):
-    """Return what ``machine`` found as a line for tables."""
+def in_a_line(host):
+    """Return what ``machine`` returned as one line for tables."""
     versions = [
-        f"{name} {found_on[name]}"
+        f"{name} {host[name]}"
         for name in ("torch", "triton", "vllm", "int4-lora")
-        if found_on[name] is not None
+        if host[name] is not None
     ]
-    place = found_on["gpu"] or f"{found_on['cpu']}, {found_on['cores']} cores"
-    return ", ".join([found_on["date"], place, f"{found_on['threads']} threads", *versions])
+    place = host["gpu"] or f"{host['cpu']}, {host['cores']} cores"
+    return ", ".join([host["date"], place, f"{host['threads']} threads", *versions])
 
 
 def _cpu():
@@ -71,17 +71,17 @@ def _gpu():
 
 
 def _driver():
-    """Return the version of NVIDIA's driver, or None where nvidia-smi does not say it."""
+    """Return the version of NVIDIA's driver, or None without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        versions = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found[0] if found else None
+    return next(iter(versions.split()), None)
 
 
 def _version(*names):
-    """Return the version of the first of some packages that is installed, or None."""
+    """Return the version of the first installed package among ``names``, or None."""
     for name in names:
         try:
             return version(name)
@@ -91,16 +91,16 @@ def _version(*names):
 
 
 def chosen_device(parser, asked):
-    """Return the device to run on: the one asked for, else the GPU if there is one.
+    """Return the device to run on: the requested one, else the GPU if there is one.
 
     Args:
-        parser: ends the program where the device cannot be had.
+        parser: ends the program with a usage error if the device cannot be used.
         asked: "cpu", "cuda" or None.
     """
-    there = torch.cuda.is_available()
-    device = asked or ("cuda" if there else "cpu")
-    if device == "cuda" and not there:
+    available = torch.cuda.is_available()
+    device = asked or ("cuda" if available else "cpu")
+    if device == "cuda" and not available:
         parser.error("--device cuda: torch sees no GPU")
-    if device == "cpu" and there:
+    if device == "cpu" and available:
         parser.error("--device cpu: hide the GPU, which timing waits for: CUDA_VISIBLE_DEVICES=")
     return device

@@ -1,12 +1,12 @@
-"""Whether merging keeps what an adapter learned: ``python -m benchmarks.merge_quality``.
+"""Measure whether merging keeps what an adapter learned: ``python -m benchmarks.merge_quality``.
 
-A Llama of bytes is trained here on Python's standard library, quantised by compressed-tensors, and
-given an adapter that is trained on this project's pages. Then the loss on the part of the pages
-that was held back, of the dense model, the INT4 model, INT4 with the adapter, and the adapter
-merged, dense and into INT4 with scales by min-max and searched for. ``--output NAME`` writes
-``results/NAME.json`` and ``.md``.
+A byte-level Llama is trained on Python's standard library and quantised by compressed-tensors; an
+adapter is trained on this project's pages. The table compares losses on a held-out part of the
+pages: of the dense model, the INT4 model, INT4 with the adapter, and the adapter merged, dense and
+into INT4 with scales by min-max and by search. ``--output NAME`` writes ``results/NAME.json`` and
+``.md``.
 
-Source: "Quality" of the issue about merging.
+Source: ``docs/owning-checkpoints.md``.
 """
 
 import argparse
@@ -44,7 +44,7 @@ HELD_BACK = 0.1  # of each text
 
 
 def texts():
-    """Return the bytes to train on and those held back, of the library and of the pages."""
+    """Return the training and held-out bytes, of the library and of the pages."""
     folder = Path(sysconfig.get_path("stdlib"))
     library = b"".join((folder / f"{name}.py").read_bytes() for name in LIBRARY)
     files = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/commands/*.md")])
@@ -59,10 +59,10 @@ def _split(text):
 
 
 def train(model, tokens, steps, rate, seed):
-    """Train the parameters that want gradients on random pieces of a text."""
+    """Train the parameters that require gradients on random pieces of a text."""
     generator = torch.Generator().manual_seed(seed)
-    wanted = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -75,7 +75,7 @@ def train(model, tokens, steps, rate, seed):
 
 @torch.no_grad()
 def loss(model, tokens):
-    """Return the mean loss in nats a byte over a whole text."""
+    """Return the mean loss over a whole text, in nats per byte."""
     count = len(tokens) // LENGTH
     pieces = tokens[: count * LENGTH].view(count, LENGTH)
     losses = [model(piece, labels=piece).loss.item() * len(piece) for piece in pieces.split(BATCH)]
@@ -83,7 +83,7 @@ def loss(model, tokens):
 
 
 def measured(folder, steps, steps_of_lora):
-    """Return the losses by name, and what merging into INT4 reported."""
+    """Return the losses by name, and the reports of merging into INT4."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -93,22 +93,22 @@ def measured(folder, steps, steps_of_lora):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**LLAMA))
     train(model, library, steps, 3e-3, seed=1)
-    found = {"dense": loss(model, held)}
+    losses = {"dense": loss(model, held)}
     save_quantised(model.to(torch.bfloat16), folder / "int4", WEIGHTS)
     unpack_checkpoint(folder / "int4", folder / "unpacked", dtype=torch.float32)
 
     def opened(name):
         return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
 
-    found["INT4"] = loss(opened("unpacked"), held)
+    losses["INT4"] = loss(opened("unpacked"), held)
     tuned = get_peft_model(opened("unpacked"), LoraConfig(**LORA, task_type="CAUSAL_LM"))
     train(tuned, pages, steps_of_lora, 3e-3, seed=2)
     tuned.save_pretrained(str(folder / "adapter"))
     both = PeftModel.from_pretrained(opened("unpacked"), folder / "adapter")
-    found["INT4 + LoRA"] = loss(both, held)
+    losses["INT4 + LoRA"] = loss(both, held)
     adapters = [(folder / "adapter", 1.0)]
     merge_checkpoint(folder / "int4", folder / "merged", adapters, dtype=torch.float32)
-    found["merged, dense"] = loss(opened("merged"), held)
+    losses["merged, dense"] = loss(opened("merged"), held)
     reports = {}
     for name, search in (("merged, INT4, min-max", False), ("merged, INT4, scale search", True)):
         target = folder / name
@@ -117,34 +117,34 @@ def measured(folder, steps, steps_of_lora):
         )
         reports[name] = outcome.report["total"]
         unpack_checkpoint(target, folder / f"{name}, dense", dtype=torch.float32)
-        found[name] = loss(opened(f"{name}, dense"), held)
-    return found, reports
+        losses[name] = loss(opened(f"{name}, dense"), held)
+    return losses, reports
 
 
-def table(found, reports):
+def table(losses, reports):
     """Return the losses as a table in Markdown."""
-    lines = ["| model | loss, nats a byte | relative error of the weights |", "|---|---|---|"]
-    for name, value in found.items():
+    lines = ["| model | loss, nats per byte | relative error of the weights |", "|---|---|---|"]
+    for name, value in losses.items():
         error = f"{reports[name]['relative_error']:.4f}" if name in reports else "-"
         lines.append(f"| {name} | {value:.4f} | {error} |")
     return "\n".join(lines)
 
 
 def main(arguments=None):
-    """Train, merge, measure, print."""
+    """Train, merge, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="of the base (400)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the base (400)")
     parser.add_argument("--steps-of-lora", type=int, default=200, help="of the adapter (200)")
     parser.add_argument("--output", help="write results/OUTPUT.json and .md")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        found, reports = measured(Path(folder), options.steps, options.steps_of_lora)
-    print(table(found, reports))
+        losses, reports = measured(Path(folder), options.steps, options.steps_of_lora)
+    print(table(losses, reports))
     if options.output:
-        record = {"machine": machine("cpu"), "loss": found, "merging": reports}
+        record = {"machine": machine("cpu"), "loss": losses, "merging": reports}
         file = RESULTS / f"{options.output}.json"
         file.write_text(json.dumps(record, indent=1) + "\n")
-        file.with_suffix(".md").write_text(table(found, reports) + "\n")
+        file.with_suffix(".md").write_text(table(losses, reports) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Three ways to run a contender: one call, a compiled graph of layers, a CUDA graph of layers.
 
-The two kinds of graph hold one layer for each copy of the weight, so that one run of it leaves the
-cache behind, as a model's layers do; the time is divided by the number of layers. In a CUDA graph
-a layer starts when the one before it has ended. It is warmed up on a side stream, captured once,
-and replayed as often as lasts ``LAP_SECONDS``, so that the launch and the waiting are less than a
-hundredth of the time.
+Both kinds of graph hold one layer for each copy of the weight, so that one run exceeds the cache,
+as a model does; the time is divided by the number of layers. In a CUDA graph, a layer starts when
+the one before it has ended. The graph is warmed up on a side stream, captured once, and replayed
+for ``LAP_SECONDS``, so that launch and synchronisation are less than 1 % of the time.
 
 Source: ``torch.cuda.graph``'s documentation, and that of ``torch._dynamo.config.recompile_limit``.
 """
@@ -27,8 +26,8 @@ class Ready:
     """A contender that can be timed.
 
     Args:
-        run: a function of the number of the round that computes ``layers`` layers and returns
-            the result of the last.
+        run: computes ``layers`` layers, given the number of the round, and returns the result of
+            the last.
         layers: how many layers one run computes.
     """
 
@@ -50,8 +49,8 @@ def compiled_graph(contender):
         return [layer(weight) for weight in weights]
 
     code = chain.__code__.replace()  # torch counts recompiles, of which it allows 8, by code object
-    own = FunctionType(code, chain.__globals__, closure=chain.__closure__)
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)  # all of it, or an error
+    copy = FunctionType(code, chain.__globals__, closure=chain.__closure__)
+    compiled = torch.compile(copy, fullgraph=True, dynamic=False)
     return Ready(lambda number: compiled()[-1], len(weights))
 
 
@@ -84,7 +83,7 @@ def cuda_graph(contender):
 
 
 def _laps(graph):
-    """Return how many replays of a graph last ``LAP_SECONDS``."""
+    """Return how many replays of a graph take ``LAP_SECONDS``."""
     graph.replay()
     torch.cuda.synchronize()
     before = time.perf_counter()

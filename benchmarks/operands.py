@@ -1,8 +1,8 @@
-"""One layer's operands on one device, as many times as it takes to leave the cache behind.
+"""One layer's operands on one device, in enough copies to exceed the cache.
 
-Every group holds the smallest and the largest code, so that whoever quantises the dense weight
-anew, symmetric or not, by its least and its largest value, finds the same sixteen levels. Base
-and adapters contribute alike, so that an error in either of them shows in the result.
+Every group holds the smallest and the largest code, so that a peer which quantises the dense weight
+again by its minimum and maximum, symmetric or not, gets the same sixteen levels. Base and adapters
+contribute about equally, so that an error in either shows in the result.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -28,7 +28,7 @@ class Layer:
         tokens: rows of x.
         dtype: of x, scales and adapters.
         group_size: of the scales.
-        device: where everything is.
+        device: of all tensors.
     """
 
     def __init__(self, rows, columns, tokens, dtype, group_size, device="cpu"):
@@ -37,7 +37,7 @@ class Layer:
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         a = torch.randn(ADAPTERS, RANK, columns, generator=generator) / columns**0.5
         b = torch.randn(ADAPTERS, rows, RANK, generator=generator)
-        scaling = 2.0 ** (torch.arange(ADAPTERS) - 2)  # powers of 2: exact wherever they are folded
+        scaling = 2.0 ** (torch.arange(ADAPTERS) - 2)  # powers of 2 can be folded into B exactly
         stack = reference.LoRAStack(a.to(dtype), b.to(dtype), scaling)
         self.rows, self.columns, self.tokens = rows, columns, tokens
         self.dtype, self.group_size = dtype, group_size
@@ -50,12 +50,12 @@ class Layer:
 
     @property
     def device(self):
-        """Where everything is."""
+        """The device of all tensors."""
         return self.x.device
 
     @property
     def copies(self):
-        """How many copies of an INT4 weight leave the cache behind."""
+        """How many copies of an INT4 weight exceed the cache."""
         return copies_beyond_the_cache(self.weight.nbytes, self.device.type)
 
     @property
@@ -64,7 +64,7 @@ class Layer:
         return min(self.tokens, ADAPTERS)
 
     def in_layout(self, layout):
-        """Return copies of the weight in one layout; they share no tensor."""
+        """Return copies of the weight in one layout, which share no tensor."""
         if layout not in self._prepared:
             fresh = [_copied(self.weight) for _ in range(self.copies)]
             self._prepared[layout] = [prepare(weight, layout=layout) for weight in fresh]
@@ -76,14 +76,14 @@ class Layer:
         return [self.dense.clone() for _ in range(count)]
 
     def bytes_to_move(self, *, dense, lora):
-        """Return the bytes of weight, active adapters, x and y that one call cannot avoid."""
+        """Return the bytes of weight, active adapters, x and y that one call must move."""
         weight = self.dense.nbytes if dense else self.weight.nbytes
         adapters = self.active_adapters * RANK * (self.rows + self.columns) if lora else 0
         outputs = self.tokens * self.rows
         return weight + self.x.nbytes + (adapters + outputs) * self.dtype.itemsize
 
     def lora_share(self):
-        """Return the share of bytes, or of operations, that the active adapters are."""
+        """Return the active adapters' share of the bytes, or of the operations above 16 tokens."""
         widths = RANK * (self.rows + self.columns)
         if self.tokens <= 16:
             return self.active_adapters * widths * self.dtype.itemsize / self.weight.nbytes

@@ -1,31 +1,31 @@
-"""What was measured as bars, tables and a plot.
+"""Show the measured rows as ratios, tables and a plot.
 
-Source: the bars are those of ``benchmarks/results/README.md``.
+Source: the bars of ``benchmarks/results/README.md``.
 """
 
-MARGIN = {"cpu": 0.1, "cuda": 0.05}  # that adapters may add beyond their share
+MARGIN = {"cpu": 0.1, "cuda": 0.05}  # of the time, which adapters may add beyond their share
 
 
-def bars(found):
-    """Return the ratios that the bars are about; None where one side was not measured."""
-    times = found["milliseconds"]
+def bars(cell):
+    """Return the ratios that bars limit; None where one side was not measured."""
+    times = cell["milliseconds"]
     ours, with_lora = times.get("ours"), times.get("ours + LoRA")
     both = None not in (ours, with_lora)
     return {
-        "ours / best INT4 peer": _ratio(ours, _best(times, found["peers"])),
-        "ours + LoRA / best peer + LoRA": _ratio(with_lora, _best(times, found["lora_peers"])),
+        "ours / best INT4 peer": _ratio(ours, _best(times, cell["peers"])),
+        "ours + LoRA / best peer + LoRA": _ratio(with_lora, _best(times, cell["lora_peers"])),
         "ours / dense": _ratio(ours, times.get("dense")),
         "LoRA adds": with_lora / ours - 1 if both else None,
         "LoRA adds us": 1e3 * (with_lora - ours) if both else None,
-        "LoRA may add": found["lora_share"] + MARGIN[found["device"]],
+        "LoRA may add": cell["lora_share"] + MARGIN[cell["device"]],
     }
 
 
-def rates(found, copy_bytes_per_second):
-    """Return bytes a second of each contender, and its share of what a copy reaches, by name."""
+def rates(cell, copy_bytes_per_second):
+    """Return each contender's bytes per second, and their share of the bandwidth of a copy."""
     achieved = {
-        name: found["bytes"][name] / (1e-3 * milliseconds)
-        for name, milliseconds in found["milliseconds"].items()
+        name: cell["bytes"][name] / (1e-3 * milliseconds)
+        for name, milliseconds in cell["milliseconds"].items()
     }
     return {
         "gigabytes_per_second": {name: 1e-9 * rate for name, rate in achieved.items()},
@@ -34,40 +34,40 @@ def rates(found, copy_bytes_per_second):
 
 
 def table(cells):
-    """Return times and bars as a table in Markdown."""
+    """Return times and ratios as a table in Markdown."""
     rows = []
-    for one in cells:
+    for cell in cells:
         times = {
-            name: f"{milliseconds:.{_digits(milliseconds)}f} ±{100 * one['spread'][name]:.0f} %"
-            for name, milliseconds in one["milliseconds"].items()
+            name: f"{milliseconds:.{_digits(milliseconds)}f} ±{100 * cell['spread'][name]:.0f} %"
+            for name, milliseconds in cell["milliseconds"].items()
         }
         ratios = {
-            name: "-" if ratio is None else f"{ratio:.2f}" for name, ratio in bars(one).items()
+            name: "-" if ratio is None else f"{ratio:.2f}" for name, ratio in bars(cell).items()
         }
-        rows.append((one, {**times, **ratios}))
+        rows.append((cell, {**times, **ratios}))
     return _markdown(rows, [*_names(cells), *bars(cells[0])])
 
 
 def rates_table(cells):
-    """Return achieved GB/s, and the share of a copy's, as a table in Markdown."""
+    """Return GB/s and the share of a copy's bandwidth as a table in Markdown."""
     rows = [
         (
-            one,
+            cell,
             {
-                name: f"{rate:.3g} ({100 * one['share_of_copy'][name]:.0f} %)"
-                for name, rate in one["gigabytes_per_second"].items()
+                name: f"{rate:.3g} ({100 * cell['share_of_copy'][name]:.0f} %)"
+                for name, rate in cell["gigabytes_per_second"].items()
             },
         )
-        for one in cells
+        for cell in cells
     ]
     return _markdown(rows, _names(cells))
 
 
 def remarks(cells):
-    """Return who was not measured and why, as a list in Markdown."""
+    """Return which contenders were not measured and why, as a list in Markdown."""
     left_out = {}
-    for one in cells:
-        for name, why in one["refused"].items():
+    for cell in cells:
+        for name, why in cell["refused"].items():
             counts = left_out.setdefault(why, {})
             counts[name] = counts.get(name, 0) + 1
     lines = []
@@ -78,12 +78,12 @@ def remarks(cells):
 
 
 def report(cells):
-    """Return everything in Markdown."""
+    """Return the tables and remarks in Markdown."""
     return "\n\n".join(
         [
-            "Milliseconds, median ± half the distance of the quartiles:",
+            "Milliseconds, median ± half the interquartile range:",
             table(cells),
-            "GB/s of the bytes that cannot be avoided, and their share of what a copy reaches:",
+            "GB/s of the bytes that must be moved, and their share of a copy's bandwidth:",
             rates_table(cells),
             remarks(cells),
         ]
@@ -91,22 +91,22 @@ def report(cells):
 
 
 def plot(cells, file):
-    """Draw time over tokens, one panel a shape."""
+    """Plot time over tokens, with one panel for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = list(dict.fromkeys((one["rows"], one["columns"], one["dtype"]) for one in cells))
+    shapes = list(dict.fromkeys((cell["rows"], cell["columns"], cell["dtype"]) for cell in cells))
     figure, axes = pyplot.subplots(
         1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False, layout="constrained"
     )
     for axis, shape in zip(axes[0], shapes, strict=True):
-        own = [one for one in cells if (one["rows"], one["columns"], one["dtype"]) == shape]
-        for name in _names(own):
+        panel = [cell for cell in cells if (cell["rows"], cell["columns"], cell["dtype"]) == shape]
+        for name in _names(panel):
             points = [
-                (one["tokens"], one["milliseconds"][name])
-                for one in own if name in one["milliseconds"]
+                (cell["tokens"], cell["milliseconds"][name])
+                for cell in panel if name in cell["milliseconds"]
             ]  # fmt: skip
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=str(shape))
@@ -117,14 +117,14 @@ def plot(cells, file):
 def _markdown(rows, columns):
     head = ["shape", "x", "M", *columns]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for one, texts in rows:
-        row = [f"{one['rows']} x {one['columns']}", one["dtype"], str(one["tokens"])]
+    for cell, texts in rows:
+        row = [f"{cell['rows']} x {cell['columns']}", cell["dtype"], str(cell["tokens"])]
         lines.append("| " + " | ".join(row + [texts.get(name, "-") for name in columns]) + " |")
     return "\n".join(lines)
 
 
 def _names(cells):
-    return list(dict.fromkeys(name for one in cells for name in one["milliseconds"]))
+    return list(dict.fromkeys(name for cell in cells for name in cell["milliseconds"]))
 
 
 def _digits(milliseconds):
@@ -135,5 +135,5 @@ def _best(times, names):
     return min((times[name] for name in names if name in times), default=None)
 
 
-def _ratio(one, other):
-    return None if None in (one, other) else one / other
+def _ratio(numerator, denominator):
+    return None if None in (numerator, denominator) else numerator / denominator

@@ -1,11 +1,12 @@
-"""How fast a checkpoint is unpacked, beside copying as many bytes: ``python -m benchmarks.unpack``.
+"""Measure the speed of unpacking beside that of copying: ``python -m benchmarks.unpack``.
 
-A checkpoint of random INT4 weights is made, unpacked by ``int4-lora unpack`` in a process of its
-own whose peak of memory is read, and its result copied file by file. What is read is not in the
-cache before, and what is written is forced to the disk, for both. They take turns. ``--output
-NAME`` writes ``results/NAME.json`` and ``.md``.
+A checkpoint of random INT4 weights is written. ``int4-lora unpack`` unpacks it in a process of its
+own, whose peak of memory is read; then its result is copied file by file. For both, the
+files to read are dropped from the page cache, and those written are forced to the disk. They take
+turns. ``--output NAME`` writes
+``results/NAME.json`` and ``.md``.
 
-Source: "Done when" of the issue about unpacking.
+Source: ``benchmarks/results/README.md``.
 """
 
 import argparse
@@ -42,7 +43,7 @@ finally:
 
 
 def make(folder, nbytes):
-    """Write a checkpoint of random weights of at least some bytes of INT4; return those bytes."""
+    """Write a checkpoint with at least ``nbytes`` of random INT4; return how many there are."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight_map, made, layer = {}, 0, 0
@@ -70,12 +71,12 @@ def make(folder, nbytes):
 
 
 def unpack(source, target, jobs):
-    """Unpack in another process; return the seconds, and its peak of memory in bytes."""
+    """Unpack in another process; return the seconds and the peak of memory in bytes."""
     started = time.perf_counter()
     command = [sys.executable, "-c", PEAK, "unpack", str(source), str(target), "--jobs", str(jobs)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     seconds = time.perf_counter() - started
-    peak = next(line for line in said.splitlines() if line.startswith("peak "))
+    peak = next(line for line in log.splitlines() if line.startswith("peak "))
     return seconds, int(peak.split()[1])
 
 
@@ -92,7 +93,7 @@ def copy(source, target):
 
 
 def forget(folder):
-    """Let the cache forget a folder's files, where the system can."""
+    """Drop a folder's files from the page cache."""
     os.sync()
     for file in folder.iterdir():
         with file.open("rb") as opened:
@@ -100,61 +101,61 @@ def forget(folder):
 
 
 def measured(folder, gigabytes, rounds, jobs):
-    """Return what was found: bytes, seconds of each round, the peak of memory."""
+    """Return the bytes, the seconds of each round, and the peaks of memory."""
     made = make(folder / "source", gigabytes * 1e9)
-    found = {"int4_bytes": made, "unpack": [], "copy": [], "peak": []}
+    figures = {"int4_bytes": made, "unpack": [], "copy": [], "peak": []}
     for _ in range(rounds):
         forget(folder / "source")
         seconds, peak = unpack(folder / "source", folder / "dense", jobs)
-        found["unpack"].append(seconds)
-        found["peak"].append(peak)
+        figures["unpack"].append(seconds)
+        figures["peak"].append(peak)
         files = list((folder / "dense").iterdir())
-        found["dense_bytes"] = sum(file.stat().st_size for file in files)
+        figures["dense_bytes"] = sum(file.stat().st_size for file in files)
         forget(folder / "dense")
-        found["copy"].append(copy(folder / "dense", folder / "copied"))
+        figures["copy"].append(copy(folder / "dense", folder / "copied"))
         shutil.rmtree(folder / "copied")
         shutil.rmtree(folder / "dense")
-    return found
+    return figures
 
 
-def table(found):
-    """Return what was found in Markdown."""
-    unpacked, copied = statistics.median(found["unpack"]), statistics.median(found["copy"])
-    dense = found["dense_bytes"] / 1e9
+def table(figures):
+    """Return the figures in Markdown."""
+    unpacked, copied = statistics.median(figures["unpack"]), statistics.median(figures["copy"])
+    dense = figures["dense_bytes"] / 1e9
     lines = [
-        f"{found['int4_bytes'] / 1e9:.1f} GB of INT4, {dense:.1f} GB dense; medians of "
-        f"{len(found['copy'])} rounds in turns",
+        f"{figures['int4_bytes'] / 1e9:.1f} GB of INT4, {dense:.1f} GB dense; medians of "
+        f"{len(figures['copy'])} rounds in turns",
         "",
         "| nothing cached before | seconds | GB/s of the dense bytes | peak memory, GB |",
         "|---|---|---|---|",
         f"| copy, synced | {copied:.1f} | {dense / copied:.2f} | - |",
         f"| unpack, synced, the start of Python included | {unpacked:.1f} | "
-        f"{dense / unpacked:.2f} | {max(found['peak']) / 1e9:.2f} |",
+        f"{dense / unpacked:.2f} | {max(figures['peak']) / 1e9:.2f} |",
         "",
         f"speed over copying: {copied / unpacked:.2f} (bar {LEAST_SPEED}); peak memory: "
-        f"{max(found['peak']) / 1e9:.2f} GB (bar {MOST_BYTES / 1e9})",
+        f"{max(figures['peak']) / 1e9:.2f} GB (bar {MOST_BYTES / 1e9})",
     ]
     return "\n".join(lines)
 
 
 def main(arguments=None):
-    """Measure, print; return 1 if a bar is missed."""
+    """Measure and print; return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="of INT4 (4)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
-    parser.add_argument("--folder", type=Path, help="where there is room for 9 times as much")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the INT4 weights (4)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often both are measured (3)")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="of unpack")
+    parser.add_argument("--folder", type=Path, help="with room for 9 times as much")
     parser.add_argument("--output", help="write results/OUTPUT.json and .md")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = measured(Path(folder), options.gigabytes, options.rounds, options.jobs)
-    print(table(found))
+        figures = measured(Path(folder), options.gigabytes, options.rounds, options.jobs)
+    print(table(figures))
     if options.output:
         file = RESULTS / f"{options.output}.json"
-        file.write_text(json.dumps({"machine": machine("cpu"), **found}, indent=1) + "\n")
-        file.with_suffix(".md").write_text(table(found) + "\n")
-    speed = statistics.median(found["copy"]) / statistics.median(found["unpack"])
-    return 0 if speed >= LEAST_SPEED and max(found["peak"]) <= MOST_BYTES else 1
+        file.write_text(json.dumps({"machine": machine("cpu"), **figures}, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(figures) + "\n")
+    speed = statistics.median(figures["copy"]) / statistics.median(figures["unpack"])
+    return 0 if speed >= LEAST_SPEED and max(figures["peak"]) <= MOST_BYTES else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What others wrote that computes the same layer: one file for each of them.
+"""The peers, other kernels that compute the same layer: one file for each.
 
-Each file has ``PEERS``, or ``ADAPTERS`` for what adds adapters after a base; it imports what it
-needs only when it is asked. A peer that cannot run is listed with the reason. Importing vLLM
-patches parts of Inductor, with which our own graphs are compiled too in the same run.
+Each file has ``PEERS``, or ``ADAPTERS`` for what adds adapters to a base. It imports its library
+only when it is used. A peer that cannot run is listed with the reason. Importing vLLM patches parts
+of Inductor, which then also compiles our graphs in the same run.
 
 Source: ``benchmarks/results/README.md``.
 """

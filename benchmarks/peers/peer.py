@@ -1,4 +1,4 @@
-"""What a peer is: a name, why it cannot run, and how it is made.
+"""A peer: its name, why it cannot run, and how it is made.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -18,10 +18,10 @@ from benchmarks.operands import Layer
 
 @dataclass(frozen=True)
 class Adapters:
-    """What adds the adapters' term after a peer's base.
+    """A kernel that adds the adapters' term to a peer's base.
 
     Args:
-        name: what tables call it, after the peer's name.
+        name: in tables, after the peer's name.
         refuses: why it cannot run on this machine or take these operands, or None.
         make: returns a function that adds the term to the base, in place or not.
     """
@@ -36,10 +36,10 @@ class Peer:
     """Another INT4 layer.
 
     Args:
-        name: what tables call it.
+        name: in tables.
         refuses: why it cannot run on this machine or take these operands, or None.
         make: returns a function of one copy of the weight, and the copies.
-        adapters: what adds adapters to it.
+        adapters: the kernel that adds adapters to it.
     """
 
     name: str
@@ -49,16 +49,16 @@ class Peer:
 
 
 def contenders(layer, peers):
-    """Return those of the peers that can run, alone and with adapters, and why others cannot.
+    """Return the peers that can run, with and without adapters, and why others cannot.
 
     Args:
         layer: the operands.
-        peers: some Peers.
+        peers: of type Peer.
 
     Returns:
-        A list of Contenders, and reasons by name.
+        A list of Contenders, and the reasons by name.
     """
-    found, refused = [], {}
+    able, refused = [], {}
     for peer in peers:
         both = f"{peer.name} + {peer.adapters.name}"
         why_not = peer.refuses(layer)
@@ -70,7 +70,7 @@ def contenders(layer, peers):
         if why_not is not None:
             refused[peer.name] = refused[both] = why_not
             continue
-        found.append(Contender(peer.name, "peer", base, weights))
+        able.append(Contender(peer.name, "peer", base, weights))
         try:
             why_not = peer.adapters.refuses(layer)
             add = None if why_not else peer.adapters.make(layer)
@@ -78,15 +78,15 @@ def contenders(layer, peers):
             why_not = reason(error)
         if why_not is None:
             layer_of = functools.partial(_both, base, add)
-            roundings = {**LOOSEST, "delta_rounded": True}  # A's product is kept in x's dtype
-            found.append(Contender(both, "peer", layer_of, weights, True, roundings))
+            roundings = {**LOOSEST, "delta_rounded": True}  # x A^T is stored in x's dtype
+            able.append(Contender(both, "peer", layer_of, weights, True, roundings))
         else:
             refused[both] = why_not
-    return found, refused
+    return able, refused
 
 
 def not_importable(*modules):
-    """Return why one of some modules cannot be imported, or None; what is there is imported."""
+    """Import modules; return why one cannot be imported, or None."""
     for module in modules:
         try:
             importlib.import_module(module)

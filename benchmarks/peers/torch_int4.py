@@ -23,8 +23,8 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 def _refuses(layer):
     if layer.device.type == "cpu":
-        held = "int4pack" in layouts(layer.weight)
-        return None if held else "a weight that the CPU's operator cannot hold"
+        possible = "int4pack" in layouts(layer.weight)
+        return None if possible else "a weight that the CPU's operator cannot hold"
     if layer.dtype != torch.bfloat16:
         return f"x in {layer.dtype}: the operator takes bfloat16"
     if layer.group_size not in GROUP_SIZES:

@@ -1,7 +1,7 @@
-"""Adapters in plain torch: all side by side in two products, other adapters' numbers masked.
+"""Adapters in plain torch: two products with all adapters side by side, masked in between.
 
-y = base + ((x A^T) * own) B^T with A of all adapters ``[adapters * rank, in_features]``. Reads
-every adapter, whichever the tokens use. Rounds x A^T to the dtype of x, as the products do.
+y = base + ((x A^T) * mask) B^T with A of all adapters ``[adapters * rank, in_features]``. It reads
+every adapter, whichever the tokens use. It rounds x A^T to the dtype of x.
 
 Source: arXiv:2106.09685; the masking is that of ``int4_lora.compiled.adapters.terms.masked``.
 """
@@ -23,13 +23,13 @@ def _make(layer):
     stack = layer.stack
     b = stack.b * stack.scaling.to(layer.dtype)[:, None, None]
     owner = torch.arange(stack.adapters, device=layer.device).repeat_interleave(operands.RANK)
-    own = (layer.ids[:, None] == owner).to(layer.dtype)  # [tokens, adapters * rank]
+    mask = (layer.ids[:, None] == owner).to(layer.dtype)  # [tokens, adapters * rank]
     bt = b.transpose(1, 2).flatten(0, 1).contiguous()  # [adapters * rank, out]
-    return functools.partial(_add, layer.x, stack.a.flatten(0, 1), own, bt)
+    return functools.partial(_add, layer.x, stack.a.flatten(0, 1), mask, bt)
 
 
-def _add(x, a, own, bt, base):
-    return torch.addmm(base, linear(x, a) * own, bt)
+def _add(x, a, mask, bt, base):
+    return torch.addmm(base, linear(x, a) * mask, bt)
 
 
 ADAPTERS = Adapters("LoRA", _refuses, _make)

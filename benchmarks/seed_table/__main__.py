@@ -1,9 +1,9 @@
-"""FP16, INT4 and INT4 + LoRA for the shapes of Llama-2-7B: bytes, peak memory, tokens a second.
+"""Measure FP16, INT4 and INT4 + LoRA with the shapes of Llama-2-7B: bytes, memory, tokens/s.
 
-Prints the table; ``--output NAME`` writes ``results/NAME.json`` and ``.md``. Each kind of weights
-is held by a process of its own; they take turns, in an order shuffled anew in each round.
+Print the table; ``--output NAME`` writes ``results/NAME.json`` and ``.md``. Each kind of weights
+has a process of its own. They take turns, in a new random order in each round.
 
-Source: the request's own table.
+Source: ``benchmarks/results/README.md``.
 """
 
 import argparse
@@ -28,14 +28,14 @@ FEWEST_ROUNDS = 2
 
 
 def options_of(arguments):
-    """Return the options, checked and filled in."""
+    """Return the checked options, with defaults filled in."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seed_table", description=__doc__)
     parser.add_argument("--output", help="write results/OUTPUT.json and .md")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
-    parser.add_argument("--dtype", choices=NAMES, help="float16; on a CPU bfloat16")
-    parser.add_argument("--layers", type=int, help="layers that are held: as many as fit")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--dtype", choices=NAMES, help="default: float16, or bfloat16 on a CPU")
+    parser.add_argument("--layers", type=int, help="layers to hold (default: all that fit)")
+    parser.add_argument("--rounds", type=int, default=15, help="(15)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     for field in dataclasses.fields(Model):
         if field.name != "layers":
             name = f"--{field.name.replace('_', '-')}"
@@ -55,8 +55,8 @@ def options_of(arguments):
 
 
 def measured(options, model, layers, folder):
-    """Return what was measured, by kind."""
-    children, found = {}, {}
+    """Return the measurements by kind of weights."""
+    children, measurements = {}, {}
     sizes = dataclasses.asdict(model)
     how = {name: getattr(options, name) for name in ("dtype", "device", "threads")}
     try:
@@ -64,7 +64,7 @@ def measured(options, model, layers, folder):
             log = Path(folder) / f"{kind.replace(' ', '')}.log"
             children[kind] = child = Child("benchmarks.seed_table.holder", log)
             made = child.ask("make", kind=kind, sizes=sizes, layers=layers, **how)
-            found[kind] = {**made, "layers": [], "head": []}
+            measurements[kind] = {**made, "layers": [], "head": []}
             print(f"{kind}: made", file=sys.stderr, flush=True)
         turns = [(kind, what) for kind in KINDS for what in ("layers", "head")]
         rng = random.Random(0)
@@ -73,13 +73,13 @@ def measured(options, model, layers, folder):
             for kind, what in turns:
                 seconds = children[kind].ask("run", what=what)
                 if number:  # the first round warms up
-                    found[kind][what].append(seconds)
+                    measurements[kind][what].append(seconds)
         for kind in KINDS:
-            found[kind] |= children[kind].ask("memory")
+            measurements[kind] |= children[kind].ask("memory")
     finally:
         for child in children.values():
             child.close()
-    return found
+    return measurements
 
 
 def main(arguments=None):
@@ -89,17 +89,17 @@ def main(arguments=None):
     sizes = {name: getattr(options, name) for name in SIZES if name != "layers"}
     model = Model(**sizes)
     layers = options.layers or layers_that_fit(model, free_bytes(options.device))
-    found_on = machine(options.device)
-    found = measured(options, model, layers, tempfile.mkdtemp(prefix="seed-table-logs-"))
-    table = report(found_on, found, model, layers, options.dtype)
+    host = machine(options.device)
+    measurements = measured(options, model, layers, tempfile.mkdtemp(prefix="seed-table-logs-"))
+    table = report(host, measurements, model, layers, options.dtype)
     print(table)
     if options.output:
         record = {
-            "machine": found_on,
+            "machine": host,
             "options": vars(options),
             "layers": layers,
-            "measured": found,
-            "rows": rows(found, model, layers),
+            "measured": measurements,
+            "rows": rows(measurements, model, layers),
         }
         (RESULTS / f"{options.output}.json").write_text(json.dumps(record, indent=1) + "\n")
         (RESULTS / f"{options.output}.md").write_text(table + "\n")

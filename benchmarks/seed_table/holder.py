@@ -1,6 +1,6 @@
-"""The process that holds one kind of weights: makes them, and decodes a row through them.
+"""The process that makes and holds one kind of weights, and decodes a row with them.
 
-INT4 weights are made as random words: no dense weight is ever in memory beside them. A token is a
+INT4 weights are random words, so that no dense weight is ever in memory beside them. A token is a
 product with every linear layer, one after the other, and with lm_head; attention and norms are left
 out. On CUDA the layers are captured in a CUDA graph, and lm_head in another.
 
@@ -22,25 +22,25 @@ from int4_lora.reference import LoRAStack, PackedWeight
 
 
 class Holder:
-    """What the commands share."""
+    """The commands and their state."""
 
     def __init__(self):
         self._runs = {}
 
     @torch.inference_mode()
     def make(self, kind, sizes, layers, dtype, device, threads):
-        """Make the weights, and compile what runs.
+        """Make the weights and compile the layers.
 
         Args:
             kind: one of ``KINDS``.
             sizes: fields of ``Model``.
-            layers: how many decoder layers are held.
-            dtype: of x, scales and dense weights, by its name in torch.
+            layers: how many decoder layers to hold.
+            dtype: of x, scales and dense weights, as a name in torch.
             device: "cpu" or "cuda".
             threads: of torch.
 
         Returns:
-            Bytes before there were weights, of what is held a layer, and at the peak.
+            The bytes before there were weights, those held per layer, and the peak.
         """
         torch.set_num_threads(threads)
         before = memory_bytes()["now"]
@@ -64,7 +64,7 @@ class Holder:
 
     @torch.inference_mode()
     def run(self, what):
-        """Return the seconds that a row takes through "layers", or through lm_head: "head"."""
+        """Return the seconds that one row takes through the "layers", or the "head" (lm_head)."""
         run, times = self._runs[what]
         _synchronise()
         started = time.perf_counter()
@@ -73,7 +73,7 @@ class Holder:
         return (time.perf_counter() - started) / times
 
     def memory(self):
-        """Return the peak since the weights were made, of the GPU, or without one the process."""
+        """Return the peak since the weights were made, of the GPU or else of the process."""
         if torch.cuda.is_available():
             return {"peak": torch.cuda.max_memory_allocated(), "of": "GPU, torch's allocations"}
         return {"peak": memory_bytes()["peak"], "of": "the process"}
@@ -94,7 +94,7 @@ def _linear(kind, model, dtype, generator, shape):
 
 
 def packed_weight(rows, columns, group_size, dtype, generator):
-    """Return a weight of random words, whose rows have a length of about 1."""
+    """Return a weight of random words whose rows have a norm of about 1."""
     device = generator.device
     words = torch.randint(
         -(2**31),
@@ -110,8 +110,8 @@ def packed_weight(rows, columns, group_size, dtype, generator):
 
 
 def _dense(shape, dtype, generator):
-    made = torch.empty(shape, dtype=dtype, device=generator.device)
-    return made.uniform_(-1, 1, generator=generator).mul_((3 / shape[-1]) ** 0.5)
+    weight = torch.empty(shape, dtype=dtype, device=generator.device)
+    return weight.uniform_(-1, 1, generator=generator).mul_((3 / shape[-1]) ** 0.5)
 
 
 def _product(inputs, ids, weight, lora, columns):
@@ -122,7 +122,7 @@ def _product(inputs, ids, weight, lora, columns):
 
 
 def _ready(parts, device):
-    """Return a function that goes through the parts, and how often it does."""
+    """Return a function that runs the parts in order, and how many times one call does so."""
 
     def call(part):
         *operands, product = part
@@ -142,19 +142,19 @@ def _ready(parts, device):
 
 
 def held_bytes(parts):
-    """Return the bytes of weights and adapters as they are held; what is shared counts once."""
+    """Return the bytes of weights and adapters in memory; shared storage counts once."""
     operands = [value for *pair, _ in parts for value in pair]
     storages = [tensor.untyped_storage() for tensor in _tensors(operands)]
-    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _tensors(value):
     if isinstance(value, torch.Tensor):
         yield value
         return
-    inside = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()
-    for one in inside:
-        yield from _tensors(one)
+    parts = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()
+    for part in parts:
+        yield from _tensors(part)
 
 
 def _forget_the_peak():

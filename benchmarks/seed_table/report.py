@@ -1,6 +1,6 @@
-"""The table, with what the request said beside what was measured.
+"""The table: the request's figures beside the measured ones.
 
-Source: the request's own table.
+Source: ``benchmarks/results/README.md``.
 """
 
 import statistics
@@ -12,47 +12,47 @@ SAID = {DENSE: "14 GB, 1.0 x", INT4: "3.5 GB, 2.4 x", LORA: "5.25 GB, 1.9 x"}
 NAMES = {"float16": "FP16", "bfloat16": "BF16"}
 
 
-def seconds_a_token(one, model, layers):
+def seconds_a_token(times, model, layers):
     """Return the median time of a token through all layers, and its spread.
 
     Args:
-        one: what was measured of a kind: ``layers`` and ``head``, seconds of each round.
-        model: the sizes.
-        layers: how many were held and measured; the time is scaled to all of the model's.
+        times: the measurements of one kind: ``layers`` and ``head``, seconds of each round.
+        model: its sizes.
+        layers: how many were measured; their time is scaled to all of the model's.
     """
-    pairs = zip(one["layers"], one["head"], strict=True)
-    tokens = [model.layers / layers * most + head for most, head in pairs]
+    pairs = zip(times["layers"], times["head"], strict=True)
+    tokens = [model.layers / layers * through_layers + head for through_layers, head in pairs]
     middle = statistics.median(tokens)
     low, _, high = statistics.quantiles(tokens, n=4)
     return middle, (high - low) / 2 / middle
 
 
-def rows(found, model, layers):
+def rows(measurements, model, layers):
     """Return the table's rows as numbers, by kind."""
-    times = {kind: seconds_a_token(one, model, layers) for kind, one in found.items()}
+    times = {kind: seconds_a_token(kept, model, layers) for kind, kept in measurements.items()}
     return {
         kind: {
             "weight_bytes": model.whole_bytes(kind),
             "adapter_bytes": model.layers * model.layer_bytes(kind)[1],
-            "held_bytes": model.layers * one["layer_bytes"] + model.outside_bytes,
-            "making_bytes": one["making"],
-            "peak_bytes": one["peak"],
+            "held_bytes": model.layers * kept["layer_bytes"] + model.outside_bytes,
+            "making_bytes": kept["making"],
+            "peak_bytes": kept["peak"],
             "tokens_per_second": 1 / times[kind][0],
             "spread": times[kind][1],
             "over_dense": times[DENSE][0] / times[kind][0],
         }
-        for kind, one in found.items()
+        for kind, kept in measurements.items()
     }
 
 
-def report(found_on, found, model, layers, dtype):
-    """Return the table and what has to be known to read it, in Markdown.
+def report(host, measurements, model, layers, dtype):
+    """Return the table and remarks on it, in Markdown.
 
     Args:
-        found_on: the machine.
-        found: what was measured, by kind.
-        model: the sizes.
-        layers: how many were held.
+        host: the machine.
+        measurements: by kind of weights.
+        model: its sizes.
+        layers: how many were measured.
         dtype: of x, scales and dense weights.
     """
     part = f"{layers} of {model.layers} layers"
@@ -60,7 +60,7 @@ def report(found_on, found, model, layers, dtype):
     head = ["", "weights, GB", "as held, GB", *peaks, "tokens/s", "over the first"]
     head.append("the request said")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    table = rows(found, model, layers)
+    table = rows(measurements, model, layers)
     for kind, row in table.items():
         name = NAMES[dtype] if kind == DENSE else kind
         name = f"{name} r = {model.rank}" if kind == LORA else name
@@ -70,24 +70,24 @@ def report(found_on, found, model, layers, dtype):
         cells = [name, *texts, rate, f"{row['over_dense']:.2f} x", SAID[kind]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(
-        [f"{in_a_line(found_on)}:", "", *lines, "", *_remarks(found, table, model, layers)]
+        [f"{in_a_line(host)}:", "", *lines, "", *_remarks(measurements, table, model, layers)]
     )
 
 
-def _remarks(found, table, model, layers):
+def _remarks(measurements, table, model, layers):
     base, lora = table[INT4], table[LORA]
     added = base["tokens_per_second"] / lora["tokens_per_second"] - 1
     scaled = f", {layers} measured and scaled to {model.layers}" if layers < model.layers else ""
     return [
         f"- {model.layers} layers of {model.hidden} and {model.intermediate}{scaled}; group "
         f"{model.group_size}; random weights; embedding and lm_head, {model.vocabulary} rows each, "
-        "in 16 bits.",
+        "have 16 bits.",
         "- tokens/s: one row through every linear layer and lm_head; attention and norms are left "
         "out. On a CPU each layer is a call from Python, on a GPU all of them are a CUDA graph.",
         f"- the adapter: {1e-6 * lora['adapter_bytes']:.0f} MB, "
         f"{100 * lora['adapter_bytes'] / base['weight_bytes']:.1f} % of the INT4 weights; it adds "
         f"{100 * added:.1f} % of time (the request said: less than 5 %).",
-        f"- peaks: of {found[INT4]['of']}, one process a row of the table, which had "
-        f"{1e-9 * (found[INT4]['bytes_before'] or 0):.2f} GB before there were weights; making "
-        "includes compiling.",
+        f"- peaks: of {measurements[INT4]['of']}, one process for each row of the table, which had "
+        f"{1e-9 * (measurements[INT4]['bytes_before'] or 0):.2f} GB before there were weights; "
+        "making includes compiling.",
     ]

@@ -1,4 +1,4 @@
-"""What a Llama is made of, in bytes, and how many of its layers fit.
+"""The sizes of a Llama in bytes, and how many of its layers fit into memory.
 
 Norms are left out: 0.5 MB of 13.5 GB.
 
@@ -11,7 +11,7 @@ from pathlib import Path
 DENSE, INT4, LORA = "dense", "INT4", "INT4 + LoRA"
 KINDS = (DENSE, INT4, LORA)
 USED_BY_TORCH = 1.5e9  # bytes of a process that has compiled, beside its weights
-SHARE = 0.7  # of the memory that is free, for weights
+SHARE = 0.7  # of the free memory, for weights
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Model:
         intermediate: rows of the MLP's first two.
         vocabulary: rows of embedding and lm_head, which stay in 16 bits.
         layers: how many decoder layers.
-        group_size: weights that share a scale.
-        rank: of the adapters, which are on every linear layer of the decoder.
+        group_size: columns that share a scale.
+        rank: of the adapter, which changes every linear layer of the decoder.
     """
 
     hidden: int = 4096
@@ -41,7 +41,7 @@ class Model:
         return [square] * 4 + [up] * 2 + [(self.hidden, self.intermediate)]
 
     def layer_bytes(self, kind):
-        """Return the bytes of one decoder layer's linears in a checkpoint, and of its adapter."""
+        """Return the bytes of one decoder layer in a checkpoint, and of its adapter."""
         if kind == DENSE:
             return sum(2 * rows * columns for rows, columns in self.linears), 0
         packed = sum(
@@ -64,8 +64,8 @@ def layers_that_fit(model, free_bytes):
     """Return how many layers of all kinds fit into memory together, at least 1.
 
     Args:
-        model: whose layers.
-        free_bytes: what is free.
+        model: its sizes.
+        free_bytes: free memory.
     """
     fixed = len(KINDS) * (model.outside_bytes + USED_BY_TORCH)
     each = sum(sum(model.layer_bytes(kind)) for kind in KINDS)
@@ -73,7 +73,7 @@ def layers_that_fit(model, free_bytes):
 
 
 def free_bytes(device):
-    """Return the bytes that are free on a device; where nobody says it, enough for some layers."""
+    """Return the free memory of a device in bytes, or 16 GB if it is unknown."""
     if device == "cuda":
         import torch
 

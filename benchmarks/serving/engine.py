@@ -1,7 +1,7 @@
 """The process that one vLLM engine runs in: loads once, then answers ``run``.
 
-Requests are put into the engine together and it is stepped here, so that the time of every token
-is known. Nothing runs between two commands.
+All requests are added to the engine at once, and it is stepped here, so that the time of every
+token is known. Nothing runs between two commands.
 
 Source: vLLM's ``LLMEngine.add_request`` and ``step``, which ``LLM.generate`` consists of.
 """
@@ -15,7 +15,7 @@ from int4_lora.integration.demo.engine import stepped
 
 
 class Engine:
-    """What the commands share."""
+    """The commands and their state."""
 
     def __init__(self):
         self._llm, self._adapters, self._vocabulary, self._asked = None, [], 0, 0
@@ -25,7 +25,7 @@ class Engine:
 
         Args:
             model: the checkpoint's folder.
-            adapters: the folder of each adapter; none are made known where LoRA is not enabled.
+            adapters: the folder of each adapter; not used without LoRA.
             arguments: of vLLM's ``LLM``.
         """
         started = time.perf_counter()
@@ -41,25 +41,25 @@ class Engine:
                 for number, folder in enumerate(adapters, start=1)
             ]
         self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
-        found = {
+        facts = {
             "load_seconds": time.perf_counter() - started,
             "load_bytes": memory_bytes(),
             "threads": torch.get_num_threads(),
             "load_graphs": graphs(),
         }
-        return {**found, "peak_starts_again": forget_the_peak()}
+        return {**facts, "peak_starts_again": forget_the_peak()}
 
     def run(self, rows, prompt, new, adapters):
-        """Run requests that are there at once.
+        """Run requests that arrive at the same time.
 
         Args:
-            rows: how many.
-            prompt: tokens of each prompt; the same ones in every run.
-            new: tokens that each asks for.
-            adapters: the adapter's number of each row, or None.
+            rows: how many requests.
+            prompt: tokens of each prompt, the same in every run.
+            new: tokens to generate for each.
+            adapters: the number of each row's adapter, or None.
 
         Returns:
-            For each row the seconds at which each token was there; and the tokens.
+            For each row the seconds after which each token was there, and the tokens.
         """
         given = [self._prompt(row, prompt) for row in range(rows)]
         requests = [None if adapter is None else self._adapters[adapter] for adapter in adapters]

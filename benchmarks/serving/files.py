@@ -1,6 +1,6 @@
 """The model and the adapters, made once and kept in a cache folder.
 
-The weights are random; the files are what compressed-tensors and PEFT write for any model.
+The weights are random; compressed-tensors and PEFT write the files.
 
 Source: ``int4_lora.integration.demo.recipe``.
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from benchmarks.serving.workloads import ADAPTERS
 
-RECIPE = 1  # counts up when other files would be made of the same sizes
+RECIPE = 1  # increase it when the files of the same sizes change
 RANK = 16
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where they are.
+    """The folders of the files.
 
     Args:
         model: the checkpoint's folder.
@@ -31,7 +31,7 @@ class Files:
 
 
 def llama(hidden, layers):
-    """Return the sizes of a Llama of a width: 5632 wide inside and 16 heads at 2048.
+    """Return the sizes of a Llama of a hidden size; at 2048: intermediate size 5632, 16 heads.
 
     Args:
         hidden: a multiple of 256.
@@ -51,10 +51,10 @@ def llama(hidden, layers):
 
 
 def prepare(cache, hidden, layers):
-    """Return the files, made first where the cache has none.
+    """Return the files; make them if the cache has none.
 
-    They are made beside their place and renamed: a run that was stopped leaves nothing that looks
-    whole.
+    They are made in another folder that is then renamed, so that a stopped run leaves no incomplete
+    files.
     """
     folder = Path(cache) / f"serving-h{hidden}-l{layers}-r{RANK}-{RECIPE}"
     if not folder.is_dir():
@@ -63,13 +63,13 @@ def prepare(cache, hidden, layers):
         sizes = llama(hidden, layers)
         settings = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear"}
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            recipe.make_model(made / "model", sizes, WEIGHTS)
+            recipe.make_model(new / "model", sizes, WEIGHTS)
             for number in range(ADAPTERS):
                 seed = chr(ord("a") + number)  # names seed by the sum of their letters
-                recipe.make_adapter(made / f"a{number}", sizes, seed, settings)
-            made.rename(folder)
+                recipe.make_adapter(new / f"a{number}", sizes, seed, settings)
+            new.rename(folder)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
     return Files(folder / "model", [folder / f"a{number}" for number in range(ADAPTERS)])

@@ -1,9 +1,9 @@
-"""Takes turns: every engine with every workload once a round, in an order shuffled anew.
+"""Take turns: every engine runs every workload once per round, in a new random order.
 
-An engine whose turn it is not is stopped: waiting, it would use 1 to 3 % of a processor, for
-threads of its communication library that look for work a hundred times a second.
+The other engines are stopped meanwhile. A waiting engine uses 1 to 3 % of a processor: threads of
+its communication library poll for work a hundred times a second.
 
-Source: the rules of ``benchmarks/results/README.md``.
+Source: ``benchmarks/results/README.md``.
 """
 
 import os
@@ -18,18 +18,18 @@ STOCK, OURS, WITHOUT = "stock", "ours", "stock without LoRA"
 BEFORE = "ours before"  # an earlier version, from an environment of its own
 ENGINES = (STOCK, OURS, WITHOUT)
 FIRST_REQUESTS = 10
-FIRST = {"rows": 1, "prompt": 64, "new": 8}  # each of another adapter, so that each loads one
-SETTLE = 0.05  # seconds from when an engine may go on to its run
+FIRST = {"rows": 1, "prompt": 64, "new": 8}  # each with another adapter, so that each loads one
+SETTLE = 0.05  # seconds between continuing an engine and its run
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, a part of every engine's memory
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB of every engine's memory
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process an engine, which can be stopped
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process for each engine, which can be stopped
 }
 
 
 def arguments_of(name, options):
-    """Return what an engine gives vLLM's ``LLM``."""
+    """Return the arguments of an engine's ``LLM``."""
     shared = {
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
@@ -48,87 +48,87 @@ def arguments_of(name, options):
     }
     if name == STOCK:
         return {**shared, **lora}
-    own = {"int4_lora": {"backend": options.backend}}
-    return {**shared, **lora, "quantization": "int4_lora", "additional_config": own}
+    plugin = {"int4_lora": {"backend": options.backend}}
+    return {**shared, **lora, "quantization": "int4_lora", "additional_config": plugin}
 
 
 def environment_of(folder):
-    """Return the variables of an engine, where the user has not set them.
+    """Return the environment variables of an engine; those that the user has set stay.
 
-    What ``auto`` measures is kept beside the logs: it is measured in this run, and what a benchmark
-    found beside other work is not what the user's engines choose by.
+    The measurements of ``auto`` are kept beside the logs: they are made in this run, and the user's
+    engines do not use them.
     """
-    own = {**ENVIRONMENT, "INT4_LORA_CACHE": str(folder / "cache")}
-    return {name: os.environ.get(name, value) for name, value in own.items()}
+    defaults = {**ENVIRONMENT, "INT4_LORA_CACHE": str(folder / "cache")}
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 class Turns:
-    """The engines, and what is known of them.
+    """The engines, and the facts about them.
 
     Args:
         folder: for the logs.
-        say: called with a line whenever something is done.
+        say: called with each line of progress.
     """
 
     def __init__(self, folder, say):
         self._folder, self._say = Path(folder), say
         self.children, self.engines = {}, {}
-        self._idle = {}  # by engine, processor seconds while others ran, and for how long they did
+        self._idle = {}  # by engine: processor seconds while others ran, and how long they ran
 
     def load(self, name, files, arguments, python=None):
-        """Start an engine, and ask its first requests: each brings an adapter that is new to it."""
+        """Start an engine and run its first requests, each with an adapter that is new to it."""
         log = self._folder / f"{name.replace(' ', '-')}.log"
         environment = environment_of(self._folder)
         self.children[name] = child = Child("benchmarks.serving.engine", log, environment, python)
         adapters = [str(folder) for folder in files.adapters]
-        found = child.ask("load", model=str(files.model), adapters=adapters, arguments=arguments)
+        facts = child.ask("load", model=str(files.model), adapters=adapters, arguments=arguments)
         lora = arguments.get("enable_lora", False)
         first = []
         for number in range(FIRST_REQUESTS):
             answer = child.ask("run", **FIRST, adapters=[number if lora else None])
             first.append(answer["times"][0][-1])
         self.engines[name] = {
-            **found,
+            **facts,
             "arguments": arguments,
             "first_requests": first,
-            "said": lines_about_us(log.read_text(encoding="utf-8", errors="replace")),
+            "log": lines_about_us(log.read_text(encoding="utf-8", errors="replace")),
         }
         child.pause()
-        self._say(f"{name}: loaded in {found['load_seconds']:.0f} s")
+        self._say(f"{name}: loaded in {facts['load_seconds']:.0f} s")
 
     def run(self, workloads, rounds, seed=0):
-        """Run everything once unmeasured and then in rounds.
+        """Run every workload once unmeasured, and then in rounds.
 
         Args:
-            workloads: those with adapters are left out where LoRA is not enabled.
+            workloads: those with adapters are left out on engines without LoRA.
             rounds: how many.
-            seed: of the shuffling.
+            seed: of the random order.
 
         Returns:
-            A list of what was found, one entry for each engine and workload.
+            A list of dicts, one for each engine and workload.
         """
-        found = {
+        runs = {
             (name, workload): {"engine": name, "workload": workload, "rounds": []}
             for name in self.children
             for workload in workloads
             if workload.mix == "base" or self.engines[name]["arguments"].get("enable_lora")
         }
-        order, rng = list(found), random.Random(seed)
+        order, rng = list(runs), random.Random(seed)
         for number in range(rounds + 1):
             rng.shuffle(order)
             for name, workload in order:
-                answer = self._one(name, workload)
+                answer = self._answer(name, workload)
                 measured = measures(workload, answer["times"])
-                entry = found[name, workload]
+                run = runs[name, workload]
                 if number:
-                    entry["rounds"].append(measured)
+                    run["rounds"].append(measured)
                 else:
-                    entry |= {"cold": measured, "tokens": answer["tokens"]}
+                    run |= {"cold": measured, "tokens": answer["tokens"]}
             self._say(f"round {number} of {rounds} done")
-        return list(found.values())
+        return list(runs.values())
 
     def note(self):
-        """Note what the engines have held, and used while others ran."""
+        """Record each engine's memory, and its processor time while others ran."""
         for name, child in self.children.items():
             child.resume()
             self.engines[name]["serving_bytes"] = child.ask("memory")
@@ -141,7 +141,7 @@ class Turns:
         for child in self.children.values():
             child.close()
 
-    def _one(self, name, workload):
+    def _answer(self, name, workload):
         self.children[name].resume()
         time.sleep(SETTLE)
         idle = {other: child for other, child in self.children.items() if other != name}
@@ -158,13 +158,13 @@ class Turns:
         self.children[name].pause()
         for other, start in before.items():
             if start is not None:
-                used, long = self._idle.get(other, (0.0, 0.0))
+                used, waited = self._idle.get(other, (0.0, 0.0))
                 now = idle[other].cpu_seconds()
-                self._idle[other] = (used + now - start, long + passed)
+                self._idle[other] = (used + now - start, waited + passed)
         return answer
 
 
 def lines_about_us(log):
-    """Return what the plug-in logged, without times."""
+    """Return the plug-in's lines of a log, without times."""
     lines = [line.partition("int4_lora: ")[2] for line in log.splitlines()]
     return list(dict.fromkeys(line for line in lines if line))

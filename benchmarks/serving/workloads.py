@@ -1,9 +1,8 @@
-"""What the engines are asked: many tokens at once, and one token after another.
+"""The requests to the engines: prefill, many tokens at once, and decode, one token after another.
 
-Rows are requests that are there at the same moment. Each mix of adapters has a run without any of
-the same rows beside it.
+Rows are requests that arrive at the same time. Each shape is run without adapters, too.
 
-Source: the bars are those of the issue, "Serving benchmark": 512 tokens of prompts, and 8 rows.
+Source: ``benchmarks/results/README.md``.
 """
 
 import statistics
@@ -15,20 +14,20 @@ MIXES = {
     "1 adapter": lambda row: 0,
     "4 adapters": lambda row: row % 4,
     "16 adapters": lambda row: row % ADAPTERS,
-    "mixed": lambda row: None if row % 2 else row // 2 % 4,  # every other row without one
+    "mixed": lambda row: None if row % 2 else row // 2 % 4,  # every other row has none
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Some requests at once.
+    """Requests that arrive at the same time.
 
     Args:
         kind: "prefill" or "decode".
         rows: how many requests.
         prompt: tokens of each prompt.
-        new: tokens that each asks for.
-        mix: which adapters, one of ``MIXES``.
+        new: tokens to generate for each.
+        mix: which adapters the rows use, one of ``MIXES``.
     """
 
     kind: str
@@ -39,27 +38,27 @@ class Workload:
 
     @property
     def shape(self):
-        """Everything but the adapters, as tables call it."""
+        """Its name in tables, without the adapters."""
         if self.kind == "prefill":
             return f"prefill, {self.rows} x {self.prompt}"
         return f"decode, {self.rows} row{'s' if self.rows > 1 else ''}"
 
     @property
     def name(self):
-        """As tables call it."""
+        """Its name in tables."""
         return f"{self.shape}, {self.mix}"
 
     @property
     def adapters(self):
-        """The adapter of each row, None for none."""
+        """The adapter of each row, or None."""
         return [MIXES[self.mix](row) for row in range(self.rows)]
 
     @property
     def judged(self):
-        """The measure that ratios are taken of.
+        """The measure that ratios use.
 
-        Sixteen adapters that share fewer slots are served in turns, a few rows at a time, whose
-        tokens come faster; there the whole time is what tells.
+        Sixteen adapters that share fewer slots are served a few rows at a time, whose tokens come
+        faster. There the ratios use the whole time.
         """
         return "itl" if self.kind == "decode" and self.rows < ADAPTERS else "seconds"
 
@@ -83,19 +82,19 @@ def workloads(new, quick=False):
 
 
 def measures(workload, times):
-    """Return what a run says.
+    """Return the measures of a run.
 
     Args:
-        workload: what was run.
-        times: for each row, the seconds after the start at which each of its tokens was there.
+        workload: the requests.
+        times: for each row, the seconds after which each of its tokens was there.
 
     Returns:
-        ``seconds`` until everything was there; ``ttft``, the median row's time to its first token;
-        ``itl``, from a token to the next, the mean over the run, or None where there is no next;
+        ``seconds`` until the last token; ``ttft``, the median row's time to its first token;
+        ``itl``, the mean time from a token to the next, or None if each row has one token;
         ``tokens_per_second``, of the prompts in a prefill, else of the answers.
 
     Raises:
-        ValueError: tokens are missing.
+        ValueError: a row has another number of tokens than requested.
     """
     counts = [len(row) for row in times]
     if counts != [workload.new] * workload.rows:

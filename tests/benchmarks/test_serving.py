@@ -90,7 +90,7 @@ def engine_facts(first=1.5, fused=28):
         "load_seconds": 60.0, "load_bytes": {"now": 2**30, "peak": 2**31}, "threads": 2,
         "peak_starts_again": True, "load_graphs": 12,
         "serving_bytes": {"now": 2**30, "peak": 2**30, "graphs": 12},
-        "first_requests": [first, *[1.0] * 9], "said": [f"{fused} of 28 linear layers fused; 1 on"],
+        "first_requests": [first, *[1.0] * 9], "log": [f"{fused} of 28 linear layers fused; 1 on"],
         "idle_share": 0.0001, "arguments": {"enable_lora": True},
     }  # fmt: skip
 
@@ -158,7 +158,7 @@ def test_wrong_options_are_refused(module, given, capsys):
     assert given[0] in capsys.readouterr().err
 
 
-def test_quick_gives_way_to_what_is_said(module):
+def test_given_options_override_quick(module):
     options = options_of(module, "--quick", "--layers", "3")
     assert (options.layers, options.hidden, options.rounds) == (3, 256, 2)
 
@@ -204,10 +204,10 @@ def test_report_says_what_was_missed(module):
     assert "| prefill, 8 x 64 | 4 adapters | 1.15 | 3.14 | 3.00 |" in lines
     assert "| decode, 1 row | base | - | - | 1.30 |" in lines
     assert "| prefill, 8 x 64 | base | ours | 512.0 ±0 % | 1000.0 ±0 % | - |" in lines
-    assert "- ours said: 28 of 28 linear layers fused; 1 on" in lines
+    assert "- ours logged: 28 of 28 linear layers fused; 1 on" in lines
     assert any(line.startswith("- 4 slots: 16 adapters share them; 4 rows") for line in lines)
     assert text.count("**missed**") == 1
-    assert "of no use" not in text
+    assert "the times are not valid" not in text
 
 
 def test_report_names_a_busy_engine_a_cold_run_and_other_tokens(module):
@@ -219,7 +219,7 @@ def test_report_names_a_busy_engine_a_cold_run_and_other_tokens(module):
     engines["ours"]["load_graphs"] = 10
     options = options_of(module, "--quick", "--max-loras", "16")
     text = module("serving.report").report(MACHINE, found, engines, options)
-    assert "- stock was not idle while others ran: the times are of no use" in text
+    assert "- stock was not idle while others ran: the times are not valid" in text
     assert "- ours compiled 2 graphs while it served" in text
     assert "stock compiled" not in text
     assert "- stock: its peak serving includes loading" in text
