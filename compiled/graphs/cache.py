@@ -20,7 +20,6 @@ import importlib
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -49,12 +48,12 @@ class Graph:
         guarded: what torch.compile returned; it checks guards and recompiles where they fail.
         direct: what the backend returned, which takes the graph's inputs; None where guards are
             needed.
-        pick: returns the graph's inputs out of (number of tokens, *operands' tensors).
+        places: where each input of the graph stands in (number of tokens, *operands' tensors).
     """
 
     guarded: Callable[..., Tensor]
     direct: Callable[..., Sequence[Tensor]] | None = None
-    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+    places: tuple[int, ...] = ()
 
 
 _graphs: dict[Hashable, Graph] = {}
@@ -84,10 +83,10 @@ def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
 def state_of(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
     """Return what a graph is made for of operands and of torch's settings and modes.
 
-    Left out are shapes, and what ``in_rows`` evens out.
+    Shapes are left out, and so are strides and negative bits, which ``in_rows`` removes.
     """
     device = first.device
-    state: list[Hashable] = [
+    return (
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.is_grad_enabled(),
@@ -98,18 +97,19 @@ def state_of(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
         _C._len_torch_dispatch_stack(),
         _C._functorch.peek_interpreter_stack() is not None,  # within vmap and its like
         getattr(forward_ad, "_current_level", -1),
-        torch.is_autocast_enabled(device.type),
+        # the name of a device costs more than everything else here
+        _C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type),
         first.dtype,
         device,
         type(first),
         first.is_inference(),
-    ]
-    for operand in others:
-        if operand is None:
-            state.append(None)
-        else:
-            state += (operand.dtype, operand.device, type(operand), operand.is_inference())
-    return tuple(state)
+        *[
+            None
+            if operand is None
+            else (operand.dtype, operand.device, type(operand), operand.is_inference())
+            for operand in others
+        ],
+    )
 
 
 def in_rows(operand: Tensor | None) -> Tensor | None:
@@ -152,22 +152,22 @@ def compile_graph(
         function: takes ``operands`` and returns one tensor.
         backend: "inductor", or a callable, as torch.compile takes it.
         operands: to compile with; the first has a row for each token.
-        tensors: the tensors among the operands and in them, in the order that ``pick`` is given.
+        tensors: the tensors among the operands and in them, in the order that ``places`` counts.
     """
     plain = _is_plain(operands)
     bounded = bucket[1] < MOST_TOKENS  # else guards say up to how many tokens it is right
     under_modes = _C._len_torch_function_stack() + _C._len_torch_dispatch_stack() > 0
-    calls: list[tuple[Any, Any]] = []
+    calls: list[tuple[Any, tuple[int, ...]]] = []
 
     def noting(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
-        pick = _pick(graph, examples, tensors, bucket)
+        places = _places(graph, examples, tensors, bucket)
         if backend == "inductor":
             compiled = importlib.import_module("torch._inductor.compile_fx").compile_fx(
                 graph, examples
             )
         else:
             compiled = backend(graph, examples)
-        calls.append((compiled, pick))
+        calls.append((compiled, places))
         return compiled
 
     with _lock:
@@ -181,8 +181,8 @@ def compile_graph(
             options={"guard_filter_fn": _kept_guards} if plain and _GUARDS_CAN_GO else None,
         )
         guarded(*operands)
-        direct, pick = calls[0] if len(calls) == 1 else (None, None)
-        graph = Graph(guarded, None if pick is None else direct, pick)
+        direct, places = calls[0] if len(calls) == 1 else (None, ())
+        graph = Graph(guarded, direct if places else None, places)
         return _graphs.setdefault(key, graph)
 
 
@@ -198,31 +198,29 @@ def _is_plain(operands: Sequence[Any]) -> bool:
     )
 
 
-def _pick(
+def _places(
     graph: torch.fx.GraphModule,
     examples: Sequence[Any],
     tensors: Sequence[Tensor | None],
     bucket: tuple[int, int],
-) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
-    """Return what picks a graph's inputs out of (tokens, *tensors), or None if one is unknown.
+) -> tuple[int, ...]:
+    """Return where each input of a graph stands in (tokens, *tensors); () if one is unknown.
 
     A size that is an input is the number of tokens, of x or of the ids: no other is dynamic in the
     first graph of a code object. Its value of the example says the same.
     """
     tokens = tensors[0].shape[0] if tensors[0] is not None else None
     (output,) = graph.graph.find_nodes(op="output")
-    if len(examples) < 2 or len(output.args[0]) != 1:
-        return None
-    places = []
+    if len(output.args[0]) != 1:
+        return ()
+    places: list[int] = []
     for example in examples:
         if isinstance(example, torch.SymInt):
             known = bucket[0] < bucket[1] and example.node.hint == tokens
             places += [0] if known else []
         else:
             places += [at for at, tensor in enumerate(tensors, 1) if tensor is example][:1]
-    if len(places) != len(examples):
-        return None
-    return itemgetter(*places)
+    return tuple(places) if len(places) == len(examples) else ()
 
 
 def _bounded(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callable[..., Tensor]:

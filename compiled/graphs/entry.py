@@ -9,6 +9,7 @@ replaced.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,17 +54,40 @@ class _Direct:
 
     Args:
         graph: what the backend returned.
-        pick: returns its inputs out of (number of tokens, *operands' tensors).
-        tensors: those that follow the operands of a call: the bias, and of adapters and weight.
+        inputs: of the graph; those that differ from call to call are replaced.
+        changing: what ``_changing`` returned.
     """
 
     graph: Callable[..., Sequence[Tensor]]
-    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-    tensors: Operands
+    inputs: list[Any]
+    changing: tuple[list[tuple[int, int]], list[int]]
 
     def __call__(self, *by_tokens: Any) -> Tensor:
-        rows = map(in_rows, by_tokens)
-        return self.graph(*self.pick((by_tokens[0].shape[0], *rows, *self.tensors)))[0]
+        inputs = self.inputs.copy()
+        of_operands, of_tokens = self.changing
+        for place, index in of_operands:
+            operand = by_tokens[index]
+            plain = operand.is_contiguous() and not operand.is_neg()  # spares a call of Python
+            inputs[place] = operand if plain else in_rows(operand)
+        for place in of_tokens:
+            inputs[place] = by_tokens[0].shape[0]
+        return self.graph(*inputs)[0]
+
+
+@functools.cache
+def _changing(places: tuple[int, ...], count: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return which inputs differ from call to call.
+
+    Args:
+        places: of the inputs, in (number of tokens, *operands' tensors).
+        count: how many operands by tokens come first.
+
+    Returns:
+        (place among the inputs, index of the operand), and the places of the number of tokens.
+    """
+    numbered = list(enumerate(places))
+    of_operands = [(place, at - 1) for place, at in numbered if 0 < at <= count]
+    return of_operands, [place for place, at in numbered if at == 0]
 
 
 @dataclass(eq=False)
@@ -184,9 +208,11 @@ def _entry(
             graph = compile_graph(
                 key, bucket, function, backend(bucket), (*given, *fixed), (*given, *tensors)
             )
-        if graph.direct is None or graph.pick is None:
+        if graph.direct is None:
             return _Guarded(graph.guarded, bucket, (*bound, *fixed))
-    return _Direct(graph.direct, graph.pick, (*bound, *tensors))
+    known = (None, *(None for _ in by_tokens), *bound, *tensors)  # x must not be kept alive
+    inputs = [known[place] for place in graph.places]
+    return _Direct(graph.direct, inputs, _changing(graph.places, len(by_tokens)))
 
 
 def _sharing(tensors: Sequence[Tensor]) -> Hashable:

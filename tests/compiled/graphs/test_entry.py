@@ -161,7 +161,7 @@ def test_under_a_mode_of_torch_dynamo_is_asked(layer, dynamo):
 
 
 def test_a_graph_whose_inputs_are_unknown_is_entered_through_dynamo(layer, dynamo, monkeypatch):
-    monkeypatch.setattr(graphs, "_pick", lambda *_: None)
+    monkeypatch.setattr(graphs, "_places", lambda *_: ())
     x = random_x(3, COLUMNS, torch.bfloat16)
     with torch.no_grad():
         for shift in range(3):
