@@ -107,6 +107,25 @@ def test_each_is_right_and_replays(name, dtype, several):
     assert ran
 
 
+@pytest.mark.parametrize("name", sorted(FORMULATIONS))
+def test_loops_shared_by_two_threads_are_right(name):
+    """Test processes have one thread each, in which no loop is parallel."""
+    formulation, threads, ran = FORMULATIONS[name], torch.get_num_threads(), 0
+    torch.set_num_threads(2)
+    try:
+        for tokens in (1, 40):
+            weight, stack, x, bias = operands(torch.bfloat16, tokens, seed=tokens)
+            prepared = [prepare(weight, layout=layout) for layout in layouts(weight)]
+            taken = [w for w in prepared if formulation.refuses(w, x.dtype, tokens) is None]
+            ids, lora = torch.arange(tokens) % 4 - 1, prepare_lora(stack)
+            for weight_laid_out in taken[:1]:
+                check(formulation, weight, weight_laid_out, stack, lora.slices, x, ids, bias)
+                ran += 1
+    finally:
+        torch.set_num_threads(threads)
+    assert ran
+
+
 def test_a_row_alone_and_in_a_batch():
     weight, stack, x, bias = operands(torch.bfloat16, 24, seed=9)
     ids, lora = torch.arange(24) % 4 - 1, prepare_lora(stack)
