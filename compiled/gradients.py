@@ -1,11 +1,11 @@
-"""Gradients for x, a, b, scaling and bias; no dense weight is held between forward and backward.
+"""Gradients for x, a, b, scaling and bias; no dense weight is kept between forward and backward.
 
 With g the gradient of y, i the adapter of a token and z[i] = x A[i]^T:
 
     dx = g W + scaling[i] (g B[i]) A[i]          dA[i] = scaling[i] (g B[i])^T x
     dB[i] = scaling[i] g^T z[i]                  dscaling[i] = sum of (g B[i]) z[i]
 
-The backward dequantises W again, tile by tile, and sums in the dtype of sums.
+The backward dequantises W again, tile by tile, and sums in the accumulation dtype.
 
 Source: the derivative of ``int4_lora.reference.int4_lora_linear``.
 """
@@ -30,7 +30,7 @@ Forward = Callable[..., Tensor]
 
 
 def needs_gradients(x: Tensor, slices: Sequence[PreparedSlice], bias: Tensor | None) -> bool:
-    """Return whether autograd records now, and any operand wants a gradient."""
+    """Return whether autograd is recording and an operand requires a gradient."""
     if not torch.is_grad_enabled():
         return False
     operands = [x, *(tensor for one in slices for tensor in (one.a, one.bt, one.scaling))]
@@ -54,7 +54,7 @@ def differentiable(
 
 
 class _Layer(torch.autograd.Function):
-    """The layer as one node of the graph."""
+    """The layer as one node of autograd's graph."""
 
     @staticmethod
     def forward(
@@ -99,7 +99,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _through_base(g: Tensor, weight: PreparedWeight) -> Tensor:
-    """Return ``g W``, columns in the order of x."""
+    """Return ``g W`` with its columns in the order of x."""
     step = max(1, TILE_ROWS // weight.tile) * weight.tile
     total = torch.zeros(g.shape[0], weight.in_features, dtype=g.dtype, device=g.device)
     for start in range(0, weight.out_features, step):
@@ -113,7 +113,7 @@ def _through_base(g: Tensor, weight: PreparedWeight) -> Tensor:
 def _through_adapters(
     g: Tensor, x: Tensor, a: Tensor, bt: Tensor, scaling: Tensor, adapter_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, a, bt and scaling; each adapter sees its own tokens only."""
+    """Return the gradients of x, a, bt and scaling; each adapter uses its own tokens only."""
     dx = torch.zeros_like(x)
     of_a, of_bt, of_scaling = [], [], []
     for adapter in range(a.shape[0]):

@@ -1,7 +1,7 @@
-"""Matrix products in the dtype of sums, of factors as they are stored.
+"""Matrix products in the accumulation dtype, of factors in the dtype they are stored in.
 
-Source: ``torch.mm`` and ``torch.bmm`` with ``out_dtype=torch.float32``, which CUDA has and a CPU
-has not.
+Source: ``torch.mm`` and ``torch.bmm`` with ``out_dtype=torch.float32``, which exist on CUDA and not
+on a CPU.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from torch import Tensor
 __all__ = ["batched_product", "has_products", "product"]
 
 HALVES = (torch.float16, torch.bfloat16)
-ONEDNN = {  # what says whether it has products of a dtype on this CPU
+ONEDNN = {  # functions that return whether oneDNN has products in a dtype on this CPU
     torch.float16: "_is_mkldnn_fp16_supported",
     torch.bfloat16: "_is_mkldnn_bf16_supported",
 }
 
 
-SLOW_ON_CPU = tuple(  # PyTorch's own products of it are 100 times slower
+SLOW_ON_CPU = tuple(  # PyTorch's own products in these dtypes are 100 times slower
     dtype for dtype, name in ONEDNN.items() if not getattr(torch.ops.mkldnn, name, lambda: True)()
 )
 
 
 def has_products(x: Tensor) -> bool:
-    """Return whether products of two matrices in the dtype of ``x`` are fast where it is."""
+    """Return whether matrix products in the dtype of ``x`` are fast on its device."""
     return x.device.type != "cpu" or x.dtype not in SLOW_ON_CPU
 
 
 def product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
-    """Return ``left @ right`` summed and kept in ``sums``; 16-bit factors are not widened on CUDA.
+    """Return ``left @ right``, summed and returned in ``sums``.
+
+    On CUDA, two factors of one 16-bit dtype are not widened if ``sums`` is float32.
 
     Args:
         left: ``[m, k]``.
@@ -42,7 +44,7 @@ def product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
 
 
 def batched_product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
-    """Return ``left @ right`` of batches as ``product`` does.
+    """Return ``left @ right`` of each batch, as ``product`` does.
 
     Args:
         left: ``[batches, m, k]``.

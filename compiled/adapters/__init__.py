@@ -1,1 +1,1 @@
-"""Adapters on the compiled path: how they are held, and the terms that they add to a base."""
+"""Adapters on the compiled path: how they are stored, and the deltas that they add to a base."""

@@ -1,9 +1,9 @@
-"""Adapters added to a base that somebody else computed: the layer without its base.
+"""Add adapters to a base that another kernel computed.
 
 y = RN_x( base + scaling * (x A^T) B^T )
 
-For engines whose own kernel multiplies with the base weight. The base was rounded already, so the
-whole declares ``base_rounded=True``.
+For engines whose own kernel multiplies x by the base weight. That kernel has rounded the base
+already, so the error bound of the result is that of ``base_rounded=True``.
 
 Source: ``int4_lora.reference.lora``.
 """
@@ -35,20 +35,20 @@ __all__ = ["add_lora"]
 def add_lora(base: Tensor, x: Tensor, lora: PreparedLoRA, adapter_ids: Tensor) -> Tensor:
     """Add each token's adapter to the outputs of a base layer.
 
-    Differentiable in base, x and the adapters, then without a graph of its own.
+    Differentiable in base, x and the adapters; where a gradient is needed, nothing is compiled.
 
     Args:
-        base: ``[tokens, out_features]``, in the dtype of x; it is not written to.
+        base: ``[tokens, out_features]``, in the dtype of x; not modified.
         x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64.
-        lora: what ``prepare_lora`` returned.
+        lora: adapters returned by ``prepare_lora``.
         adapter_ids: int32 or int64 ``[tokens]``; an id outside ``[0, adapters)`` means no adapter.
 
     Returns:
         ``[tokens, out_features]`` in the dtype of x.
 
     Raises:
-        TypeError: an operand of the wrong type or dtype.
-        ValueError: an operand whose shape or device does not fit.
+        TypeError: an operand has the wrong type or dtype.
+        ValueError: an operand has the wrong shape or device.
 
     Example:
         >>> from int4_lora.compiled import prepare_lora

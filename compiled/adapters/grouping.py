@@ -1,11 +1,11 @@
-"""Tokens brought together by adapter, in blocks that belong to one adapter each.
+"""Group tokens by adapter, in blocks of rows that use one adapter each.
 
-Every token of an adapter gets a place in that adapter's blocks of ``size`` rows; the last block of
-an adapter is filled up with rows of nobody. How many blocks there are depends on the values of the
-ids, which are not looked at: as many are laid out as could be needed, ``min(tokens,
-ceil(tokens / size) + adapters)``.
+Each token with an adapter gets a row in that adapter's blocks of ``size`` rows; padding rows fill
+the last block of an adapter. The number of blocks needed depends on the values of the ids, and
+reading those would break the graph. So the most that could be needed are always laid out:
+``min(tokens, ceil(tokens / size) + adapters)``.
 
-Source: ``moe_align_block_size`` of vLLM brings tokens together by expert in the same way.
+Source: ``moe_align_block_size`` of vLLM groups tokens by expert in the same way.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["TokenBlocks", "bring_together"]
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Where each token is, and whose each block is.
+    """The row of each token, and the adapter of each block.
 
     Args:
         own: bool ``[tokens]``, whether a token has an adapter.
-        place: int64 ``[tokens]``, the row of a token; 0 for a token without an adapter.
-        token: int64 ``[blocks * size]``, the token of each row; ``tokens`` for a row of nobody.
+        place: int64 ``[tokens]``, the row of each token; 0 for a token without an adapter.
+        token: int64 ``[blocks * size]``, the token of each row; ``tokens`` for a padding row.
         adapter: int64 ``[blocks]``, the adapter of each block.
-        size: rows of a block.
+        size: rows per block.
     """
 
     own: Tensor
@@ -37,24 +37,24 @@ class TokenBlocks:
     size: int
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return the rows of ``x`` ``[tokens, n]`` as ``[blocks, size, n]``, nobody's are 0."""
+        """Return the rows of ``x`` ``[tokens, n]`` as ``[blocks, size, n]``; padding rows are 0."""
         rows = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.token)
-        return rows.view(self.adapter.shape[0], self.size, x.shape[1])  # -1 would be a division
+        return rows.view(self.adapter.shape[0], self.size, x.shape[1])  # -1 adds a division
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """Return ``[blocks, size, n]`` as ``[tokens, n]``, 0 for tokens without an adapter."""
-        # two indices in place of one flat dimension, whose size torch 2.8 cannot reason about
+        """Return ``[blocks, size, n]`` as ``[tokens, n]``; 0 for tokens without an adapter."""
+        # two indices, since torch 2.8 cannot reason about the size of one flat dimension
         found = rows[self.place // self.size, self.place % self.size]
         return torch.where(self.own.unsqueeze(1), found, 0)
 
 
 def bring_together(adapter_ids: Tensor, adapters: int, size: int) -> TokenBlocks:
-    """Lay tokens out in blocks of one adapter each.
+    """Assign tokens to blocks of one adapter each.
 
     Args:
         adapter_ids: int32 or int64 ``[tokens]``; an id outside ``[0, adapters)`` means none.
-        adapters: how many adapters there are.
-        size: rows of a block.
+        adapters: the number of adapters.
+        size: rows per block.
 
     Example:
         >>> blocks = bring_together(torch.tensor([1, -1, 0, 1, 1]), adapters=2, size=2)
@@ -72,7 +72,7 @@ def bring_together(adapter_ids: Tensor, adapters: int, size: int) -> TokenBlocks
     place = torch.where(own, start * size + before, 0)
     most = min(tokens, (tokens + size - 1) // size + adapters)
     token = torch.full((most * size + 1,), tokens, device=device)
-    to = torch.where(own, place, most * size)  # who has no adapter shares the row that is cut off
+    to = torch.where(own, place, most * size)  # tokens without an adapter use a row that is cut off
     token = token.index_copy(0, to, torch.arange(tokens, device=device))[:-1]
     block = torch.arange(most, device=device).unsqueeze(1)
     adapter = (block >= ends).sum(1).clamp(max=adapters - 1)

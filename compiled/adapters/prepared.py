@@ -1,7 +1,6 @@
-"""Adapters as the compiled path reads them: b stored ``[adapters, rank, out]``, changed in place.
+"""Adapters as the compiled path reads them: b is ``[adapters, rank, out]``, replaced in place.
 
-Source: the contract of ``int4_lora.compiled``; the layout lets the sum over the rank run over
-consecutive outputs.
+In this layout each step of the sum over the rank reads consecutive outputs.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ class PreparedSlice:
 
     Args:
         a: ``[adapters, rank, in_features]``.
-        bt: ``[adapters, rank, out]``, of the same dtype: b transposed.
+        bt: ``[adapters, rank, out]``, b transposed, in the dtype of a.
         scaling: float32 or float64 ``[adapters]``.
         start: the first output that the slice writes.
-        finite: whether ``bt`` holds neither NaN nor infinity; ``PreparedLoRA.update`` looks.
+        finite: whether ``bt`` holds neither NaN nor infinity; ``PreparedLoRA.update`` sets it.
     """
 
     a: Tensor
@@ -39,27 +38,27 @@ class PreparedSlice:
 
     @property
     def adapters(self) -> int:
-        """How many adapters there are to choose from."""
+        """The number of adapters."""
         return self.a.shape[0]
 
     @property
     def rank(self) -> int:
-        """The rank all adapters are padded to."""
+        """The rank that all adapters are padded to."""
         return self.a.shape[1]
 
     @property
     def stop(self) -> int:
-        """The output after the last that the slice writes."""
+        """The output after the last one that the slice writes."""
         return self.start + self.bt.shape[2]
 
     @cached_property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Its tensors: a, bt and scaling."""
+        """The tensors a, bt and scaling."""
         return self.a, self.bt, self.scaling
 
     @cached_property
     def signature(self) -> tuple[Hashable, ...]:
-        """What graphs are specialised on: shapes, strides and dtypes, no values."""
+        """What graphs are specialised on: shapes, strides, dtypes and the like, not values."""
         return (
             self.start,
             *(
@@ -76,17 +75,17 @@ class PreparedSlice:
         )
 
     def refresh_finite(self) -> None:
-        """Set ``finite`` from ``bt``; call it after writing to ``bt`` other than by ``update``."""
+        """Set ``finite`` from ``bt``; call it after writing to ``bt`` without ``update``."""
         object.__setattr__(self, "finite", bool(self.bt.isfinite().all()))
 
     def detach(self) -> PreparedSlice:
-        """Return it with tensors that want no gradient."""
+        """Return the slice with its tensors detached."""
         return dataclasses.replace(
             self, a=self.a.detach(), bt=self.bt.detach(), scaling=self.scaling.detach()
         )
 
     def lora_slice(self) -> LoRASlice:
-        """Return it as the reference takes it; b is a view."""
+        """Return the reference's ``LoRASlice``; its b is a view."""
         return LoRASlice(LoRAStack(self.a, self.bt.transpose(1, 2), self.scaling), self.start)
 
 
@@ -95,43 +94,37 @@ class PreparedLoRA:
     """The adapters of one layer, for one or more slices of its outputs.
 
     Args:
-        slices: its slices; all hold as many adapters.
-
-    Raises:
-        ValueError: no slices, or slices of different numbers of adapters.
-
-    Source:
-        The contract of ``int4_lora.compiled``.
+        slices: the slices, at least one; all hold the same number of adapters.
     """
 
     slices: tuple[PreparedSlice, ...]
 
     @property
     def adapters(self) -> int:
-        """How many adapters there are to choose from."""
+        """The number of adapters."""
         return self.slices[0].adapters
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """The bytes of all tensors together."""
         return sum(tensor.nbytes for one in self.slices for tensor in (one.a, one.bt, one.scaling))
 
     @torch.no_grad()
     def update(self, adapter: int, given: Sequence[tuple[Tensor, Tensor, float] | None]) -> None:
-        """Replace one adapter in place; no graph is compiled again while all B are finite.
+        """Replace one adapter in place; while all B are finite, no graph is compiled again.
 
-        Change adapters only through it: it looks for NaN and infinities in B, which call for
+        Change adapters only through this method: it looks for NaN and infinities in B, which need
         another graph that keeps them from other adapters' tokens.
 
         Args:
-            adapter: which, in ``[0, adapters)``.
-            given: for each slice ``(a [rank, in], b [out, rank], scaling)`` of a rank up to the
-                slice's, the rest is filled with zeros; or None for an adapter that leaves the
-                slice alone.
+            adapter: the index of the adapter, in ``[0, adapters)``.
+            given: an entry for each slice: ``(a [rank, in], b [out, rank], scaling)``, whose rank
+                is at most the slice's and is padded to it with zeros, or None for an adapter that
+                adds nothing to the slice.
 
         Raises:
-            TypeError: a tensor of another dtype than the slice's, or a scaling that is no number.
-            ValueError: no such adapter, or shapes that do not fit.
+            TypeError: a tensor has another dtype than the slice, or a scaling is not a number.
+            ValueError: there is no such adapter, or the entries or their shapes do not fit.
 
         Example:
             >>> from int4_lora.compiled import prepare_lora
@@ -149,7 +142,7 @@ class PreparedLoRA:
                 _check_entry(index, one, entry)
         for one, entry in zip(self.slices, given, strict=True):
             if entry is not None and not bool(entry[1].isfinite().all()):
-                object.__setattr__(one, "finite", False)  # before anybody can read such a B
+                object.__setattr__(one, "finite", False)  # before a call can read such a B
             one.a[adapter].zero_()
             one.bt[adapter].zero_()
             one.scaling[adapter] = 0.0 if entry is None else entry[2]

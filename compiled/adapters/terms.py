@@ -1,17 +1,17 @@
-"""The adapters' term of the layer, ``scaling * (x A^T) B^T`` with each token's own A and B.
+"""The adapters' delta of the layer, ``scaling * (x A^T) B^T`` with each token's own A and B.
 
-Three identities of the reference's ``expand(shrink(x))``. Compiled, none copies an adapter for a
+Three ways to compute the reference's ``expand(shrink(x))``. Compiled, none copies an adapter for a
 token; ``grouped`` copies one for each block of tokens.
 
-- ``gathered``: the sums over in_features and over the rank are written out, with the token's
-  adapter as an index into A and B. Few tokens; on a CPU any number of them up to rank 64, for it
-  costs the rank of the token's adapter and needs no buffer, while on a GPU matrix units are idle.
-- ``masked``: all adapters side by side are one matrix of adapters x rank rows; between the two
-  products every number that belongs to another adapter than the token's is replaced by 0. It costs
-  the rank of all adapters: few of them.
-- ``grouped``: tokens are brought together by adapter, and every block of them is multiplied by its
-  own adapter. It costs the rank of the token's adapter: many adapters, and where a B holds a NaN or
-  an infinity, of which 0 times would reach other adapters' tokens.
+- ``gathered`` writes out the sums over in_features and over the rank, and indexes A and B by the
+  token's adapter. It costs the rank of that adapter and needs no buffer, but leaves the matrix
+  units of a GPU idle. It serves few tokens, and on a CPU any number of tokens up to rank 64.
+- ``masked`` multiplies by all adapters side by side, one matrix of adapters x rank rows. Between
+  the two products it replaces every number of an adapter other than the token's by 0. It costs the
+  ranks of all adapters, so it serves few adapters.
+- ``grouped`` groups the tokens by adapter and multiplies each block of tokens by its adapter. It
+  costs the rank of the token's adapter, so it serves many adapters. It also serves a B with a NaN
+  or an infinity: 0 times those is NaN, which ``masked`` would add to other adapters' tokens.
 
 Source: ``int4_lora.reference.lora``; arXiv:2310.18547 for the grouping.
 """
@@ -39,13 +39,13 @@ __all__ = [
     "spread",
 ]
 
-GATHERED_TOKENS = {  # up to which gathering is used: any rank (a bucket's end), unrolled ranks
+GATHERED_TOKENS = {  # the most that are gathered: at any rank (a bucket's end), at unrolled ranks
     "cpu": (24, 2**31),
     "cuda": (64, 64),
 }
-UNROLLED_RANK = 64  # the most steps of the sum over the rank that are written out
-MASKED_RANKS = 256  # the most rows of all adapters' A side by side that masking is used for
-BLOCK_TOKENS = {"cpu": 16, "cuda": 32}  # of one adapter; not measured on a GPU
+UNROLLED_RANK = 64  # the largest rank over which the sum is written out step by step
+MASKED_RANKS = 256  # the most adapters x rank that several adapters are masked for
+BLOCK_TOKENS = {"cpu": 16, "cuda": 32}  # rows per block; not measured on a GPU
 
 
 def add_terms(
@@ -57,7 +57,7 @@ def add_terms(
     *,
     any_tokens: bool = False,
 ) -> Tensor:
-    """Return ``RN_x(base + deltas + bias)``, summed in the dtype of sums.
+    """Return ``RN_x(base + deltas + bias)``, summed in the accumulation dtype.
 
     Args:
         base: ``[tokens, out_features]``, rounded or not.
@@ -65,8 +65,8 @@ def add_terms(
         slices: the adapters, by slice of the outputs.
         adapter_ids: int ``[tokens]``; needed with slices.
         bias: ``[out_features]`` or None.
-        any_tokens: whether nothing may depend on how many tokens there are, nor on what adapters
-            hold: ``gathered`` is right for all.
+        any_tokens: whether to use ``gathered`` always, so that the graph is right for any number of
+            tokens and any values of the adapters.
     """
     sums = accumulation_dtype(x)
     deltas = []
@@ -91,16 +91,16 @@ def side_by_side(
     sums: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the sum, slice by slice of the outputs: on a CPU each becomes loops of its own.
+    """Return ``base + deltas + bias`` slice by slice: on a CPU each slice gets loops of its own.
 
-    Padded to all outputs, every slice's term would be computed for the others' outputs, too.
+    If deltas were padded to all outputs, each would be computed for the other slices' outputs, too.
 
     Args:
         base: ``[tokens, out_features]``.
-        deltas: where each slice starts, and its term.
+        deltas: the start and the delta of each slice.
         bias: ``[out_features]`` or None.
-        sums: the dtype of sums.
-        dtype: of the result.
+        sums: the accumulation dtype.
+        dtype: the dtype of the result.
     """
     parts = []
     for start, stop, delta in _spans(deltas, base.shape[1]):
@@ -116,7 +116,7 @@ def side_by_side(
 def _spans(
     deltas: Sequence[tuple[int, Tensor]], outputs: int
 ) -> Iterator[tuple[int, int, Tensor | None]]:
-    """Yield all outputs in order: where each span starts and stops, and its term or None."""
+    """Yield spans that cover all outputs in order: start, stop, and the delta or None."""
     place = 0
     for start, delta in sorted(deltas, key=lambda one: one[0]):
         if start > place:
@@ -128,11 +128,11 @@ def _spans(
 
 
 def spread(delta: Tensor, start: int, outputs: int) -> Tensor:
-    """Return a slice's term as one of all outputs, 0 where the slice is not.
+    """Return a slice's delta widened to all outputs, 0 outside of the slice.
 
-    Inductor computes what is padded inside a mask, where it loads h and the ids once for every
-    output; three slices spilled 5 KB of registers. Here a column outside of the slice is another of
-    its columns, replaced by 0; the columns stay consecutive, so that B is loaded by vectors.
+    Inductor computes a padded tensor inside a mask, where it loads h and the ids once for every
+    output; three slices spilled 5 KB of registers. So a column outside of the slice reads a column
+    of the slice, and 0 replaces it; columns stay consecutive, so that vector loads read B.
     """
     width = delta.shape[1]
     if width == outputs:
@@ -144,7 +144,7 @@ def spread(delta: Tensor, start: int, outputs: int) -> Tensor:
 
 
 def _term(x: Tensor, one: PreparedSlice) -> Callable[[Tensor, PreparedSlice, Tensor], Tensor]:
-    """Return the identity to use."""
+    """Return the function that computes the delta of a slice."""
     few, most = GATHERED_TOKENS.get(x.device.type, GATHERED_TOKENS["cuda"])
     if x.shape[0] <= (most if one.rank <= UNROLLED_RANK else few):
         return gathered
@@ -153,7 +153,7 @@ def _term(x: Tensor, one: PreparedSlice) -> Callable[[Tensor, PreparedSlice, Ten
 
 
 def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
-    """Return the term as sums written out: ``[tokens, out]`` in the dtype of sums."""
+    """Return the delta as sums written out: ``[tokens, out]`` in the accumulation dtype."""
     sums = accumulation_dtype(x)
     own = (adapter_ids >= 0) & (adapter_ids < one.adapters)
     index = adapter_ids.clamp(0, one.adapters - 1)
@@ -166,19 +166,19 @@ def gathered(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
         for step in range(1, one.rank):
             delta = delta + h[:, step : step + 1] * bt[:, step].to(sums)
     delta = delta * one.scaling.to(sums).index_select(0, index).unsqueeze(1)
-    return torch.where(own.unsqueeze(1), delta, 0)  # last: nothing of an adapter of others
+    return torch.where(own.unsqueeze(1), delta, 0)  # last: a clamped id's adapter may hold NaN
 
 
 def masked(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
-    """Return the term as two products with all adapters side by side: ``[tokens, out]``.
+    """Return the delta as two products with all adapters side by side: ``[tokens, out]``.
 
-    The scaling comes last, as in the reference. That also keeps Inductor from making the second
-    product and the sum with the base one ``addmm``, which copies the base first.
+    The scaling comes last, as in the reference. That also keeps Inductor from fusing the second
+    product and the sum with the base into an ``addmm``, which copies the base first.
     """
     sums = accumulation_dtype(x)
     h = product(x, one.a.flatten(0, 1).T, sums)  # [tokens, adapters * rank]
     owner = torch.arange(one.adapters, device=x.device).repeat_interleave(one.rank)
-    h = torch.where(adapter_ids.unsqueeze(1) == owner, h, 0)  # nothing for an id of no adapter
+    h = torch.where(adapter_ids.unsqueeze(1) == owner, h, 0)  # all 0 for an id of no adapter
     own = (adapter_ids >= 0) & (adapter_ids < one.adapters)
     scaling = one.scaling.to(sums).index_select(0, adapter_ids.clamp(0, one.adapters - 1))
     delta = h @ one.bt.to(sums).flatten(0, 1)
@@ -186,7 +186,7 @@ def masked(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
 
 
 def grouped(x: Tensor, one: PreparedSlice, adapter_ids: Tensor) -> Tensor:
-    """Return the term as products of blocks of tokens, each with its own adapter's A and B."""
+    """Return the delta as one product for each block of tokens, with its adapter's A and B."""
     sums = accumulation_dtype(x)
     size = BLOCK_TOKENS.get(x.device.type, BLOCK_TOKENS["cuda"])
     blocks = bring_together(adapter_ids, one.adapters, size)

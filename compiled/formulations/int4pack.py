@@ -1,9 +1,9 @@
-"""torch's CPU operator for the base, few tokens: one opaque call.
+"""Few tokens on a CPU: one call of torch's INT4 operator, opaque to the compiler.
 
 base = RN_x( sum over groups of s * sum of (q * x) ),   y = RN_x( base + delta + bias )
 
-The operator never rounds (q - z) * s and rounds its result to x's dtype, so with an adapter or a
-bias the base is rounded first: ``weight_rounded=False, base_rounded=True``.
+The operator never rounds (q - z) * s, and rounds its result to x's dtype. So the base is rounded
+before an adapter or a bias is added: ``weight_rounded=False, base_rounded=True``.
 
 Source: ``aten/src/ATen/native/cpu/int4mm_kernel.cpp`` of PyTorch.
 """

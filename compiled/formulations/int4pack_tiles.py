@@ -1,21 +1,20 @@
-"""Products with dequantised blocks of rows of torch's INT4 layout for CPUs.
+"""Multiply by dequantised blocks of rows of torch's INT4 layout for CPUs.
 
-A byte of a block holds a code of its first half of rows and one of its second half. So what comes
-out of bytes side by side is rows of the first half, and as many of the second:
+A byte of a block holds the codes of two rows, one from each half of the block
+(``layouts/int4pack.py``). So consecutive bytes decode to two runs of consecutive rows:
 
-- ``paired``, for bfloat16: both weights of a byte are put into one 32-bit word, beside each other,
-  and the columns of the product are put in order afterwards. All vectors then have 32-bit lanes,
-  which Inductor's conversions are written for, and rounding costs four integer instructions.
-- ``halves``, for everything else: each half is a tensor, and a product, of its own.
+- ``paired``, for bfloat16, puts both weights of a byte side by side into one 32-bit word, and puts
+  the columns of the product in order afterwards. All vectors then have 32-bit lanes, which
+  Inductor's conversions are written for, and rounding costs four integer instructions.
+- ``halves``, for everything else, makes each half a tensor and a product of its own.
 
-Weights come out transposed, since a block is stored column by column. Pairs come out in as many
-parts as there are threads, and the product is one of a batch: a thread multiplies what it has
-dequantised itself. One product of the whole tile would be split by columns where dequantising is
-split by groups; half of the tile would cross from core to core, which at times made the layer take
-1.6 times as long.
+Weights are decoded transposed, since a block is stored column by column. A tile is decoded in as
+many parts as there are threads and multiplied as a batch, so that each thread multiplies the
+weights that it dequantised. One product of the whole tile would be split by columns, dequantising
+by groups: half of the tile would cross from core to core, which at times made the layer take 1.6
+times as long.
 
-Source: ``int4_lora.compiled.layouts.int4pack`` for the layout; round to nearest even in integers is
-that of ``c10/util/BFloat16.h`` of PyTorch.
+Source: ``c10/util/BFloat16.h`` of PyTorch for rounding to nearest even in integers.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ UPPER, LOWER = -(2**16), 2**16 - 1  # the two 16-bit halves of a word
 
 @dataclass(frozen=True)
 class Tile:
-    """Some whole blocks of rows.
+    """Consecutive whole blocks of rows.
 
     Args:
         first: the first block.
-        parts: how many parts.
-        blocks: of each part.
+        parts: the number of parts.
+        blocks: blocks per part.
     """
 
     first: int
@@ -49,7 +48,7 @@ class Tile:
 
     @property
     def stop(self) -> int:
-        """The block after the last."""
+        """The block after the tile's last one."""
         return self.first + self.parts * self.blocks
 
 
@@ -59,7 +58,7 @@ def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
     Args:
         x: ``[tokens, in_features]``.
         weight: the weight.
-        workspace: bytes of dequantised rows, for each thread.
+        workspace: bytes of dequantised rows per thread.
     """
     blocks = weight.out_features // weight.block
     whole = blocks * weight.block
@@ -81,7 +80,7 @@ def _threads() -> int:
 
 
 def _tiles(blocks: int, threads: int, most: int) -> list[Tile]:
-    """Return the tiles of some blocks: of as many parts as threads, and a last one of fewer."""
+    """Return tiles that cover all blocks: one part per thread, fewer in the last tile."""
     found, first = [], 0
     while first < blocks:
         parts = min(threads, blocks - first)
@@ -92,10 +91,11 @@ def _tiles(blocks: int, threads: int, most: int) -> list[Tile]:
 
 
 def scales_of(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
-    """Return the scales out of the table, side by side: ``[groups, out_features]``.
+    """Return the table's scales without the offsets: ``[groups, out_features]``.
 
-    They are the product of the table with (1, 0): exact, but -0 becomes 0. A product is kept in
-    memory by Inductor; a slice would be fused into every use, which would gather each weight's.
+    They are the product of the table with (1, 0), which is exact, except that -0 becomes 0.
+    Inductor keeps a product in memory; it would fuse a slice into every use, and gather the scale
+    of each weight.
     """
     flat = weight.table.view(-1, 2).to(dtype)
     first = torch.tensor([[1.0], [0.0]], dtype=dtype, device=flat.device)
@@ -103,16 +103,16 @@ def scales_of(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
 
 
 def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
-    """Return rows of the dense weight, transposed, in bfloat16: both of a byte beside each other.
+    """Return a tile's rows of the dense weight in bfloat16, transposed, rows of a byte adjacent.
 
     Args:
-        weight: with scales in bfloat16.
-        tile: which rows.
-        scales: what ``scales_of`` returned, in float32.
+        weight: a weight with bfloat16 scales.
+        tile: the blocks to decode.
+        scales: returned by ``scales_of``, in float32.
 
     Returns:
-        ``[parts, in_features, rows of a part]``: block by block, row by row of its first half, each
-        with the row of the second half that shares its bytes.
+        ``[parts, in_features, rows of a part]``, blocks in order. In a block, each row of the first
+        half is followed by the row of the second half that shares its bytes.
     """
     low, high = _codes_and_scales(weight, tile, scales)
     words = (_rounded(high) & UPPER) | ((_rounded(low) >> 16) & LOWER)
@@ -120,16 +120,16 @@ def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
 
 
 def halves(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Return the first and the second half of the rows of some whole blocks, transposed.
+    """Return the first and the second halves of a tile's blocks as dense weights, transposed.
 
     Args:
         weight: the weight.
-        tile: which rows.
-        scales: what ``scales_of`` returned.
-        dtype: what to cast to.
+        tile: the blocks to decode.
+        scales: returned by ``scales_of``.
+        dtype: the dtype to return.
 
     Returns:
-        Two ``[parts, in_features, rows of a part / 2]``, block by block.
+        Two tensors ``[parts, in_features, rows of a part / 2]``, blocks in order.
     """
     both = _codes_and_scales(weight, tile, scales.float())
     shape = (tile.parts, weight.in_features, -1)
@@ -137,7 +137,7 @@ def halves(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtyp
 
 
 def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(q - z) * s`` in float32, exact, of the two halves of the rows of some blocks.
+    """Return ``(q - z) * s`` in float32, exact, for the two halves of the rows of a tile's blocks.
 
     Both are ``[parts, groups, columns, blocks, half]``.
     """
@@ -151,9 +151,9 @@ def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tup
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """Return float32 ``values`` rounded to bfloat16 in the upper half of each word; int32.
+    """Return int32 words whose upper halves are float32 ``values`` rounded to bfloat16.
 
-    A NaN stays one: what bfloat16 scales make has no bits below those that are added to.
+    A NaN stays a NaN: a NaN from bfloat16 scales has 16 low bits of 0, so that nothing is carried.
     """
     bits = values.view(torch.int32)
     return bits + 0x7FFF + ((bits >> 16) & 1)
@@ -165,7 +165,7 @@ def _of_pairs(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> 
 
 
 def _of_halves(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
-    """Return the outputs of a tile, ``[tokens, rows]`` in order."""
+    """Return the outputs of a tile, ``[tokens, rows]`` in the order of rows."""
     shape = (tile.parts, x.shape[0], tile.blocks, weight.block // 2)
     both = [_multiplied(x, half).view(shape) for half in halves(weight, tile, scales, x.dtype)]
     return torch.stack(both, dim=3).transpose(0, 1).flatten(1)  # tokens, part, block, half, row
@@ -177,7 +177,7 @@ def _multiplied(x: Tensor, parts: Tensor) -> Tensor:
 
 
 def _in_order(product: Tensor, block: int) -> Tensor:
-    """Return the outputs of whole blocks in order, from pairs."""
+    """Return outputs in the order of ``paired`` put into the order of rows."""
     tokens, outputs = product.shape
     pairs = product.view(tokens, outputs // block, block // 2, 2)
     return pairs.transpose(2, 3).reshape(product.shape)

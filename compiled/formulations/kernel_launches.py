@@ -1,12 +1,12 @@
 """Launch one GPU kernel with fixed tiles and warps, through Inductor's own extension point.
 
 Inductor measures its candidate launches at run time and keeps the fastest, so the kernel that runs
-is not known in advance. The kernel that reads the words is launched as its formulation says
-instead: what ``tox run -e codegen`` reads is what runs. Inductor launches all other kernels as it
-likes.
+is not known in advance. Here the formulation fixes the launch of the kernel that reads the words,
+so that the kernel which ``tox run -e codegen`` checks is the one that runs. Inductor chooses the
+launch of all other kernels.
 
-Source: ``InductorChoices.triton_kernel_kwargs`` of ``torch/_inductor/choices.py``, which torch 2.11
-and later have.
+Source: ``InductorChoices.triton_kernel_kwargs`` of ``torch/_inductor/choices.py``, in torch 2.11
+and later.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 
 __all__ = ["Launch", "launching"]
 
-FUSE_ALL = {  # the terms stay in the kernel that reads the words, however often they are used
+FUSE_ALL = {  # keeps the terms in the kernel that reads the words, however often they are used
     "realize_acc_reads_threshold": 64,
     "realize_reads_threshold": 64,
     "realize_opcount_threshold": 200,
-    "split_reductions": False,  # the adapters' first product is one kernel, however wide x is
+    "split_reductions": False,  # keeps the adapters' first product one kernel, however wide x is
 }
 
 
@@ -34,10 +34,10 @@ class Launch:
     """The launch of the kernel that reads the words.
 
     Args:
-        outputs: outputs of a block of threads.
-        words: words of a row that a block takes at a time.
-        warps: warps of a block.
-        stages: depth of the pipeline of loads.
+        outputs: outputs per thread block.
+        words: words of a row that a thread block reads at a time.
+        warps: warps per thread block.
+        stages: stages of the pipeline of loads.
     """
 
     outputs: int
@@ -50,8 +50,8 @@ def launching(launch: Launch, words_of_a_row: int) -> Callable[..., Any]:
     """Return a backend for torch.compile that fixes the launch of one kernel.
 
     Args:
-        launch: of that kernel.
-        words_of_a_row: the length of its reduction, which identifies it.
+        launch: the launch of that kernel.
+        words_of_a_row: the length of its reduction, which identifies the kernel.
     """
     patches: dict[str, Any] = dict(FUSE_ALL)
     make = functools.partial(_make_choices, launch, words_of_a_row)
@@ -91,20 +91,20 @@ def _choices_class() -> Any:
         return None
 
     class Choices(choices.InductorChoices):  # type: ignore[misc, name-defined]
-        """Inductor's choices, but for the launch of the kernel that reads the words."""
+        """Inductor's choices, except the launch of the kernel that reads the words."""
 
         def __init__(self, launch: Launch, words_of_a_row: int) -> None:
             super().__init__()
             self.launch, self.words_of_a_row = launch, words_of_a_row
 
         def uuid(self) -> str:
-            """Return what the compiled code depends on."""
+            """Return the choices that the compiled code depends on, as a cache key."""
             return f"int4-lora {asdict(self.launch)} {self.words_of_a_row}"
 
         def triton_kernel_kwargs(
             self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: dict[str, Any]
         ) -> dict[str, Any]:
-            """Return the arguments that a kernel is made with."""
+            """Return the arguments that a kernel is constructed with."""
             reads_words = features.is_reduction() and bool(
                 features.reduction_numel == self.words_of_a_row
             )

@@ -1,14 +1,15 @@
-"""Nibbles as float32 without a conversion: 1 + q/16 and 1 + q/256 by their bits.
+"""Turn nibbles into float32 without a conversion: assemble the bits of 1 + q/16 and 1 + q/256.
 
-A float32 of [1, 2) has the exponent bits of 1.0 and a mantissa of 23 bits. A nibble put into the
-mantissa's first four bits makes 1 + q/16, into the next four 1 + q/256. One shift brings two
-neighbouring nibbles there at once; a mask and the exponent, one instruction on a GPU, make each a
-number. What is computed with it is ``c (1 + q/c) - (c + z) = q - z``, c = 16 or 256.
+A float32 in [1, 2) has the exponent bits of 1.0 and a mantissa of 23 bits. A nibble in the first
+four bits of the mantissa makes 1 + q/16, in the next four 1 + q/256. One shift moves two
+neighbouring nibbles there at once; a mask and an OR with the exponent, one instruction on a GPU,
+make each of them a number. The kernel then computes ``c (1 + q/c) - (c + z) = q - z`` with c = 16
+or 256.
 
 The exponent is a tensor, not a constant: with two constants that instruction becomes two.
 
-Source: bit tricks of this kind are those of FasterTransformer's ``interleaved_numeric_conversion``
-(there for float16); the constants follow from IEEE 754.
+Source: FasterTransformer's ``interleaved_numeric_conversion`` uses bit tricks of this kind for
+float16; the constants follow from IEEE 754.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from int4_lora.compiled.layouts.interleaved import EXPONENT_OF_ONE
 
 __all__ = ["CODE_SCALES", "EXPONENT_OF_ONE", "ORDER", "decoded", "decoded_rows"]
 
-LEFT_SHIFTS = (15, 7, -1, -9)  # each brings two nibbles, the lower one first, to bits 15 to 22
+LEFT_SHIFTS = (15, 7, -1, -9)  # each moves two nibbles, the lower one first, to bits 15 to 22
 MASKS = (0x078000, 0x780000)
 CODE_SCALES = (256.0, 16.0) * len(LEFT_SHIFTS)  # c of each nibble
-ORDER = (7, 5, 3, 1, 6, 4, 2, 0)  # of use in which the compiler keeps the fewest registers: by c
+ORDER = (7, 5, 3, 1, 6, 4, 2, 0)  # sorted by c: this order of use needs the fewest registers
 
 
 def decoded(words: Tensor, exponent: Tensor) -> list[Tensor]:
@@ -31,7 +32,7 @@ def decoded(words: Tensor, exponent: Tensor) -> list[Tensor]:
 
     Args:
         words: int32 of any shape.
-        exponent: int32 that broadcasts to it, filled with ``EXPONENT_OF_ONE``.
+        exponent: int32 that broadcasts to ``words``, filled with ``EXPONENT_OF_ONE``.
 
     Example:
         >>> one = torch.tensor(EXPONENT_OF_ONE, dtype=torch.int32)
@@ -47,12 +48,12 @@ def decoded(words: Tensor, exponent: Tensor) -> list[Tensor]:
 
 
 def decoded_rows(packed: Tensor, rows: int, exponent: Tensor) -> Tensor:
-    """Return ``1 + n/256`` in float32 for nibbles n that are packed along rows.
+    """Return ``1 + n/256`` in float32 for nibbles n packed along rows.
 
     Args:
         packed: int16 ``[at least ceil(rows / 4), groups]``, four rows in each number, such as the
             zero-points of ``InterleavedWeight``.
-        rows: how many rows are packed.
+        rows: the number of packed rows.
         exponent: int32 that broadcasts to ``[rows, groups]``, filled with ``EXPONENT_OF_ONE``.
 
     Returns:

@@ -2,11 +2,10 @@
 
 y[:, rows] = RN_x( x W[rows]^T ),  block of rows by block of rows
 
-Where x has the scale's dtype, and the library has products of that dtype, W is rounded to it as
-declared. Elsewhere both factors are widened to the dtype of sums, which holds every rounded weight
-exactly. The library rounds its result to x's dtype: ``weight_rounded=True, base_rounded=True``. But
-torch.compile may leave the rounding of W out where it fuses, so ``weight_rounded=False`` is
-declared.
+Where x has the scales' dtype and products in that dtype are fast, W is rounded to it. Elsewhere
+both factors are widened to the accumulation dtype, which holds every rounded weight exactly. The
+GEMM rounds its result to the factors' dtype: ``base_rounded=True``. torch.compile may leave out the
+rounding of W where it fuses, so ``weight_rounded=False`` is declared.
 
 Source: ``int4_lora.reference.dequantize``.
 """
@@ -26,15 +25,15 @@ from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["TILES", "WORKSPACE_BYTES", "base"]
 
-WORKSPACE_BYTES = {  # of one dequantised block
+WORKSPACE_BYTES = {  # of one dequantised block of rows
     "cpu": 4 * 2**20,  # measured with 2 threads, 1 MiB of L2 and 32 MiB of L3
-    "cuda": 64 * 2**20,  # a library's product needs many outputs at a time; not measured
+    "cuda": 64 * 2**20,  # a GEMM needs many outputs at a time; not measured
 }
-WORKSPACE_BYTES_OF_A_THREAD = 2 * 2**20  # where each thread has blocks of its own; measured with 2
+WORKSPACE_BYTES_OF_A_THREAD = 2 * 2**20  # for a thread's own blocks; measured with 2 threads
 
 
 def base(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """Return ``x W^T`` in x's dtype, or in that of sums where x has another dtype than scales."""
+    """Return ``x W^T`` in x's dtype or, where the factors are widened, the accumulation dtype."""
     same = x.dtype == weight.scale_dtype and has_products(x)
     dtype = x.dtype if same else accumulation_dtype(x)
     x = x.to(dtype)

@@ -1,12 +1,10 @@
-"""Rows of whole blocks of words, for kernels that then mask nothing in their loop.
+"""Extend rows to whole blocks of words, so that a kernel masks nothing in its loop.
 
-Where a row does not fill the blocks of words that a kernel takes at a time, Inductor masks every
-load and every product. Here the last group is repeated instead, with scales of 0, until the blocks
-are full. It is a matter of indices: compiled, nothing is copied, and what is read again has just
-been read. 0 times what a group holds is 0 but for an x or a scale that is not finite: such an x of
-the last group may give NaN where the definition gives an infinity.
-
-Source: the blocks are those of ``int4_lora.compiled.formulations.kernel_launches``.
+Where a row does not fill the blocks of words that a kernel reads at a time (``Launch.words``),
+Inductor masks every load and every product. Here the last group is repeated instead, with scales of
+0, until the blocks are full. Only indices change: compiled, nothing is copied, and the repeated
+words have just been read. The repeated groups add 0 unless x is not finite: an x of the last group
+that is not finite may give NaN where the definition gives an infinity.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ __all__ = ["whole_blocks", "words_of_whole_blocks"]
 
 
 def words_of_whole_blocks(weight: InterleavedWeight, words: int) -> int:
-    """Return the words of a row after ``whole_blocks``.
+    """Return the number of words of a row after ``whole_blocks``.
 
     Args:
-        weight: any.
-        words: words of a block.
+        weight: the weight.
+        words: words per block.
 
     Example:
         >>> from int4_lora.reference import quantize
@@ -36,19 +34,19 @@ def words_of_whole_blocks(weight: InterleavedWeight, words: int) -> int:
     """
     own = weight.words.shape[1]
     if words % weight.words_of_a_group:
-        return own  # a group fills no whole part of a block
+        return own  # a block holds no whole number of groups
     return -(-own // words) * words
 
 
 def whole_blocks(
     x: Tensor, weight: InterleavedWeight, words: int
 ) -> tuple[Tensor, InterleavedWeight]:
-    """Return x and the weight with the last group repeated until blocks are full.
+    """Return x and the weight with the last group repeated until the blocks are full.
 
     Args:
-        x: ``[tokens, in_features]``, arranged as the weight's columns.
-        weight: any; without ``order``, which x has followed, it is returned.
-        words: words of a block.
+        x: ``[tokens, in_features]``, its columns in the weight's order.
+        weight: the weight; returned without ``order``, which x follows already.
+        words: words per block.
     """
     weight = dataclasses.replace(weight, order=None)
     length = words_of_whole_blocks(weight, words)

@@ -1,4 +1,4 @@
-"""Compiled graphs kept in a file, so that another process compiles nothing.
+"""Store compiled graphs in a file, so that another process compiles nothing.
 
 Source: ``torch.compiler.save_cache_artifacts`` and ``load_cache_artifacts``.
 """
@@ -16,16 +16,16 @@ __all__ = ["load_artifacts", "save_artifacts"]
 
 
 def save_artifacts(path: str | os.PathLike[str]) -> int:
-    """Write what this process has compiled to a file, whole or not at all.
+    """Write the graphs that this process has compiled to a file, whole or not at all.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file; an existing file is replaced.
 
     Returns:
-        Its bytes.
+        The size of the file in bytes.
 
     Raises:
-        ValueError: nothing was compiled by this process.
+        ValueError: this process has compiled nothing.
 
     Example:
         >>> save_artifacts("layers.artifacts")  # doctest: +SKIP
@@ -43,17 +43,17 @@ def save_artifacts(path: str | os.PathLike[str]) -> int:
 
 
 def load_artifacts(path: str | os.PathLike[str]) -> None:
-    """Take what another process compiled; call it before the first layer.
+    """Load the graphs that another process compiled; call it before the first layer.
 
-    A file of another torch, or of another machine, does no harm: its graphs are not found, and are
-    compiled again. The file is trusted like code.
+    A file from another version of torch or another machine does no harm: its graphs do not match
+    and are compiled again. The file is trusted like code.
 
     Args:
-        path: what ``save_artifacts`` wrote.
+        path: a file written by ``save_artifacts``.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not such a file.
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not hold compiled graphs.
 
     Example:
         >>> load_artifacts("layers.artifacts")  # doctest: +SKIP
@@ -64,7 +64,7 @@ def load_artifacts(path: str | os.PathLike[str]) -> None:
     content = Path(path).read_bytes()
     try:
         found = torch.compiler.load_cache_artifacts(content)
-    except Exception as error:  # whatever deserialising raises
+    except Exception as error:  # deserialising may raise anything
         raise ValueError(f"{path}: not a file of compiled graphs: {error}") from error
     if found is None:
         raise ValueError(f"{path}: not a file of compiled graphs")

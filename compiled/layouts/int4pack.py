@@ -1,11 +1,11 @@
 """torch's own INT4 layout for CPUs: blocks of output rows, and a table of scales.
 
-``aten::_weight_int4pack_mm_for_cpu`` takes rows in blocks of 64 (AVX-512) or 32 (AVX2). A block is
-stored column by column; the first half of its rows is in the low nibbles of a column's bytes, the
-second half in the high ones. The rows after the last whole block are stored in pairs.
+``aten::_weight_int4pack_mm_for_cpu`` reads rows in blocks of 64 (AVX-512) or 32 (AVX2). A block is
+stored column by column. The low nibbles of a column's bytes hold the first half of the block's
+rows, the high nibbles the second half. The rows after the last whole block are stored in pairs.
 
-Beside the codes stands a table ``[groups, out_features, 2]`` of scales and offsets in x's dtype.
-Its offsets are all 0 here, so it costs as much again as the scales.
+A table ``[groups, out_features, 2]`` holds scales and offsets in x's dtype. The offsets are all 0
+here; they cost as much memory as the scales.
 
 Source: ``aten/src/ATen/native/cpu/int4mm_kernel.cpp`` of PyTorch.
 """
@@ -24,7 +24,7 @@ from int4_lora.reference import PackedWeight, pack, unpack
 __all__ = ["Int4PackWeight", "block_rows", "refuses"]
 
 GROUP_SIZES = (256, 128, 64, 32)
-ROWS = 16  # the operator's own rule: out_features must be a multiple
+ROWS = 16  # the operator requires a multiple of this as out_features
 BLOCKS = (64, 32)
 LARGEST = 2**31  # bytes
 INNER_TILES = 1  # ignored by the CPU's operator
@@ -35,16 +35,14 @@ class Int4PackWeight(PreparedWeight):
     """A symmetric INT4 weight in the layout of torch's CPU operator.
 
     Args:
-        data: uint8 ``[out_features, in_features / 2]``, as the operator wants it.
+        data: uint8 ``[out_features, in_features / 2]``, the codes in the operator's order.
         table: ``[groups, out_features, 2]``: the scale, and 0.
         shape: ``(out_features, in_features)``.
-        block: rows of a block.
-        groups: groups of a row in the checkpoint; the table has more for long groups.
-        group_size: what the checkpoint's ``PackedWeight`` says.
-        g_idx: as in the checkpoint, where it says column order, or None.
-
-    Source:
-        This module.
+        block: rows per block.
+        groups: groups per row in the checkpoint; the table has more where the operator takes only a
+            divisor of the checkpoint's group size.
+        group_size: as in the checkpoint's ``PackedWeight``.
+        g_idx: as in the checkpoint, there in column order, or None.
     """
 
     data: Tensor
@@ -57,7 +55,7 @@ class Int4PackWeight(PreparedWeight):
 
     @classmethod
     def from_packed(cls, weight: PackedWeight) -> Int4PackWeight:
-        """Lay out a weight that ``refuses`` does not refuse."""
+        """Lay out a weight for which ``refuses`` returns None."""
         groups = weight.scale.shape[1]
         repeats = weight.in_features // groups // _columns_of_a_scale(weight)
         scale = weight.scale.repeat_interleave(repeats, dim=1).T  # [table groups, out]
@@ -83,32 +81,32 @@ class Int4PackWeight(PreparedWeight):
 
     @property
     def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype that weights are rounded in."""
+        """The dtype that dense weights are rounded to."""
         return self.table.dtype
 
     @property
     def columns_of_a_scale(self) -> int:
-        """The operator's group size: columns that share an entry of the table."""
+        """The operator's group size: the columns that share an entry of the table."""
         return self.in_features // self.table.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of the tensors."""
         return self.data.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors together."""
+        """The bytes of all tensors together."""
         g_idx = 0 if self.g_idx is None else self.g_idx.nbytes
         return self.data.nbytes + self.table.nbytes + g_idx
 
     @property
     def tile(self) -> int:
-        """Rows of a block."""
+        """The rows per block."""
         return self.block
 
     def packed_rows(self, start: int, stop: int) -> Tensor:
-        """Return the checkpoint's words of some rows."""
+        """Return the checkpoint's words of rows ``start`` to ``stop``."""
         return pack(self._codes(start, stop).T.contiguous())
 
     def with_words(self, packed: Tensor) -> PackedWeight:
@@ -123,7 +121,7 @@ class Int4PackWeight(PreparedWeight):
         )
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return rows of the dense weight: a transposed view of its columns."""
+        """Return rows of the dense weight, as a transposed view of ``columns``."""
         return self.columns(start, stop, dtype).T
 
     def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -133,7 +131,7 @@ class Int4PackWeight(PreparedWeight):
         return dense.to(dtype).reshape(self.in_features, stop - start)
 
     def _codes(self, start: int, stop: int) -> Tensor:
-        """Return codes of rows, transposed: int8 ``[in_features, stop - start]``."""
+        """Return the codes of rows, transposed: int8 ``[in_features, stop - start]``."""
         whole = min(stop, self.out_features // self.block * self.block)
         parts = []
         if whole > start:
@@ -149,7 +147,7 @@ class Int4PackWeight(PreparedWeight):
 
 @cache
 def block_rows() -> int | None:
-    """Return the rows of a block on this CPU, or None where the layout is not a known one."""
+    """Return the rows per block on this CPU, or None if its layout is not known."""
     if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
         return None
     generator = torch.Generator().manual_seed(0)
@@ -186,6 +184,6 @@ def refuses(weight: PackedWeight) -> str | None:
 
 
 def _columns_of_a_scale(weight: PackedWeight) -> int:
-    """Return the largest group size of the operator that divides the weight's own, or 0."""
+    """Return the operator's largest group size that divides the weight's, or 0."""
     columns = weight.in_features // weight.scale.shape[1]
     return next((size for size in GROUP_SIZES if columns % size == 0), 0)

@@ -1,1 +1,1 @@
-"""Which formulation computes a layer: defaults, and what was measured on this machine."""
+"""The choice of a layer's formulation: defaults, and measurements on this machine."""

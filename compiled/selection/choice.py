@@ -1,7 +1,6 @@
-"""Which formulation computes a layer: what was measured on this machine, else a stated default.
+"""Choose a layer's formulation: the fastest one measured on this machine, else the default.
 
-Source: the defaults are those of ``benchmarks/results``; ``tuning`` beside this file
-measures.
+Source: ``benchmarks/results`` for the defaults; ``tuning.py`` measures.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ __all__ = [
 ]
 
 CACHE = "crossovers"
-FORMAT = 5  # counts up when a formulation changes so that old measurements say nothing
-INT4PACK_TOKENS = 24  # the most that torch's operator is the default for
-AS_USUAL = "default"  # in the place of a formulation's name: what is chosen without measurements
-Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), in order
+FORMAT = 5  # increased when a formulation changes, so that old measurements are ignored
+INT4PACK_TOKENS = 24  # the most tokens for which torch's operator is the default
+AS_USUAL = "default"  # stored in place of a formulation's name where the default stays
+Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), ascending
 
 _UNREAD = "not looked for yet"
 _tables: dict[Hashable, Crossovers | None] = {}
@@ -58,10 +57,10 @@ def choose(
 ) -> Formulation:
     """Return the formulation of a layer: the measured one, or the default.
 
-    Within somebody else's torch.compile it is a default that needs no options of its own.
+    Within another ``torch.compile`` it is a default that needs no backend of its own.
 
     Args:
-        weight: what ``prepare`` returned.
+        weight: returned by ``prepare``.
         dtype: the dtype of x.
         tokens: rows of x.
         slices: the adapters, by slice of the outputs.
@@ -86,11 +85,11 @@ def default(
     """Return the formulation of a layer where nothing was measured.
 
     Args:
-        weight: what ``prepare`` returned.
+        weight: returned by ``prepare``.
         dtype: the dtype of x.
         tokens: rows of x.
         slices: the adapters, by slice of the outputs.
-        inlined: whether it is to be part of somebody else's graph.
+        inlined: whether the layer becomes part of another graph.
     """
     for one in (INT4PACK, MAGIC_GEMV, GEMV, DEFINITION):
         many = one is INT4PACK and tokens > INT4PACK_TOKENS
@@ -113,12 +112,12 @@ def candidates(
 def kept_crossovers(
     weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice] = ()
 ) -> Crossovers | None:
-    """Return what was measured for a kind of layer on this machine, or None.
+    """Return the crossovers stored for a kind of layer on this machine, or None.
 
-    Adapters are of one kind where they have the same ranks and write the same outputs: how many
-    they are and their dtype hardly change which formulation is fastest.
+    Adapters are of one kind if they have the same ranks and write the same outputs: their number
+    and their dtype hardly change which formulation is fastest.
 
-    The disk is read once a process for each kind of layer.
+    Each process reads the disk once for each kind of layer.
     """
     kind = _kind(weight, dtype, slices)
     crossovers = _tables.get(kind, _UNREAD)
@@ -135,10 +134,10 @@ def keep_crossovers(
     slices: Sequence[PreparedSlice],
     crossovers: Crossovers,
 ) -> bool:
-    """Keep what was measured for a kind of layer, for this process and on disk.
+    """Store the crossovers of a kind of layer, for this process and on disk.
 
     Returns:
-        Whether it could be written.
+        Whether they could be written to disk.
     """
     kind = _kind(weight, dtype, slices)
     with _lock:
@@ -147,7 +146,7 @@ def keep_crossovers(
 
 
 class _Kind(NamedTuple):
-    """What layers have in common that the same formulations are fastest for."""
+    """The properties of a layer that decide which formulation is fastest."""
 
     weight: tuple[object, ...]
     x: torch.dtype
@@ -168,7 +167,7 @@ def _kind(weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedS
 
 
 def _on_disk(kind: _Kind) -> dict[str, Any]:
-    """Return the key of a kind in the cache on disk."""
+    """Return the key of a kind in the disk cache."""
     layout, *fields = kind.weight
     return {
         "format": FORMAT,
@@ -184,7 +183,7 @@ def _on_disk(kind: _Kind) -> dict[str, Any]:
 def _checked(
     kept: Any, weight: PreparedWeight, dtype: torch.dtype, slices: Sequence[PreparedSlice]
 ) -> Crossovers | None:
-    """Return kept crossovers if every formulation takes the tokens it was kept for."""
+    """Return stored crossovers if every formulation takes the tokens it is stored for."""
     found: Crossovers = []
     first = 1
     for entry in kept if isinstance(kept, list) else ():
@@ -207,12 +206,12 @@ def takes(
     tokens: int,
     slices: Sequence[PreparedSlice] = (),
 ) -> bool:
-    """Return whether there is a formulation of that name, and it is a candidate."""
+    """Return whether a formulation has that name and is a candidate."""
     return name in FORMULATIONS and FORMULATIONS[name].takes(weight, dtype, tokens, slices)
 
 
 def _plain(value: object) -> Any:
-    """Return a part of a signature as JSON has it, without devices: the key names the device."""
+    """Return a part of a signature in JSON's types, without devices: the key names the device."""
     if isinstance(value, (tuple, list)):
         return [_plain(part) for part in value if not isinstance(part, torch.device)]
     return value if isinstance(value, (int, str, type(None))) else str(value)
@@ -220,7 +219,7 @@ def _plain(value: object) -> Any:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """Return the name that measurements on a device are kept under."""
+    """Return the name under which measurements on a device are stored."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"

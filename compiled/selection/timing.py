@@ -1,4 +1,4 @@
-"""Times of several callables, side by side: interleaved, shuffled, on operands beyond the cache.
+"""Time several callables side by side: interleaved, shuffled, on operands beyond the cache.
 
 Source: the rules of ``benchmarks/results/README.md``.
 """
@@ -16,15 +16,15 @@ import torch
 
 __all__ = ["Times", "copies_beyond_the_cache", "copy_bandwidth", "measure"]
 
-CACHE_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}  # operands are cycled through more than this
+CACHE_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}  # copies of the operands exceed this
 
 
 @dataclass(frozen=True)
 class Times:
-    """Times of one callable in one run.
+    """The times of one callable in one run.
 
     Args:
-        seconds: one a round, in the order of the rounds.
+        seconds: one time per round, in the order of the rounds.
     """
 
     seconds: list[float]
@@ -36,27 +36,27 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """Half the distance of the quartiles over the median."""
+        """Half the interquartile range over the median."""
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 
 
 def copies_beyond_the_cache(nbytes: int, device: str = "cpu") -> int:
-    """Return how many copies of an operand are larger than the cache together, 64 at most."""
+    """Return how many copies of an operand exceed the cache together, from 2 to 64."""
     return min(64, max(2, -(-CACHE_BYTES[device] // nbytes)))
 
 
 def measure(
     callables: Mapping[str, Callable[[int], Any]], *, rounds: int, budget: float, seed: int = 0
 ) -> dict[str, Times]:
-    """Time each callable once a round, in an order shuffled anew in each round.
+    """Time each callable once per round, in an order shuffled anew in each round.
 
     Args:
-        callables: by name, functions of the number of the round, which choose their operands by
-            it so that none is in the cache.
-        rounds: how many rounds at most.
-        budget: how many seconds at most; 5 rounds are run in any case.
-        seed: of the shuffling.
+        callables: functions by name. Each takes the number of the round and chooses its operands by
+            it, so that none of them is in the cache.
+        rounds: the most rounds.
+        budget: the most seconds; the first 5 rounds run in any case.
+        seed: the seed of the shuffling.
 
     Returns:
         The ``Times`` by name.
@@ -82,7 +82,7 @@ def measure(
 
 
 def copy_bandwidth(nbytes: int = 2**28) -> float:
-    """Return the bytes a second that a copy reads and writes together, the best of several."""
+    """Return the bytes per second that the fastest of several copies reads and writes together."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,10 +1,8 @@
-"""Measures which formulation is fastest for a kind of layer, and keeps it for ``choice``.
+"""Measure which formulation is fastest for a kind of layer, and store it for ``choice.py``.
 
-At each number of tokens every candidate is timed on the same operands, side by side; weights are
-cycled beyond the cache. A formulation replaces the default only where it is faster by more than
-``MARGIN``, so that noise does not decide.
-
-Source: ``int4_lora.compiled.selection.choice`` reads what is kept here.
+At each number of tokens every candidate is timed on the same operands, side by side, on copies of
+the weight that exceed the cache. A formulation replaces the default only if it is faster by more
+than ``MARGIN``, so that noise does not decide.
 """
 
 from __future__ import annotations
@@ -36,18 +34,18 @@ __all__ = ["TOKENS", "Point", "tune"]
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MARGIN = 0.03
-ROUNDS, BUDGET = 30, 3.0  # rounds at most, and seconds at most, for one number of tokens
+ROUNDS, BUDGET = 30, 3.0  # the most rounds and the most seconds for one number of tokens
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one number of tokens.
+    """The measurements at one number of tokens.
 
     Args:
         tokens: rows of x.
         milliseconds: the median of each candidate, by name.
-        spread: half the distance of the quartiles over the median, by name.
-        chosen: the formulation that is used from now on.
+        spread: half the interquartile range over the median, by name.
+        chosen: the fastest formulation, or the default if none is faster by more than ``MARGIN``.
     """
 
     tokens: int
@@ -65,21 +63,22 @@ def tune(
     tokens: Sequence[int] = TOKENS,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[Point]:
-    """Measure a kind of layer and keep what is fastest, on disk and for this process.
+    """Measure a kind of layer and store the fastest formulations, on disk and for this process.
 
     Args:
-        weight: one of the kind: its shape, layout and dtypes matter, its values do not.
+        weight: a weight of the kind: its shape, layout and dtypes matter, its values do not.
         dtype: the dtype of x.
         lora: adapters of the kind that will be used, or None for the base alone.
-        tokens: the numbers of rows of x to measure at, ascending; above the last, defaults stand.
-        progress: called with each number of tokens when it was measured.
+        tokens: the numbers of rows of x to measure at, ascending; above the last the default stays.
+        progress: called with each number of tokens once it is measured.
 
     Returns:
-        What was measured.
+        One ``Point`` for each number of tokens.
 
     Raises:
-        OSError: what is found could not be kept on disk; nothing is measured.
-        ValueError: no tokens, or tokens that do not ascend from 1 or more.
+        OSError: the cache folder cannot be written. It is checked before anything is measured; if
+            it fails only afterwards, this process still uses the results.
+        ValueError: ``tokens`` is empty or does not ascend from 1 or more.
 
     Example:
         >>> from int4_lora.compiled import prepare
@@ -87,9 +86,6 @@ def tune(
         >>> weight = prepare(quantize(torch.randn(32, 256), group_size=128))
         >>> [point.tokens for point in tune(weight, torch.float32, tokens=[1])]
         [1]
-
-    Source:
-        ``int4_lora.compiled.selection.choice``.
     """
     if not tokens or list(tokens) != sorted(set(tokens)) or tokens[0] < 1:
         raise ValueError(f"tokens must ascend from 1 or more, got {list(tokens)}")
@@ -143,7 +139,7 @@ def _call(
 
 
 def _copies(weight: PreparedWeight) -> Iterator[PreparedWeight]:
-    """Yield as many copies of a weight as do not fit into the cache together."""
+    """Yield copies of a weight that do not fit into the cache together."""
     for _ in range(copies_beyond_the_cache(weight.nbytes, weight.device.type)):
         cloned = {}
         for field in dataclasses.fields(weight):  # type: ignore[arg-type]
@@ -160,10 +156,10 @@ def _crossovers(
     dtype: torch.dtype,
     slices: Sequence[PreparedSlice],
 ) -> list[tuple[int, str]]:
-    """Return (the most tokens, the formulation): each point speaks for those up to it.
+    """Return (the most tokens, the formulation): each point stands for those up to it.
 
-    Where the default was not beaten it stays, as it does above the last point, whichever it is for
-    each number of tokens; so it does where the winner would not take all that it would stand for.
+    Where the default was not beaten it stays, whichever formulation it is for each number of
+    tokens. It also stays where the winner does not take all tokens of its range.
     """
     found: list[tuple[int, str]] = []
     first = 1
