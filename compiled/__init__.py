@@ -1,7 +1,7 @@
 """The reference's definition through ``torch.compile``: fused kernels on prepared operands.
 
-Start at ``linear.py``; ``formulations/`` holds the identities, each with the roundings that it
-declares. The reference is imported, never the other way round.
+Start at ``linear.py``; ``formulations/`` holds the ways to compute the layer, each with the
+roundings that it declares. ``compiled`` imports ``reference``, never the other way round.
 
 Source: ``docs/compiled.md``.
 """

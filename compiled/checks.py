@@ -1,6 +1,6 @@
-"""Checks of operands outside the graphs: types, dtypes, shapes and devices, never values.
+"""Check operands outside the graphs: types, dtypes, shapes and devices, never values.
 
-A check of values breaks a graph, and waits for a GPU.
+A check of values would break a graph and wait for a GPU.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def check_operands(
     adapter_ids: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[PreparedSlice, ...]:
-    """Check all operands of a layer; return the slices of the adapters.
+    """Check all operands of a layer and return the slices of the adapters.
 
     Raises:
-        TypeError: an operand of the wrong type or dtype.
-        ValueError: an operand whose shape or device does not fit.
+        TypeError: an operand has the wrong type or dtype.
+        ValueError: an operand has the wrong shape or device.
     """
     if lora is None and adapter_ids is None and bias is None and _fit(x, weight):
         return ()
@@ -68,7 +68,7 @@ def check_operands(
 
 
 def _fit(x: Tensor, weight: PreparedWeight) -> bool:
-    """Return whether x and weight alone are right, at the cost of a few comparisons."""
+    """Return whether x and weight alone pass all checks, at the cost of a few comparisons."""
     return (
         isinstance(weight, PreparedWeight)
         and isinstance(x, Tensor)
@@ -82,17 +82,17 @@ def _fit(x: Tensor, weight: PreparedWeight) -> bool:
 def check_slices(
     lora: PreparedLoRA, base: str, in_features: int, out_features: int
 ) -> tuple[PreparedSlice, ...]:
-    """Check that adapters fit a layer; return their slices.
+    """Check that adapters fit a layer and return their slices.
 
     Args:
         lora: the adapters.
-        base: what messages call the layer that they are added to.
-        in_features: of the layer.
-        out_features: of the layer.
+        base: the name of the layer in messages.
+        in_features: the layer's input features.
+        out_features: the layer's output features.
 
     Raises:
-        TypeError: ``lora`` is no PreparedLoRA.
-        ValueError: slices that do not fit the layer, or overlap.
+        TypeError: ``lora`` is not a PreparedLoRA.
+        ValueError: slices do not fit the layer, or overlap.
     """
     if not isinstance(lora, PreparedLoRA):
         found = type(lora).__name__

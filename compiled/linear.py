@@ -1,9 +1,9 @@
-"""The layer, compiled: the same function as the reference's, on prepared operands.
+"""The compiled layer: the same function as the reference's, on prepared operands.
 
 y = RN_x( x W^T + scaling * (x A^T) B^T + bias )
 
-The operands are checked here, outside the graphs; the core is arithmetic. Values are not looked
-at: an adapter id outside ``[0, adapters)`` contributes nothing.
+The operands are checked here, outside the graphs; the core is arithmetic only. Values are not
+checked: an adapter id outside ``[0, adapters)`` adds nothing.
 
 Source: ``int4_lora.reference.int4_lora_linear``.
 """
@@ -28,7 +28,7 @@ from int4_lora.compiled.selection.choice import choose
 
 __all__ = ["BoundLayer", "any_tokens", "formulation_for", "int4_linear", "int4_lora_linear"]
 
-MOST_ENTRIES = 64  # of one bound layer
+MOST_ENTRIES = 64  # per bound layer
 
 
 def int4_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -36,15 +36,15 @@ def int4_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -
 
     Args:
         x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
-        weight: what ``prepare`` returned.
+        weight: returned by ``prepare``.
         bias: ``[out_features]``, float, or None.
 
     Returns:
         ``[tokens, out_features]`` in the dtype of x.
 
     Raises:
-        TypeError: an operand of the wrong type or dtype.
-        ValueError: an operand whose shape or device does not fit.
+        TypeError: an operand has the wrong type or dtype.
+        ValueError: an operand has the wrong shape or device.
 
     Example:
         >>> from int4_lora.compiled import prepare
@@ -68,24 +68,24 @@ def int4_lora_linear(
 ) -> Tensor:
     """Apply an INT4 linear layer with an adapter for each token.
 
-    Differentiable in x, in the adapters and in the bias. May be called within another
-    ``torch.compile``, which then takes it into its own graph.
+    Differentiable in x, the adapters and the bias. Within another ``torch.compile``, the layer
+    becomes part of that graph.
 
     Args:
         x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
-        weight: what ``prepare`` returned.
-        lora: what ``prepare_lora`` returned, or None.
+        weight: returned by ``prepare``.
+        lora: returned by ``prepare_lora``, or None.
         adapter_ids: int32 or int64 ``[tokens]``; an id outside ``[0, adapters)`` means no
             adapter. Needed with ``lora``.
         bias: ``[out_features]``, float, or None.
 
     Returns:
-        ``[tokens, out_features]`` in the dtype of x. ``formulation_for`` says which roundings
-        were made on the way.
+        ``[tokens, out_features]`` in the dtype of x. ``formulation_for`` returns the formulation
+        used, which declares its roundings.
 
     Raises:
-        TypeError: an operand of the wrong type or dtype.
-        ValueError: an operand whose shape or device does not fit.
+        TypeError: an operand has the wrong type or dtype.
+        ValueError: an operand has the wrong shape or device.
 
     Example:
         >>> from int4_lora.compiled import prepare, prepare_lora
@@ -110,13 +110,13 @@ def int4_lora_linear(
 def formulation_for(
     weight: PreparedWeight, dtype: torch.dtype, tokens: int, lora: PreparedLoRA | None = None
 ) -> Formulation:
-    """Return the formulation that a layer is computed by, which declares its roundings.
+    """Return the formulation that computes a layer; it declares its roundings.
 
     Args:
-        weight: what ``prepare`` returned.
+        weight: returned by ``prepare``.
         dtype: the dtype of x.
         tokens: rows of x.
-        lora: what ``prepare_lora`` returned, or None.
+        lora: returned by ``prepare_lora``, or None.
 
     Example:
         >>> from int4_lora.compiled import prepare
@@ -135,15 +135,15 @@ def any_tokens(
     adapter_ids: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return the layer as a part of a graph that is traced once for any number of tokens.
+    """Return the layer as part of a graph that is traced once for any number of tokens.
 
-    Engines drop the graph's guards, so no choice may be made by that number: it is computed by
-    ``tiles``, with sums written out. The operands are not checked.
+    Engines drop the graph's guards, so nothing may be chosen by the number of tokens: ``tiles``
+    always computes the base, ``gathered`` the adapters. The operands are not checked.
 
     Args:
         x: ``[tokens, in_features]``.
-        weight: what ``prepare`` returned.
-        lora: what ``prepare_lora`` returned, or None.
+        weight: returned by ``prepare``.
+        lora: returned by ``prepare_lora``, or None.
         adapter_ids: int32 or int64 ``[tokens]``; needed with ``lora``.
         bias: ``[out_features]`` or None.
     """
@@ -152,16 +152,16 @@ def any_tokens(
 
 
 class BoundLayer:
-    """``int4_lora_linear`` of one weight, its adapters and its bias, at the least cost of a call.
+    """``int4_lora_linear`` with a fixed weight, adapters and bias, at the lowest cost per call.
 
-    Between the layers of a model processor caches are cold and Python is slow: checks and the
-    lookup of a graph take 0.15 ms, as long as an adapter's sums for 8 tokens. So the entry of a
-    call is kept, and calls like it ask nothing again.
+    Between the layers of a model, processor caches are cold and Python is slow: checks and the
+    lookup of a graph take 0.15 ms, as long as an adapter's sums for 8 tokens. So the entry of each
+    call is kept, and later calls with the same key skip both.
 
     Args:
-        weight: what ``prepare`` returned; its tensors may be written to, not replaced.
-        lora: what ``prepare_lora`` returned; likewise.
-        bias: ``[out_features]`` or None; likewise.
+        weight: returned by ``prepare``; its tensors may be written to, not replaced.
+        lora: returned by ``prepare_lora``; its tensors may be written to, not replaced.
+        bias: ``[out_features]`` or None; it may be written to, not replaced.
 
     Example:
         >>> from int4_lora.compiled import prepare, prepare_lora
@@ -179,7 +179,7 @@ class BoundLayer:
         self._entries: dict[Hashable, Entry] = {}
 
     def __call__(self, x: Tensor, adapter_ids: Tensor) -> Tensor:
-        """Return what ``int4_lora_linear`` does.
+        """Return ``int4_lora_linear`` of x and the bound operands.
 
         Args:
             x: ``[tokens, in_features]``.
@@ -193,14 +193,14 @@ class BoundLayer:
         if not self._keeps(x):
             return int4_lora_linear(x, self.weight, self.lora, adapter_ids, self.bias)
         entry = plan(x, self.weight, slices, adapter_ids, self.bias)
-        if key == self._key(x, adapter_ids):  # else update() came between
+        if key == self._key(x, adapter_ids):  # else update() ran meanwhile
             self._entries[key] = entry
         return entry(x, adapter_ids)
 
     def _keeps(self, x: Tensor) -> bool:
         """Return whether the entry of a call may be kept."""
         unusual = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        copied = in_rows(self.bias) is not self.bias  # and then not read anew
+        copied = in_rows(self.bias) is not self.bias  # later writes would be missed
         return not (unusual or copied or x.shape[0] == 0 or len(self._entries) >= MOST_ENTRIES)
 
     def _key(self, x: Tensor, adapter_ids: Tensor) -> Hashable:
@@ -232,6 +232,6 @@ def _without_autocast(
     adapter_ids: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return the layer with products of the dtypes that they are given."""
+    """Return the layer without autocast, so that products keep the dtypes of their factors."""
     with torch.autocast(x.device.type, enabled=False):
         return _forward(x, weight, slices, adapter_ids, bias)

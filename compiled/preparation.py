@@ -1,4 +1,4 @@
-"""Lay a checkpoint's tensors and adapters out for the compiled path, once, at load time."""
+"""Lay out a checkpoint's tensors and adapters for the compiled path, once, at load time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["layouts", "prepare", "prepare_lora"]
 
 @torch.no_grad()
 def prepare(weight: PackedWeight, *, layout: str | None = None) -> PreparedWeight:
-    """Lay a weight out for the formulations of its device.
+    """Lay out a weight for the formulations of its device.
 
     Args:
         weight: the checkpoint's tensors, on the device that will compute.
-        layout: one of ``layouts(weight)``; None for the first of them.
+        layout: a name from ``layouts(weight)``; None for the first of them.
 
     Returns:
-        The weight in one layout; ``packed_weight()`` gives the checkpoint's tensors back.
+        The prepared weight; its ``packed_weight()`` returns the checkpoint's tensors.
 
     Raises:
-        TypeError: ``weight`` is no PackedWeight.
-        ValueError: the layout cannot hold this weight; the message says why.
+        TypeError: ``weight`` is not a PackedWeight.
+        ValueError: there is no such layout, or it cannot hold this weight; the message says why.
 
     Example:
         >>> from int4_lora.reference import quantize
@@ -66,12 +66,12 @@ def layouts(weight: PackedWeight) -> list[str]:
 
 
 def _refusals(weight: PackedWeight) -> dict[str, str | None]:
-    """Return, preferred layout first, why each cannot hold a weight; None where it can."""
+    """Return, by layout, why it cannot hold a weight, or None; the preferred layout comes first."""
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
     operator = {"int4pack": int4pack.refuses(weight)}
     words = {"interleaved": interleaved.refuses(weight)}
-    if weight.scale.dtype == torch.float32:  # for which torch's operator has no fast code
+    if weight.scale.dtype == torch.float32:  # torch's operator has no fast code for them
         return {**words, **operator, "checkpoint": None}
     return {**operator, **words, "checkpoint": None}
 
@@ -80,13 +80,13 @@ def prepare_lora(lora: LoRAStack | Sequence[LoRASlice]) -> PreparedLoRA:
     """Copy adapters into the layout of the compiled path; gradients flow back through the copy.
 
     Args:
-        lora: adapters of the whole output, or slices of it that do not overlap.
+        lora: adapters of all outputs, or of slices of the outputs that do not overlap.
 
     Returns:
-        The adapters; ``update`` replaces one in place.
+        The prepared adapters; ``update`` replaces an adapter in place.
 
     Raises:
-        TypeError: ``lora`` is neither.
+        TypeError: ``lora`` is neither a LoRAStack nor a sequence of LoRASlice.
         ValueError: there are no slices, or they differ in their number of adapters.
 
     Example:

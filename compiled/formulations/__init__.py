@@ -1,4 +1,4 @@
-"""The identities of the layer, each in a file of its own with the roundings it declares."""
+"""The ways to compute the layer, each in a file of its own with the roundings it declares."""
 
 from int4_lora.compiled.formulations.definition import DEFINITION
 from int4_lora.compiled.formulations.formulation import Formulation

@@ -1,9 +1,9 @@
-"""The reference's own forward, unmodified, through torch.compile: the fallback for everything.
+"""The reference's forward, unmodified, through torch.compile: the fallback for everything.
 
 y = RN_x( x W^T + scaling * (x A^T) B^T + bias )
 
-Inductor leaves out the rounding of W to a 16-bit scale's dtype where it fuses it, so
-``weight_rounded=False`` is declared; that bound holds with the rounding too.
+Inductor leaves out the rounding of W to a 16-bit scale's dtype where it fuses the product, so
+``weight_rounded=False`` is declared. Its bound holds with the rounding, too.
 
 Source: ``int4_lora.reference.int4_lora_linear``.
 """
@@ -29,7 +29,7 @@ def base(x: Tensor, weight: CheckpointWeight) -> Tensor:
 
 
 class Definition(Formulation):
-    """The one formulation that is no base with terms added: its layer is the reference's."""
+    """The only formulation whose layer is the reference's, not a base with terms added to it."""
 
     def layer(
         self,
@@ -39,7 +39,7 @@ class Definition(Formulation):
         adapter_ids: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """Return the reference's ``int4_lora_linear`` of the checkpoint's tensors."""
+        """Return the reference's ``int4_lora_linear`` on the checkpoint's tensors."""
         lora = [part.lora_slice() for part in slices] or None
         return int4_lora_linear(x, weight.packed_weight(), lora, adapter_ids, bias)
 

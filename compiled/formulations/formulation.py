@@ -1,6 +1,6 @@
-"""A formulation: a base, the layout it needs, and what it declares of itself.
+"""A formulation: a base, the layout that it reads, and the properties that it declares.
 
-The layer is written once: the adapters and the bias are added to every base by ``add_terms``.
+The layer is written once: ``add_terms`` adds the adapters and the bias to every base.
 
 Source: ``docs/numerics.md`` for the roundings.
 """
@@ -33,20 +33,20 @@ class Formulation:
 
     Args:
         name: the name in tables and logs.
-        base: ``base(x, weight)`` returns ``x W^T`` ``[tokens, out_features]``, in the dtype of x or
-            of sums. Pure PyTorch without checks, and independent of values, so that it traces into
-            one graph.
+        base: ``base(x, weight)`` returns ``x W^T`` ``[tokens, out_features]``, in x's dtype or the
+            accumulation dtype. It is pure PyTorch without checks and does not branch on values, so
+            that it traces into one graph.
         layout: the class of weights that ``base`` reads.
-        weight_rounded: whether ``(q - z) * s`` is rounded to the scale's dtype, as declared.
+        weight_rounded: whether ``(q - z) * s`` is certain to be rounded to the scale's dtype.
         base_rounded: whether the base is rounded to x's dtype before a delta or bias is added.
         limit: ``limit(weight, dtype of x, tokens)`` returns why ``base`` cannot take them, or None.
-        devices: the types of devices it is meant for; it is right on every one.
+        devices: the types of devices it is meant for; its results are right on every type.
         cancellation: how far its sums may be off beyond the bound of its roundings, as a factor of
             the sum of |x| |s| over a row.
         most_rank: the largest rank of adapters that it takes, or None for any.
         one_call: whether the base alone is one call of an operator, with nothing to compile.
-        backend: ``backend(weight, bucket)`` returns what compiles the layer. None means Inductor
-            with its defaults; only then can another graph inline the layer.
+        backend: ``backend(weight, bucket)`` returns the backend that compiles the layer. None means
+            Inductor with its defaults; only then can another graph inline the layer.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Formulation:
         return add_terms(base, x, slices, adapter_ids, bias)
 
     def refuses(self, weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | None:
-        """Return why it cannot take a weight, a dtype of x and a number of tokens, or None."""
+        """Return why the formulation cannot take a weight, dtype of x and tokens, or None."""
         if not isinstance(weight, self.layout):
             return f"the layout of {type(weight).__name__}, not of {self.layout.__name__}"
         return self.limit(weight, dtype, tokens)
@@ -97,7 +97,7 @@ class Formulation:
         tokens: int,
         slices: Sequence[PreparedSlice] = (),
     ) -> bool:
-        """Return whether it is meant for the weight's device and takes the operands."""
+        """Return whether the formulation is meant for the device and takes the operands."""
         if self.most_rank is not None and any(part.rank > self.most_rank for part in slices):
             return False
         meant = weight.device.type in self.devices

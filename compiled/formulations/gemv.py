@@ -1,12 +1,11 @@
-"""Few tokens on interleaved words: one reduction, each word loaded once.
+"""Few tokens on interleaved words: one reduction that loads each word once.
 
 y[t, o] = sum over groups of s[o] * sum over words and nibbles of (q - z) * x
 
-x falls into eight planes, one for each nibble: ``x.view(tokens, 1, groups, 8, words)``.
-Codes minus zero-points are integers, so exact; nothing is rounded before the sums in float32:
-``weight_rounded=False, base_rounded=False``.
-
-Source: ``int4_lora.compiled.layouts.interleaved`` for the layout.
+The layout (``layouts/interleaved.py``) splits x into eight planes, one for each nibble:
+``x.view(tokens, 1, groups, 8, words)``. Codes minus zero-points are integers and therefore exact;
+nothing is rounded before the sums in the accumulation dtype: ``weight_rounded=False,
+base_rounded=False``.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["GEMV", "base"]
 
-MOST_TOKENS = 4  # each is unrolled
+MOST_TOKENS = 4  # each token is unrolled
 
 
 def base(x: Tensor, weight: InterleavedWeight) -> Tensor:
-    """Return ``x W^T`` in the dtype of sums."""
+    """Return ``x W^T`` in the accumulation dtype."""
     sums = accumulation_dtype(x)
     tokens, groups = x.shape[0], weight.groups
     planes = weight.arrange(x).view(tokens, 1, groups, NIBBLES, weight.words_of_a_group)

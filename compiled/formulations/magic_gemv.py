@@ -4,12 +4,11 @@ y[t, o] = sum over groups of s[o] * sum over words of
            ( -sum over nibbles of (c + z) x  +  sum over nibbles of (1 + q/c) * (c x) )
 
 All outputs of a symmetric weight share the first inner sum. The two inner sums cancel: each is up
-to 264 sum |x|, so the sums in float32 are off by up to ``CANCELLATION`` times sum |x| |s|, which no
-rounding flag covers. They must be finite: an x that is infinite, or 2^119 and more, gives NaN.
-Nothing else is rounded: ``weight_rounded=False, base_rounded=False``.
+to 264 sum |x|, so the sums in float32 are off by up to ``CANCELLATION`` times sum |x| |s|, an error
+that no rounding flag covers. Both sums must be finite: an x that is infinite, or 2^119 and more,
+gives NaN. Nothing else is rounded: ``weight_rounded=False, base_rounded=False``.
 
-Source: ``int4_lora.compiled.formulations.magic_numbers``;
-``int4_lora.compiled.layouts.interleaved`` for the layout.
+The decoding is that of ``magic_numbers.py``, the layout that of ``layouts/interleaved.py``.
 """
 
 from __future__ import annotations
@@ -28,10 +27,11 @@ from int4_lora.compiled.layouts.interleaved import NIBBLES, InterleavedWeight
 
 __all__ = ["MAGIC_GEMV", "base"]
 
-CANCELLATION = 20 * 288 * 2.0**-24  # roundings of sums of up to 272 sum |x|, and some to spare
-MOST_TOKENS = 4  # each is a row of outputs of its own, which reads the words again
+CANCELLATION = 20 * 288 * 2.0**-24  # roundings of sums of up to 272 sum |x|, with a margin
+MOST_TOKENS = 4  # the outputs of each token read the words again
 ONE_TOKEN = Launch(outputs=4, words=256, warps=2, stages=1)
-ONE_TOKEN_ASYMMETRIC = Launch(outputs=16, words=128, warps=1, stages=1)  # share decoded zero-points
+# more outputs per block, which share decoded zero-points
+ONE_TOKEN_ASYMMETRIC = Launch(outputs=16, words=128, warps=1, stages=1)
 SEVERAL_TOKENS = Launch(outputs=8, words=512, warps=4, stages=1)
 
 
@@ -58,7 +58,7 @@ def base(x: Tensor, weight: InterleavedWeight) -> Tensor:
 
 
 def _sum_of(by_nibble: Sequence[Tensor], code_scale: float) -> Tensor:
-    """Return the sum of the four planes that multiply nibbles of one c."""
+    """Return the sum of the four planes that multiply the nibbles of one c."""
     first, second, third, fourth = (
         plane for plane, c in zip(by_nibble, CODE_SCALES, strict=True) if c == code_scale
     )
@@ -81,10 +81,11 @@ def _backend(weight: InterleavedWeight, bucket: tuple[int, int]) -> Backend:
 def _launch(weight: InterleavedWeight, tokens: int) -> Launch:
     if tokens > 1:
         return SEVERAL_TOKENS
-    if weight.zero_point is None or weight.groups == 1:  # by channel the other spills in float16
+    # with one group per row, ONE_TOKEN_ASYMMETRIC spills registers in float16
+    if weight.zero_point is None or weight.groups == 1:
         return ONE_TOKEN
     words = ONE_TOKEN_ASYMMETRIC.words
-    masked = words_of_whole_blocks(weight, words) % words != 0  # where it spills too
+    masked = words_of_whole_blocks(weight, words) % words != 0  # spills, too
     return ONE_TOKEN if masked else ONE_TOKEN_ASYMMETRIC
 
 

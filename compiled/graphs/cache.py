@@ -1,13 +1,14 @@
-"""Compiled graphs, one for each key, which says everything that a graph is made for.
+"""Cache compiled graphs by keys, each of which describes everything that its graph depends on.
 
-torch counts recompiles per code object, so every graph gets one of its own: forty layer shapes in
-one process are forty graphs, not forty recompiles of one, and none makes another's sizes dynamic.
+torch counts recompiles per code object, so every graph gets a code object of its own. Forty layer
+shapes in one process are then forty graphs, not forty recompiles of one graph, and no shape makes
+the sizes of another dynamic.
 
-Dynamo's guards on plain operands are left out: the key says what they would, at less cost. Once
-compiled, a graph is entered without Dynamo, whose guards and wrappers take 0.3 ms with cold
-processor caches, as they are between the layers of a model; an adapter's sums for 8 tokens take
-0.1. What the backend returned is called with the graph's inputs, which are recognised by identity
-among the example inputs that every backend is given.
+Dynamo's guards on plain operands are left out: the key checks the same at less cost. Once compiled,
+a graph is called without Dynamo, whose guards and wrappers take 0.3 ms with cold processor caches,
+as they are between the layers of a model; an adapter's sums for 8 tokens take 0.1 ms. The function
+that the backend returned is called with the graph's inputs. Those are identified by object
+identity among the example inputs that every backend receives.
 
 Source: ``torch._dynamo``'s documentation of ``recompile_limit``, ``mark_dynamic`` and custom
 backends; ``torch._dynamo.pgo``.
@@ -32,9 +33,9 @@ from int4_lora.compiled.adapters.terms import GATHERED_TOKENS
 __all__ = ["Graph", "bucket_of", "compile_graph", "graph_of", "in_rows", "marked", "state_of"]
 
 MOST_TOKENS = 2**31 - 1
-LAST_TOKENS = {  # ends of buckets, within which the adapters' identity may not change
+LAST_TOKENS = {  # the ends of buckets: within a bucket, ``add_terms`` must not change its choice
     "cpu": (1, GATHERED_TOKENS["cpu"][0], 2**15),
-    "cuda": (1, GATHERED_TOKENS["cuda"][0], 2**13),  # 2^13 rows are indexed in 32 bits
+    "cuda": (1, GATHERED_TOKENS["cuda"][0], 2**13),  # kernels index 2^13 rows in 32 bits
 }
 _C: Any = torch._C
 _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2.8 and later
@@ -42,13 +43,12 @@ _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2
 
 @dataclass(frozen=True)
 class Graph:
-    """A compiled function of operands by tokens, such as x, and of others.
+    """A compiled function of per-token operands, such as x, and of other operands.
 
     Args:
-        guarded: what torch.compile returned; it checks guards and recompiles where they fail.
-        direct: what the backend returned, which takes the graph's inputs; None where guards are
-            needed.
-        places: where each input of the graph stands in (number of tokens, *operands' tensors).
+        guarded: returned by torch.compile; it checks guards and recompiles where they fail.
+        direct: returned by the backend; it takes the graph's inputs. None where guards are needed.
+        places: the index of each input of the graph in (number of tokens, *operands' tensors).
     """
 
     guarded: Callable[..., Tensor]
@@ -61,12 +61,12 @@ _lock = threading.RLock()
 
 
 def graph_of(key: Hashable) -> Graph | None:
-    """Return the graph of a key, or None if it was not compiled yet."""
+    """Return the graph of a key, or None if it is not compiled yet."""
     return _graphs.get(key)
 
 
 def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
-    """Return the first and the last number of tokens of the bucket that ``tokens`` falls in.
+    """Return the first and the last number of tokens of the bucket that holds ``tokens``.
 
     Example:
         >>> bucket_of(5)
@@ -81,9 +81,9 @@ def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
 
 
 def state_of(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
-    """Return what a graph is made for of operands and of torch's settings and modes.
+    """Return what a graph depends on in the operands and in torch's settings and modes.
 
-    Shapes are left out, and so are strides and negative bits, which ``in_rows`` removes.
+    Shapes are left out. So are strides and negative bits, which ``in_rows`` normalises.
     """
     device = first.device
     return (
@@ -95,9 +95,9 @@ def state_of(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
         torch.compiler.is_compiling(),
         _C._len_torch_function_stack(),
         _C._len_torch_dispatch_stack(),
-        _C._functorch.peek_interpreter_stack() is not None,  # within vmap and its like
+        _C._functorch.peek_interpreter_stack() is not None,  # within vmap and the like
         getattr(forward_ad, "_current_level", -1),
-        # the name of a device costs more than everything else here
+        # the cheap test comes first: device.type costs more than everything else here
         _C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type),
         first.dtype,
         device,
@@ -113,21 +113,21 @@ def state_of(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
 
 
 def in_rows(operand: Tensor | None) -> Tensor | None:
-    """Return an operand as graphs expect it: contiguous, without a negative bit."""
+    """Return an operand as graphs expect it: contiguous and without a negative bit."""
     if operand is None or (operand.is_contiguous() and not operand.is_neg()):
         return operand
     return operand.detach().resolve_neg().contiguous()
 
 
 def marked(operand: Tensor | None, bucket: tuple[int, int]) -> Tensor | None:
-    """Return an operand by tokens as Dynamo is given it: its number of rows is any of a bucket.
+    """Return a per-token operand for Dynamo, its number of rows marked as any of a bucket.
 
-    The last bucket has no upper end: kernels on a GPU index in 32 bits up to some number of tokens,
-    and no graph can be made for a range beyond it.
+    The last bucket is marked without an end: kernels on a GPU index in 32 bits up to some number of
+    tokens, and no graph can be compiled for a range beyond that number.
     """
     if operand is None:
         return None
-    strides = (operand.shape[1], 1) if operand.ndim == 2 else (1,)  # one row has one stride, too
+    strides = (operand.shape[1], 1) if operand.ndim == 2 else (1,)  # also if there is one row
     operand = operand.detach().resolve_neg().contiguous().as_strided(operand.shape, strides)
     if bucket[1] == MOST_TOKENS:
         torch._dynamo.mark_dynamic(operand, 0)
@@ -144,18 +144,18 @@ def compile_graph(
     operands: Sequence[Any],
     tensors: Sequence[Tensor | None],
 ) -> Graph:
-    """Return the graph of a key, compiled now unless another thread was first.
+    """Return the graph of a key; compile it unless another thread was first.
 
     Args:
-        key: says everything that the graph is made for.
-        bucket: the numbers of tokens it is made for.
+        key: describes everything that the graph depends on.
+        bucket: the first and the last number of tokens that the graph serves.
         function: takes ``operands`` and returns one tensor.
         backend: "inductor", or a callable, as torch.compile takes it.
-        operands: to compile with; the first has a row for each token.
-        tensors: the tensors among the operands and in them, in the order that ``places`` counts.
+        operands: the operands to compile with; the first has a row for each token.
+        tensors: the tensors among the operands and inside them, in the order of ``places``.
     """
     plain = _is_plain(operands)
-    bounded = bucket[1] < MOST_TOKENS  # else guards say up to how many tokens it is right
+    bounded = bucket[1] < MOST_TOKENS  # else guards hold the upper end
     under_modes = _C._len_torch_function_stack() + _C._len_torch_dispatch_stack() > 0
     calls: list[tuple[Any, tuple[int, ...]]] = []
 
@@ -187,7 +187,7 @@ def compile_graph(
 
 
 def _is_plain(operands: Sequence[Any]) -> bool:
-    """Return whether the key says everything of the operands: no subclasses, modes, transforms."""
+    """Return whether the key describes the operands fully: no tensor subclasses, no transforms."""
     return (
         all(
             type(operand) in (Tensor, torch.nn.Parameter)
@@ -204,10 +204,10 @@ def _places(
     tensors: Sequence[Tensor | None],
     bucket: tuple[int, int],
 ) -> tuple[int, ...]:
-    """Return where each input of a graph stands in (tokens, *tensors); () if one is unknown.
+    """Return the index of each input of a graph in (tokens, *tensors); () if one is unknown.
 
-    A size that is an input is the number of tokens, of x or of the ids: no other is dynamic in the
-    first graph of a code object. Its value of the example says the same.
+    An input that is a size is the number of tokens, of x or of the ids: no other size is dynamic in
+    the first graph of a code object. The example's value of that size is checked to confirm it.
     """
     tokens = tensors[0].shape[0] if tensors[0] is not None else None
     (output,) = graph.graph.find_nodes(op="output")
@@ -226,9 +226,9 @@ def _places(
 def _bounded(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the same function with the bucket written into its graph.
 
-    Torch keeps graphs on disk with the range of tokens that they were made for, and finds them by
-    their content: where another version of this package had other buckets, it would take one of
-    those graphs, and fail outside of its range.
+    Torch stores graphs on disk with the range of tokens that they were compiled for, and looks them
+    up by their content. If another version of this package had other buckets, torch would load one
+    of its graphs, which fails outside of that graph's range.
     """
 
     def bounded(*operands: Any) -> Tensor:
@@ -241,16 +241,16 @@ def _bounded(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callab
 
 
 def _kept_guards(guards: Sequence[Any]) -> list[bool]:
-    """Return which guards stay: those on no operand, such as torch's settings and modes."""
+    """Return which guards to keep: those on no operand, such as torch's settings and modes."""
     return [not guard.name for guard in guards]
 
 
 def _own_code(function: Callable[..., Tensor], key: Hashable) -> Callable[..., Tensor]:
-    """Return the same function with a code object of its own, under a name of its own.
+    """Return the same function with a code object and a name of its own.
 
-    Dynamo remembers by file, line and name which sizes it has seen change, in some set-ups across
-    processes. Under one name a second layer's sizes would all be symbols: other kernels, compiled
-    in minutes.
+    Dynamo remembers by file, line and name which sizes have changed, in some set-ups across
+    processes. Under a shared name, all sizes of a second layer would become symbolic: that yields
+    other kernels, which take minutes to compile.
     """
     assert isinstance(function, FunctionType)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]

@@ -1,9 +1,8 @@
-"""How a call enters its graph: planned once from all operands, then called with x and the ids.
+"""Plan a call once from all operands, then call its graph with x and the ids only.
 
-An entry holds a graph and the operands that stay: the weight, the adapters and the bias. It is
-valid as long as the shapes of x and the ids, ``state_of`` them, and ``finite`` of the adapters'
-slices are what they were when it was planned. The tensors that it holds may be written to, not
-replaced.
+An entry holds a graph and the fixed operands: the weight, the adapters and the bias. It is valid as
+long as the shapes of x and the ids, their ``state_of``, and ``finite`` of the adapters' slices are
+the same as when it was planned. The tensors that it holds may be written to, not replaced.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Operands = tuple[Tensor | None, ...]
 
 @dataclass(eq=False)
 class _OneCall:
-    """The entry of a base that is one call of an operator."""
+    """The entry of a base alone that is one call of an operator."""
 
     formulation: Formulation
     weight: PreparedWeight
@@ -53,9 +52,9 @@ class _Direct:
     """The entry of a compiled graph, without Dynamo.
 
     Args:
-        graph: what the backend returned.
-        inputs: of the graph; those that differ from call to call are replaced.
-        changing: what ``_changing`` returned.
+        graph: returned by the backend.
+        inputs: the graph's inputs; each call replaces those that change.
+        changing: returned by ``_changing``.
     """
 
     graph: Callable[..., Sequence[Tensor]]
@@ -67,7 +66,7 @@ class _Direct:
         of_operands, of_tokens = self.changing
         for place, index in of_operands:
             operand = by_tokens[index]
-            plain = operand.is_contiguous() and not operand.is_neg()  # spares a call of Python
+            plain = operand.is_contiguous() and not operand.is_neg()  # spares a Python call
             inputs[place] = operand if plain else in_rows(operand)
         for place in of_tokens:
             inputs[place] = by_tokens[0].shape[0]
@@ -76,14 +75,15 @@ class _Direct:
 
 @functools.cache
 def _changing(places: tuple[int, ...], count: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Return which inputs differ from call to call.
+    """Return which inputs of a graph change from call to call.
 
     Args:
-        places: of the inputs, in (number of tokens, *operands' tensors).
-        count: how many operands by tokens come first.
+        places: the index of each input in (number of tokens, *operands' tensors).
+        count: how many of these operands have a row for each token; they come first.
 
     Returns:
-        (place among the inputs, index of the operand), and the places of the number of tokens.
+        Pairs (position of the input, index of the operand), and the positions of the number of
+        tokens.
     """
     numbered = list(enumerate(places))
     of_operands = [(place, at - 1) for place, at in numbered if 0 < at <= count]
@@ -95,9 +95,9 @@ class _Guarded:
     """The entry of a compiled graph through Dynamo, which checks guards and may compile again.
 
     Args:
-        graph: what torch.compile returned.
-        bucket: the numbers of tokens that it is made for.
-        fixed: what follows the operands of a call: the bias, the adapters' slices, the weight.
+        graph: returned by torch.compile.
+        bucket: the first and the last number of tokens that the graph serves.
+        fixed: the operands that follow those of a call: bias, adapters' slices, weight.
     """
 
     graph: Callable[..., Tensor]
@@ -121,12 +121,11 @@ def plan(
 
     Args:
         x: ``[tokens, in_features]``, at least one token.
-        weight: what ``prepare`` returned.
+        weight: returned by ``prepare``.
         slices: the adapters, by slice of the outputs.
         adapter_ids: int ``[tokens]``; needed with slices.
-        bias: ``[out_features]`` or None. What is written to it later is read only if it is
-            contiguous.
-        formulation: the one to use; None for the one that ``choose`` returns.
+        bias: ``[out_features]`` or None. Later writes to it are read only if it is contiguous.
+        formulation: the formulation to use; None for that of ``choose``.
 
     Returns:
         ``entry(x, adapter_ids)``, which returns the layer's result.
@@ -155,7 +154,7 @@ def plan(
 def plan_terms(
     base: Tensor, x: Tensor, slices: Sequence[PreparedSlice], adapter_ids: Tensor
 ) -> Entry:
-    """Return the entry of ``add_terms`` on a base that was computed elsewhere.
+    """Return the entry of ``add_terms`` on a base that another kernel computed.
 
     Args:
         base: ``[tokens, out_features]``, at least one token.
@@ -216,7 +215,7 @@ def _entry(
 
 
 def _sharing(tensors: Sequence[Tensor]) -> Hashable:
-    """Return which tensors are the same object: a graph of them has fewer inputs."""
+    """Return which tensors are the same object: their graph has fewer inputs."""
     identities = list(map(id, tensors))
     if len(set(identities)) == len(identities):
         return None

@@ -1,1 +1,1 @@
-"""A weight in memory: each layout holds the checkpoint's bits once, in an order for kernels."""
+"""Layouts of a weight in memory: each holds the checkpoint's bits once, as kernels read them."""

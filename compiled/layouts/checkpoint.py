@@ -1,4 +1,4 @@
-"""The checkpoint's own tensors as a layout: it holds everything that the others cannot."""
+"""The checkpoint's own tensors as a layout: it holds every weight that the others cannot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CheckpointWeight(PreparedWeight):
     """The checkpoint's own tensors.
 
     Args:
-        weight: those tensors.
+        weight: the tensors.
     """
 
     weight: PackedWeight
@@ -31,22 +31,22 @@ class CheckpointWeight(PreparedWeight):
 
     @property
     def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype that weights are rounded in."""
+        """The dtype that dense weights are rounded to."""
         return self.weight.scale.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of the tensors."""
         return self.weight.packed.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors together."""
+        """The bytes of all tensors together."""
         return self.weight.nbytes
 
     @property
     def tile(self) -> int:
-        """All rows at once: blocks of rows share scales, zero-points share words."""
+        """All rows: blocks of rows may share scales, and zero-points share words."""
         return self.out_features
 
     def packed_weight(self) -> PackedWeight:
@@ -54,7 +54,7 @@ class CheckpointWeight(PreparedWeight):
         return self.weight
 
     def packed_rows(self, start: int, stop: int) -> Tensor:
-        """Return the checkpoint's words of some rows."""
+        """Return the checkpoint's words of rows ``start`` to ``stop``."""
         return self.weight.packed[start:stop]
 
     def with_words(self, packed: Tensor) -> PackedWeight:

@@ -1,15 +1,15 @@
-"""The checkpoint's words with the codes of a group in another order: the same bytes, interleaved.
+"""The checkpoint's words with the codes of each group in another order: as many bytes, interleaved.
 
 A group of g columns has g/8 words. In a checkpoint, nibble j of word w is column 8 w + j of the
 group; here it is column j g/8 + w. So the same nibble of consecutive words, which vector
-instructions take at a time, multiplies consecutive columns of x, and decoding a row needs no
-shuffle. x falls into eight contiguous planes for each group, one for each nibble.
+instructions process together, multiplies consecutive columns of x, and decoding a row needs no
+shuffle. For each group, x splits into eight contiguous planes, one for each nibble.
 
-The zero-points of eight rows are one word of a checkpoint; here they are two 16-bit numbers, the
-first four rows in the first. A GPU kernel then loads each number once for a group; 32-bit words
-Triton would copy through shared memory, one copy for every word of the group.
+A word of a checkpoint holds the zero-points of eight rows; here two 16-bit numbers hold them, the
+first number those of the first four rows. A GPU kernel then loads each number once for a group;
+Triton would copy 32-bit words through shared memory, one copy for every word of the group.
 
-The columns of a ``g_idx`` with balanced groups are sorted by group first; x is then gathered.
+With a ``g_idx`` of balanced groups, columns are first sorted by group, and x is gathered to match.
 
 Source: ``docs/format.md`` for the codes; the order is this project's own.
 """
@@ -27,13 +27,13 @@ from int4_lora.reference import PackedWeight, pack, unpack
 __all__ = ["EXPONENT_OF_ONE", "NIBBLES", "InterleavedWeight", "refuses"]
 
 EXPONENT_OF_ONE = 0x3F800000  # the exponent bits of 1.0 in float32
-NIBBLES = 8  # codes of a word
-ZEROS = 4  # zero-points of a 16-bit number
+NIBBLES = 8  # codes per word
+ZEROS = 4  # zero-points per 16-bit number
 
 
 @dataclass(frozen=True, eq=False)
 class InterleavedWeight(PreparedWeight):
-    """An INT4 weight of one scale per row or per group of columns, interleaved.
+    """An interleaved INT4 weight with one scale per row or per group of columns.
 
     Args:
         words: int32 ``[out_features, in_features / 8]``, interleaved within each group.
@@ -41,8 +41,8 @@ class InterleavedWeight(PreparedWeight):
         shape: ``(out_features, in_features)``.
         zero_point: int16 ``[2 ceil(out_features / 8), groups]``, four rows in each number, or None.
         g_idx: as in the checkpoint, or None.
-        order: int32 ``[in_features]``, the column of x that each column here multiplies, or None
-            where they are the same.
+        order: int32 ``[in_features]``, the column of x that each column here multiplies, or None if
+            both are in the same order.
         group_size: as in the checkpoint's ``PackedWeight``.
         exponent: on a GPU int32 ``[out_features]``, all ``EXPONENT_OF_ONE``; else None.
     """
@@ -58,7 +58,7 @@ class InterleavedWeight(PreparedWeight):
 
     @classmethod
     def from_packed(cls, weight: PackedWeight) -> InterleavedWeight:
-        """Interleave a weight that ``refuses`` accepts."""
+        """Interleave a weight for which ``refuses`` returns None."""
         order = None
         if weight.g_idx is not None and not weight.column_order:
             order = torch.argsort(weight.g_idx, stable=True)
@@ -83,37 +83,37 @@ class InterleavedWeight(PreparedWeight):
 
     @property
     def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype that weights are rounded in."""
+        """The dtype that dense weights are rounded to."""
         return self.scale.dtype
 
     @property
     def groups(self) -> int:
-        """Groups of a row."""
+        """The groups per row."""
         return self.scale.shape[1]
 
     @property
     def words_of_a_group(self) -> int:
-        """Words that a group of a row fills."""
+        """The words that a group of a row fills."""
         return self.words.shape[1] // self.groups
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of the tensors."""
         return self.words.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors together."""
+        """The bytes of all tensors together."""
         tensors = (self.words, self.scale, self.zero_point, self.g_idx, self.order, self.exponent)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
     def tile(self) -> int:
-        """Rows whose zero-points fill words."""
+        """The rows whose zero-points fill a word of the checkpoint."""
         return NIBBLES
 
     def packed_rows(self, start: int, stop: int) -> Tensor:
-        """Return the checkpoint's words of some rows."""
+        """Return the checkpoint's words of rows ``start`` to ``stop``."""
         codes = unpack(self.words[start:stop], self.in_features)
         words = codes.view(stop - start, self.groups, -1, NIBBLES)
         codes = words.transpose(2, 3).reshape(codes.shape)
@@ -131,11 +131,11 @@ class InterleavedWeight(PreparedWeight):
         )
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Return x with its columns in the order of this weight."""
+        """Return x with its columns in this weight's order."""
         return x if self.order is None else x.index_select(1, self.order)
 
     def zeros(self, start: int, stop: int) -> Tensor | None:
-        """Return the zero-points of some rows: int32 ``[stop - start, groups]``, or None."""
+        """Return the zero-points of rows: int32 ``[stop - start, groups]``, or None."""
         if self.zero_point is None:
             return None
         row = torch.arange(start, stop, dtype=torch.int32, device=self.device)
@@ -149,7 +149,7 @@ class InterleavedWeight(PreparedWeight):
         return _exponents(self.out_features, self.device)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return rows of the dense weight, columns in this weight's order."""
+        """Return rows of the dense weight, with columns in this weight's order."""
         words = self.words[start:stop].view(stop - start, self.groups, 1, -1)
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.device)[:, None]
         codes = ((words >> shifts) & 15) - 8  # [rows, groups, 8, words of a group]
@@ -176,7 +176,7 @@ def _exponents(rows: int, device: torch.device) -> Tensor:
 
 
 def refuses(weight: PackedWeight) -> str | None:
-    """Return why a weight cannot be interleaved, or None."""
+    """Return why a weight cannot be interleaved, or None if it can."""
     if weight.bits != 4:
         return f"{weight.bits} bits"
     if weight.strategy not in ("channel", "group"):

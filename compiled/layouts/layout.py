@@ -1,8 +1,8 @@
-"""What a layout is: a weight's bits, once, in the order that kernels read.
+"""The interface of a layout, which holds a weight's bits once, in the order that kernels read.
 
-Three layouts exist, each in a file of its own: ``Int4PackWeight`` for torch's CPU operator,
-``InterleavedWeight`` for kernels on words, and ``CheckpointWeight``, the checkpoint's own tensors,
-for everything else. Each gives the checkpoint's tensors back, bit for bit.
+There are three layouts, each in a file of its own: ``Int4PackWeight`` for torch's CPU operator,
+``InterleavedWeight`` for kernels that read words, and ``CheckpointWeight``, the checkpoint's own
+tensors, for everything else. Each returns the checkpoint's tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from int4_lora.reference import PackedWeight
 
 __all__ = ["PreparedWeight", "in_blocks"]
 
-BLOCK_ROWS = 64  # converted at a time; a multiple of every layout's blocks
+BLOCK_ROWS = 64  # rows converted at a time; a multiple of every layout's blocks
 BESIDE_THE_WORDS = ("scale", "zero_point", "g_idx")
 
 
@@ -32,7 +32,7 @@ def _blocks(rows: int) -> Iterator[tuple[int, int]]:
 def in_blocks(rows: int, convert: Callable[[int, int], Tensor]) -> Tensor:
     """Return ``convert(start, stop)`` of all rows, called for one block of rows at a time.
 
-    Converting widens 4-bit codes to 32 bits: 8 times the size of the rows.
+    Converting widens 4-bit codes to 32 bits, so all rows at once would take 8 times their size.
 
     Args:
         rows: the number of rows.
@@ -50,30 +50,30 @@ def in_blocks(rows: int, convert: Callable[[int, int], Tensor]) -> Tensor:
 
 
 class PreparedWeight(ABC):
-    """An INT4 weight as ``prepare`` laid it out, which formulations read."""
+    """An INT4 weight in the layout that ``prepare`` chose, as formulations read it."""
 
     shape: tuple[int, int]
     scale_dtype: torch.dtype
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight."""
+        """The rows of the weight."""
         return self.shape[0]
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """The columns of the weight."""
         return self.shape[1]
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of the tensors."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of all its tensors together."""
+        """The bytes of all tensors together."""
 
     def packed_weight(self) -> PackedWeight:
         """Return the checkpoint's tensors, bit for bit."""
@@ -81,7 +81,7 @@ class PreparedWeight(ABC):
 
     @abstractmethod
     def packed_rows(self, start: int, stop: int) -> Tensor:
-        """Return the checkpoint's words of some rows.
+        """Return the checkpoint's words of rows ``start`` to ``stop``.
 
         Args:
             start: the first row, a multiple of ``tile``.
@@ -96,7 +96,7 @@ class PreparedWeight(ABC):
         """Return the checkpoint's other tensors, bit for bit, with these words."""
 
     def holds(self, weight: PackedWeight) -> bool:
-        """Return whether ``packed_weight`` returns these very bits; compares block by block."""
+        """Return whether ``packed_weight`` returns exactly these bits; compare block by block."""
         held = self.with_words(weight.packed)
         if (held.shape, held.bits, held.strategy) != (weight.shape, weight.bits, weight.strategy):
             return False
@@ -118,7 +118,7 @@ class PreparedWeight(ABC):
         Args:
             start: the first row.
             stop: the row after the last.
-            dtype: what to cast to.
+            dtype: the dtype to cast to.
 
         Returns:
             ``[stop - start, in_features]``.
@@ -126,19 +126,19 @@ class PreparedWeight(ABC):
 
     @cached_property
     def signature(self) -> tuple[object, ...]:
-        """What graphs are specialised on: shapes, strides, dtypes and static fields, no values."""
+        """What graphs are specialised on: shapes, strides, dtypes, static fields, not values."""
         fields = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return (type(self), *(_described(field) for field in fields))
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors, in the order of the fields."""
+        """The tensors, in the order of the fields."""
         return tuple(_tensors(self))
 
     @property
     @abstractmethod
     def tile(self) -> int:
-        """The number of rows whose multiples ``rows`` should be asked for."""
+        """The number of rows such that ``rows`` should start and stop at its multiples."""
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -152,7 +152,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _described(value: object) -> object:
-    """Return a field as part of a signature."""
+    """Return the part of a signature that describes a field."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, value.device)
     if isinstance(value, PackedWeight):
