@@ -39,12 +39,12 @@ __all__ = [
     "spread",
 ]
 
-GATHERED_TOKENS = {  # the most that are gathered: at any rank (a bucket's end), at unrolled ranks
+GATHERED_TOKENS = {  # the most tokens to gather: at any rank (a bucket's end), at unrolled ranks
     "cpu": (24, 2**31),
     "cuda": (64, 64),
 }
 UNROLLED_RANK = 64  # the largest rank over which the sum is written out step by step
-MASKED_RANKS = 256  # the most adapters x rank that several adapters are masked for
+MASKED_RANKS = 256  # the most adapters x rank to mask; a single adapter may exceed it
 BLOCK_TOKENS = {"cpu": 16, "cuda": 32}  # rows per block; not measured on a GPU
 
 

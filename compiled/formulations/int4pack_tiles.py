@@ -53,7 +53,7 @@ class Tile:
 
 
 def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
-    """Return ``x W^T`` in x's dtype, some rows of W at a time.
+    """Return ``x W^T`` in x's dtype, computed tile by tile of rows.
 
     Args:
         x: ``[tokens, in_features]``.
@@ -177,7 +177,7 @@ def _multiplied(x: Tensor, parts: Tensor) -> Tensor:
 
 
 def _in_order(product: Tensor, block: int) -> Tensor:
-    """Return outputs in the order of ``paired`` put into the order of rows."""
+    """Return the outputs of whole blocks in the order of rows, given in that of ``paired``."""
     tokens, outputs = product.shape
     pairs = product.view(tokens, outputs // block, block // 2, 2)
     return pairs.transpose(2, 3).reshape(product.shape)

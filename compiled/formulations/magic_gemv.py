@@ -85,7 +85,7 @@ def _launch(weight: InterleavedWeight, tokens: int) -> Launch:
     if weight.zero_point is None or weight.groups == 1:
         return ONE_TOKEN
     words = ONE_TOKEN_ASYMMETRIC.words
-    masked = words_of_whole_blocks(weight, words) % words != 0  # spills, too
+    masked = words_of_whole_blocks(weight, words) % words != 0  # then it spills, too
     return ONE_TOKEN if masked else ONE_TOKEN_ASYMMETRIC
 
 

@@ -155,7 +155,7 @@ def compile_graph(
         tensors: the tensors among the operands and inside them, in the order of ``places``.
     """
     plain = _is_plain(operands)
-    bounded = bucket[1] < MOST_TOKENS  # else guards hold the upper end
+    bounded = bucket[1] < MOST_TOKENS  # else only guards know the upper end
     under_modes = _C._len_torch_function_stack() + _C._len_torch_dispatch_stack() > 0
     calls: list[tuple[Any, tuple[int, ...]]] = []
 
