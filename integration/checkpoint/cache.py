@@ -1,4 +1,4 @@
-"""Dense weights kept for reuse, within a budget of bytes; the least recently used go first."""
+"""Cache dense weights within a budget of bytes, evicting the least recently used first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["UnpackedWeightCache"]
 
 
 class _Entry(NamedTuple):
-    """A dense weight, and the state for which it is right."""
+    """A dense weight, and the state of its packed weight and of itself for which it is valid."""
 
     weight: weakref.ref[PackedWeight]
     source: tuple[int, ...]
@@ -24,15 +24,15 @@ class _Entry(NamedTuple):
 
 
 class UnpackedWeightCache:
-    """Dense weights by the packed weight they came from, at most ``max_bytes`` of them.
+    """A cache of dense weights by packed weight, of at most ``max_bytes``.
 
     A dense weight is returned again only for the same ``PackedWeight`` object, and only while
     neither its tensors nor the dense tensor have been written to: PyTorch counts the writes. After
-    a write that it cannot count (through ``.data``, NumPy or another process) call ``discard``.
-    Weights with tensors made in inference mode, or that require gradients, are never kept, because
-    PyTorch does not count all writes to them (fused optimizers); nor is a dense tensor that is
-    larger than the budget. What is evicted or cleared is freed as soon as no caller holds it. All
-    methods may be called from any thread.
+    a write that PyTorch cannot count (through ``.data``, NumPy or another process), call
+    ``discard``. Weights with tensors made in inference mode, or that require gradients, are never
+    kept, because PyTorch does not count all writes to them (fused optimizers); nor is a dense
+    tensor that is larger than the budget. An evicted or cleared tensor is freed as soon as no
+    caller holds it. All methods may be called from any thread.
 
     Args:
         max_bytes: the most bytes of dense tensors to keep; 0 keeps none.
@@ -62,7 +62,7 @@ class UnpackedWeightCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the dense tensors that are kept now."""
+        """The bytes of the dense tensors in the cache."""
         with self._lock:
             return self._total()
 
@@ -71,7 +71,7 @@ class UnpackedWeightCache:
             return len(self._entries)
 
     def __contains__(self, weight: object) -> bool:
-        """Return whether a dense tensor of that very weight is kept, of whatever dtype."""
+        """Return whether a dense tensor of this ``PackedWeight`` object is kept, in any dtype."""
         with self._lock:
             return any(key[0] == id(weight) for key in list(self._entries))
 
@@ -80,14 +80,14 @@ class UnpackedWeightCache:
 
         Args:
             weight: the packed weight.
-            dtype: of the result; None means the scale's dtype.
+            dtype: the dtype of the result; None means the scale's dtype.
 
         Returns:
-            ``[out_features, in_features]``; shared with every caller, so do not write to it (a
-            write is noticed, and the next caller gets a new tensor).
+            ``[out_features, in_features]``; do not write to it, because all callers share it
+            (after a write, the next caller gets a new tensor).
 
         Raises:
-            TypeError: ``weight`` is no PackedWeight, or ``dtype`` not a float dtype.
+            TypeError: ``weight`` is not a PackedWeight, or ``dtype`` is not a float dtype.
         """
         if not isinstance(weight, PackedWeight):
             raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
@@ -102,7 +102,7 @@ class UnpackedWeightCache:
         with self._lock:
             kept = self._find(key, weight)
             if kept is not None:
-                return kept  # another thread was first: all callers share one tensor
+                return kept  # another thread stored it meanwhile: all callers share one tensor
             if source is None or source != _fingerprint(weight):
                 return dense  # untracked, or written to while it was unpacked
             if dense.nbytes > self.max_bytes:
@@ -115,13 +115,13 @@ class UnpackedWeightCache:
         return dense
 
     def discard(self, weight: PackedWeight) -> None:
-        """Forget what was made from ``weight``; nothing happens if there is nothing."""
+        """Drop the dense tensors of ``weight``, if the cache holds any."""
         with self._lock:
             for key in [key for key in list(self._entries) if key[0] == id(weight)]:
                 self._entries.pop(key, None)
 
     def clear(self) -> None:
-        """Forget everything, and give the memory back."""
+        """Drop every dense tensor."""
         with self._lock:
             self._entries.clear()
 
@@ -143,7 +143,7 @@ class UnpackedWeightCache:
 
 
 def _fingerprint(weight: PackedWeight) -> tuple[int, ...] | None:
-    """Return where the weight's tensors are and how often they were written; None if unknown."""
+    """Return the address and number of writes of each of the weight's tensors; None if unknown."""
     tensors = (weight.packed, weight.scale, weight.zero_point, weight.g_idx)
     present = [tensor for tensor in tensors if tensor is not None]
     if any(tensor.is_inference() or tensor.requires_grad for tensor in present):

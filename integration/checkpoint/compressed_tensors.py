@@ -1,4 +1,4 @@
-"""compressed-tensors' own decompression, to compare ours with.
+"""Decompress modules with compressed-tensors, to compare our result with its result.
 
 Source: ``compressed_tensors/compressors/pack_quantized/base.py``.
 """
@@ -27,26 +27,27 @@ __all__ = [
 
 
 def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return the dense weight of one module as compressed-tensors itself computes it.
+    """Return the dense weight of one module as compressed-tensors computes it.
 
     Args:
         checkpoint: an open checkpoint.
-        name: one of its quantised modules.
+        name: the name of a quantised module.
 
     Returns:
         ``[out_features, in_features]`` in the scale's dtype.
 
     Raises:
         ImportError: compressed-tensors is not installed.
-        ValueError: no such module or tensor, or a file that cannot be read.
-        Exception: whatever compressed-tensors raises.
+        KeyError: the module is not quantised.
+        ValueError: a file cannot be read.
+        Exception: any exception that compressed-tensors raises.
     """
     scheme = upstream_scheme(checkpoint.schemes[name])
     return decompress_tensors(stored_tensors(checkpoint, name), scheme)
 
 
 def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """Return the tensors of one module by their name within it."""
+    """Return the tensors of one module, by the last part of their names."""
     return {
         part: checkpoint.tensor(f"{name}.{part}")
         for part in PARTS
@@ -55,7 +56,7 @@ def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 
 def decompress_tensors(tensors: Mapping[str, Tensor], scheme: Any) -> Tensor:
-    """Return what compressed-tensors makes of one module's tensors under its own scheme."""
+    """Decompress one module's tensors with compressed-tensors, given its ``QuantizationScheme``."""
     base = import_upstream("compressors.pack_quantized.base")
     compressor = base.PackedQuantizationCompressor
     dense: Tensor = compressor.decompress(dict(tensors), scheme)["weight"]
@@ -63,11 +64,11 @@ def decompress_tensors(tensors: Mapping[str, Tensor], scheme: Any) -> Tensor:
 
 
 def upstream_scheme(scheme: Scheme) -> Any:
-    """Return a scheme as compressed-tensors' own ``QuantizationScheme``.
+    """Convert a scheme to compressed-tensors' ``QuantizationScheme``.
 
     Raises:
         ImportError: compressed-tensors is not installed.
-        ValueError: compressed-tensors does not take it.
+        ValueError: compressed-tensors rejects the scheme.
     """
     upstream = import_upstream("quantization")
     blocks = list(scheme.group_size) if isinstance(scheme.group_size, tuple) else None
@@ -84,10 +85,10 @@ def upstream_scheme(scheme: Scheme) -> Any:
 
 
 def import_upstream(module: str) -> Any:
-    """Return a module of compressed-tensors.
+    """Import a module of compressed-tensors.
 
     Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
+        ImportError: compressed-tensors is not installed; the message names the extra to install.
     """
     try:
         return importlib.import_module(f"compressed_tensors.{module}")
@@ -97,17 +98,17 @@ def import_upstream(module: str) -> Any:
 
 
 def upstream_version() -> str:
-    """Return the version of compressed-tensors that is installed and can be imported.
+    """Return the version of the installed compressed-tensors, after importing it.
 
     Raises:
-        ImportError: there is none.
+        ImportError: compressed-tensors cannot be imported.
     """
     import_upstream("quantization")
     return version("compressed-tensors")
 
 
 def module_tensors(checkpoint: Checkpoint, name: str) -> list[str]:
-    """Return the names, within a module of any format, of the tensors that hold its weight."""
+    """Return the last parts of the names of the tensors that hold a module's weight, any format."""
     start = f"{name}."
     return sorted(
         full.removeprefix(start)
@@ -121,11 +122,11 @@ def decompress_module(checkpoint: Checkpoint, name: str) -> Tensor:
 
     Args:
         checkpoint: an open checkpoint.
-        name: one of its quantised modules.
+        name: the name of a quantised module.
 
     Raises:
-        ValueError: the installed compressed-tensors cannot decompress the format; the message
-            names the module.
+        ValueError: the installed compressed-tensors cannot decompress the module; the message names
+            the module.
     """
     scheme = checkpoint.schemes[name]
     where = f"{checkpoint.path}: {name}"
@@ -136,7 +137,7 @@ def decompress_module(checkpoint: Checkpoint, name: str) -> Tensor:
         base = import_upstream("compressors").BaseCompressor
         compressor = base.get_value_from_registry(scheme.format)
         dense: Tensor = compressor.decompress(tensors, upstream_scheme(scheme))["weight"]
-    except Exception as error:  # upstream raises whatever its tensor code raises
+    except Exception as error:  # its tensor code can raise any exception
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{where}: compressed-tensors cannot decompress it: {why}") from error
     return dense

@@ -1,4 +1,4 @@
-"""Find a checkpoint by its name on the Hugging Face hub: in the local cache, or by download.
+"""Find a checkpoint by its Hugging Face hub name, in the local cache or by download.
 
 Source: ``huggingface_hub.snapshot_download``, https://huggingface.co/docs/huggingface_hub.
 """
@@ -22,8 +22,9 @@ NEEDED = ["*.json", "*.safetensors"]  # never pickles
 def local_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder that ``path`` names; download it if it is a model on the hub.
 
-    A folder that exists is returned as it is. Otherwise ``owner/name`` is looked up in the hub's
-    local cache, and then downloaded with a progress bar unless ``HF_HUB_OFFLINE`` is set.
+    An existing folder is returned unchanged. Otherwise ``owner/name`` is looked up in the hub's
+    local cache; if it is not there, it is downloaded with a progress bar, unless ``HF_HUB_OFFLINE``
+    is set.
 
     Args:
         path: a folder, or ``owner/name``.
@@ -32,8 +33,9 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         The folder, which exists.
 
     Raises:
-        FileNotFoundError: neither a folder, nor a model in the cache or that can be downloaded.
-        ImportError: ``path`` is a name and huggingface_hub is not installed.
+        FileNotFoundError: ``path`` is not a folder, and the model is neither in the cache nor can
+            it be downloaded.
+        ImportError: ``path`` is a hub name, and huggingface_hub is not installed.
 
     Example:
         >>> local_folder(".")
@@ -62,7 +64,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         pass
     try:
         return Path(hub.snapshot_download(name, allow_patterns=NEEDED))
-    except Exception as error:  # the network, the hub and its client each have their own
+    except Exception as error:  # the network, the hub and its client raise different exceptions
         detail = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise FileNotFoundError(
             f"{name} is no folder, not in the hub's cache, and cannot be downloaded: {detail}"
@@ -70,7 +72,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether a snapshot has all files; other tools download config.json alone."""
+    """Return whether a snapshot has all files; some tools download config.json alone."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / INDEX_FILE

@@ -1,6 +1,6 @@
 """Describe a checkpoint, module by module, and check whether adapters fit it.
 
-Only headers and scales are read, so that a model of any size takes seconds.
+Only headers and scales are read, so even a large model takes seconds.
 
 Source: ``docs/format.md``.
 """
@@ -32,19 +32,19 @@ class ModuleReport:
     """One quantised module.
 
     Args:
-        name: its name.
+        name: the module's name.
         format: compressed-tensors' name of the format.
         bits: bits of a code.
         strategy: which weights share a scale.
         group_size: columns of a group, (rows, columns) of a block, or None.
-        symmetric: whether there are no zero-points.
-        g_idx: whether columns have groups of their own order.
-        scale_dtype: the header's name of the scale's dtype.
+        symmetric: whether the weight has no zero-points.
+        g_idx: whether the module has a ``weight_g_idx``.
+        scale_dtype: the safetensors name of the scale's dtype.
         shape: ``[out_features, in_features]``.
-        nbytes: bytes of its tensors.
-        nan_scales: how many scales are NaN.
-        infinite_scales: how many scales are infinite.
-        zero_scales: how many scales are zero.
+        nbytes: bytes of the module's tensors.
+        nan_scales: the number of scales that are NaN.
+        infinite_scales: the number of scales that are infinite.
+        zero_scales: the number of scales that are zero.
         packed: whether this package reads the module, so that an adapter can target it.
     """
 
@@ -70,7 +70,7 @@ class ModuleReport:
 
     @property
     def kind(self) -> str:
-        """The name with layer numbers left out, the same for all layers of a stack."""
+        """The module's name without its layer number, the same for all layers of a stack."""
         return LAYER.sub(".*", self.name)
 
 
@@ -79,9 +79,9 @@ class AdapterReport:
     """One adapter, and whether it fits the checkpoint.
 
     Args:
-        path: its folder.
-        base: the model that its config says it was made for, or None.
-        targets: how many layers it targets, by the last part of their names.
+        path: the adapter's folder.
+        base: the base model that the adapter's config names, or None.
+        targets: the number of layers it targets, by the last part of their names.
         ranks: the ranks of its layers.
         scalings: the scalings of its layers.
         fault: why it does not fit, or None.
@@ -97,13 +97,13 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A whole checkpoint, and adapters for it.
+    """The description of a checkpoint, and of adapters for it.
 
     Args:
         path: the checkpoint's folder.
-        modules: its quantised modules.
-        dense_tensors: how many other tensors it has.
-        dense_bytes: their bytes.
+        modules: the quantised modules.
+        dense_tensors: the number of other tensors.
+        dense_bytes: the bytes of the other tensors.
         lora_targets: the last parts of the names of modules that adapters can target.
         adapters: the adapters.
     """
@@ -133,15 +133,13 @@ def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspect
         The description.
 
     Raises:
-        ValueError: a file that cannot be read, or a module without scale or shape.
+        ValueError: a file cannot be read, or a module has no scale or shape.
 
     Example:
         >>> report = inspect(open_checkpoint("my-model-W4A16"))  # doctest: +SKIP
         >>> report.lora_targets  # doctest: +SKIP
         ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
 
-    Source:
-        ``docs/commands/inspect.md``.
     """
     modules = [_module(checkpoint, name) for name in checkpoint.modules()]
     described = {
@@ -188,7 +186,7 @@ def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
-    """Return the dense shape, from weight_shape or from the tensor that has it."""
+    """Return the dense shape, from weight_shape or from the shape of the stored weight."""
     if f"{name}.weight_shape" in checkpoint.tensors:
         return list(checkpoint.shape_of(name))
     if f"{name}.weight" in checkpoint.tensors:
@@ -204,7 +202,7 @@ def _nbytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _special_scales(scale: Tensor) -> tuple[int, int, int]:
-    """Return how many scales are NaN, infinite and zero; mostly one pass shows that none is."""
+    """Return how many scales are NaN, infinite and zero, usually in a single pass."""
     if not scale.is_floating_point() or scale.element_size() == 1 or scale.numel() == 0:
         return 0, 0, 0  # float8 and integer exponents have neither infinities nor a cheap test
     integer, magnitude, infinity = {

@@ -21,8 +21,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
         The object.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: it is not UTF-8, not JSON, not an object, or larger than 32 MiB.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8, not JSON, not an object, or larger than 32 MiB.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there")

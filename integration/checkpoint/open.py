@@ -1,4 +1,4 @@
-"""Open INT4 checkpoints of compressed-tensors; only headers are read until a tensor is needed.
+"""Open INT4 checkpoints of compressed-tensors; tensors are read only when requested.
 
 Source: the ``pack-quantized`` format of compressed-tensors; ``docs/format.md``.
 """
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """The part of the config that describes the quantisation."""
+        """The part of ``config.json`` that describes the quantisation."""
         return read_quantization(self.path / "config.json", self.config)
 
     def modules(self) -> list[str]:
@@ -77,21 +77,21 @@ class Checkpoint:
             name: the tensor's full name.
 
         Returns:
-            The tensor, on the CPU, in the dtype and shape it is stored in.
+            The tensor, on the CPU, in its stored dtype and shape.
 
         Raises:
-            ValueError: no such tensor, or a file that cannot be read.
+            ValueError: the tensor does not exist, or its file cannot be read.
         """
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor named {name!r}")
-        inside(self.path, self.tensors[name].file.name)  # it may have become a link meanwhile
+        inside(self.path, self.tensors[name].file.name)  # a link may have replaced the file
         return read_tensor(self.tensors[name], name)
 
     def shape_of(self, name: str) -> tuple[int, int]:
-        """Return ``(out_features, in_features)`` of a quantised module, as ``weight_shape`` says.
+        """Return a quantised module's ``weight_shape``: ``(out_features, in_features)``.
 
         Raises:
-            ValueError: no such tensor, or one that does not hold two positive int64.
+            ValueError: ``weight_shape`` is missing, or does not hold two positive int64.
         """
         full = f"{name}.weight_shape"
         if full not in self.tensors:
@@ -115,12 +115,12 @@ class Checkpoint:
             name: the module's full name, one of ``modules()``.
 
         Returns:
-            The checkpoint's tensors, unchanged.
+            The packed weight, with the checkpoint's tensors unchanged.
 
         Raises:
-            TypeError: a tensor of the wrong dtype.
-            ValueError: no such module, a module in another format, a tensor that is missing, or
-                one that contradicts the others or the config; the message names file, module and
+            TypeError: a tensor has the wrong dtype.
+            ValueError: the module does not exist or has another format, or a tensor is missing or
+                contradicts the other tensors or the config; the message names file, module and
                 rule.
         """
         return self._packed_weight(name, self.tensor)
@@ -129,8 +129,8 @@ class Checkpoint:
         """Check a quantised module by its headers and its ``weight_shape`` alone.
 
         Raises:
-            TypeError: a tensor of the wrong dtype.
-            ValueError: as ``packed_weight``, for what shapes and dtypes show.
+            TypeError: a tensor has the wrong dtype.
+            ValueError: as in ``packed_weight``, as far as shapes and dtypes show it.
         """
         self._packed_weight(name, self._described)
 
@@ -169,7 +169,7 @@ class Checkpoint:
         return weight
 
     def _described(self, name: str) -> Tensor:
-        """Return a tensor without values, as its header describes it."""
+        """Return a tensor without data, with the dtype and shape of the header."""
         stored = self.tensors[name]
         if stored.dtype not in DTYPES:
             raise ValueError(f"{stored.file}: {name}: torch cannot hold the dtype {stored.dtype}")
@@ -195,16 +195,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: the folder with ``config.json`` and the safetensors files, or the ``owner/name`` of
-            a model on the Hugging Face hub, which is downloaded unless its cache has it.
+            a model on the Hugging Face hub, which is downloaded unless it is in the hub's cache.
 
     Returns:
-        The checkpoint; no tensor is read yet.
+        The checkpoint, before any tensor is read.
 
     Raises:
-        FileNotFoundError: the folder, or a file it must have, is not there.
-        ImportError: ``path`` is a name on the hub and huggingface_hub is not installed.
-        ValueError: a file that cannot be read or is outside the folder, or a quantisation that
-            is not compressed-tensors'.
+        FileNotFoundError: the folder, or a file that it must have, does not exist.
+        ImportError: ``path`` is a name on the hub, and huggingface_hub is not installed.
+        ValueError: a file cannot be read or is outside the folder, or the quantisation is not
+            compressed-tensors'.
 
     Example:
         >>> checkpoint = open_checkpoint("my-model-W4A16")  # doctest: +SKIP

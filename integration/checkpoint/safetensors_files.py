@@ -43,11 +43,12 @@ DTYPES = {
 def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     """Read one tensor to the CPU.
 
-    The bytes are read, not mapped: page faults can cost far more, see docs/commands/inspect.md.
+    The bytes are read, not mapped, because page faults can cost far more: see
+    ``docs/commands/inspect.md``.
 
     Args:
-        stored: where it is.
-        name: its name there.
+        stored: the tensor in its file.
+        name: the tensor's name, for the messages.
 
     Raises:
         ValueError: torch has no such dtype, or the file changed since its header was read.
@@ -70,16 +71,16 @@ def read_tensor(stored: StoredTensor, name: str) -> Tensor:
 
 
 def read_rows(stored: StoredTensor, name: str, start: int, stop: int) -> Tensor:
-    """Read some rows of one tensor to the CPU.
+    """Read the rows ``[start, stop)`` of one tensor to the CPU.
 
     Args:
-        stored: where the tensor is; it has a dimension of rows.
-        name: its name there.
+        stored: the tensor in its file; its first dimension is the rows.
+        name: the tensor's name, for the messages.
         start: the first row.
         stop: the row after the last.
 
     Raises:
-        ValueError: as ``read_tensor``.
+        ValueError: as in ``read_tensor``.
     """
     rows, *others = stored.shape
     each = stored.nbytes // rows if rows else 0
@@ -99,9 +100,9 @@ def read_model_headers(folder: Path) -> dict[str, StoredTensor]:
         folder: the model's folder.
 
     Raises:
-        FileNotFoundError: neither the one file nor the index is there, or a shard is missing.
-        ValueError: a file that cannot be read or is outside the folder, or an index that does not
-            match the files.
+        FileNotFoundError: the folder has neither the single file nor the index, or lacks a shard.
+        ValueError: a file cannot be read or is outside the folder, or the index does not match the
+            files.
     """
     if (folder / SINGLE_FILE).is_file():
         return read_headers(inside(folder, SINGLE_FILE))
@@ -126,10 +127,10 @@ def read_model_headers(folder: Path) -> dict[str, StoredTensor]:
 def inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``, after checking that no link leads out of the folder.
 
-    The cache of the Hugging Face hub links its snapshots to files beside them; these are allowed.
+    Links within the Hugging Face hub's cache are allowed: its snapshots link to files beside them.
 
     Raises:
-        ValueError: a link leads elsewhere.
+        ValueError: a link leads out of the folder.
     """
     file = folder / name
     try:
@@ -158,7 +159,7 @@ def _shard_file(index: Path, folder: Path, shard: str) -> Path:
 
 
 def _fill(opened: io.RawIOBase, target: memoryview) -> bool:
-    """Read until ``target`` is full; return whether the file had that much."""
+    """Read until ``target`` is full; return whether the file had enough bytes."""
     done = 0
     while done < len(target):
         count = opened.readinto(target[done:])  # Linux reads at most 2 GiB at once

@@ -1,8 +1,9 @@
-"""Read and check the header of a safetensors file: names, dtypes, shapes and places of tensors.
+"""Read and check the header of a safetensors file: names, dtypes, shapes and offsets of tensors.
 
-A file is 8 bytes with the header's length, the header in JSON, and the tensors one after the other
-without a gap. The safetensors library maps the whole file to read a header, which fails for a file
-larger than memory and swap, and it does not tell where a tensor is; hence this reader.
+A file holds 8 bytes with the header's length, the header in JSON, and the tensors one after the
+other without a gap. This reader replaces the safetensors library, which maps the whole file to read
+a header, so that it fails for a file larger than memory and swap, and does not return the offsets
+of tensors.
 
 Source: the format's description, https://github.com/huggingface/safetensors#format.
 """
@@ -39,10 +40,10 @@ class StoredTensor:
 
     Args:
         file: the safetensors file.
-        dtype: the format's name of the dtype, for example "BF16" or "I32".
-        shape: the shape.
-        start: the first byte, from the beginning of the file.
-        nbytes: how many bytes it has.
+        dtype: the safetensors name of the dtype, for example "BF16" or "I32".
+        shape: the tensor's shape.
+        start: the offset of the tensor from the start of the file, in bytes.
+        nbytes: the size of the tensor in bytes.
         identity: device, inode, size and time of change of the file when it was opened.
     """
 
@@ -88,7 +89,7 @@ def read_headers(file: Path) -> dict[str, StoredTensor]:
 
 
 def identity_of(descriptor: int) -> Identity:
-    """Return numbers that differ between files, and change when a file is changed."""
+    """Return the device, inode, size and time of change of an open file."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

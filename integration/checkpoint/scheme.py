@@ -1,8 +1,8 @@
-"""How each module is quantised, from ``quantization_config`` in a checkpoint's config.json.
+"""Read how each module is quantised, from ``quantization_config`` in a checkpoint's config.json.
 
-Only fields that have been stable since compressed-tensors 0.9 are read; the rest is ignored. Their
-meaning is that of compressed-tensors' own classes, to which the tests compare this reading, so
-that nothing here needs compressed-tensors.
+Only fields that have been stable since compressed-tensors 0.9 are read; the rest is ignored. This
+module does not import compressed-tensors; tests compare its result with compressed-tensors'
+classes.
 
 Source: ``compressed_tensors/quantization/quant_args.py``, ``quant_scheme.py`` and
 ``quant_config.py``, 0.9 to 0.20.
@@ -58,7 +58,7 @@ STRATEGIES = ("tensor", "channel", *GROUPED, "block", "token", "attn_head")
 DYNAMIC_STRATEGIES = ("token", "tensor", *GROUPED)
 ACTORDERS = {"group": "group", "dynamic": "group", "weight": "weight", "static": "weight"}
 
-# Presets by name, as 0.20 defines them: the fields of their weights.
+# The weight fields of each preset, as compressed-tensors 0.20 defines them.
 BY_GROUP = {"strategy": "group", "group_size": 128}
 FLOAT = {"num_bits": 8, "type": "float"}
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
@@ -85,22 +85,23 @@ PRESETS: dict[str, dict[str, Any] | None] = {
     "MXFP8A16": {"num_bits": 8, **MXFP},
     "MXFP8": {"num_bits": 8, **MXFP},
 }
-WEIGHT_ONLY = re.compile(r".*A16(_ASYM)?")  # names of presets that leave activations alone
+WEIGHT_ONLY = re.compile(r".*A16(_ASYM)?")  # names of presets that do not quantise activations
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one module's weight is stored.
+    """The quantisation of one module.
 
     Args:
         format: "pack-quantized", or another of compressed-tensors' formats.
         kind: "int" or "float".
         bits: bits of a code.
-        symmetric: whether there are no zero-points.
+        symmetric: whether the weight has no zero-points.
         strategy: "tensor", "channel", "group", "block", or a strategy of another format.
         group_size: as in ``PackedWeight``: columns, (rows, columns) of a block, or None.
-        actorder: the order of columns: "group" for one with g_idx, "weight", or None.
-        activations: whether inputs or outputs are quantised too, which this package does not do.
+        actorder: the activation order: "group" with a g_idx, "weight", or None.
+        activations: whether inputs or outputs are quantised too, which this package does not
+            support.
     """
 
     format: str
@@ -118,20 +119,20 @@ def read_schemes(
 ) -> dict[str, Scheme]:
     """Return the scheme of each quantised module.
 
-    Among the targets of the config groups an exact name beats a regular expression, which beats a
-    class.
+    If several targets of the config groups match a module, an exact name takes precedence over a
+    regular expression, and a regular expression over a class.
 
     Args:
         file: config.json, for the messages.
-        config: its content.
+        config: the content of config.json.
         modules: the names of the modules whose tensors are quantised.
 
     Returns:
         The schemes by module name, in the order given.
 
     Raises:
-        ValueError: no quantization_config, one of another method or that cannot be read, or a
-            module that no group targets; the message names the field and its value.
+        ValueError: quantization_config is missing, is of another method or cannot be read, or no
+            group targets a module; the message names the field and its value.
     """
     quantization = read_quantization(file, config)
     transforms = quantization.get("transform_config")
@@ -162,10 +163,11 @@ def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any
 
     Args:
         file: config.json, for the messages.
-        config: its content.
+        config: the content of config.json.
 
     Raises:
-        ValueError: there is none, or it is of another method than compressed-tensors.
+        ValueError: config.json does not describe a quantisation, or describes another method than
+            compressed-tensors.
     """
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
@@ -185,7 +187,7 @@ def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def read_actorder(value: object) -> str | None:
-    """Return "group" for columns ordered by activation, "weight" or None for others.
+    """Return an ``actorder`` field as "group", "weight" or None.
 
     Example:
         >>> [read_actorder(value) for value in ("dynamic", "static", True, None)]
@@ -202,7 +204,7 @@ def check_strategy(scheme: Scheme, weight: PackedWeight) -> None:
     """Check that a weight's tensors have the strategy that the config states.
 
     Raises:
-        ValueError: they have another one.
+        ValueError: the tensors have another strategy.
     """
     one_group = scheme.strategy == "group" and weight.strategy == "channel"
     if weight.strategy != scheme.strategy and not one_group:
@@ -213,12 +215,12 @@ def check_strategy(scheme: Scheme, weight: PackedWeight) -> None:
 
 
 def _read_group(name: str, group: object, common_format: object) -> Scheme | None:
-    """Return what a config group says of weights, or None if it leaves them alone.
+    """Return the scheme of a config group, or None if the group does not quantise weights.
 
     Args:
-        name: its name; that of a preset where the group is a list of targets.
-        group: as config.json has it.
-        common_format: the format of groups that have none of their own.
+        name: the group's name; the preset's name if the group is a list of targets.
+        group: the group's value in config.json.
+        common_format: the format of groups without a ``format`` field.
     """
     own_format = None
     if isinstance(group, list):
@@ -319,6 +321,6 @@ def _choice(weights: Mapping[str, Any], field: str, choices: tuple[str, ...]) ->
 
 
 def _given(weights: Mapping[str, Any], field: str, default: Any) -> Any:
-    """Return a field's value; null means the default, as if the field were missing."""
+    """Return a field's value, or the default if the field is missing or null."""
     value = weights.get(field)
     return default if value is None else value

@@ -1,6 +1,7 @@
 """Match modules to config groups, in the order in which compressed-tensors tries targets.
 
-Its own function needs the model, to see the classes of modules; a checkpoint has names only.
+compressed-tensors' ``match_targets`` needs the model for the classes of modules; a checkpoint has
+only their names.
 
 Source: ``match_targets`` in ``compressed_tensors/utils/match.py``.
 """
@@ -22,8 +23,8 @@ def compile_targets(
 ) -> list[tuple[str, re.Pattern[str]]]:
     """Return (group, pattern of a module's name) in the order in which to try them.
 
-    Exact names come first, then regular expressions in the order of their text, then classes, as in
-    compressed-tensors.
+    As in compressed-tensors, exact names come first, then regular expressions in alphabetical
+    order, then classes.
 
     Args:
         file: config.json, for the messages.

@@ -35,14 +35,14 @@ def unpack_int4_weights(
             dim 0 (int8 ``[1]`` for one scale), or None for a symmetric weight.
         g_idx: ``weight_g_idx``, int32 ``[in_features]``, or None.
         shape: ``weight_shape``, ``(out_features, in_features)`` or a checkpoint's int64 tensor.
-        dtype: of the result; the weight is rounded in the scale's dtype first.
+        dtype: the dtype of the result; the weight is first rounded to the scale's dtype.
 
     Returns:
         ``[out_features, in_features]`` in ``dtype``.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: tensors that contradict each other; the message names the tensor.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: tensors contradict each other; the message names the tensor.
 
     Example:
         >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)

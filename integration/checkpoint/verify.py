@@ -1,4 +1,4 @@
-"""Compare every module with compressed-tensors' own decompression, bit for bit.
+"""Compare every module with compressed-tensors' decompression, bit for bit.
 
 Source: ``docs/format.md`` for the known faults.
 """
@@ -31,11 +31,11 @@ class Finding:
     """The result for one module.
 
     Args:
-        name: the module.
-        verdict: "same"; "upstream_wrong" if compressed-tensors returns what a known mistake
-            returns; "different" if it returns anything else; "unreadable" if the tensors
-            contradict each other; "not_int4" for a format that is not compared.
-        detail: why, in words; empty for "same".
+        name: the module's name.
+        verdict: "same" if the bits are equal; "upstream_wrong" if compressed-tensors fails or makes
+            a known mistake; "different" if its bits differ otherwise; "unreadable" if the tensors
+            cannot be read or contradict each other; "not_int4" for a format that is not compared.
+        detail: the reason for the verdict; empty for "same".
     """
 
     name: str
@@ -73,7 +73,7 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
     ours = dequantize(weight)
     try:
         theirs = decompress_tensors(tensors, upstream_scheme(checkpoint.schemes[name]))
-    except Exception as error:  # whatever its tensor code raises
+    except Exception as error:  # its tensor code can raise any exception
         detail = f"compressed-tensors cannot decompress it: {type(error).__name__}: {error}"
         return Finding(name, "upstream_wrong", detail.partition("\n")[0])
     if same_bits(ours, theirs):
@@ -88,7 +88,7 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
 
 
 def _known_mistakes(weight: PackedWeight) -> Iterator[tuple[str, PackedWeight]]:
-    """Yield how compressed-tensors is known to misread a weight: the mistake, and the weight."""
+    """Yield each known mistake of compressed-tensors, and the weight as misread by it."""
     if not weight.column_order and weight.in_features % weight.scale.shape[1] == 0:
         yield "weight_g_idx is ignored", dataclasses.replace(weight, g_idx=None, group_size=None)
     if isinstance(weight.group_size, tuple):

@@ -1,8 +1,8 @@
-"""Make one checkpoint from another, tensor by tensor, whatever their size.
+"""Convert checkpoints tensor by tensor, so that their size does not matter.
 
-``unpack`` and ``merge`` plan a conversion as a list of ``tasks``; ``convert`` runs the plan:
-``result_files`` lays the result out and writes it, ``result_folder`` keeps it apart until it is
-whole.
+``unpack`` and ``merge`` plan a conversion as a list of ``tasks``. ``convert`` runs the plan.
+``result_files`` lays out and writes the result's files; ``result_folder`` keeps the result beside
+its target until it is complete.
 
 Source: ``docs/commands/unpack.md`` and ``docs/commands/merge.md``.
 """
@@ -20,7 +20,7 @@ MODULES = {"merge_checkpoint": "merge", "unpack_checkpoint": "unpack"}
 
 
 def __getattr__(name: str) -> object:
-    """Import a name of ``__all__`` when it is first asked for."""
+    """Import a name of ``__all__`` on first access."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -1,9 +1,9 @@
-"""Dequantise packed weights through tables of bytes: the reference's bits, faster.
+"""Dequantise packed weights by table lookup: bit-identical to the reference, but faster.
 
-A byte holds two codes of 4 bits or one of 8. For each of the 256 bytes a table holds its codes side
-by side in the dtype of the scales, so looking up the bytes of a row gives the codes of the row. The
-rest is the reference's arithmetic: q - z is exact in each of these dtypes, and the product with the
-scale is rounded once.
+A byte holds two 4-bit codes or one 8-bit code. For each of the 256 bytes, a table holds the byte's
+codes side by side in the scale's dtype, so looking up the bytes of a row gives the codes of the
+row. The rest is the reference's arithmetic: q - z is exact in each of these dtypes, and the product
+with the scale is rounded once.
 
 Source: ``int4_lora.reference.dequantization``.
 """
@@ -20,7 +20,7 @@ from int4_lora.reference.dequantization import zero_points
 
 __all__ = ["dense_rows"]
 
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the dtype of an entry, by its bytes
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # a table entry's dtype, by its bytes
 
 
 def dense_rows(weight: PackedWeight) -> Tensor:
@@ -66,7 +66,7 @@ def _codes(weight: PackedWeight) -> Tensor:
 
 @functools.cache
 def _table(bits: int, dtype: torch.dtype) -> Tensor:
-    """Return for every byte its codes, the lowest bits first, as one integer: ``[256]``."""
+    """Return each byte's codes, the lowest bits first, as one integer: ``[256]``."""
     byte = torch.arange(256)
     codes = [(byte >> shift) % 2**bits - 2 ** (bits - 1) for shift in range(0, 8, bits)]
     table = torch.stack(codes, dim=1).to(dtype)

@@ -1,4 +1,4 @@
-"""Run a conversion: lay out the files of the result, write them, put the result in its place.
+"""Run a conversion: lay out the result's files, write them, move the result to its target.
 
 Source: ``docs/commands/unpack.md``.
 """
@@ -29,23 +29,23 @@ from int4_lora.integration.conversion.tasks import Task
 
 __all__ = ["Conversion", "Outcome", "Settings", "convert"]
 
-FORMAT = 1  # to be raised when the same plan makes other bytes
+FORMAT = 1  # increase it when the same plan writes different bytes
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 Accept = Callable[[list[dict[str, Any]]], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The plan of a conversion: what to make from a checkpoint.
+    """The plan of a conversion.
 
     Args:
         source: the checkpoint's folder.
         others: other folders that are read, such as adapters.
         tasks: the tasks that make the result's tensors.
-        config: the result's config.json, or None to copy that of the source.
-        accept: takes the reports of the tasks and returns that of the result, or None; raises to
-            refuse the result.
-        report: the name of the file that holds the result's report, or None.
+        config: the result's config.json, or None to copy the source's.
+        accept: takes the tasks' reports and returns the result's report, or None; raises an
+            exception to refuse the result.
+        report: the name of the file for the result's report, or None.
     """
 
     source: Path
@@ -58,14 +58,15 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run a conversion; only ``most_bytes`` changes what is written.
+    """How to run a conversion; only ``most_bytes`` changes the bytes that are written.
 
     Args:
-        jobs: how many tensors to work on at a time.
-        share: ``(number, of)``: this run writes only the number-th of so many shares of the files,
-            and another run puts the result in its place; None for everything.
+        jobs: the number of tensors to work on in parallel.
+        share: ``(number, of)``: with ``of`` > 1, this run writes only the number-th of ``of``
+            shares of the files, and a run without shares moves the result to its target; None
+            writes all files.
         most_bytes: the most bytes of tensors in a file.
-        force: whether to replace what is at the target.
+        force: whether to replace an existing target.
         dry_run: whether to write nothing.
         advance: called with the number of bytes after each piece is written.
         begin: called with the number of bytes to write.
@@ -86,12 +87,12 @@ class Outcome:
 
     Args:
         target: the result's folder.
-        files: the size in bytes of each of its safetensors files.
+        files: the size in bytes of each of the result's safetensors files.
         carried: the other files that are copied from the source.
         written: the files that this run wrote.
         missing: the files that other runs have yet to write.
-        finished: whether the result is in its place.
-        report: the report of the conversion, or None.
+        finished: whether the result is at its target.
+        report: the conversion's report, or None.
     """
 
     target: Path
@@ -104,20 +105,20 @@ class Outcome:
 
 
 def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome:
-    """Write the result of a conversion, or the part of it that earlier runs left.
+    """Write the result of a conversion, except the files that earlier runs wrote.
 
     Args:
-        conversion: what to make.
-        target: the folder to make.
-        settings: how to run it.
+        conversion: the plan.
+        target: the folder to write.
+        settings: how to run the conversion.
 
     Returns:
         What was written.
 
     Raises:
         OSError: the target exists or cannot be written, or the disk is too small or full.
-        TypeError, ValueError: the source cannot be used, or the result is refused; then there is
-            nothing at the target.
+        TypeError, ValueError: the source cannot be used, or the result is refused; the target is
+            not written.
     """
     files = lay_out(conversion.tasks, settings.most_bytes)
     carried = other_files(conversion.source)
@@ -142,7 +143,7 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
     if missing or (settings.share is not None and settings.share[1] > 1):
         return replace(outcome, missing=missing, finished=False)
     with folder.finishing() as unfinished:
-        if not unfinished:  # another run was first
+        if not unfinished:  # another run has finished this plan
             return outcome
         report = conversion.accept(folder.reports(sizes))
         folder.finish(
@@ -168,19 +169,19 @@ def _digest(conversion: Conversion, files: Sequence[ResultFile], carried: Sequen
 
 
 def _identity(file: Path) -> list[int]:
-    """Return what changes when a file is written again."""
+    """Return the size and modification time of a file, which show a later write."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def _share_of(files: Sequence[ResultFile], share: tuple[int, int] | None) -> list[ResultFile]:
-    """Return the files that belong to the share of this run."""
+    """Return the files of this run's share."""
     number, of = share or (1, 1)
     return [file for position, file in enumerate(files) if position % of == number - 1]
 
 
 def _check_space(folder: ResultFolder, files: Sequence[ResultFile]) -> None:
-    """Check that the disk has room for those of the files that are not yet written."""
+    """Check that the disk has room for the files that are not yet written."""
     unwritten = [file for file in files if not folder.is_whole(file.name)]
     place = folder.target.absolute().parent
     while not place.exists():
@@ -196,7 +197,7 @@ def _check_space(folder: ResultFolder, files: Sequence[ResultFile]) -> None:
 
 
 def _write(folder: ResultFolder, files: Sequence[ResultFile], settings: Settings) -> list[str]:
-    """Write files, except those that another process is writing; return their names."""
+    """Write the files that no other process is writing; return their names."""
     from filelock import Timeout
 
     written: list[str] = []
@@ -226,7 +227,7 @@ def _write_result_file(
 
 
 def _missing(folder: ResultFolder, files: Sequence[ResultFile]) -> list[str]:
-    """Return the files that are not yet written; none are missing once a run has finished."""
+    """Return the files that are not yet written; an empty list once a run has finished."""
     unwritten = [file.name for file in files if not folder.is_whole(file.name)]
     return [] if folder.is_gone() or folder.is_in_place() else unwritten
 
@@ -238,7 +239,7 @@ def _write_other_files(
     carried: Sequence[str],
     report: Mapping[str, Any] | None,
 ) -> None:
-    """Write everything but the tensors, before the result gets its name."""
+    """Write all files but the tensors', before the result is renamed to its target."""
     copy_files(conversion.source, carried, place)
     index = index_of(files)
     if index is not None:

@@ -1,4 +1,4 @@
-"""What adapters add to the weights of a checkpoint.
+"""Compute what adapters add to the weights of a checkpoint.
 
 delta = weight * scaling * B A
 
@@ -43,11 +43,11 @@ class Delta:
         return [digest.hexdigest(), self.scaling]
 
     def add_to(self, rows: Tensor, start: int) -> None:
-        """Add the delta to some rows of the weight, in place.
+        """Add the delta to a block of rows of the weight, in place.
 
         Args:
             rows: float64 ``[any, in_features]``.
-            start: the position of the first of the rows in the whole weight.
+            start: the index of the block's first row in the whole weight.
         """
         b = self.b[start : start + rows.shape[0]].to(torch.float64)
         rows += self.scaling * (b @ self.a.to(torch.float64))
@@ -56,16 +56,15 @@ class Delta:
 def deltas_of(
     checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
 ) -> dict[str, list[Delta]]:
-    """Return what adapters add to each module, by the module's name.
+    """Return the deltas of each module, by the module's name.
 
     Args:
         checkpoint: the base.
         adapters: adapters and their factors.
 
     Raises:
-        ValueError: a module that the base lacks, or that it has in another shape or in a format
-            that cannot be merged into, or an adapter that is not finite; the message names adapter
-            and module.
+        ValueError: the base lacks a module, or has it in another shape or in a format that cannot
+            be merged into, or an adapter is not finite; the message names adapter and module.
     """
     deltas: dict[str, list[Delta]] = {}
     for adapter, weight in adapters:

@@ -1,4 +1,4 @@
-"""Dense weights of quantised modules, with or without merged adapters.
+"""Make the dense weights of quantised modules, with or without merged adapters.
 
 w = RN(W + sum over adapters of weight * scaling * B A), rounded once from float64; without
 adapters w = W, as ``int4_lora.reference.dequantize`` defines it.
@@ -41,7 +41,7 @@ class DenseModule(Task):
 
     Args:
         checkpoint: an open checkpoint.
-        name: one of its packed modules, whose headers were checked.
+        name: the name of a packed module, whose headers were checked.
         dtype: the dtype of the result; None means the scale's.
         deltas: what adapters add to the weight.
     """
@@ -68,7 +68,7 @@ class DenseModule(Task):
         }
 
     def run(self, write: Write) -> None:
-        """Dequantise and merge the module, some rows at a time."""
+        """Dequantise and merge the module, a block of rows at a time."""
         output = self.outputs[0]
         row_bytes = output.nbytes // output.shape[0]
         where = f"{self.checkpoint.path}: {self.name}"
@@ -86,8 +86,8 @@ class MergedTensor(Task):
 
     Args:
         name: the weight's full name.
-        stored: where the weight is.
-        dtype: the dtype of the result; None means the weight's own.
+        stored: the weight in its file.
+        dtype: the dtype of the result; None means the stored weight's.
         deltas: what adapters add to the weight.
     """
 
@@ -106,7 +106,7 @@ class MergedTensor(Task):
         return {"merged": source_of(self.stored), "as": self.outputs[0].dtype, "deltas": deltas}
 
     def run(self, write: Write) -> None:
-        """Merge the weight, some rows at a time."""
+        """Merge the weight, a block of rows at a time."""
         rows, columns = self.outputs[0].shape
         step = max(1, ROWS_BYTES // max(1, 8 * columns))
         where = f"{self.stored.file}: {self.name}"
@@ -121,8 +121,8 @@ class DecompressedModule(Task):
 
     Args:
         checkpoint: an open checkpoint.
-        name: the module.
-        shape: the shape of its weight.
+        name: the module's name.
+        shape: the shape of the dense weight.
         dtype: the dtype of the result.
     """
 
@@ -155,12 +155,12 @@ class DecompressedModule(Task):
 def _merged(
     base: Tensor, deltas: Sequence[Delta], start: int, dtype: torch.dtype, where: str
 ) -> Tensor:
-    """Return rows of a base weight with adapters merged into them, rounded once.
+    """Merge adapters into rows of a base weight; return them rounded once.
 
     Args:
         base: the rows.
         deltas: what adapters add to the weight.
-        start: the position of the first of the rows in the whole weight.
+        start: the index of the first of these rows in the whole weight.
         dtype: the dtype of the result.
         where: the name of the module in the error.
 

@@ -1,4 +1,4 @@
-"""Merge adapters into the weights of a checkpoint, which become dense or are quantised again.
+"""Merge adapters into the weights of a checkpoint; the result is dense or quantised again.
 
 Source: ``docs/commands/merge.md``.
 """
@@ -43,17 +43,17 @@ def merge_checkpoint(
 
     Args:
         source: an INT4 checkpoint's folder, or its name on the hub.
-        target: the folder to make.
+        target: the folder to write.
         adapters: the folders of adapters, and the factor of each.
-        to: "dense" rounds the sum once; "int4" quantises the modules that an adapter changes again
-            in their groups, and keeps all other tensors as they are.
+        to: "dense" rounds the sum once; "int4" requantises each packed module that an adapter
+            changes, in the same groups, and copies the tensors that no adapter changes.
         dtype: the dtype of a dense result, as in ``unpack_checkpoint``.
-        search: whether to search for scales; otherwise they are min-max.
+        search: whether to search for scales, or to use min-max scales.
         max_error: the largest relative error of a requantised module that is accepted.
         settings: how to run the conversion.
 
     Returns:
-        What was written, and for "int4" what requantising cost.
+        What was written, and for "int4" the report of the requantisation error.
 
     Raises:
         ImportError: a module needs compressed-tensors, and it is not installed.
@@ -65,9 +65,6 @@ def merge_checkpoint(
 
     Example:
         >>> merge_checkpoint("llama-w4a16", "merged", [("adapter", 1.0)])  # doctest: +SKIP
-
-    Source:
-        ``docs/commands/merge.md``.
     """
     opened = [(read_adapter(path), weight) for path, weight in adapters]
     plan = plan_merge(
@@ -85,7 +82,7 @@ def plan_merge(
     search: bool = True,
     max_error: float = MOST_ERROR,
 ) -> Conversion:
-    """Return the plan of ``merge_checkpoint``, after checking adapters and all headers."""
+    """Return the plan of ``merge_checkpoint``, after checking the adapters and every header."""
     if not adapters:
         raise ValueError("merge needs at least one adapter")
     if to not in ("dense", "int4"):

@@ -1,8 +1,8 @@
-"""What merging into INT4 cost, for each module and in all.
+"""Report the error of a merge into INT4, for each module and in total.
 
 relative error = |W' - W_merged| / |W_merged|, in Frobenius norms, with W_merged exact in float64
-and W' the dequantised result. It is also the relative error to be expected of x W'^T, if the
-columns of x are independent and identically distributed.
+and W' the dequantised result. It is also the expected relative error of x W'^T, if the columns of
+x are independent and identically distributed.
 
 Source: ``docs/commands/merge.md``.
 """
@@ -16,17 +16,17 @@ from typing import Any
 __all__ = ["MOST_ERROR", "REPORT", "MergeRefusedError", "accepted_report"]
 
 REPORT = "merge_report.json"
-MOST_ERROR = 0.2  # relative: twice what quantising normal weights in groups costs
-WORST = 5  # how many modules the report and the error name
+MOST_ERROR = 0.2  # relative: twice the error of quantising normal weights in groups
+WORST = 5  # the number of modules that the report and the error name
 SUMS = ("squared_error", "minmax_squared_error", "squared_norm", "squared_delta")
 
 
 class MergeRefusedError(ValueError):
-    """The error of a module is larger than was allowed.
+    """The error of a module is larger than allowed.
 
     Args:
         message: names the modules, and says what to do.
-        report: the report that would have been written.
+        report: the report of the refused merge.
     """
 
     def __init__(self, message: str, report: Mapping[str, Any]) -> None:
@@ -37,11 +37,11 @@ class MergeRefusedError(ValueError):
 def accepted_report(
     reports: Sequence[Mapping[str, Any]], *, settings: Mapping[str, Any], max_error: float
 ) -> dict[str, Any]:
-    """Return the report of a merge from those of its modules, unless it must be refused.
+    """Return the report of a merge, or refuse the merge.
 
     Args:
-        reports: what ``RequantizedModule.run`` returned for each module.
-        settings: what the report says about how the merge was run.
+        reports: the report of each module, from ``RequantizedModule.run``.
+        settings: the settings of the merge, which the report repeats.
         max_error: the largest relative error of a module.
 
     Raises:

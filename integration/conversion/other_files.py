@@ -20,10 +20,10 @@ ABOUT_THE_WEIGHTS = ("config.json", "lora_metadata.json", "merge_report.json")
 
 
 def other_files(folder: Path) -> list[str]:
-    """Return the names, relative to the folder, of the files that a result takes over.
+    """Return the names, relative to the folder, of the files to copy to a result.
 
-    Left out are weights in any format, hidden files and folders, and files that describe the
-    weights.
+    These are all files but weights in any format, hidden files and folders, and files that
+    describe the weights.
 
     Args:
         folder: a model's folder.
@@ -47,9 +47,9 @@ def copy_files(folder: Path, names: Iterable[str], target: Path) -> None:
     """Copy files from one folder to another and flush them to the disk.
 
     Args:
-        folder: the folder that holds them.
+        folder: the folder to copy from.
         names: the files, relative to the folder.
-        target: the folder that gets them.
+        target: the folder to copy to.
     """
     for name in names:
         place = target / name

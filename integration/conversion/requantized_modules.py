@@ -1,7 +1,4 @@
-"""Packed modules with adapters merged into them and quantised again.
-
-Source: ``int4_lora.integration.conversion.scale_search``.
-"""
+"""Merge adapters into packed modules, and quantise the modules again."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from int4_lora.reference import PackedWeight
 
 __all__ = ["REPLACED", "RequantizedModule"]
 
-REPLACED = ("weight_packed", "weight_scale", "weight_zero_point")  # g_idx and shape stay
+REPLACED = ("weight_packed", "weight_scale", "weight_zero_point")  # g_idx and shape are copied
 
 
 class RequantizedModule(Task):
@@ -28,9 +25,9 @@ class RequantizedModule(Task):
 
     Args:
         checkpoint: an open checkpoint.
-        name: one of its packed modules, whose headers were checked.
+        name: the name of a packed module, whose headers were checked.
         deltas: what adapters add to the weight.
-        search: whether to search for scales; otherwise they are min-max.
+        search: whether to search for scales, or to use min-max scales.
     """
 
     def __init__(
@@ -47,7 +44,7 @@ class RequantizedModule(Task):
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The module's tensors, how scales are chosen, and the adapters."""
+        """The module's tensors, the choice of scales, and the adapters."""
         return {
             "requantized": sources_of_module(self.checkpoint, self.name),
             "search": self.search,
@@ -55,7 +52,7 @@ class RequantizedModule(Task):
         }
 
     def run(self, write: Write) -> dict[str, Any]:
-        """Merge and requantise the module, some rows at a time; report what that cost."""
+        """Merge and requantise the module, a block of rows at a time; return the error."""
         error = minmax = norm = delta_norm = largest = 0.0
         whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all rows share one scale
         for start, weight in row_blocks(self.checkpoint, self.name, whole=whole):
@@ -83,7 +80,7 @@ class RequantizedModule(Task):
         }
 
     def _write(self, write: Write, start: int, block: PackedWeight) -> None:
-        """Write the rows of each tensor that belong to a block of rows of the weight."""
+        """Write the rows of each tensor for one block of rows of the weight."""
         values = {
             "weight_packed": block.packed,
             "weight_scale": block.scale,

@@ -1,8 +1,8 @@
-"""The safetensors files of a result: laid out before anything is written, then written in pieces.
+"""Lay out the safetensors files of a result, then write their tensors in pieces.
 
 Each file holds 8 bytes with the header's length, the header in JSON, and the tensors. The layout
-follows from shapes alone, so the place of every tensor is known in advance and tensors can be
-written in any order, several at a time.
+follows from dtypes and shapes alone, so every tensor's offset is known in advance, and tensors can
+be written in any order, several at a time.
 
 Source: the format's description, https://github.com/huggingface/safetensors#format; ``pwrite(2)``
 and ``fsync(2)``.
@@ -28,7 +28,7 @@ from int4_lora.integration.conversion.tasks import Task
 
 __all__ = ["ResultFile", "index_of", "lay_out", "thread_pool", "write_file"]
 
-ALIGNMENT = 8  # of the first tensor; the widest dtypes come first, which keeps the others aligned
+ALIGNMENT = 8  # of the first tensor; the widest dtypes come first, so that all are aligned
 SYNC_SECONDS = 0.25
 
 
@@ -39,8 +39,8 @@ class ResultFile:
     Args:
         name: the file's name.
         tasks: the tasks that make its tensors.
-        header: its first bytes, up to the tensors.
-        places: the first byte of each tensor, from the beginning of the file.
+        header: the bytes of the file before the tensors.
+        places: the offset of each tensor from the start of the file, in bytes.
         size: the size of the file in bytes.
     """
 
@@ -56,11 +56,11 @@ def lay_out(tasks: Sequence[Task], most_bytes: int) -> tuple[ResultFile, ...]:
 
     Args:
         tasks: the tasks that make the tensors, in the order of the files; the tensors of one task
-            stay together.
+            go into the same file.
         most_bytes: the most bytes of tensors in a file that holds more than one task.
 
     Returns:
-        The files, named as transformers names them.
+        The files, with the names that transformers uses.
     """
     groups = list(_groups(tasks, most_bytes))
     if len(groups) == 1:
@@ -115,7 +115,7 @@ def _lay_out_file(name: str, tasks: Sequence[Task]) -> ResultFile:
 
 @contextlib.contextmanager
 def thread_pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of threads that share torch's own threads among them."""
+    """Yield a pool of ``jobs`` threads, and divide torch's thread count by ``jobs`` meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // jobs))
     try:
@@ -164,7 +164,7 @@ def write_file(
 def _run_all(
     tasks: Sequence[Task], write: Callable[[str, int, Tensor], None], pool: ThreadPoolExecutor
 ) -> list[dict[str, Any] | None]:
-    """Run tasks, the largest first so that none is left for the end; return their reports."""
+    """Run tasks, the largest first so that it does not run alone at the end; return the reports."""
     largest_first = sorted(tasks, key=lambda task: -task.nbytes)
     futures = {task: pool.submit(task.run, write) for task in largest_first}
     done, waiting = wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -172,14 +172,14 @@ def _run_all(
         future.cancel()
     wait(waiting)
     for future in futures.values():
-        if future in done:  # the others were cancelled, or ran on after the first error
+        if future in done:  # the others were cancelled, or finished after the first error
             future.result()
     return [futures[task].result() for task in tasks]
 
 
 @contextlib.contextmanager
 def _flushing(descriptor: int) -> Iterator[None]:
-    """Flush a file in the background while it is written, so that little is left for the end."""
+    """Flush a file in the background while it is written, so that the final fsync is short."""
     over, failed = threading.Event(), list[OSError]()
 
     def flush() -> None:
@@ -201,7 +201,7 @@ def _flushing(descriptor: int) -> Iterator[None]:
 
 
 def _write_all(descriptor: int, data: memoryview, start: int) -> None:
-    """Write all of the bytes from the place ``start`` on."""
+    """Write all of ``data`` at offset ``start``; one ``pwrite`` may write less."""
     while data:
         count = os.pwrite(descriptor, data, start)
         data, start = data[count:], start + count

@@ -1,12 +1,12 @@
-"""The folder that a result grows in; the result gets its name only when it is whole.
+"""The folder in which a result is written; it is renamed to the target once it is complete.
 
-``DST.partial`` stands beside ``DST`` and holds a folder for each plan, so that plans do not
-interfere. In it, ``result/`` becomes ``DST``; ``work/`` holds the plan, a lock for each file, and
-the reports of finished files; ``replaced/`` holds what ``--force`` replaces. A file gets its name
-once it is whole and on the disk, so after a kill the next run continues with the first file that
-has no name.
+``DST.partial``, beside ``DST``, holds one folder per plan, so that plans do not interfere. In such
+a folder, ``result/`` becomes ``DST``; ``work/`` holds the plan, a lock for each file and the
+reports of finished files; ``replaced/`` holds the old ``DST`` that ``--force`` replaces. A file is
+renamed into ``result/`` once it is complete and flushed to the disk, so after a kill the next run
+continues with the first file that is not in ``result/``.
 
-Source: ``rename(2)``, which replaces a name at once.
+Source: ``rename(2)``, which replaces a name atomically.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LETTERS = 16  # of a plan's digest
 
 
 class ResultFolder:
-    """A result on its way to its place.
+    """A result that is being written.
 
     Args:
-        target: the result's place.
-        digest: differs between plans.
+        target: the folder that the result becomes.
+        digest: the plan's digest; it differs between plans.
     """
 
     def __init__(self, target: Path, digest: str) -> None:
@@ -55,7 +55,8 @@ class ResultFolder:
 
         Raises:
             FileExistsError: the target exists.
-            ValueError: the target or its partial folder is a source, is in one, or contains one.
+            ValueError: the target or its partial folder is a source, lies in a source, or contains
+                a source.
         """
         for source in sources:
             read = source.resolve()
@@ -76,15 +77,15 @@ class ResultFolder:
             raise FileExistsError(f"{self.target} is there: --force replaces it")
 
     def is_in_place(self) -> bool:
-        """Return whether an earlier run of this plan was stopped only while it tidied up."""
+        """Return whether an earlier run moved the result to the target but did not tidy up."""
         return self.target.is_dir() and (self.work / PLAN).is_file() and not self.result.is_dir()
 
     def is_gone(self) -> bool:
-        """Return whether another run finished this plan and tidied up in the meantime."""
+        """Return whether another run has finished this plan and tidied up."""
         return self.target.is_dir() and not (self.work / PLAN).is_file()
 
     def open(self) -> None:
-        """Make the folder, or continue with that of an earlier run.
+        """Make the folder, or continue with the folder of an earlier run.
 
         Raises:
             OSError: the folder cannot be made.
@@ -96,28 +97,28 @@ class ResultFolder:
             sync_folder(self.work)
 
     def discard_if_empty(self) -> bool:
-        """Remove the folder unless it holds a whole file; return whether it was removed."""
+        """Remove the folder unless it holds a complete file; return whether it was removed."""
         if any(self.result.iterdir()):
             return False
         self.tidy_up()
         return True
 
     def is_whole(self, name: str) -> bool:
-        """Return whether a file of the result is whole."""
+        """Return whether a file of the result is complete."""
         return (self.result / name).is_file()
 
     def unfinished(self, name: str) -> Path:
-        """Return the place where a file of the result is written."""
+        """Return the path at which a file of the result is written until it is complete."""
         return self.work / f"{name}.unfinished"
 
     def lock(self, name: str) -> BaseFileLock:
-        """Return the lock of a file of the result; the system frees it when its process dies."""
+        """Return the lock of a file of the result; the system releases it if its holder dies."""
         from filelock import FileLock
 
         return FileLock(self.work / f"{name}.lock")
 
     def complete(self, name: str, reports: list[dict[str, Any]]) -> None:
-        """Give a file of the result, which is on the disk, its name.
+        """Rename a file of the result, already flushed to the disk, into ``result/``.
 
         Args:
             name: the file's name.
@@ -128,7 +129,7 @@ class ResultFolder:
         sync_folder(self.result)
 
     def reports(self, names: Iterable[str]) -> list[dict[str, Any]]:
-        """Return the reports that were kept with files of the result."""
+        """Return the reports of the tasks that made the result's files."""
         reports: list[dict[str, Any]] = []
         for name in names:
             reports += read_json_object(self.work / f"{name}.report")["modules"]
@@ -136,7 +137,7 @@ class ResultFolder:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[bool]:
-        """Keep other runs of this plan from finishing; yield False if one has finished already."""
+        """Lock out other runs of this plan; yield False if another run has already finished it."""
         from filelock import FileLock
 
         lock = FileLock(self.partial / f"{self.home.name}.lock")
@@ -150,19 +151,19 @@ class ResultFolder:
         try:
             yield not self.is_gone()
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # a run that waits for it sees is_gone
+            Path(lock.lock_file).unlink(missing_ok=True)  # a waiting run then checks is_gone
             lock.release()
             self._remove_partial()
 
     def finish(self, fill: Callable[[Path], None], *, force: bool) -> None:
-        """Put the result in its place, and tidy up.
+        """Move the result to the target, and tidy up.
 
         Args:
-            fill: writes the last files into the folder that it is given.
+            fill: writes the last files into the folder passed to it.
             force: whether an existing target may be replaced.
 
         Raises:
-            FileExistsError: the target exists by now.
+            FileExistsError: the target was made in the meantime.
         """
         fill(self.result)
         sync_folder(self.result)
@@ -175,7 +176,7 @@ class ResultFolder:
         self.tidy_up()
 
     def tidy_up(self) -> None:
-        """Remove the folder; the plan, which shows that the result is in place, goes last."""
+        """Remove the folder, and the plan last: it shows that the result is at the target."""
         shutil.rmtree(self.replaced, ignore_errors=True)
         shutil.rmtree(self.result, ignore_errors=True)
         for file in self.work.iterdir():

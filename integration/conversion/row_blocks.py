@@ -1,7 +1,7 @@
-"""Read a packed weight block by block of its rows, so that memory does not grow with the weight.
+"""Read a packed weight in blocks of rows, so that memory does not grow with the weight.
 
-``PackedWeight.rows`` takes rows of a weight in memory; here they are rows of a file, and a block
-starts where every tensor of the module starts a row.
+``PackedWeight.rows`` slices a weight in memory; this module reads rows from a file. A block starts
+where every tensor of the module starts a row.
 
 Source: ``docs/format.md`` for the dimension along which each tensor is packed.
 """
@@ -19,21 +19,21 @@ from int4_lora.reference import PackedWeight
 
 __all__ = ["check_packed", "row_blocks", "rows_of"]
 
-WEIGHTS = 2**20  # of a block
+WEIGHTS = 2**20  # of a block; more only if the smallest aligned block has more
 
 
 def row_blocks(
     checkpoint: Checkpoint, name: str, *, whole: bool = False
 ) -> Iterator[tuple[int, PackedWeight]]:
-    """Yield blocks of rows of a packed weight, each as a weight of its own.
+    """Yield blocks of rows of a packed weight, each as a ``PackedWeight``.
 
     Args:
         checkpoint: an open checkpoint.
-        name: one of its packed modules, whose headers were checked.
+        name: the name of a packed module, whose headers were checked.
         whole: whether to yield all rows at once.
 
     Yields:
-        The first row of a block, and the block.
+        The index of a block's first row, and the block.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
@@ -59,11 +59,11 @@ def check_packed(checkpoint: Checkpoint, name: str) -> None:
 
 
 def rows_of(checkpoint: Checkpoint, name: str) -> dict[str, int]:
-    """Return for each tensor that has rows how many rows of the weight share one of them.
+    """Return, for each tensor with rows, how many rows of the weight share one of its rows.
 
     Args:
         checkpoint: an open checkpoint.
-        name: one of its packed modules.
+        name: the name of a packed module.
     """
     scheme = checkpoint.schemes[name]
     block = scheme.group_size[0] if isinstance(scheme.group_size, tuple) else 1

@@ -1,9 +1,9 @@
-"""Quantise a weight again in the groups it had, with the best of some scales for each group.
+"""Quantise a weight again in the same groups, with the best of several scales for each group.
 
 The best (s, z) of a group has the least sum of (w - w')^2, where q = clamp(round(w / s + z)) and
 w' = RN((q - z) * s) in the scale's dtype. The candidates are the min-max rule of
-``int4_lora.reference.quantize``, its scale times each of ``FACTORS``, and the scale and zero-point
-that the group had. So no group is worse than by min-max.
+``int4_lora.reference.quantize``, its scale times each of ``FACTORS``, and the group's previous
+scale and zero-point. So no group has a larger error than with the min-max rule.
 
 Source: ``int4_lora.reference.quantization`` for the min-max rule.
 """
@@ -29,12 +29,12 @@ FACTORS = (0.6, 0.64, 0.68, 0.72, 0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08)
 
 @dataclass(frozen=True, eq=False)
 class Requantized:
-    """A weight that was quantised again, and what that cost.
+    """A weight that was quantised again, and its error.
 
     Args:
-        weight: the weight, in the groups it had.
+        weight: the weight, in the same groups as before.
         squared_error: the sum of (w - w')^2, with w exact in float64.
-        minmax_squared_error: the same sum if scales were min-max.
+        minmax_squared_error: the same sum with min-max scales.
         squared_norm: the sum of w^2.
         max_error: the largest |w - w'|.
     """
@@ -71,7 +71,7 @@ def requantize(exact: Tensor, like: PackedWeight, *, search: bool = True) -> Req
     Args:
         exact: float64 ``[out_features, in_features]``.
         like: the packed weight to imitate, whose scales are candidates too.
-        search: whether to search for scales; otherwise they are min-max.
+        search: whether to search for scales, or to use min-max scales.
 
     Raises:
         ValueError: a weight is not finite, or too large for the scale's dtype.
@@ -123,11 +123,11 @@ def _searched(
     Args:
         exact: the weight to quantise.
         like: the packed weight to imitate.
-        groups: its groups.
+        groups: the groups of ``like``.
         start: the errors, scales and zero-points of the min-max rule.
     """
     minmax, scale, zero = start
-    narrow = exact.to(torch.float32)  # enough to choose; errors are reported in float64
+    narrow = exact.to(torch.float32)  # precise enough to choose; errors are reported in float64
     least = _errors(narrow, scale, zero, groups, like.bits)
     best_scale, best_zero = scale, zero
     for candidate_scale, candidate_zero in _candidates(like, scale, zero):
@@ -146,9 +146,10 @@ def _searched(
 
 
 def _candidates(like: PackedWeight, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return scales and zero-points to try beside the min-max ones.
+    """Return the candidate scales and zero-points other than the min-max rule's.
 
-    Where a candidate's scale is not finite and positive, the min-max entry takes its place.
+    Where a candidate's scale is not finite and positive, the min-max scale and zero-point replace
+    it.
     """
     candidates = [((scale.float() * factor).to(scale.dtype), zero) for factor in FACTORS]
     zeros = zero_points(like)
@@ -175,7 +176,7 @@ def _codes(exact: Tensor, scale: Tensor, zero: Tensor, groups: _Groups, bits: in
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor, groups: _Groups) -> Tensor:
-    """Return the dequantised weights of codes, in float64."""
+    """Dequantise codes; return the weights in float64."""
     centred = codes.to(torch.int16) - groups.spread(zero.to(torch.int16))
     return (centred.to(scale.dtype) * groups.spread(scale)).to(torch.float64)
 

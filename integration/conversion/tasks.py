@@ -39,9 +39,9 @@ class OutputTensor:
     """A tensor of the result.
 
     Args:
-        name: its name.
-        dtype: the format's name of the dtype, for example "BF16".
-        shape: its shape.
+        name: the tensor's name.
+        dtype: the safetensors name of the dtype, for example "BF16".
+        shape: the tensor's shape.
     """
 
     name: str
@@ -55,23 +55,23 @@ class OutputTensor:
 
 
 class Task(ABC):
-    """Makes tensors of the result that belong together."""
+    """A step of a conversion, which makes tensors of the result that belong together."""
 
     outputs: tuple[OutputTensor, ...]
 
     @property
     def nbytes(self) -> int:
-        """The size of its tensors in bytes."""
+        """The size of the task's tensors in bytes."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
     @abstractmethod
     def sources(self) -> dict[str, Any]:
-        """What the tensors are made from, as JSON: equal sources make equal bytes."""
+        """The inputs of the task, as JSON: equal sources make equal bytes."""
 
     @abstractmethod
     def run(self, write: Write) -> dict[str, Any] | None:
-        """Make the tensors and write every byte of them once.
+        """Make the tensors, and write each of their bytes once.
 
         Args:
             write: takes pieces in any order.
@@ -80,21 +80,21 @@ class Task(ABC):
             A report in JSON, or None.
 
         Raises:
-            TypeError, ValueError: the source cannot be used; the message names file, tensor and
-                rule.
+            TypeError, ValueError: the source cannot be used; the message names the file, the tensor
+                and the rule.
         """
 
 
 class Copy(Task):
-    """Copies a tensor of the source, and casts it if it is floating and a dtype is given.
+    """A copy of a tensor of the source, cast if the tensor is floating and ``dtype`` is given.
 
     Args:
         name: the tensor's name in the source and in the result.
-        stored: where the tensor is.
-        dtype: the dtype of a floating tensor in the result; None keeps the dtype.
+        stored: the tensor in its file.
+        dtype: the dtype of a floating tensor in the result; None keeps the stored dtype.
     """
 
-    PIECE = 16 * 2**20  # bytes held at a time
+    PIECE = 16 * 2**20  # bytes in memory at a time
 
     def __init__(self, name: str, stored: StoredTensor, dtype: torch.dtype | None = None) -> None:
         floating = stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
@@ -124,7 +124,7 @@ class Copy(Task):
 
 
 def _bytes_of(stored: StoredTensor, start: int, stop: int) -> StoredTensor:
-    """Return the bytes ``[start, stop)`` of a stored tensor, as a tensor of bytes."""
+    """Return the bytes ``[start, stop)`` of a stored tensor, as a stored uint8 tensor."""
     count = stop - start
     return dataclasses.replace(
         stored, dtype="U8", shape=(count,), start=stored.start + start, nbytes=count
@@ -132,19 +132,19 @@ def _bytes_of(stored: StoredTensor, start: int, stop: int) -> StoredTensor:
 
 
 def source_of(stored: StoredTensor) -> list[Any]:
-    """Return what identifies a stored tensor and changes when its file is written again."""
+    """Return an identity of a stored tensor that changes when its file is written again."""
     _, _, size, changed = stored.identity
     return [stored.file.name, size, changed, stored.start, stored.nbytes]
 
 
 def sources_of_module(checkpoint: Checkpoint, name: str) -> list[list[Any]]:
-    """Return ``source_of`` every tensor of a packed module."""
+    """Return ``source_of`` for every tensor of a packed module."""
     stored = (checkpoint.tensors.get(f"{name}.{part}") for part in PARTS)
     return [source_of(tensor) for tensor in stored if tensor is not None]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the format's name of a dtype.
+    """Return the safetensors name of a dtype.
 
     Example:
         >>> dtype_name(torch.bfloat16)
@@ -162,7 +162,8 @@ def cast(
         values: the values, of any shape.
         dtype: the dtype to round to.
         where: the name of the values in the error.
-        must_be_finite: bool of the same shape; None means every value that is finite.
+        must_be_finite: bool of the same shape: which results must be finite; None means those of
+            the finite values.
 
     Raises:
         ValueError: a value that must be finite is not.

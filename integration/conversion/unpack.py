@@ -1,4 +1,4 @@
-"""Write a dense checkpoint from a quantised one.
+"""Unpack a quantised checkpoint to a dense checkpoint.
 
 Source: ``docs/commands/unpack.md``; ``PretrainedConfig`` of transformers for config.json, whose
 ``torch_dtype`` became ``dtype``.
@@ -57,7 +57,7 @@ MODULE_PARTS = (  # tensors that quantise a module's weight, or its inputs and o
     "output_zero_point",
 )
 CACHE_PARTS = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
-CODES = {  # the tensor that holds the codes, and how many codes an element of it holds
+CODES = {  # the tensor that holds the codes, and the number of codes in each of its elements
     "float-quantized": ("weight", 1),
     "int-quantized": ("weight", 1),
     "naive-quantized": ("weight", 1),
@@ -76,13 +76,13 @@ def unpack_checkpoint(
     dtype: torch.dtype | None = None,
     settings: Settings | None = None,
 ) -> Outcome:
-    """Write the dense checkpoint that a quantised one stands for, bit for bit.
+    """Write the dense checkpoint that a quantised checkpoint encodes, bit for bit.
 
     Args:
         source: a checkpoint's folder, or its name on the hub.
-        target: the folder to make.
+        target: the folder to write.
         dtype: float16, bfloat16 or float32, for every floating tensor; by default each module gets
-            the dtype of its scales, and other tensors keep their own.
+            the dtype of its scales, and other tensors keep their dtype.
         settings: how to run the conversion.
 
     Returns:
@@ -96,16 +96,13 @@ def unpack_checkpoint(
 
     Example:
         >>> unpack_checkpoint("llama-w4a16", "llama-dense")  # doctest: +SKIP
-
-    Source:
-        ``docs/commands/unpack.md``.
     """
     plan = plan_unpack(open_checkpoint(source), dtype)
     return convert(plan, Path(target), settings or Settings())
 
 
 def plan_unpack(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Conversion:
-    """Return the plan of ``unpack_checkpoint``, after checking all that headers show."""
+    """Return the plan of ``unpack_checkpoint``, after checking every header."""
     return plan_dense(checkpoint, dtype, {})
 
 
@@ -125,8 +122,7 @@ def plan_dense(
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: a dtype that a dense checkpoint cannot have, or a module that cannot be made
-            dense.
+        ValueError: a dense checkpoint cannot have ``dtype``, or a module cannot be unpacked.
     """
     if dtype is not None and dtype not in DENSE_DTYPES.values():
         raise ValueError(f"dtype must be float16, bfloat16, float32 or None, got {dtype!r}")
@@ -155,7 +151,7 @@ def tasks_in_order(
     Args:
         tensors: the source's tensors.
         module_of: the module of each tensor that a module's task replaces.
-        module_task: makes the task of a module, which takes the place of its first tensor.
+        module_task: makes the task of a module, which stands where its first tensor stood.
         tensor_task: makes the task of any other tensor.
     """
     tasks: list[Task] = []
@@ -180,7 +176,7 @@ def plain_task(
 
     Args:
         name: the tensor's name.
-        stored: where it is.
+        stored: the tensor in its file.
         dtype: the dtype of floating tensors in the result, or None.
         deltas: what adapters add, by module.
     """
@@ -215,7 +211,7 @@ def _dense_module(
 
 
 def _dense_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return config.json without what describes quantisation, and with the new dtype."""
+    """Return config.json without the fields about quantisation, and with the new dtype."""
     dense = copy.deepcopy(dict(config))
     parts = [dense, *(part for part in dense.values() if isinstance(part, dict))]  # text, vision
     for part in parts:

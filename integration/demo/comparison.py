@@ -1,6 +1,6 @@
-"""Run a mixed batch through the reference and each of its rows through transformers + PEFT.
+"""Run a mixed batch through the reference, and each of its rows through transformers + PEFT.
 
-Source: ``int4_lora.integration.demo.findings`` for the rules.
+The rules are those of ``int4_lora.integration.demo.findings``.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def compare(
         tokens: the length of each row.
         seed: the seed of the random tokens.
         dtype: the low precision, bfloat16 or float16.
-        no_vllm: why vLLM does not serve the batch, or None to serve it.
-        say: called with a description of each step before it starts.
+        no_vllm: why vLLM does not serve the batch, or None to serve it through vLLM.
+        say: called with a description of each step before the step starts.
 
     Returns:
-        What was found; ``right`` says whether every rule holds.
+        The comparison; ``right`` is true if every rule holds.
 
     Raises:
         OSError, TypeError, ValueError: a file does not exist, cannot be read, or does not fit.
@@ -98,7 +98,7 @@ def compare(
 
 
 def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, int]:
-    """Return the number of quantised linears, and the sizes of their weights and the adapters."""
+    """Return the number of quantised linears, and the bytes of weights and adapters."""
     packed = dense = 0
     for name in checkpoint.modules():
         weight = checkpoint.packed_weight(name)
@@ -122,7 +122,7 @@ def _to_serve(
     truth: Tensor,
     theirs: Tensor,
 ) -> Batch:
-    """Return the batch that vLLM is to serve, and the right logits after each row."""
+    """Return the batch for vLLM to serve, with the right logits after each row."""
     ranks = [module.a.shape[0] for adapter in adapters for module in adapter.modules.values()]
     return Batch(
         model=checkpoint.path,
@@ -160,7 +160,7 @@ def _check_usable(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
 
 
 def _config_number(checkpoint: Checkpoint, name: str) -> int:
-    """Return a number from config.json, from its ``text_config`` if the model has one."""
+    """Return a number from config.json, or from its ``text_config`` if it has one."""
     value = (checkpoint.config.get("text_config") or checkpoint.config).get(name)
     if type(value) is not int or value < 1:
         file = checkpoint.path / "config.json"
@@ -184,7 +184,7 @@ def _compare_row(
 def _run_peft(
     checkpoint: Checkpoint, adapters: Sequence[Path], batch: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
-    """Return the logits ``[rows, tokens, vocabulary]`` of rows run alone, and the seconds."""
+    """Run each row alone; return the logits ``[rows, tokens, vocabulary]`` and the seconds."""
     model = peft_model(checkpoint, adapters, dtype)
     logits, seconds = [], 0.0
     for index, row in enumerate(batch, start=-1):  # the first row has no adapter
@@ -206,9 +206,9 @@ def _run_reference(
     dtype: torch.dtype,
     linears: LinearCheck,
 ) -> tuple[Tensor, float]:
-    """Return the logits ``[rows, tokens, vocabulary]`` of the mixed batch, and the seconds.
+    """Run the mixed batch; return the logits ``[rows, tokens, vocabulary]`` and the seconds.
 
-    A second forward pass, which is not timed, is judged linear by linear.
+    Every linear is judged in a second forward pass, which is not timed.
     """
     rows = RowAdapters(torch.arange(-1, len(adapters)))
     model = reference_model(checkpoint, adapters, rows, dtype)

@@ -1,7 +1,7 @@
-"""Run one vLLM engine in a process of its own; measure its answers, speed and memory.
+"""Run one vLLM engine in a separate process; measure its answers, speed and memory.
 
 ``python -m int4_lora.integration.demo.engine ANSWER`` reads a request in JSON from standard input
-and writes the answer to the file ANSWER, since vLLM itself prints to standard output.
+and writes the answer to the file ANSWER, because vLLM prints to standard output.
 
 Source: vLLM's ``LLMEngine.add_request`` and ``step``, which ``LLM.generate`` consists of.
 """
@@ -21,11 +21,11 @@ from typing import Any
 
 __all__ = ["main", "stepped"]
 
-ROUNDS = 3  # measured, after one that is not
+ROUNDS = 3  # measured, after one warm-up round
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve the request on standard input, and write the answer."""
+    """Serve the request from standard input, and write the answer."""
     (answer,) = arguments
     request = json.load(sys.stdin)
     Path(answer).write_text(json.dumps(_serve(request)), encoding="utf-8")
@@ -34,17 +34,18 @@ def main(arguments: Sequence[str]) -> None:
 def stepped(
     llm: Any, name: str, prompts: Sequence[Sequence[int]], adapters: Sequence[Any], sampling: Any
 ) -> tuple[list[list[float]], list[list[int]], list[Any]]:
-    """Serve requests that arrive together; step the engine, so that every token is timed.
+    """Serve requests that arrive together, stepping the engine so that every token is timed.
 
     Args:
         llm: vLLM's ``LLM``.
-        name: a name of the requests that was not used before.
+        name: a prefix of the request ids; it must differ in every call.
         prompts: the tokens of each request.
         adapters: vLLM's ``LoRARequest`` for each request, or None.
         sampling: vLLM's ``SamplingParams``, with delta outputs.
 
     Returns:
-        For each request the seconds from the start to each token, the tokens, and the last output.
+        Three lists, with one entry for each request: the seconds from the start to each token, the
+        tokens, and the last output.
     """
     core, row_of = llm.llm_engine, {}
     started = time.perf_counter()
@@ -65,7 +66,7 @@ def stepped(
 
 
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
-    """Serve the batch of a request some times, then once for all log-probabilities."""
+    """Serve a request's batch in timed rounds, then once for the log-probability of every token."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
@@ -98,15 +99,16 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_order(logprobs: dict[int, Any], vocabulary: int) -> list[float | None]:
-    """Return the log-probability of each token, with None for one that is not finite."""
+    """Return the log-probability of each token, or None where it is not finite."""
     values = [logprobs[token].logprob for token in range(vocabulary)]
     return [value if math.isfinite(value) else None for value in values]
 
 
 def _peak_bytes() -> int | None:
-    """Return the peak memory of the process, on a GPU that of the GPU's memory; None if unknown.
+    """Return the peak memory of the process, or on a GPU of its GPU memory; None if unknown.
 
-    ``VmHWM`` counts from this program's start; the peak of ``getrusage`` survives an exec.
+    ``VmHWM`` starts at zero in a new program, unlike the peak of ``getrusage``, which survives an
+    exec.
     """
     import torch
 

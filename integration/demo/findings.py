@@ -1,4 +1,4 @@
-"""What a demo run found, and the rules that decide whether it is right.
+"""The results of a demo run, and the rules that decide whether they are right.
 
 The truth for a row is transformers + PEFT with the row's adapter alone, in float64, on the weights
 that compressed-tensors decompresses. The rules:
@@ -7,10 +7,11 @@ that compressed-tensors decompresses. The rules:
 - low precision: ``rms(ours - truth) <= 2 * rms(theirs - truth) + floor`` for each row, where
   theirs is eager transformers + PEFT in the same dtype, and floor = u / 2 * rms(truth) with the
   dtype's unit roundoff u: a quarter of a unit in the last place of the logits
-- the oracle finds nothing against any output of any quantised linear, given the exact result by
-  upstream's weight and PEFT's formula, and every output has a finite ``error_bound``
-- where vLLM can serve the batch: the log-probabilities that our backend gives after each row err
-  by at most twice the error of transformers + PEFT, plus 0.02 nats
+- linears: the oracle accepts every output of every quantised linear, judged against the exact
+  result by compressed-tensors' weight and PEFT's formula, and every output has a finite
+  ``error_bound``
+- where vLLM can serve the batch: the largest error of our backend's log-probabilities after each
+  row is at most twice the largest error of transformers + PEFT, plus 0.02 nats
 
 The factor 2 is the oracle's ``RMS_FACTOR``.
 
@@ -32,14 +33,14 @@ FLOAT64_LIMIT = 1e-9
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one row of the batch.
+    """The errors of one row of the batch.
 
     Args:
         adapter: the row's adapter, or "base".
         float64_error: the largest error in float64, relative to the largest logit.
         ours: the rms error of the reference in low precision, in logits.
         theirs: the rms error of transformers + PEFT in low precision, in logits.
-        floor: the error allowed beyond twice theirs, in logits.
+        floor: the error allowed in addition to twice ``theirs``, in logits.
     """
 
     adapter: str
@@ -55,27 +56,27 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """Whether both rules hold; NaN breaks them."""
+        """Whether the float64 and the low-precision rule hold; NaN breaks them."""
         return self.float64_error <= FLOAT64_LIMIT and self.ours <= self.allowed
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one demo run found.
+    """The results of one demo run.
 
     Args:
         rows: the rows of the batch.
         linears: the number of quantised linears in the model.
-        elements: the number of their outputs that were judged.
-        unbounded: the number of these outputs that have no bound because they may overflow; any
-            makes the run wrong.
-        worst_of_bound: the largest error of these outputs, as a fraction of its bound.
+        elements: the number of judged outputs of these linears.
+        unbounded: the number of judged outputs that have no bound because they may overflow; the
+            run is right only if it is 0.
+        worst_of_bound: the largest ratio of a judged output's error to its bound.
         wrong_linear: the oracle's first finding against a linear, or None.
         packed_bytes: the size of the packed weights.
         dense_bytes: the size of the same weights in 16 bits.
         adapter_bytes: the size of all adapters, as stored.
-        our_seconds: the time of one mixed batch by the reference, in low precision.
-        their_seconds: the time of the same rows by transformers + PEFT, one after the other.
+        our_seconds: the time of one mixed batch through the reference, in low precision.
+        their_seconds: the time of the same rows through transformers + PEFT, one after the other.
         dtype: the low precision.
         served: what vLLM did with the batch.
     """
@@ -96,7 +97,7 @@ class Comparison:
 
     @property
     def right(self) -> bool:
-        """Whether every rule holds, and there was something to judge."""
+        """Whether every rule holds, with at least one row and one judged output."""
         linears = self.elements > 0 and self.unbounded == 0 and self.wrong_linear is None
         rows = len(self.rows) > 0 and all(row.right for row in self.rows)
         return linears and rows and self.served.right

@@ -1,8 +1,8 @@
 """Judge every output of every quantised linear of a model.
 
-The verdict is the oracle's. The exact result is not the reference's, which is under test here: the
-weight is what compressed-tensors decompresses, and adapters are applied row by row as PEFT defines
-them.
+The oracle gives the verdict. The exact result does not come from the reference, which is under test
+here: compressed-tensors decompresses the weight, and the adapters are applied row by row by PEFT's
+definition.
 
 Source: ``docs/conformance.md``, "The verdict".
 """
@@ -30,8 +30,8 @@ class LinearCheck:
     """Forward hooks that judge the outputs of every ``ReferenceLinear`` of a model.
 
     Args:
-        checkpoint: the open checkpoint, for compressed-tensors' weights.
-        adapters: the adapters; the first row of a batch has none, the others one each, in order.
+        checkpoint: the open checkpoint, whose weights compressed-tensors decompresses.
+        adapters: the adapters; the first row of a batch has none, and row i has the i-th.
     """
 
     def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
@@ -68,11 +68,11 @@ class LinearCheck:
         return y if bias is None else y + bias.to(torch.float64)
 
     def judge(self, name: str, output: Tensor, answer: Answer) -> None:
-        """Judge one call; count outputs, those without a bound, and the worst error over its bound.
+        """Judge one call; count its outputs, those without a bound, and the worst error / bound.
 
         Args:
             name: the linear's name.
-            output: the result.
+            output: the linear's result.
             answer: the exact result and its bound.
         """
         bounded = answer.bound.isfinite()

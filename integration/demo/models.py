@@ -46,7 +46,7 @@ class RowAdapters:
         self.ids = ids
 
     def of_tokens(self, tokens: int) -> Tensor:
-        """Return the id of each token: int64 ``[tokens]``; all rows have the same length."""
+        """Return the adapter id of each token: int64 ``[tokens]``; all rows are equally long."""
         return self.ids.repeat_interleave(tokens // len(self.ids))
 
 
@@ -80,10 +80,10 @@ class ReferenceLinear(nn.Module):
 
 
 class Float64Inside(TorchFunctionMode):
-    """A context in which conversions to float32 go to float64.
+    """A context in which float64 replaces every ``torch.float32`` argument.
 
     transformers computes norms, rotary angles and softmax in float32 whatever the model's dtype,
-    so without this a float64 model would be no truth.
+    so without this context a float64 model would not be accurate to float64.
     """
 
     def __torch_function__(
@@ -93,7 +93,7 @@ class Float64Inside(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call ``func`` with every ``torch.float32`` among its arguments replaced by float64."""
+        """Call ``func`` with float64 in place of every ``torch.float32`` among its arguments."""
         if func is Tensor.float:
             return args[0].to(torch.float64)
 
@@ -112,8 +112,8 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         dtype: the dtype of weights and activations.
 
     Raises:
-        ValueError: transformers makes no model of the config, or its model has other tensors than
-            the checkpoint.
+        ValueError: transformers cannot make a model from the config, or its model has other tensors
+            than the checkpoint.
     """
     file = checkpoint.path / "config.json"
     try:
@@ -155,7 +155,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         places[name].copy_(tensor)
         filled.add(places[name].data_ptr())
     for name, place in places.items():
-        if place.data_ptr() not in filled:  # tied weights share one place
+        if place.data_ptr() not in filled:  # tied weights share storage
             raise ValueError(f"{checkpoint.path}: lacks {name}, which the model has")
 
 
@@ -179,7 +179,7 @@ def peft_model(checkpoint: Checkpoint, adapters: Sequence[Path], dtype: torch.dt
 
 
 def peft_name(index: int) -> str:
-    """Return the name of an adapter in PEFT, where it must be valid as a module's name."""
+    """Return the name of an adapter in PEFT, which must be a valid module name."""
     return f"adapter_{index}"
 
 

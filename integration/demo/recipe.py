@@ -1,7 +1,7 @@
-"""Make a small INT4 Llama and three adapters, with compressed-tensors and PEFT themselves.
+"""Make a small INT4 Llama and three adapters with compressed-tensors and PEFT.
 
-They are made once and kept in a cache folder. The weights are random; the files are what these
-tools write for a model of any size.
+The files are made once and kept in a cache folder. The weights are random; the file formats are
+those that these tools write for a model of any size.
 
 Source: ``ModelCompressor`` of compressed-tensors, ``get_peft_model`` of PEFT.
 """
@@ -39,7 +39,7 @@ __all__ = [
     "save_quantised",
 ]
 
-FOLDER = "demo-llama-w4a16-g128-1"  # to be counted up when the recipe changes
+FOLDER = "demo-llama-w4a16-g128-1"  # increase the last number when the recipe changes
 
 LLAMA = {
     "hidden_size": 512,
@@ -53,7 +53,7 @@ LLAMA = {
 }
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 
-# Ranks, targets and scalings differ: 2, 2/3 (which no binary float holds) and 5 / sqrt(5).
+# The scalings are 2, 2/3 (which no binary float represents) and 5 / sqrt(5).
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "b": {"r": 12, "lora_alpha": 8, "target_modules": "all-linear"},
@@ -82,8 +82,8 @@ class DemoFiles:
 def prepare(cache: Path) -> DemoFiles:
     """Return the demo's files; make them first if the cache lacks them.
 
-    They are made beside their place and renamed: a run that is stopped leaves nothing that looks
-    whole, and of two runs at once one wins.
+    The files are written to a temporary folder, which is then renamed. So a stopped run leaves no
+    incomplete files in the cache, and of two concurrent runs one provides the files.
 
     Args:
         cache: the cache folder; it is made if it is missing.
@@ -102,7 +102,7 @@ def prepare(cache: Path) -> DemoFiles:
                 for name, settings in ADAPTERS.items():
                     make_adapter(made / name, LLAMA, name, settings)
         except OSError:
-            if not folder.is_dir():  # unless another run was first
+            if not folder.is_dir():  # it exists if another run has renamed its folder first
                 raise
     return DemoFiles(folder / "model", {name: folder / name for name in ADAPTERS})
 
@@ -146,7 +146,7 @@ def save_quantised(model: LlamaForCausalLM, folder: Path, weights: Mapping[str, 
 
 
 def _dense_model(llama: Mapping[str, Any]) -> Any:
-    """Return a random Llama whose rows have offsets, so that zero-points matter."""
+    """Return a random Llama whose weight rows have offsets, so that zero-points matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(LlamaConfig(**llama))
@@ -175,7 +175,7 @@ def _calibrate(name: str, module: Any) -> None:
 
 
 def _activation_order(name: str, columns: int, group_size: int) -> Tensor:
-    """Return a g_idx as an activation order gives it, different in every module."""
+    """Return a g_idx of a random activation order, which differs between module names."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
     order = torch.randperm(columns, generator=generator)
     return (torch.argsort(order) // group_size).to(torch.int32)
@@ -184,7 +184,7 @@ def _activation_order(name: str, columns: int, group_size: int) -> Tensor:
 def make_adapter(
     folder: Path, llama: Mapping[str, Any], name: str, settings: Mapping[str, Any]
 ) -> None:
-    """Make a random adapter, with B random too, and save it as PEFT does.
+    """Make a random adapter, B included, and save it with PEFT.
 
     Args:
         folder: where to save it.

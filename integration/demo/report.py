@@ -1,7 +1,4 @@
-"""Show what a demo run found, as tables or as JSON.
-
-Source: ``int4_lora.integration.demo.findings`` for the rules.
-"""
+"""Show the results of a demo run, as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ MEBIBYTE = 2**20
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Print tables for agreement, for bytes and time, and for vLLM's engines if they ran."""
+    """Print tables of agreement, of bytes and time, and of vLLM's engines if they ran."""
     console.print(_agreement(comparison))
     console.print(
         f"{comparison.linears} quantised linears, {comparison.elements:,} outputs: the largest "

@@ -1,7 +1,7 @@
-"""Serve the demo's mixed batch by vLLM, with its own kernels and with ours.
+"""Serve the demo's mixed batch through vLLM, with vLLM's kernels and with ours.
 
-Each engine runs in a process of its own. The log-probability of every token that could follow each
-row is compared with transformers + PEFT in float64.
+Each engine runs in a separate process. After each row, the log-probability of every token of the
+vocabulary is compared with transformers + PEFT in float64.
 
 Source: ``docs/commands/demo.md``.
 """
@@ -30,7 +30,7 @@ from int4_lora.reference.conformance.judging.verdict import RMS_FACTOR
 __all__ = ["FLOOR", "OURS", "STOCK", "Batch", "Engine", "Served", "serve", "why_not"]
 
 STOCK, OURS = "vLLM", "vLLM, int4_lora"
-FLOOR = 0.02  # nats, allowed beyond twice the error of transformers + PEFT
+FLOOR = 0.02  # nats, allowed in addition to twice the error of transformers + PEFT
 NEW = 16  # tokens to generate for each row
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes for max_lora_rank
 SECONDS = 1800  # the timeout of an engine's process
@@ -46,7 +46,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch to serve, and its right answer.
+    """The batch to serve, and the right logits.
 
     Args:
         model: the checkpoint's folder.
@@ -56,7 +56,7 @@ class Batch:
         most_tokens: the most tokens that the model takes, prompt and answer together.
         dtype: the low precision.
         truth: the float64 logits after each row, ``[rows, vocabulary]``.
-        theirs: the same logits by transformers + PEFT in the low precision.
+        theirs: the same logits from transformers + PEFT in the low precision.
     """
 
     model: Path
@@ -71,14 +71,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Engine:
-    """How one engine served the batch.
+    """The speed, memory and errors of one engine.
 
     Args:
         name: ``STOCK`` or ``OURS``.
         tokens_per_second: the tokens generated per second, for all rows together.
-        first_token_seconds: the time to the first token, of the median row.
-        peak_bytes: the peak memory of its process, or None if unknown.
-        errors: the largest error of a log-probability of each row, in nats.
+        first_token_seconds: the median row's time to its first token.
+        peak_bytes: the peak memory of the engine's process, or None if unknown.
+        errors: each row's largest error of a log-probability, in nats.
     """
 
     name: str
@@ -90,11 +90,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM did with the batch.
+    """The result of serving the batch through vLLM.
 
     Args:
         why_not: why an engine did not serve the batch, or None.
-        allowed: the largest error that is right for our engine, in nats.
+        allowed: the largest error with which our engine is right, in nats.
         engines: the engines that served the batch.
     """
 
@@ -109,14 +109,14 @@ class Served:
 
     @property
     def right(self) -> bool:
-        """Whether our engine is right, or vLLM could not serve the batch at all."""
+        """Whether both engines ran and ours is right; true if none served the batch."""
         if not self.engines:
             return True
         return self.ran and all(error <= self.allowed for error in self.engines[1].errors)
 
 
 def why_not() -> str | None:
-    """Return why vLLM cannot serve here, or None if it can."""
+    """Return why vLLM cannot serve on this machine, or None if it can."""
     if find_spec("vllm") is not None:
         return untested()
     if sys.platform != "linux" or sys.version_info < (3, 11):
@@ -127,11 +127,11 @@ def why_not() -> str | None:
 
 
 def serve(batch: Batch, say: Callable[[str], None] = lambda step: None) -> Served:
-    """Serve the batch with vLLM's own kernels, then with ours.
+    """Serve the batch with vLLM's kernels, then with ours.
 
     Args:
         batch: the batch to serve.
-        say: called with a description of each step before it starts.
+        say: called with a description of each step before the step starts.
     """
     truth = batch.truth.double().log_softmax(-1)
     theirs = batch.theirs.double().log_softmax(-1)
@@ -151,7 +151,7 @@ def serve(batch: Batch, say: Callable[[str], None] = lambda step: None) -> Serve
 
 
 def _errors(logprobs: Sequence[Sequence[float | None]], truth: Tensor) -> list[float]:
-    """Return the largest error of each row, NaN for one that lacks a finite log-probability."""
+    """Return the largest error of each row, or NaN if a log-probability of it is not finite."""
     rows = [[torch.nan if logprob is None else logprob for logprob in row] for row in logprobs]
     values = torch.tensor(rows, dtype=torch.float64)
     missing = truth.shape[1] - values.shape[1]  # negative if the engine pads its vocabulary
@@ -160,7 +160,7 @@ def _errors(logprobs: Sequence[Sequence[float | None]], truth: Tensor) -> list[f
 
 
 def _answer(batch: Batch, new: int, options: Mapping[str, Any]) -> dict[str, Any] | str:
-    """Return the answer of an engine's process, or why there is none."""
+    """Return the answer of an engine's process, or why it gave none."""
     folders = [None if folder is None else str(folder.resolve()) for folder in batch.adapters]
     request = {
         "model": str(batch.model.resolve()),
@@ -203,7 +203,7 @@ def _answer(batch: Batch, new: int, options: Mapping[str, Any]) -> dict[str, Any
 
 
 def _lora(batch: Batch) -> dict[str, Any]:
-    """Return vLLM's arguments about adapters."""
+    """Return vLLM's arguments for adapters; none if no row has an adapter."""
     adapters = sum(folder is not None for folder in batch.adapters)
     if not adapters:
         return {}
