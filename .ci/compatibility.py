@@ -1,8 +1,8 @@
-"""Write the table of docs/compatibility.md from tox's own record of a run.
+"""Write the table of docs/compatibility.md from tox's JSON record of a run.
 
 ``tox run -m matrix --result-json matrix.json && python .ci/compatibility.py matrix.json``
-replaces what stands between the two marks of the page; the explanations below it stay. Of several
-records the later ones replace environments of the earlier.
+replaces the text between the page's two marks. Given several records, an environment's result in a
+later record replaces its result in earlier records.
 """
 
 import datetime
@@ -18,7 +18,7 @@ COLUMNS = ("environment", *PACKAGES, "tests", "minutes", "result")
 
 
 def row(name, record):
-    """Return the cells of one environment."""
+    """Return the table cells of one environment."""
     packages = record.get("installed_packages", [])
     versions = dict(re.split(r"==| @ ", package, maxsplit=1) for package in packages)
     outputs = "".join(test["output"] for test in record.get("test", []))
@@ -35,7 +35,7 @@ def row(name, record):
 
 
 def table(record, today):
-    """Return the table of every environment that ran, with the day and the machine in words."""
+    """Return the table of all environments that ran, with the date and the machine."""
     ran = {
         name: environment
         for name, environment in record["testenvs"].items()
@@ -56,7 +56,7 @@ def table(record, today):
 
 
 def main(results):
-    """Rewrite the page."""
+    """Write the new table into the page."""
     record, *later = [json.loads(Path(result).read_text()) for result in results]
     for one in later:
         ran = {name: env for name, env in one["testenvs"].items() if env.get("result")}

@@ -1,4 +1,4 @@
-"""Install the core beside an existing torch: pip must change nothing that is there.
+"""Install the core beside an existing torch; fail if pip changes any installed package.
 
 Run by ``tox run -e core211`` in an environment that holds torch and what torch needs.
 """
@@ -27,7 +27,7 @@ assert int4_linear(torch.ones(2, 128, dtype=torch.float16), weight).shape == (2,
 
 
 def changed(report, installed):
-    """Return what pip would change, as ``name old -> new``, of what is installed."""
+    """Return the installed packages that pip would change, as ``name old -> new``."""
     wanted = {
         canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"]
         for one in report["install"]
@@ -39,15 +39,15 @@ def changed(report, installed):
 
 
 def found_now():
-    """Return the versions of everything that is installed."""
+    """Return the versions of all installed packages."""
     return {canonicalize_name(one.metadata["Name"]): one.version for one in distributions()}
 
 
 def main():
-    """Ask pip, then install, then use it; exit with a message where one of them fails."""
+    """Plan the install, install, and use the core; exit with a message if pip changes a package."""
     installed = found_now()
     with tempfile.TemporaryDirectory() as folder:
-        copied = Path(folder) / "source"  # a build leaves its traces where it ran
+        copied = Path(folder) / "source"  # a build leaves files in its source folder
         shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
         report = Path(folder) / "report.json"
         asked = ["--dry-run", "--quiet", "--report", str(report), str(copied)]

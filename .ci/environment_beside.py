@@ -1,8 +1,8 @@
-"""Make a second environment, for packages that cannot be installed beside those of the first.
+"""Make a second environment, for packages that conflict with those of the first.
 
 ``python .ci/environment_beside.py FOLDER PACKAGE...`` installs the packages and the wheel that tox
-built (TOX_PACKAGE) into a virtual environment of its own. One that is there gets the new wheel
-only.
+built (TOX_PACKAGE) into a virtual environment in FOLDER. If FOLDER already has an environment with
+these packages, only the wheel is installed again.
 
 Used by tox: llm-compressor 0.14 pins compressed-tensors 0.19, and vLLM 0.32 pins 0.17.
 """
@@ -18,7 +18,7 @@ PIP_INSTALL = Path(__file__).with_name("pip_install.py")
 
 
 def main(folder, packages):
-    """Make it, or bring it up to date."""
+    """Make the environment, or install the new wheel into an existing one."""
     python, done = Path(folder) / "bin" / "python", Path(folder) / "installed.txt"
     built = os.environ["TOX_PACKAGE"].split(os.pathsep)
     if done.is_file() and done.read_text().split() == packages:

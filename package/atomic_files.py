@@ -1,7 +1,9 @@
-"""Write files and folders beside their place, flush them to the disk, then rename them.
+"""Write files and folders under a temporary name, flush them to the disk, then rename them.
 
-Source: POSIX ``rename``, which replaces a name at once; ``fsync`` before it, so that after a power
-loss a name never leads to incomplete bytes.
+The ``fsync`` before the ``rename`` ensures that after a power loss no name refers to incomplete
+bytes.
+
+Source: POSIX ``rename``, which replaces a name atomically, and ``fsync``.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ __all__ = ["new_folder", "replace_files", "sync_file", "sync_folder", "write_syn
 
 
 def replace_files(contents: Mapping[Path, bytes], *, like: Path | None = None) -> None:
-    """Give files new contents, in the order given.
+    """Replace the contents of files, in the order given.
 
-    All are written beside their places and flushed before the first is renamed. After a kill each
-    file is whole, old or new, and a hidden ``.NAME.*.tmp`` may be left.
+    All temporary files are written beside their targets and flushed before the first is renamed.
+    After a kill each file is complete, old or new, and a hidden ``.NAME.*.tmp`` may remain.
 
     Args:
-        contents: the bytes of each file; a file that exists keeps its permissions.
-        like: the file whose permissions a new file gets; None means those of the umask.
+        contents: the bytes of each file; an existing file keeps its permissions.
+        like: the file whose permissions a new file gets; None means the umask's permissions.
 
     Raises:
         OSError: a file cannot be written; then none is changed.
@@ -53,15 +55,16 @@ def replace_files(contents: Mapping[Path, bytes], *, like: Path | None = None) -
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``folder`` once the body is done.
+    """Yield an empty folder, and rename it to ``folder`` after the body.
 
-    It stands in a hidden folder beside its place. If the body raises, it is removed.
+    The yielded folder is inside a hidden folder beside ``folder``, and is removed if the body
+    raises.
 
     Args:
-        folder: the folder to make; its parents are made if they are missing.
+        folder: the folder to make; missing parents are made too.
 
     Raises:
-        OSError: it cannot be made, or ``folder`` exists by the end and is not empty.
+        OSError: the folder cannot be made, or after the body ``folder`` exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
@@ -79,9 +82,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_synced(file: Path, data: bytes) -> None:
-    """Write a file in its place and flush it to the disk.
+    """Write a file under its final name and flush it to the disk.
 
-    This is for files of a folder that itself gets its name later.
+    Use it for files in a folder that is renamed later.
     """
     with file.open("wb") as opened:
         opened.write(data)

@@ -1,8 +1,8 @@
-"""Results of measurements, kept on disk: one small JSON file per key.
+"""Cache measurements on disk, in one small JSON file per key.
 
-Each file is replaced whole and no two keys share one, so neither readers nor writers need a lock.
-A file that is missing, damaged or of another key is a miss. A folder that cannot be written costs
-the time of measuring again, never an error.
+Each file is replaced atomically and no two keys share a file, so neither readers nor writers need a
+lock. A file that is missing, damaged or of another key is a miss. If the folder cannot be written,
+measurements are repeated, without an error.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def cache_folder() -> Path:
 
 
 def recall(kind: str, key: Mapping[str, Any]) -> Any:
-    """Return the value last remembered under a key, or None.
+    """Return the value last stored under a key, or None.
 
     Args:
-        kind: the folder for values of this kind.
-        key: what the value depends on; JSON's own types.
+        kind: the name of the folder for values of this kind.
+        key: everything that the value depends on, as JSON types.
     """
     try:
         kept = json.loads(_file(kind, key).read_text(encoding="utf-8"))
@@ -46,12 +46,12 @@ def remember(kind: str, key: Mapping[str, Any], value: Any) -> bool:
     """Store a value under a key.
 
     Args:
-        kind: the folder for values of this kind.
-        key: what the value depends on; JSON's own types.
-        value: the value; JSON's own types.
+        kind: the name of the folder for values of this kind.
+        key: everything that the value depends on, as JSON types.
+        value: the value, as JSON types.
 
     Returns:
-        Whether it could be written.
+        Whether the value could be written.
     """
     try:
         file = _file(kind, key)
@@ -66,7 +66,7 @@ def check_writable() -> None:
     """Check that the cache can be written.
 
     Raises:
-        OSError: it cannot; the message names the folder.
+        OSError: the cache cannot be written; the message names the folder.
     """
     if not remember("trials", {}, None):
         raise OSError(f"{cache_folder()} cannot be written")

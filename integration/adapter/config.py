@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: which layers a LoRA adapter targets, with which rank and scaling.
+"""Read PEFT's adapter_config.json: which layers an adapter targets, with which rank and scaling.
 
 Source: ``peft/tuners/lora/config.py``, ``check_target_module_exists`` in
 ``peft/tuners/tuners_utils.py`` and ``get_pattern_key`` in ``peft/utils/other.py``.
@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 LAYER = r".*\.{}\.(\d+)\."  # PEFT inserts layers_pattern here,
 ENDING = r"(.*\.)?({})$"  # and the keys of rank_pattern and alpha_pattern here
 
-# With one of these, an adapter means something else than y = W x + scaling * B A x.
+# With any of these options, the layer is not y = W x + scaling * B A x.
 REFUSED_WHEN_SET = (
     "use_dora",
     "use_qalora",
@@ -40,14 +40,15 @@ CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
-    """Check that a config describes plain LoRA on linear layers, with usable numbers.
+    """Check that a config describes plain LoRA on linear layers, with valid options.
 
     Args:
         file: adapter_config.json, for the messages.
-        config: its content.
+        config: the content of adapter_config.json.
 
     Raises:
-        ValueError: another method, or an option of the wrong type or value; it is named.
+        ValueError: the config is of another method, or an option has the wrong type or value; the
+            message names the option.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
@@ -85,7 +86,7 @@ def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_targeted(config: Mapping[str, Any], name: str) -> bool:
-    """Return whether PEFT puts an adapter of this config on the layer ``name``.
+    """Return whether PEFT applies an adapter with this config to the layer ``name``.
 
     Example:
         >>> config = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
@@ -109,12 +110,12 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int:
-    """Return the rank of the layer ``name``: the first pattern that matches its end, or r."""
+    """Return the rank of the layer ``name``: that of the first pattern that matches, or ``r``."""
     return int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
 
 
 def scaling_of(config: Mapping[str, Any], name: str) -> float:
-    """Return alpha / rank of the layer ``name``, or alpha / sqrt(rank) with ``use_rslora``.
+    """Return the scaling of the layer ``name``: alpha / rank, or alpha / sqrt(rank) with rslora.
 
     Example:
         >>> scaling_of({"r": 12, "lora_alpha": 8}, "model.layers.0.mlp.up_proj")
@@ -128,7 +129,7 @@ def scaling_of(config: Mapping[str, Any], name: str) -> float:
 
 
 def _names(targets: Any, name: str) -> bool:
-    """Return whether a regular expression, or one of a list of endings, matches ``name``."""
+    """Return whether ``targets``, a regular expression or a list of endings, matches ``name``."""
     if not targets:
         return False
     if isinstance(targets, str):
@@ -151,7 +152,7 @@ def _check_numbers(
     is_valid: Callable[[object], bool],
     rule: str,
 ) -> None:
-    """Check a number and the values that replace it for names matching a pattern."""
+    """Check a number, and the values that replace it for the layers that match a pattern."""
     if not is_valid(config.get(option)):
         raise ValueError(f"{file}: {option} must be {rule}, got {config.get(option)!r}")
     by_pattern = config.get(patterns) or {}
@@ -165,7 +166,7 @@ def _check_numbers(
 
 
 def _check_pattern(where: str, pattern: str, used: str) -> re.Pattern[str]:
-    """Return the regular expression that PEFT makes of a pattern."""
+    """Compile ``used``, the regular expression that PEFT makes from ``pattern``."""
     try:
         return re.compile(used)
     except re.error as error:

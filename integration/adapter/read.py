@@ -44,7 +44,7 @@ CONVERT = (
     "'adapter_model.safetensors')\""
 )
 
-# PEFT writes the prefix and no adapter name; other tools omit the prefix or keep the name.
+# PEFT writes the prefix but no adapter name; other tools omit the prefix or keep the name.
 KEY = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 
 
@@ -65,11 +65,11 @@ class AdapterModule:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One adapter of a whole model.
+    """One adapter of a model.
 
     Args:
-        path: its folder.
-        config: the whole ``adapter_config.json``.
+        path: the adapter's folder.
+        config: the content of ``adapter_config.json``.
         modules: the pair of each layer, by the layer's name in the base model.
     """
 
@@ -85,13 +85,13 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
-        The adapter, its tensors on the CPU in the dtype they are stored in.
+        The adapter, with its tensors on the CPU in their stored dtype.
 
     Raises:
         FileNotFoundError: the folder, or a file that it must have, does not exist.
-        TypeError: a tensor of the wrong dtype.
-        ValueError: a file that cannot be read, an adapter that is not plain LoRA, or a rank that
-            contradicts the config; the message names file, module and rule.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a file cannot be read, the adapter is not plain LoRA, or a rank contradicts the
+            config; the message names file, module and rule.
 
     Example:
         >>> adapter = read_adapter("my-adapter")  # doctest: +SKIP

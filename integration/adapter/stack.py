@@ -16,10 +16,10 @@ __all__ = ["check_fits", "check_shape", "stack_adapters"]
 def stack_adapters(
     adapters: Sequence[Adapter], name: str, in_features: int, out_features: int
 ) -> LoRAStack | None:
-    """Stack the matrices of several adapters for one layer; ids are positions in ``adapters``.
+    """Stack the matrices of several adapters for one layer; an id is a position in ``adapters``.
 
     An adapter that does not target the layer adds zero. Adapters of different dtypes are widened
-    to the smallest dtype that holds all of them exactly.
+    to the smallest dtype that represents all of them exactly.
 
     Args:
         adapters: the adapters.
@@ -28,10 +28,10 @@ def stack_adapters(
         out_features: rows of the layer's weight.
 
     Returns:
-        The stack, or None where no adapter targets the layer.
+        The stack, or None if no adapter targets the layer.
 
     Raises:
-        ValueError: an adapter whose shapes do not fit the layer; the message names both.
+        ValueError: an adapter's shapes do not fit the layer; the message names both.
     """
     present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
     if not present:
@@ -52,14 +52,14 @@ def stack_adapters(
 
 
 def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """Check that every layer an adapter targets is a quantised module of its shapes.
+    """Check that every layer an adapter targets is a packed module of matching shape.
 
     Args:
         adapter: an adapter.
         checkpoint: the base model.
 
     Raises:
-        ValueError: a layer is not packed in INT4 in the base, or has other shapes there.
+        ValueError: a layer is not packed in the base, or has another shape there.
     """
     quantised = {name for name in checkpoint.modules() if checkpoint.is_packed(name)}
     for name in adapter.modules:
@@ -77,7 +77,7 @@ def check_shape(adapter: Adapter, name: str, out_features: int, in_features: int
     """Check that an adapter's pair of matrices fits a weight ``[out_features, in_features]``.
 
     Raises:
-        ValueError: it does not; the message names both shapes.
+        ValueError: the pair does not fit; the message names both shapes.
     """
     module = adapter.modules[name]
     shape = (module.b.shape[0], module.a.shape[1])

@@ -1,4 +1,4 @@
-"""Write a LoRA adapter as a folder that PEFT and engines load.
+"""Write a LoRA adapter as a folder that PEFT and serving engines load.
 
 Source: ``peft/utils/save_and_load.py``.
 """
@@ -38,18 +38,19 @@ def write_adapter(
     *,
     base_model: str | None = None,
 ) -> Adapter:
-    """Write an adapter in PEFT's folder format; ``read_adapter`` gives the same back.
+    """Write an adapter in PEFT's folder format; ``read_adapter`` reads the same adapter back.
 
-    Tensors come back bit for bit. So does a scaling that is alpha / rank for some float64 alpha,
-    or, if that holds for all layers, alpha / sqrt(rank) with ``use_rslora``. Any other scaling
-    comes back as the nearest such number, within a relative 2^-52.
+    ``read_adapter`` returns the tensors bit for bit. It also returns every scaling exactly, if for
+    all layers the scaling is alpha / rank for some float64 alpha, or if for all layers it is
+    alpha / sqrt(rank), with ``use_rslora``. Otherwise the alphas are those for alpha / rank, and a
+    scaling that is not alpha / rank changes by at most a relative 2^-52.
 
-    The rank and alpha that most layers have become ``r`` and ``lora_alpha``; layers that differ are
-    listed in ``rank_pattern`` and ``alpha_pattern``. The folder is made beside its place and
-    renamed, so that it is there whole or not at all.
+    The most frequent rank and alpha become ``r`` and ``lora_alpha``; layers that differ are listed
+    in ``rank_pattern`` and ``alpha_pattern``. The folder is written under a temporary name and then
+    renamed, so that ``path`` is complete if it exists.
 
     Args:
-        path: the folder to make; it must not exist.
+        path: the folder to write; it must not exist.
         modules: the pair of each layer, by the layer's name in the base model.
         base_model: the name or path of the base, recorded in the config.
 
@@ -58,8 +59,8 @@ def write_adapter(
 
     Raises:
         FileExistsError: ``path`` exists.
-        TypeError: a tensor of the wrong dtype, or a scaling that is no number.
-        ValueError: no modules, shapes that contradict each other, or a scaling that is not finite.
+        TypeError: a tensor has the wrong dtype, or a scaling is not a number.
+        ValueError: there are no modules, shapes contradict each other, or a scaling is not finite.
 
     Example:
         >>> import tempfile, torch
@@ -88,7 +89,7 @@ def write_adapter(
     with new_folder(folder) as made:
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, made / TENSOR_FILE, metadata={"format": "pt"})
-        read_adapter(made)  # whatever is wrong shows before anything is in its place
+        read_adapter(made)  # raises any error before the folder is renamed to ``path``
     return read_adapter(folder)
 
 
@@ -136,7 +137,7 @@ def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dic
 def _alphas(
     modules: Mapping[str, AdapterModule], ranks: Mapping[str, int]
 ) -> tuple[bool, dict[str, int | float]]:
-    """Return use_rslora and the alpha of each layer; False if neither gives every scaling."""
+    """Return use_rslora and each layer's alpha; False unless only alpha / sqrt(rank) is exact."""
     scalings = {name: float(module.scaling) for name, module in modules.items()}
     plain = {name: _alpha(scaling, ranks[name]) for name, scaling in scalings.items()}
     roots = {name: math.sqrt(rank) for name, rank in ranks.items()}
@@ -148,7 +149,7 @@ def _alphas(
 
 
 def _alpha(scaling: float, divisor: float) -> int | float:
-    """Return the alpha for which alpha / divisor is ``scaling``, or nearest to it."""
+    """Return an alpha for which alpha / divisor is ``scaling``, else ``scaling * divisor``."""
     near = scaling * divisor
     candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     alpha = next((alpha for alpha in candidates if alpha / divisor == scaling), near)
@@ -158,8 +159,8 @@ def _alpha(scaling: float, divisor: float) -> int | float:
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Return the values that differ from the default, by patterns that match one name each.
 
-    PEFT takes the first pattern that matches the end of a name. So longer names go first, and a
-    name that ends like a listed one is listed too, so that the listed one does not apply to it.
+    PEFT uses the first pattern that matches the end of a name. So longer names go first, and a
+    name that ends in a listed name is listed too, with its value.
     """
     different = {name for name, value in values.items() if value != default}
     shadowed = {name for name in values if any(name.endswith(f".{other}") for other in different)}

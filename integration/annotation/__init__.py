@@ -1,1 +1,1 @@
-"""Find out what a checkpoint offers adapters, and record it in its folder."""
+"""Find the modules of a checkpoint that adapters can target, and record them in its folder."""

@@ -1,4 +1,4 @@
-"""Make ``lora_metadata.json``: what adapters may target, and how each weight is packed.
+"""Make ``lora_metadata.json``: the modules that adapters can target, and each weight's packing.
 
 Source: ``docs/lora-metadata.md``; its schema is ``lora_metadata.schema.json`` beside this file.
 """
@@ -32,29 +32,26 @@ PARTS = {
     "zero_point": "weight_zero_point",
     "g_idx": "weight_g_idx",
 }
-UNPACKED = ("tensor", "block")  # strategies whose zero-points are int8, one for each scale
+UNPACKED = ("tensor", "block")  # strategies with int8 zero-points, one for each scale
 
 
 def metadata_of(checkpoint: Checkpoint, targets: LoRATargets) -> dict[str, Any]:
     """Return the content of ``lora_metadata.json``.
 
-    Only headers and ``weight_shape`` are read, except for modules with ``weight_g_idx`` or int8
-    zero-points, which are read whole to check the values.
+    Only headers and ``weight_shape`` are read, except that modules with ``weight_g_idx`` or int8
+    zero-points are read completely to check their values.
 
     Args:
         checkpoint: an open checkpoint.
         targets: the modules that adapters can target.
 
     Returns:
-        JSON's own types; ``modules`` holds the pack-quantized modules of 4 or 8 bits.
+        The content, as JSON types; ``modules`` holds the pack-quantized modules of 4 or 8 bits.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: tensors that contradict each other or the config; the message names file,
-            module and rule.
-
-    Source:
-        ``docs/lora-metadata.md``.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: tensors contradict each other or the config; the message names file, module and
+            rule.
     """
     packed = [name for name in checkpoint.modules() if checkpoint.is_packed(name)]
     values = (
@@ -73,7 +70,7 @@ def metadata_text(metadata: Mapping[str, Any]) -> str:
     """Return the text of ``lora_metadata.json``, one line per module.
 
     Args:
-        metadata: as ``metadata_of`` returns it.
+        metadata: the content that ``metadata_of`` returned.
     """
     head = json.dumps({key: metadata[key] for key in KEYS[:-1]}, indent=2).removesuffix("\n}")
     modules = metadata[KEYS[-1]].items()
@@ -125,7 +122,7 @@ def _check(checkpoint: Checkpoint, name: str) -> bool:
 def _scale_covers(
     strategy: str, size: int | tuple[int, int] | None, shape: tuple[int, int]
 ) -> list[int]:
-    """Return how many rows and columns share a scale."""
+    """Return the number of rows and of columns that share a scale."""
     if isinstance(size, tuple):
         return list(size)
     rows = shape[0] if strategy == "tensor" else 1

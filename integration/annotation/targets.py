@@ -1,7 +1,7 @@
-"""Find the modules of a checkpoint that adapters can target, and those that are a good choice.
+"""Find the modules of a checkpoint that adapters can target, and those to suggest.
 
-A module is INT4 here if it is pack-quantized with 4 bits and its activations are not quantised, as
-vLLM's ``--quantization int4_lora`` computes it.
+Here, a module is INT4 if it is pack-quantized with 4 bits and its activations are not quantised:
+vLLM's ``--quantization int4_lora`` computes these modules.
 
 Source: ``docs/commands/annotate.md``; PEFT's ``target_modules``, which match the ends of names.
 """
@@ -25,13 +25,13 @@ SERVED_STRATEGIES = ("channel", "group")
 
 @dataclass(frozen=True)
 class LoRATargets:
-    """What a checkpoint offers adapters.
+    """The modules of a checkpoint that adapters can target.
 
     Args:
         compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on INT4 layers.
-        incompatible_because: why not, a sentence for each reason.
-        modules: the last parts of the names of INT4 modules, without the vocabulary's.
-        suggested: those of them that name INT4 projections of layers and nothing else.
+        incompatible_because: the reasons why it does not, one sentence each.
+        modules: the last parts of the names of INT4 modules other than the vocabulary's.
+        suggested: the entries of ``modules`` that name only INT4 projections of layers.
     """
 
     compatible: bool
@@ -47,14 +47,12 @@ def lora_targets(checkpoint: Checkpoint) -> LoRATargets:
         checkpoint: an open checkpoint.
 
     Returns:
-        The names, as PEFT matches them: ``q_proj`` means every module with that last part.
+        The names, as PEFT matches them: ``q_proj`` means every module whose name ends so.
 
     Example:
         >>> lora_targets(open_checkpoint("my-model-W4A16")).suggested  # doctest: +SKIP
         ('down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj')
 
-    Source:
-        ``docs/commands/annotate.md``.
     """
     int4 = [name for name in checkpoint.modules() if _is_int4(checkpoint, name)]
     reasons = tuple(_reasons(checkpoint, int4))
@@ -71,7 +69,7 @@ def _is_int4(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _is_projection(name: str) -> bool:
-    """Return whether a module belongs to a numbered layer and is no expert and no vocabulary."""
+    """Return whether a module belongs to a numbered layer, but not to an expert or vocabulary."""
     return _served_alone(name) and LAYER.search(name) is not None
 
 
@@ -109,7 +107,7 @@ def _reasons(checkpoint: Checkpoint, int4: Iterable[str]) -> list[str]:
 
 
 def _served_alone(name: str) -> bool:
-    """Return whether a module is a linear layer of its own: no vocabulary, no expert."""
+    """Return whether a module is a separate linear layer: not an expert, not the vocabulary."""
     return not VOCABULARY.fullmatch(name) and not EXPERT.search(name)
 
 

@@ -1,6 +1,8 @@
-"""Record in a checkpoint what adapters may target: ``config.json`` and ``lora_metadata.json``.
+"""Record the modules that adapters can target in ``config.json`` and ``lora_metadata.json``.
 
-Source: ``docs/commands/annotate.md``; the reader in vLLM is ``vllm_plugin/metadata.py``.
+In vLLM, ``vllm_plugin/metadata.py`` reads ``lora_metadata.json``.
+
+Source: ``docs/commands/annotate.md``.
 """
 
 from __future__ import annotations
@@ -28,17 +30,18 @@ IN_CONFIG = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a checkpoint offers adapters, and which of its files did not say so before.
+    """The annotation of a checkpoint, and the files that it changes.
 
     Args:
         path: the checkpoint's folder.
         lora_compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on its INT4
             layers.
-        incompatible_because: why not, a sentence for each reason.
+        incompatible_because: the reasons why it does not, one sentence each.
         lora_target_modules: the last parts of the names of modules that adapters can target.
-        suggested_lora_targets: those of them that name INT4 projections of layers only.
-        modules: how many modules ``lora_metadata.json`` describes.
-        changed: the names of the files that were written, or for a preview would be.
+        suggested_lora_targets: the entries of ``lora_target_modules`` that name only INT4
+            projections of layers.
+        modules: the number of modules in ``lora_metadata.json``.
+        changed: the names of the files that were written, or in a preview would be written.
     """
 
     path: Path
@@ -51,12 +54,12 @@ class Annotation:
 
 
 def annotate(path: str | os.PathLike[str]) -> Annotation:
-    """Record in a checkpoint what it offers adapters.
+    """Record in a checkpoint which modules adapters can target.
 
     ``config.json`` gets ``lora_compatible``, ``lora_target_modules`` and
-    ``suggested_lora_targets``; every other value in it stays, and so does the order of the keys.
-    ``lora_metadata.json`` is written whole. A second call writes nothing. At any moment each file
-    is whole, the old or the new one.
+    ``suggested_lora_targets``; its other values and the order of its keys do not change.
+    ``lora_metadata.json`` is replaced. A second call writes nothing. Each file is replaced
+    atomically, so it is always complete, old or new.
 
     Args:
         path: the checkpoint's folder.
@@ -67,18 +70,15 @@ def annotate(path: str | os.PathLike[str]) -> Annotation:
     Raises:
         FileNotFoundError: the folder, or a file that it must have, does not exist.
         OSError: a file cannot be written; then none is changed.
-        TypeError: a tensor of the wrong dtype.
-        ValueError: a checkpoint that cannot be read, tensors that contradict each other, a link, a
-            ``config.json`` with a repeated key or a number that no float holds, or a
-            ``lora_metadata.json`` that holds something else.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: the checkpoint cannot be read, tensors contradict each other, one of the two
+            files is a link, ``config.json`` has a repeated key or a number too large for a float,
+            or an existing ``lora_metadata.json`` holds anything else.
 
     Example:
         >>> oneshot(model="my-model", recipe=recipe, output_dir="my-W4A16")  # doctest: +SKIP
         >>> annotate("my-W4A16").suggested_lora_targets  # doctest: +SKIP
         ('down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj')
-
-    Source:
-        ``docs/commands/annotate.md``.
     """
     annotation, contents = _planned(Path(path))
     replace_files(contents, like=annotation.path / CONFIG)
@@ -86,25 +86,22 @@ def annotate(path: str | os.PathLike[str]) -> Annotation:
 
 
 def preview_annotation(path: str | os.PathLike[str]) -> Annotation:
-    """Return what ``annotate`` would write, and write nothing.
+    """Return the annotation that ``annotate`` would write, and write nothing.
 
     Args:
         path: the checkpoint's folder.
 
     Returns:
-        What would be written.
+        The annotation.
 
     Raises:
         FileNotFoundError: the folder, or a file that it must have, does not exist.
-        TypeError: a tensor of the wrong dtype.
-        ValueError: what ``annotate`` refuses.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: as in ``annotate``.
 
     Example:
         >>> preview_annotation("my-W4A16").changed  # doctest: +SKIP
         ('lora_metadata.json', 'config.json')
-
-    Source:
-        ``docs/commands/annotate.md``.
     """
     return _planned(Path(path))[0]
 
@@ -140,10 +137,10 @@ def _planned(folder: Path) -> tuple[Annotation, Mapping[Path, bytes]]:
 
 
 def _config_with(file: Path, members: Mapping[str, Any]) -> bytes | None:
-    """Return config.json with some members set, as transformers writes it; None if it has them.
+    """Return config.json with ``members`` set, as transformers writes it; None if unchanged.
 
-    Members that ``quantization_config`` has too are set there as well, because vLLM refuses two
-    places that contradict each other; none is added to it.
+    Members that ``quantization_config`` already has are set there too, because vLLM refuses a
+    config whose two values contradict each other. No member is added to ``quantization_config``.
     """
     try:
         config = json.loads(
@@ -192,7 +189,7 @@ def _check_is_no_link(file: Path) -> None:
 
 
 def _check_is_ours(file: Path) -> None:
-    """Refuse to write over a file that holds what would be lost."""
+    """Refuse to replace a ``lora_metadata.json`` that is not ours."""
     if not file.exists():
         return
     try:

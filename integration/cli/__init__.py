@@ -1,4 +1,4 @@
-"""The command line ``int4-lora``: ``app`` puts the commands together, one file each."""
+"""The command line ``int4-lora``: ``app`` combines the commands, each in its own module."""
 
 __all__ = ["main"]
 

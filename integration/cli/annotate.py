@@ -1,4 +1,4 @@
-"""``int4-lora annotate``.
+"""The command ``int4-lora annotate``.
 
 Source: ``docs/commands/annotate.md``.
 """

@@ -1,7 +1,7 @@
-"""The command line ``int4-lora``; each command has a module of its own.
+"""The command line ``int4-lora``, which combines the commands of the other modules.
 
-Exit codes: 0 right, 1 something was found to be wrong, 2 unusable input. Commands import torch
-and rich in their bodies, so that ``--help``, ``--version`` and usage errors do not wait for them.
+Exit codes: 0 for success, 1 if a check failed, 2 for unusable input. Commands import torch and rich
+in their bodies, so that ``--help``, ``--version`` and usage errors do not wait for these imports.
 
 Source: ``docs/commands/README.md``.
 """

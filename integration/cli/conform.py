@@ -1,4 +1,4 @@
-"""``int4-lora conform``.
+"""The command ``int4-lora conform``.
 
 Source: ``docs/commands/conform.md``.
 """
@@ -59,12 +59,12 @@ def conform(
 
 
 def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outcome]:
-    """Return the outcomes of a run, with a progress bar on stderr meanwhile.
+    """Return the outcomes of a run, showing a progress bar on stderr meanwhile.
 
     Args:
-        running: yields an outcome when its case is done.
-        total: how many cases there are.
-        quiet: whether to leave out the progress bar.
+        running: yields the outcome of each case when the case is done.
+        total: the number of cases.
+        quiet: whether to omit the progress bar.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -79,7 +79,7 @@ def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outc
     )
     console = Console(stderr=True)
     progress = Progress(*columns, console=console, transient=True, disable=quiet)
-    with redirect_stdout(sys.stderr), progress:  # what a backend prints is not the report
+    with redirect_stdout(sys.stderr), progress:  # stdout is for the report, not for backends
         task = progress.add_task("", total=total, failed=0)
         for outcome in running:
             outcomes.append(outcome)
@@ -97,7 +97,7 @@ def finish(
     *,
     as_json: bool,
 ) -> None:
-    """Print the outcomes of a run, and exit with its code."""
+    """Print the outcomes of a run, and exit with the run's exit code."""
     from int4_lora.integration.conformance import scorecard
 
     if as_json:
@@ -121,7 +121,7 @@ def _seed(text: str) -> int:
 def _run(
     spec: str, cases: Sequence[Case], seed: int, device: str
 ) -> tuple[Manifest, Iterable[Outcome]]:
-    """Return a backend's manifest, and its outcomes as they come."""
+    """Return a backend's manifest, and an iterator over its outcomes."""
     from int4_lora.integration.conformance.golden.recorded import read_manifest, run_recorded
     from int4_lora.integration.conformance.loading import load_backend, registered
     from int4_lora.reference.conformance import run

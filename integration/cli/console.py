@@ -1,4 +1,4 @@
-"""What commands print with: a wide console, and one line for input that cannot be used.
+"""Print tables on a wide console, and errors about unusable input in one line.
 
 Source: ``docs/commands/README.md``.
 """
@@ -20,9 +20,9 @@ COLUMNS = 120
 
 
 def wide_console() -> Console:
-    """Return a console of the terminal's width, but at least 120 columns.
+    """Return a console as wide as the terminal, but at least 120 columns.
 
-    A narrower one would drop columns of the tables; the terminal folds the lines instead.
+    A narrower console would drop columns of the tables; the terminal wraps long lines instead.
 
     Example:
         >>> wide_console().width >= 120
@@ -34,10 +34,10 @@ def wide_console() -> Console:
 
 
 def unusable(message: str) -> typer.Exit:
-    """Print in one line on stderr why the input cannot be used; return the exit with code 2.
+    """Print one line on stderr about unusable input; return the exit with code 2.
 
     Args:
-        message: what is wrong, and where; line ends are folded.
+        message: what is wrong, and where; it is printed without its line breaks.
     """
     typer.secho(f"int4-lora: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
     return typer.Exit(2)
@@ -45,10 +45,10 @@ def unusable(message: str) -> typer.Exit:
 
 @contextlib.contextmanager
 def refusing_bad_input(*more: type[Exception]) -> Iterator[None]:
-    """End the command with exit code 2 and the message of an error over its input.
+    """End the command with exit code 2 and the error's message if the body rejects its input.
 
     Args:
-        more: errors that count as such beside ImportError, OSError, TypeError and ValueError.
+        more: the exceptions to catch in addition to ImportError, OSError, TypeError and ValueError.
     """
     refused: tuple[type[Exception], ...] = (ImportError, OSError, TypeError, ValueError, *more)
     try:

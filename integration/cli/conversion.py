@@ -1,4 +1,4 @@
-"""What ``unpack`` and ``merge`` have in common: options, progress, what they print.
+"""Options, progress and output shared by ``unpack`` and ``merge``.
 
 Source: ``docs/commands/unpack.md``.
 """
@@ -53,7 +53,7 @@ DryRun = Annotated[
 def as_settings(
     jobs: int | None, share: str | None, max_shard_size: float, *, force: bool, dry_run: bool
 ) -> Settings:
-    """Return the options as settings.
+    """Convert options to settings.
 
     Raises:
         ValueError: an option is wrong; the message names it.
@@ -129,7 +129,7 @@ def run(plan: Conversion, target: Path, settings: Settings, *, as_json: bool) ->
 
 
 def _print(outcome: Outcome, *, dry_run: bool) -> None:
-    """Print what was done, or would be."""
+    """Print what the run did, or would do."""
     from rich.table import Table
 
     console = wide_console()
@@ -154,7 +154,7 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
 
 
 def _print_report(outcome: Outcome) -> None:
-    """Print what merging into INT4 cost."""
+    """Print the error of merging into INT4."""
     from rich.table import Table
 
     assert outcome.report is not None

@@ -1,4 +1,4 @@
-"""``int4-lora demo``.
+"""The command ``int4-lora demo``.
 
 Source: ``docs/commands/demo.md``.
 """

@@ -1,6 +1,8 @@
-"""``int4-lora doctor``.
+"""The command ``int4-lora doctor``.
 
-Source: ``docs/commands/doctor.md``; the requirements are those of the installed package's metadata.
+The requirements come from the metadata of the installed int4-lora.
+
+Source: ``docs/commands/doctor.md``.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ class Need:
     """One package that a part of int4-lora needs.
 
     Args:
-        part: the extra that asks for it, "" for the core.
-        package: its name.
-        specifier: the versions that are accepted.
-        found: the version that is installed, or None.
-        fits: whether that version is accepted.
-        by: who needs it: "int4-lora", or an installed package that conflicts with it.
+        part: the extra that requires the package, "" for the core.
+        package: the package's name.
+        specifier: the accepted versions.
+        found: the installed version, or None.
+        fits: whether the installed version is accepted.
+        by: what requires the package: "int4-lora", or an installed package whose requirement is not
+            met.
     """
 
     part: str
@@ -81,7 +84,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def needs() -> list[Need]:
-    """Return the packages that the installed int4-lora needs, and the versions that are there.
+    """Return the packages that the installed int4-lora needs, with their installed versions.
 
     Example:
         >>> next(need.fits for need in needs() if need.package == "torch")
@@ -99,7 +102,7 @@ def needs() -> list[Need]:
 
 
 def formulations() -> dict[str, str | None]:
-    """Return why each formulation of the compiled layer cannot run here, or None where it can.
+    """Return why each formulation of the compiled layer cannot run here, or None if it can.
 
     Example:
         >>> formulations()["definition"] is None
@@ -122,12 +125,12 @@ def _missing(devices: tuple[str, ...], name: str) -> str | None:
 
 
 def _before(part: str) -> tuple[str, ...]:
-    """Return the parts that a part needs, and itself."""
+    """Return a part and the parts that it needs."""
     return tuple(PARTS)[: tuple(PARTS).index(part) + 1]
 
 
 def _conflicts(required: Sequence[Need]) -> Iterator[Need]:
-    """Yield the requirements of installed packages on each other that do not fit."""
+    """Yield the requirements of installed packages on one another that are not met."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -143,13 +146,13 @@ def _conflicts(required: Sequence[Need]) -> Iterator[Need]:
 
 
 def _is_of(part: str, requirement: Requirement) -> bool:
-    """Return whether an extra asks for a requirement, on this Python and platform."""
+    """Return whether an extra has a requirement, on this Python and platform."""
     if requirement.marker is None:
         return part == ""
     if part == "":
         return requirement.marker.evaluate({"extra": ""})
     if part and requirement.marker.evaluate({"extra": ""}):
-        return False  # the core asks for it already
+        return False  # the core requires it already
     return requirement.marker.evaluate({"extra": part})
 
 
@@ -163,7 +166,7 @@ def _need(part: str, requirement: Requirement) -> Need:
 
 
 def _contains(requirement: Requirement, found: str) -> bool:
-    """Return whether a version is accepted; that of a source build may not be a version at all."""
+    """Return whether a version is accepted; a source build's version may be unparsable."""
     from packaging.version import InvalidVersion
 
     try:

@@ -1,4 +1,4 @@
-"""``int4-lora golden write`` and ``int4-lora golden check``.
+"""The commands ``int4-lora golden write`` and ``int4-lora golden check``.
 
 Source: ``docs/commands/golden.md``, ``docs/golden-format.md``.
 """

@@ -1,4 +1,4 @@
-"""``int4-lora inspect``.
+"""The command ``int4-lora inspect``.
 
 Source: ``docs/commands/inspect.md``.
 """
@@ -126,7 +126,7 @@ def _table(report: Inspection, every_module: bool) -> Table:
 
 
 def _rows(modules: Iterable[ModuleReport], every_module: bool) -> list[list[ModuleReport]]:
-    """Return the modules of each row: those that differ in nothing but their layer's number."""
+    """Return each row's modules; modules that differ only in their layer number share a row."""
     if every_module:
         return [[module] for module in modules]
 

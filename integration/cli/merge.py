@@ -1,4 +1,4 @@
-"""``int4-lora merge``.
+"""The command ``int4-lora merge``.
 
 Source: ``docs/commands/merge.md``.
 """
@@ -94,7 +94,7 @@ def merge(
 
 
 def _path_and_weight(option: str) -> tuple[str, float]:
-    """Return the path and the weight of ``PATH[=WEIGHT]``; a path may hold a ``=``, too."""
+    """Return the path and the weight of ``PATH[=WEIGHT]``; the path may contain ``=``."""
     path, equals, text = option.rpartition("=")
     if not equals or Path(option).is_dir():
         return option, 1.0

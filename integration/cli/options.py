@@ -1,6 +1,6 @@
-"""Arguments and options that several commands have.
+"""Define the arguments and options that several commands share.
 
-Nothing here imports torch, so that ``--help`` and usage errors come at once.
+This module imports torch only in functions, so that ``--help`` and usage errors appear at once.
 
 Source: ``docs/commands/README.md``.
 """
@@ -56,17 +56,17 @@ class Dtype(str, Enum):
 
 
 def as_torch(dtype: Dtype | None) -> torch.dtype | None:
-    """Return torch's dtype of that name; None stays None."""
+    """Return torch's dtype of the same name; None for None."""
     import torch
 
     return None if dtype is None else getattr(torch, dtype.value)
 
 
 def check_device(device: str) -> None:
-    """Check that tensors can be made on a device, and read from it.
+    """Check that tensors can be made on a device and read back.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: tensors cannot be made on the device or read back.
     """
     import torch
 

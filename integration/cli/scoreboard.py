@@ -1,4 +1,4 @@
-"""``int4-lora scoreboard``.
+"""The command ``int4-lora scoreboard``.
 
 Source: ``docs/commands/scoreboard.md``.
 """
@@ -54,7 +54,7 @@ def scoreboard(
 
         names, cases = _names(backends), select(quick=quick)
         if write is not None:
-            replaced(write, "")  # before the work, which may be long
+            replaced(write, "")  # fails now, not after a long run
         check_device(device)
         rows = _score(names, cases, device, seed, quiet=as_json)
         table = as_markdown(rows, device=device, seed=seed, cases=len(cases))
@@ -94,7 +94,7 @@ def _score(
     rows: list[Row] = []
     console = Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=quiet)
-    with redirect_stdout(sys.stderr), progress:  # what a backend prints is not the report
+    with redirect_stdout(sys.stderr), progress:  # stdout is for the report, not for backends
         task = progress.add_task("", total=len(names) * len(cases))
         for name, result in score(names, cases, device=device, seed=seed):
             if isinstance(result, Row):

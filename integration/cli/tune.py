@@ -1,4 +1,4 @@
-"""``int4-lora tune``.
+"""The command ``int4-lora tune``.
 
 Source: ``docs/commands/tune.md``.
 """
@@ -31,14 +31,14 @@ __all__ = ["tune"]
 
 @dataclass(frozen=True)
 class Kind:
-    """What was measured for the layers of one kind.
+    """The measurements for one kind of layer.
 
     Args:
         modules: the names of the modules of this kind.
         shape: ``(out_features, in_features)``.
         layout: the class of the prepared weight.
-        adapters: how many adapters there were to choose from; 0 for the base alone.
-        rank: their rank; 0 for the base alone.
+        adapters: the number of adapters in the stack; 0 for the base alone.
+        rank: the adapters' rank; 0 for the base alone.
         points: the measurements.
     """
 
@@ -102,10 +102,10 @@ def tune(
 
 
 def _device(name: str) -> torch.device:
-    """Return a device that layers can run on here.
+    """Return the device called ``name``, on which layers can run.
 
     Raises:
-        ValueError: it is another kind of device, or does not exist.
+        ValueError: layers cannot run on this kind of device, or the device does not exist.
     """
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
@@ -119,7 +119,7 @@ def _device(name: str) -> torch.device:
 
 
 def _kinds(checkpoint: Checkpoint) -> list[list[str]]:
-    """Return the packed modules, grouped by scheme and by the shapes and dtypes of tensors."""
+    """Return the packed modules, grouped by scheme and by their tensors' shapes and dtypes."""
     kinds: dict[object, list[str]] = {}
     for name in checkpoint.modules():
         if checkpoint.is_packed(name):

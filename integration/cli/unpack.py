@@ -1,4 +1,4 @@
-"""``int4-lora unpack``.
+"""The command ``int4-lora unpack``.
 
 Source: ``docs/commands/unpack.md``.
 """

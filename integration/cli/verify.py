@@ -1,4 +1,4 @@
-"""``int4-lora verify``.
+"""The command ``int4-lora verify``.
 
 Source: ``docs/commands/verify.md``.
 """
