@@ -1,4 +1,4 @@
-"""Side-by-side measurements; run as modules, never imported by the product.
+"""Side-by-side measurements, run as modules and never imported by the product.
 
 Source: ``benchmarks/results/README.md``.
 """

@@ -1,7 +1,7 @@
 """Measure one row of the table: all contenders with one shape and one number of tokens.
 
 The eager reference is measured separately and in fewer rounds: it takes hundreds of times as long
-as the others, and would leave them few rounds and cold caches.
+as the others, so interleaved with them it would leave them few rounds and cold caches.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -38,18 +38,18 @@ def cell(rows, columns, tokens, dtype, options, copy_bytes_per_second):
         rows: out_features.
         columns: in_features.
         tokens: rows of x.
-        dtype: of x, scales and adapters.
-        options: of the command.
+        dtype: the dtype of x, scales and adapters.
+        options: the command's options.
         copy_bytes_per_second: the bandwidth of a copy on the device.
 
     Returns:
-        The row as it is written to the results.
+        The row, as written to the results.
     """
     layer = Layer(rows, columns, tokens, dtype, options.group_size, options.device)
     mode = mode_of(options.device, options.in_a_graph)
     peers, refused = contenders_among(layer, PEERS)
     offered = [*our_layers(layer), *peers]
-    if mode != "compiled graph":  # whose formulation must be one that it can inline
+    if mode != "compiled graph":  # it can use only formulations that it can inline
         offered += formulations(layer)
     ready, failed = select(rotated(offered), MODES[mode], Judge(layer))
     times = measure(

@@ -1,9 +1,9 @@
-"""A child process that answers one command at a time, and does nothing in between.
+"""Run a contender in a child process that answers one command at a time and then waits.
 
 Two engines of one model cannot share a process, and peak memory is counted per process. So each
-contender has a process of its own, and the parent takes turns. Commands and answers are lines of
-JSON. Whatever a child prints goes to its log. A waiting child may be stopped, since engines have
-threads that poll for work.
+contender runs in a separate process, and the parent commands them in turn. Commands and answers are
+lines of JSON. A child's other output goes to its log. The parent can stop a waiting child, because
+engines have threads that poll for work.
 
 Source: ``proc(5)`` for times and memory, ``prctl(2)`` for ending with the parent.
 """
@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[1]
 ANSWERS = ('{"answer": ', '{"error": ')
 STOPS = hasattr(signal, "SIGSTOP")
 PR_SET_PDEATHSIG = 1
-LAST_LINES = 15  # of a log, shown when its process fails
+LAST_LINES = 15  # of the log, shown when its process fails
 
 
 class Child:
-    """The parent's side.
+    """A child process, as its parent sees it.
 
     Args:
-        module: run by ``python -m``; it calls ``serve``.
-        log: file for whatever the child prints.
-        environment: variables to add to the parent's.
-        python: the interpreter; None means the parent's.
+        module: the module to run with ``python -m``; it calls ``serve``.
+        log: the file for the child's output.
+        environment: variables to add to the parent's environment.
+        python: the child's interpreter; None means the parent's.
     """
 
     def __init__(self, module, log, environment=None, python=None):
@@ -48,10 +48,11 @@ class Child:
             )
 
     def ask(self, command, **arguments):
-        """Return the answer to a command.
+        """Send a command and return its answer.
 
         Raises:
-            RuntimeError: the command failed, or the process ended; the message ends with its log.
+            RuntimeError: the command failed, or the process ended; the message ends with the last
+                lines of its log.
         """
         try:
             self._process.stdin.write(json.dumps([command, arguments]) + "\n")
@@ -68,13 +69,13 @@ class Child:
 
     def _answer(self):
         """Return the next answer, or None if the output has ended."""
-        for line in self._process.stdout:  # what was printed before ``serve`` may come first
+        for line in self._process.stdout:  # skips lines that were printed before ``serve``
             if line.startswith(ANSWERS):
                 return json.loads(line)
         return None
 
     def cpu_seconds(self):
-        """Return the processor time of the process, or None without /proc."""
+        """Return the CPU time of the process in seconds, or None without /proc."""
         try:
             text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
         except OSError:
@@ -83,12 +84,12 @@ class Child:
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def pause(self):
-        """Stop the process, if the system can."""
+        """Stop the process, on systems that can."""
         if STOPS:
             self._process.send_signal(signal.SIGSTOP)
 
     def resume(self):
-        """Continue the process."""
+        """Continue the stopped process."""
         if STOPS:
             self._process.send_signal(signal.SIGCONT)
 
@@ -106,33 +107,33 @@ class Child:
 
 
 def serve(commands):
-    """Answer commands until there are no more: the child's side.
+    """Answer the parent's commands until its pipe is closed.
 
     Args:
-        commands: functions by name, which take keywords and return what JSON can hold.
+        commands: functions by name, which take keyword arguments and return JSON types.
     """
     _end_with_the_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever is printed goes to the log
+    os.dup2(2, 1)  # prints go to the log, not among the answers
     print(file=answers, flush=True)  # ends an unfinished line
     for line in sys.stdin:
         name, arguments = json.loads(line)
         try:
             answer = {"answer": commands[name](**arguments)}
-        except Exception as error:  # the parent raises it; the process goes on
+        except Exception as error:  # the parent raises it; this process continues
             answer = {"error": f"{type(error).__name__}: {error}"}
         sys.stdout.flush()  # the parent may read the log next
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def _end_with_the_parent():
-    """Have this process killed when its parent ends: a stopped one would stay forever."""
+    """Have this process killed when its parent ends, because a stopped child would never end."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def memory_bytes():
-    """Return this process's memory now and at the peak; None without /proc."""
+    """Return this process's current and peak memory in bytes; None without /proc."""
     try:
         text = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
@@ -143,7 +144,7 @@ def memory_bytes():
 
 
 def forget_the_peak():
-    """Reset the peak of memory to the current use; return whether that is possible."""
+    """Reset the peak memory to the current memory; return whether the system allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

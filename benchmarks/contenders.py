@@ -1,6 +1,6 @@
 """The contenders: our layer, its formulations, the dense layer and the eager reference.
 
-The kernels of others are in ``benchmarks/peers``.
+Other projects' kernels are in ``benchmarks/peers``.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -20,7 +20,7 @@ from int4_lora.compiled import int4_linear, int4_lora_linear, layouts, prepare_l
 from int4_lora.compiled.graphs.entry import plan
 from int4_lora.compiled.selection.choice import candidates
 
-LOOSEST = {"weight_rounded": False, "base_rounded": True}  # the bound that allows most
+LOOSEST = {"weight_rounded": False, "base_rounded": True}  # gives the largest bound
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Contender:
     """One way to compute a layer.
 
     Args:
-        name: in tables.
+        name: the name in tables.
         kind: "ours", "formulation", "dense", "reference", or "peer" for another INT4 layer.
-        layer: computes y from one copy of the weight.
-        weights: copies of the weight as ``layer`` takes it, which are used in turn.
-        lora: whether the adapters are added.
-        roundings: its roundings, under the names of ``check_linear``.
+        layer: the function that computes y from one copy of the weight.
+        weights: copies of the weight in the form that ``layer`` takes, which are used in turn.
+        lora: whether the layer adds the adapters.
+        roundings: the layer's roundings, as keyword arguments of ``check_linear``.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Contender:
 def our_layers(operands):
     """Return our layer with and without adapters, and the dense layer.
 
-    Every copy of our weight has its own copy of the adapters, as in a model. Peers share one copy,
-    which stays in the cache.
+    Each copy of our weight has a separate copy of the adapters, as in a model. Peers share one copy
+    of the adapters, which stays in the cache.
     """
     x, ids = operands.x, operands.ids
     ours = operands.in_layout(layouts(operands.weight)[0])
@@ -90,7 +90,7 @@ def eager_reference(operands):
 
 
 def rotated(contenders):
-    """Return the contenders with their copies rotated: sharers use different ones in a round."""
+    """Rotate the contenders' copies, so that contenders that share copies use different copies."""
     sharers = Counter()
     turned = []
     for contender in contenders:

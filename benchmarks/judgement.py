@@ -1,7 +1,7 @@
-"""Judge results: a contender whose numbers are wrong is named, and not timed.
+"""Judge results, so that only contenders with right numbers are timed.
 
-The judge is that of the conformance suite, with the roundings that the contender declares. It is
-given some tokens and some outputs, drawn at random.
+The conformance suite's ``check_linear`` judges a random sample of the tokens and outputs, given the
+roundings that the contender declares.
 
 Source: ``docs/conformance.md``, "The verdict".
 """
@@ -11,11 +11,11 @@ import torch
 from int4_lora.reference import LoRAStack
 from int4_lora.reference.conformance import check_linear
 
-MOST_TOKENS, MOST_OUTPUTS = 64, 512  # the most that are judged
+MOST_TOKENS, MOST_OUTPUTS = 64, 512  # the most to judge
 
 
 class Judge:
-    """The judge of one layer's results, with and without adapters.
+    """A judge of one layer's results, with and without adapters.
 
     Args:
         layer: the operands.
@@ -34,11 +34,11 @@ class Judge:
 
         Args:
             y: the result.
-            lora: whether the result is of the layer with adapters.
-            roundings: the contender's roundings, under the names of ``check_linear``.
+            lora: whether the layer was computed with adapters.
+            roundings: the contender's roundings, as keyword arguments of ``check_linear``.
 
         Raises:
-            ValueError: y has another shape or dtype than the layer's result.
+            ValueError: y has not the shape and dtype of the layer's result.
         """
         layer = self.layer
         shape = (layer.tokens, layer.rows)
@@ -55,13 +55,13 @@ def select(contenders, mode, judge):
     """Prepare contenders, run each once, and judge the result.
 
     Args:
-        contenders: to prepare.
-        mode: prepares a contender; a function of ``benchmarks.modes``.
-        judge: a Judge of their layer.
+        contenders: the contenders.
+        mode: a function of ``benchmarks.modes``, which prepares a contender.
+        judge: the Judge of their layer.
 
     Returns:
-        Two dicts by name: the prepared contenders whose result is right, and for the others why
-        they are left out.
+        Two dicts by name: the prepared contenders whose result is right, and the reasons why the
+        others are left out.
     """
     ready, refused = {}, {}
     for contender in contenders:
@@ -70,7 +70,7 @@ def select(contenders, mode, judge):
             candidate = mode(contender)
             result = candidate.run(0)
             wrong = judge(result, lora=contender.lora, roundings=contender.roundings)
-        except Exception as error:  # whatever a peer raises, the others are measured
+        except Exception as error:  # the other contenders are still measured
             refused[name] = reason(error)
             continue
         if wrong is None:
@@ -81,7 +81,7 @@ def select(contenders, mode, judge):
 
 
 def reason(error):
-    """Return an exception as one line."""
+    """Return an exception's type and message in one line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:200]}"
 

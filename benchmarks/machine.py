@@ -14,11 +14,11 @@ import torch
 
 from int4_lora.compiled.selection.timing import copy_bandwidth
 
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # so many that the time of the launch is negligible
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # large enough that the launch time is negligible
 
 
 def machine(device):
-    """Return the description of the machine that results are stored with.
+    """Return the description of the machine, to be stored with the results.
 
     Args:
         device: "cpu" or "cuda", the device to measure; with "cpu" no GPU may be visible.
@@ -41,7 +41,7 @@ def machine(device):
 
 
 def in_a_line(host):
-    """Return what ``machine`` returned as one line for tables."""
+    """Return the description from ``machine`` as one line for tables."""
     versions = [
         f"{name} {host[name]}"
         for name in ("torch", "triton", "vllm", "int4-lora")
@@ -91,7 +91,7 @@ def _version(*names):
 
 
 def chosen_device(parser, asked):
-    """Return the device to run on: the requested one, else the GPU if there is one.
+    """Return the device to run on: the requested device, else the GPU if there is one, or the CPU.
 
     Args:
         parser: ends the program with a usage error if the device cannot be used.

@@ -1,10 +1,10 @@
 """Measure whether merging keeps what an adapter learned: ``python -m benchmarks.merge_quality``.
 
-A byte-level Llama is trained on Python's standard library and quantised by compressed-tensors; an
-adapter is trained on this project's pages. The table compares losses on a held-out part of the
-pages: of the dense model, the INT4 model, INT4 with the adapter, and the adapter merged, dense and
-into INT4 with scales by min-max and by search. ``--output NAME`` writes ``results/NAME.json`` and
-``.md``.
+The script trains a byte-level Llama on Python's standard library, quantises it with
+compressed-tensors, and trains an adapter on this project's pages. The table compares the losses on
+a held-out part of the pages: of the dense model, of the INT4 model, of INT4 with the adapter, and
+of the adapter merged to dense, to INT4 with min-max scales, and to INT4 with searched scales.
+``--output NAME`` writes ``results/NAME.json`` and ``.md``.
 
 Source: ``docs/owning-checkpoints.md``.
 """
@@ -59,7 +59,7 @@ def _split(text):
 
 
 def train(model, tokens, steps, rate, seed):
-    """Train the parameters that require gradients on random pieces of a text."""
+    """Train the parameters that require gradients, on random pieces of a text."""
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)

@@ -1,9 +1,9 @@
 """Three ways to run a contender: one call, a compiled graph of layers, a CUDA graph of layers.
 
 Both kinds of graph hold one layer for each copy of the weight, so that one run exceeds the cache,
-as a model does; the time is divided by the number of layers. In a CUDA graph, a layer starts when
-the one before it has ended. The graph is warmed up on a side stream, captured once, and replayed
-for ``LAP_SECONDS``, so that launch and synchronisation are less than 1 % of the time.
+as in a model; the time is divided by the number of layers. In a CUDA graph, a layer starts when the
+layer before it has ended. The layers are warmed up on a side stream, captured once as a graph, and
+replayed for ``LAP_SECONDS``, so that launch and synchronisation take less than 1 % of the time.
 
 Source: ``torch.cuda.graph``'s documentation, and that of ``torch._dynamo.config.recompile_limit``.
 """
@@ -26,9 +26,9 @@ class Ready:
     """A contender that can be timed.
 
     Args:
-        run: computes ``layers`` layers, given the number of the round, and returns the result of
-            the last.
-        layers: how many layers one run computes.
+        run: takes the number of the round, computes ``layers`` layers, and returns the last
+            result.
+        layers: the number of layers that one run computes.
     """
 
     run: Callable[[int], Tensor]
@@ -48,7 +48,7 @@ def compiled_graph(contender):
     def chain():
         return [layer(weight) for weight in weights]
 
-    code = chain.__code__.replace()  # torch counts recompiles, of which it allows 8, by code object
+    code = chain.__code__.replace()  # torch allows 8 recompiles per code object
     copy = FunctionType(code, chain.__globals__, closure=chain.__closure__)
     compiled = torch.compile(copy, fullgraph=True, dynamic=False)
     return Ready(lambda number: compiled()[-1], len(weights))
@@ -83,7 +83,7 @@ def cuda_graph(contender):
 
 
 def _laps(graph):
-    """Return how many replays of a graph take ``LAP_SECONDS``."""
+    """Return the number of replays of a graph that take ``LAP_SECONDS``, at least 1."""
     graph.replay()
     torch.cuda.synchronize()
     before = time.perf_counter()

@@ -1,8 +1,8 @@
-"""One layer's operands on one device, in enough copies to exceed the cache.
+"""Make one layer's operands on one device, in enough copies to exceed the cache.
 
-Every group holds the smallest and the largest code, so that a peer which quantises the dense weight
-again by its minimum and maximum, symmetric or not, gets the same sixteen levels. Base and adapters
-contribute about equally, so that an error in either shows in the result.
+Every group holds the smallest and the largest code, so that a peer that requantises the dense
+weight by its minimum and maximum, symmetric or not, gets the same sixteen levels. Base and adapters
+contribute about equally to y, so that an error in either shows in the result.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -26,9 +26,9 @@ class Layer:
         rows: out_features.
         columns: in_features.
         tokens: rows of x.
-        dtype: of x, scales and adapters.
-        group_size: of the scales.
-        device: of all tensors.
+        dtype: the dtype of x, scales and adapters.
+        group_size: columns that share a scale.
+        device: the device of all tensors.
     """
 
     def __init__(self, rows, columns, tokens, dtype, group_size, device="cpu"):
@@ -37,7 +37,7 @@ class Layer:
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         a = torch.randn(ADAPTERS, RANK, columns, generator=generator) / columns**0.5
         b = torch.randn(ADAPTERS, rows, RANK, generator=generator)
-        scaling = 2.0 ** (torch.arange(ADAPTERS) - 2)  # powers of 2 can be folded into B exactly
+        scaling = 2.0 ** (torch.arange(ADAPTERS) - 2)  # powers of 2: folding into B is exact
         stack = reference.LoRAStack(a.to(dtype), b.to(dtype), scaling)
         self.rows, self.columns, self.tokens = rows, columns, tokens
         self.dtype, self.group_size = dtype, group_size
@@ -55,16 +55,16 @@ class Layer:
 
     @property
     def copies(self):
-        """How many copies of an INT4 weight exceed the cache."""
+        """The number of copies of an INT4 weight that exceed the cache."""
         return copies_beyond_the_cache(self.weight.nbytes, self.device.type)
 
     @property
     def active_adapters(self):
-        """How many adapters the tokens use."""
+        """The number of adapters that the tokens use."""
         return min(self.tokens, ADAPTERS)
 
     def in_layout(self, layout):
-        """Return copies of the weight in one layout, which share no tensor."""
+        """Return copies of the weight in one layout; no two copies share a tensor."""
         if layout not in self._prepared:
             fresh = [_copied(self.weight) for _ in range(self.copies)]
             self._prepared[layout] = [prepare(weight, layout=layout) for weight in fresh]
@@ -83,7 +83,7 @@ class Layer:
         return weight + self.x.nbytes + (adapters + outputs) * self.dtype.itemsize
 
     def lora_share(self):
-        """Return the active adapters' share of the bytes, or of the operations above 16 tokens."""
+        """Return the active adapters' share of the bytes, or above 16 tokens of the operations."""
         widths = RANK * (self.rows + self.columns)
         if self.tokens <= 16:
             return self.active_adapters * widths * self.dtype.itemsize / self.weight.nbytes

@@ -1,13 +1,13 @@
 """Show the measured rows as ratios, tables and a plot.
 
-Source: the bars of ``benchmarks/results/README.md``.
+Source: ``benchmarks/results/README.md`` for the bars.
 """
 
-MARGIN = {"cpu": 0.1, "cuda": 0.05}  # of the time, which adapters may add beyond their share
+MARGIN = {"cpu": 0.1, "cuda": 0.05}  # the fraction of time that adapters may add beyond their share
 
 
 def bars(cell):
-    """Return the ratios that bars limit; None where one side was not measured."""
+    """Return the ratios that have bars; None where a side of the ratio was not measured."""
     times = cell["milliseconds"]
     ours, with_lora = times.get("ours"), times.get("ours + LoRA")
     both = None not in (ours, with_lora)
@@ -22,7 +22,7 @@ def bars(cell):
 
 
 def rates(cell, copy_bytes_per_second):
-    """Return each contender's bytes per second, and their share of the bandwidth of a copy."""
+    """Return each contender's bytes per second, and the share of a copy's bandwidth."""
     achieved = {
         name: cell["bytes"][name] / (1e-3 * milliseconds)
         for name, milliseconds in cell["milliseconds"].items()

@@ -1,10 +1,9 @@
 """Measure the speed of unpacking beside that of copying: ``python -m benchmarks.unpack``.
 
-A checkpoint of random INT4 weights is written. ``int4-lora unpack`` unpacks it in a process of its
-own, whose peak of memory is read; then its result is copied file by file. For both, the
-files to read are dropped from the page cache, and those written are forced to the disk. They take
-turns. ``--output NAME`` writes
-``results/NAME.json`` and ``.md``.
+The script writes a checkpoint of random INT4 weights. In each round, ``int4-lora unpack`` unpacks
+it in a separate process, whose peak memory is read, and then the result is copied file by file. For
+both, the files to read are first dropped from the page cache, and the written files are flushed to
+the disk. ``--output NAME`` writes ``results/NAME.json`` and ``.md``.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from benchmarks.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-SIZE, GROUP, MODULES = 4096, 128, 8  # of a module, and modules of a shard
+SIZE, GROUP, MODULES = 4096, 128, 8  # rows, group size, modules per shard
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
            "group_size": GROUP}  # fmt: skip
 MOST_BYTES, LEAST_SPEED = 1.5e9, 0.6
@@ -43,7 +42,7 @@ finally:
 
 
 def make(folder, nbytes):
-    """Write a checkpoint with at least ``nbytes`` of random INT4; return how many there are."""
+    """Write a checkpoint with at least ``nbytes`` of random INT4; return its bytes of INT4."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight_map, made, layer = {}, 0, 0
@@ -71,7 +70,7 @@ def make(folder, nbytes):
 
 
 def unpack(source, target, jobs):
-    """Unpack in another process; return the seconds and the peak of memory in bytes."""
+    """Unpack in another process; return the seconds and the peak memory in bytes."""
     started = time.perf_counter()
     command = [sys.executable, "-c", PEAK, "unpack", str(source), str(target), "--jobs", str(jobs)]
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -81,7 +80,7 @@ def unpack(source, target, jobs):
 
 
 def copy(source, target):
-    """Copy a folder's files and force them to the disk; return the seconds."""
+    """Copy a folder's files and flush them to the disk; return the seconds."""
     started = time.perf_counter()
     target.mkdir()
     for file in sorted(source.iterdir()):
@@ -101,7 +100,7 @@ def forget(folder):
 
 
 def measured(folder, gigabytes, rounds, jobs):
-    """Return the bytes, the seconds of each round, and the peaks of memory."""
+    """Return the bytes, the seconds of each round, and the peak memory."""
     made = make(folder / "source", gigabytes * 1e9)
     figures = {"int4_bytes": made, "unpack": [], "copy": [], "peak": []}
     for _ in range(rounds):

@@ -1,1 +1,1 @@
-"""What Inductor makes of the GPU formulations, read where no GPU is."""
+"""Inspect and check the GPU code that Inductor generates, on a machine without a GPU."""

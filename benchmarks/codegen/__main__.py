@@ -1,13 +1,13 @@
-"""Read and check the code of the GPU kernels without a GPU: ``python -m benchmarks.codegen``.
+"""Inspect and check the code of the GPU kernels without a GPU: ``python -m benchmarks.codegen``.
 
-For each case, the product's own call is made on fake tensors of an H200. The code that Inductor
-generates for it is compiled for sm_90, and its instructions, registers and buffers are counted. The
-counts are information: on an H200 they did not predict which kernel is faster. Then the same source
-runs in Triton's interpreter, and the results are judged as the conformance suite judges. The
-command exits with 1 if one is wrong.
+For each case, the command calls ``int4_lora_linear`` on fake tensors of an H200. It compiles the
+code that Inductor generates for sm_90, and counts its instructions, registers and buffers. The
+counts are only informative: on an H200 they did not predict which kernel is faster. Then the same
+source runs in Triton's interpreter, and the conformance suite's rules judge the results. The
+command exits with 1 if a result is wrong.
 
 The cases are of ``magic_gemv`` and ``gemv``, the defaults on a GPU up to 4 tokens. From 5 tokens on
-it is ``tiles``, whose product is the vendor's GEMM: there is no source to read.
+the default is ``tiles``, whose product is the vendor's GEMM, which has no source to inspect.
 
 Source: ``docs/compiled.md`` for the defaults; ``docs/conformance.md``, "The verdict".
 """
@@ -62,13 +62,13 @@ def cases(quick):
 
 
 def counts(case, code):
-    """Return what was counted in the code of a case."""
+    """Return the counts for the code of a case."""
     machines = {name: compile_kernel(source) for name, source in code.kernels.items()}
     spilled = [machine.spilled for launches in machines.values() for machine in launches]
     loads = {name: word_loads(source) for name, source in code.kernels.items()}
     name = max(loads, key=loads.get)
     (main,) = machines[name]  # of several launches, Inductor would choose at run time
-    words = main.launch.get("R0_BLOCK", case.columns // 8)  # without it, a block takes whole rows
+    words = main.launch.get("R0_BLOCK", case.columns // 8)  # otherwise a block computes whole rows
     passes = -(-case.tokens // main.launch.get("YBLOCK", 1))
     between = [elements(shape, case) * FLOATS[dtype] for shape, dtype in code.buffers[:-1]]
     moved = case.floor_bytes() + (passes - 1) * case.packed_bytes() + 2 * sum(between)
@@ -90,22 +90,22 @@ def counts(case, code):
 
 
 def word_loads(source):
-    """Return the number of loads from the int32 pointer that a kernel loads from most."""
+    """Return the number of loads from the int32 pointer with the most loads in a kernel."""
     pointers = re.findall(r"'(\w+)': '\*i32'", source)
     return max((len(re.findall(rf"tl\.load\({name}\b", source)) for name in pointers), default=0)
 
 
 def elements(shape, case):
-    """Return the number of elements of a buffer; a symbol in its shape is the number of tokens."""
+    """Return the number of elements of a buffer; a symbol in its shape means the token count."""
     lengths = [length.strip() for length in shape.split(",") if length.strip()]
     return math.prod(case.tokens if name.startswith("s") else int(name) for name in lengths)
 
 
 def interpret(generated):
-    """Return what is wrong with the code of each (case, code), or None, by the case's name.
+    """Return the fault of each (case, code), or None if its results are right, by case name.
 
     Raises:
-        RuntimeError: the interpreter ran other code than was given.
+        RuntimeError: the interpreter ran different code from the given code.
     """
     with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
         file.write(pickle.dumps(generated))

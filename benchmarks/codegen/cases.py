@@ -1,6 +1,6 @@
-"""The layers whose code is read: the product's own call on fake tensors of an H200.
+"""Generate the code of layers by calling ``int4_lora_linear`` on fake tensors of an H200.
 
-Source: ``docs/compiled.md`` for what the defaults on a GPU are.
+Source: ``docs/compiled.md`` for the defaults on a GPU.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ class Case:
         tokens: rows of x.
         group: columns of a group, or None for one group per row.
         symmetric: whether the weight has no zero-points.
-        dtype: of x, the scales and the adapters.
-        adapters: how many adapters there are to choose from, or 0 for the base alone.
-        rank: of the adapters.
+        dtype: the dtype of x, the scales and the adapters.
+        adapters: the number of adapters in the stack, or 0 for the base alone.
+        rank: the rank of the adapters.
         slices: the number of outputs of each slice, or () for one slice of all outputs.
         bias: whether the layer has a bias.
     """
@@ -109,7 +109,7 @@ class Case:
         return self.rows * self.columns // 2 + scales + zeros
 
     def floor_bytes(self):
-        """Return the bytes that must be moved: packed weight, active adapters, x and y."""
+        """Return the least bytes to move: packed weight, active adapters, x and y."""
         size = self.dtype.itemsize
         active = min(self.adapters, self.tokens)
         lora = active * self.rank * (self.rows + self.columns) * size
@@ -117,17 +117,17 @@ class Case:
 
 
 class _Generated(BaseException):
-    """Carries the code out of the compilation before torch loads it, which needs a GPU."""
+    """Stops the compilation and carries its code out, because loading the code needs a GPU."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """What Inductor generated.
+    """The code that Inductor generated.
 
     Args:
-        text: the wrapper, with the sources of its kernels in it.
-        formulation: the name of the formulation that was compiled.
-        pick: returns the wrapper's arguments out of (number of tokens, x, adapter ids, bias,
+        text: the wrapper's source, which contains the sources of its kernels.
+        formulation: the name of the compiled formulation.
+        pick: selects the wrapper's arguments from (number of tokens, x, adapter ids, bias,
             *tensors of the adapters, *tensors of the weight).
     """
 
@@ -148,22 +148,22 @@ class Code:
 
     @property
     def launches(self):
-        """The names of what is launched, in order."""
+        """The names of the launched kernels and operators, in order."""
         call = self.text[self.text.index("def call(") :]
         names = re.findall(r"(triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", call)
         return [name.removesuffix(".run") for name in names]
 
     @property
     def buffers(self):
-        """The shape, as text, and the dtype of each buffer that is allocated."""
+        """The shape, as text, and the dtype of each allocated buffer."""
         return re.findall(r"= empty_strided_cuda\(\((.*?)\), \(.*?\), torch\.(\w+)\)", self.text)
 
 
 def generate(case):
-    """Return the code of the product's call on a case, with the default formulation.
+    """Return the code of ``int4_lora_linear`` on a case, with the default formulation.
 
-    Measurements kept on this machine's disk are not read. The inputs of the graph are matched with
-    the operands by identity, as the product does it where its operands are no fake tensors.
+    Measurements in this machine's cache are not read. The graph's inputs are matched with the
+    operands by identity, as the product matches them when its operands are real tensors.
     """
     from torch._inductor import compile_fx
     from torch._inductor.graph import GraphLowering

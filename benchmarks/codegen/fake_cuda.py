@@ -1,10 +1,9 @@
-"""An H200 that is not there: enough of torch.cuda for Inductor to generate Triton for sm_90.
+"""Fake an H200: enough of torch.cuda for Inductor to generate Triton for sm_90.
 
-Everything of torch's and Triton's that is replaced is replaced in this file, and only for the
-versions that it was written for. Nothing can be computed on this device; code can be generated and
-compiled for it.
+Only this file replaces parts of torch and Triton, and only in the versions that it was written for.
+Code can be generated and compiled for the fake device, but nothing can run on it.
 
-Source: figures of the device are NVIDIA's for the H200 SXM (compute capability 9.0).
+Source: NVIDIA's figures for the H200 SXM (compute capability 9.0).
 """
 
 import subprocess
@@ -52,10 +51,10 @@ class _Stream:
 
 
 def install():
-    """Make torch believe in an H200; to be called once, before anything is compiled.
+    """Make torch see an H200; call this once, before anything is compiled.
 
     Raises:
-        RuntimeError: versions that this file does not know.
+        RuntimeError: this file was not written for the installed versions.
     """
     import triton
 
@@ -151,4 +150,4 @@ def _replace_inductor():
     triton_helpers.set_driver_to_gpu = lambda: None
     for module, name in ((fuse_attention, "_sfdp_init"), (pad_mm, "_pad_mm_init"),
                          (misc_patterns, "_misc_patterns_init")):  # fmt: skip
-        setattr(module, name, lambda *_, **__: None)  # they trace on real tensors of the device
+        setattr(module, name, lambda *_, **__: None)  # they trace with real tensors on the device

@@ -1,12 +1,12 @@
 """Run generated code in Triton's interpreter on the CPU, and judge the results.
 
-``python -m benchmarks.codegen.interpreted FILE`` is a process of its own, because Triton decides
-when it is imported whether it interprets. FILE holds a pickled list of (case, code). One line of
-JSON is printed for each.
+``python -m benchmarks.codegen.interpreted FILE`` runs in a separate process, because Triton decides
+at import whether to interpret. FILE holds a pickled list of (case, code). One line of JSON is
+printed for each.
 
-The kernel that reads the words is run for some blocks of outputs only, each under its own program
-number: the first, the last, those on both sides of each slice's edge, and random ones. The rest of
-y must stay NaN. Every layer with adapters is run twice, with different adapter ids.
+The kernel that reads the words runs only for some blocks of outputs, each with its program number
+in the whole grid: the first, the last, those on both sides of each slice's edge, and random blocks.
+The rest of y must stay NaN. Every layer with adapters runs twice, with different adapter ids.
 
 Source: https://triton-lang.org/main/programming-guide/chapter-3/debugging.html
 """
@@ -23,7 +23,7 @@ from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # the environment comes first
+import torch  # after the environment variables are set
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -34,17 +34,17 @@ from int4_lora.reference.conformance import check_linear
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS
 from int4_lora.reference.lora_stack import rows_of
 
-OWN_TILES = {"XBLOCK": 32, "R0_BLOCK": 1024}  # of kernels whose launch Inductor chooses
-RUN = 16  # neighbouring outputs that are judged together, so that fewer blocks are run
+OWN_TILES = {"XBLOCK": 32, "R0_BLOCK": 1024}  # for kernels whose tiles Inductor would choose
+RUN = 16  # neighbouring outputs that are judged together, so that fewer blocks run
 
 
 class Kernel:
-    """A kernel's source with the ``run`` that the wrapper calls.
+    """A kernel's source, with the ``run`` that the wrapper calls.
 
     Args:
-        name: of the function.
-        source: of the module.
-        outputs: only the blocks that write these are run, if the kernel reads the words.
+        name: the name of the kernel's function.
+        source: the source of the kernel's module.
+        outputs: the outputs to compute, if the kernel reads the words; other kernels run whole.
         rows: out_features of the layer.
     """
 
@@ -68,7 +68,7 @@ class Kernel:
         self.function = names[name]
 
     def run(self, *arguments, stream):
-        """Run the blocks that write the outputs, or the whole grid."""
+        """Run the blocks that write ``outputs``, or the whole grid."""
         given = dict(zip(self.function.arg_names, arguments, strict=False))
         grid = [1, 1, 1]
         for axis, number in re.findall(r"(\w)offset = tl\.program_id\((\d)\)", self.body):
@@ -80,7 +80,7 @@ class Kernel:
         if "num_programs" in self.body or "xoffset = tl.program_id(0)" not in self.body:
             raise RuntimeError("a kernel whose blocks depend on one another cannot be run in part")
         tile = self.tiles["XBLOCK"]
-        starts = range(0, int(given["xnumel"]), self.rows)  # one axis may hold tokens and outputs
+        starts = range(0, int(given["xnumel"]), self.rows)  # axis x may hold tokens and outputs
         blocks = sorted({(start + output) // tile for start in starts for output in self.outputs})
         with some_blocks(blocks, grid):
             self.function[(len(blocks), *grid[1:])](*arguments, **self.tiles)
@@ -92,7 +92,7 @@ class Kernel:
 
 @contextlib.contextmanager
 def some_blocks(blocks, grid):
-    """Number the programs of the first axis ``blocks`` in Triton's interpreter."""
+    """Give the programs of the first axis the numbers ``blocks`` in Triton's interpreter."""
     builder = interpreter.interpreter_builder
     index, size = builder.set_grid_idx, builder.set_grid_dim
 
@@ -107,13 +107,15 @@ def some_blocks(blocks, grid):
 
 
 def run(case, code, arguments, outputs):
-    """Return what generated code returns, and which elements of it should be written.
+    """Run generated code; return its result, and a mask of the elements that it should write.
+
+    The buffers that the code allocates are filled with NaN.
 
     Args:
         case: the layer.
-        code: generated for it.
-        arguments: CPU tensors; buffers that the code makes are filled with NaN.
-        outputs: those that the kernel that reads the words must write.
+        code: the code generated for the layer.
+        arguments: the wrapper's arguments, as CPU tensors.
+        outputs: the outputs that the kernel that reads the words must write.
     """
     from torch._inductor.async_compile import AsyncCompile
 
@@ -139,7 +141,7 @@ def run(case, code, arguments, outputs):
 
 
 def poisoned(size, stride, dtype):
-    """Return a buffer filled with NaN, in place of the memory that the wrapper allocates."""
+    """Return a buffer filled with NaN, instead of uninitialised memory."""
     return torch.empty_strided(size, stride, dtype=dtype).fill_(float("nan"))
 
 
@@ -163,7 +165,7 @@ def operands_of(case):
 
 
 def chosen(case, calls):
-    """Return the outputs to judge: at every edge, and enough random ones for the rms rule."""
+    """Return the outputs to judge: those at every edge, and enough random ones for the rms rule."""
     edges, start = {0, case.rows - 1}, 0
     for rows in case.slices:
         start += rows
@@ -175,7 +177,7 @@ def chosen(case, calls):
 
 
 def check(case, code):
-    """Return what is wrong with the code's results, or None."""
+    """Return the fault of the code's results, or None if they are right."""
     x, weight, lora, ids, bias = operands_of(case)
     slices = lora.slices if lora is not None else ()
     tensors = [tensor for part in slices for tensor in part.tensors]

@@ -1,6 +1,6 @@
-"""A generated kernel, compiled for sm_90, and what its machine code is made of.
+"""Compile a generated kernel for sm_90, and count the instructions of its machine code.
 
-Source: NVIDIA's ``cuobjdump`` and ``nvdisasm``, which Triton's package has.
+Source: NVIDIA's ``cuobjdump`` and ``nvdisasm``, which Triton's package contains.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine code of one kernel under one launch.
+    """The machine code of one kernel for one launch configuration.
 
     Args:
-        launch: tiles, and "num_warps" and "num_stages".
-        registers: of a thread.
-        spilled: bytes of a thread's registers that are kept in memory.
-        shared: bytes of shared memory of a block.
-        loop: opcodes of the longest loop, in order; all of the kernel where it has no loop.
+        launch: the tile sizes, "num_warps" and "num_stages".
+        registers: the registers of a thread.
+        spilled: the bytes of a thread's registers that are spilled to memory.
+        shared: the bytes of shared memory of a block.
+        loop: the opcodes of the longest loop, in order, or of the whole kernel if it has no loop.
     """
 
     launch: dict
@@ -43,12 +43,12 @@ class Machine:
         return 32 * self.launch["num_warps"]
 
     def instructions_per(self, items):
-        """Return a thread's instructions of the loop for one of ``items`` that a block takes."""
+        """Return a thread's loop instructions per item, for a block that processes ``items``."""
         return len(self.loop) * self.threads / items
 
 
 def compile_kernel(source):
-    """Return the machine code of a kernel, for each launch that it may be started with."""
+    """Return the machine code of a kernel for each of its launch configurations."""
     module = _load(source)
     name = re.search(r"^def (\w+)\(", source, re.M).group(1)
     tuner = getattr(module, name)
@@ -77,7 +77,7 @@ def _tool(name, *arguments):
 
 
 def _load(source):
-    """Import a kernel's source, as Inductor would from its cache."""
+    """Import a kernel's source, as Inductor imports it from its cache."""
     digest = hashlib.sha256(source.encode()).hexdigest()
     folder = Path(tempfile.gettempdir()) / "int4-lora-codegen"
     folder.mkdir(exist_ok=True)
@@ -90,7 +90,7 @@ def _load(source):
 
 
 def _hot_loop(text):
-    """Return the opcodes of the longest stretch that is jumped back over, or all of them."""
+    """Return the opcodes of the longest loop, or all opcodes if there is no loop."""
     labels, opcodes, best = {}, [], (0, 0)
     for line in text.splitlines():
         label = re.match(r"\s*(\.L_x?_?\w+):", line)
@@ -104,6 +104,6 @@ def _hot_loop(text):
         target = re.search(r"`\((\.L_x?_?\w+)\)", found.group(2))
         if found.group(1).startswith("BRA") and target and target.group(1) in labels:
             start = labels[target.group(1)]
-            if len(opcodes) - start > max(3, best[1] - best[0]):  # a halting kernel jumps to itself
+            if len(opcodes) - start > max(3, best[1] - best[0]):  # not the final jump to itself
                 best = (start, len(opcodes))
     return opcodes[slice(*best)] if best[1] else opcodes

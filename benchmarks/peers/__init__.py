@@ -1,8 +1,8 @@
-"""The peers, other kernels that compute the same layer: one file for each.
+"""The peers: other kernels that compute the same layer, each in its own file.
 
-Each file has ``PEERS``, or ``ADAPTERS`` for what adds adapters to a base. It imports its library
-only when it is used. A peer that cannot run is listed with the reason. Importing vLLM patches parts
-of Inductor, which then also compiles our graphs in the same run.
+Each file defines ``PEERS``, or ``ADAPTERS`` for kernels that add adapters to a base. It imports its
+library only when a peer is used. A peer that cannot run is listed with the reason. Importing vLLM
+patches parts of Inductor, so our graphs in the same run are compiled by the patched Inductor.
 
 Source: ``benchmarks/results/README.md``.
 """

@@ -1,4 +1,4 @@
-"""A peer: its name, why it cannot run, and how it is made.
+"""Define a peer, and prepare peers as contenders.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -21,8 +21,8 @@ class Adapters:
     """A kernel that adds the adapters' term to a peer's base.
 
     Args:
-        name: in tables, after the peer's name.
-        refuses: why it cannot run on this machine or take these operands, or None.
+        name: the name in tables, after the peer's name.
+        refuses: returns why the kernel cannot run on this machine or take these operands, or None.
         make: returns a function that adds the term to the base, in place or not.
     """
 
@@ -36,10 +36,10 @@ class Peer:
     """Another INT4 layer.
 
     Args:
-        name: in tables.
-        refuses: why it cannot run on this machine or take these operands, or None.
+        name: the name in tables.
+        refuses: returns why the peer cannot run on this machine or take these operands, or None.
         make: returns a function of one copy of the weight, and the copies.
-        adapters: the kernel that adds adapters to it.
+        adapters: the kernel that adds the adapters to the peer's result.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Peer:
 
 
 def contenders(layer, peers):
-    """Return the peers that can run, with and without adapters, and why others cannot.
+    """Return the peers that can run, with and without adapters, and why the others cannot.
 
     Args:
         layer: the operands.
-        peers: of type Peer.
+        peers: the Peers.
 
     Returns:
-        A list of Contenders, and the reasons by name.
+        A list of Contenders, and the reasons by the contender's name.
     """
     able, refused = [], {}
     for peer in peers:
@@ -65,7 +65,7 @@ def contenders(layer, peers):
         if why_not is None:
             try:
                 base, weights = peer.make(layer)
-            except Exception as error:  # whatever a peer raises, the others are measured
+            except Exception as error:  # the other peers are still measured
                 why_not = reason(error)
         if why_not is not None:
             refused[peer.name] = refused[both] = why_not
@@ -86,11 +86,11 @@ def contenders(layer, peers):
 
 
 def not_importable(*modules):
-    """Import modules; return why one cannot be imported, or None."""
+    """Import modules; return why the first that fails cannot be imported, or None."""
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # a package built for another torch raises anything
+        except Exception as error:  # a package built for another torch can raise anything
             return f"{module} cannot be imported: {reason(error)}"
     return None
 

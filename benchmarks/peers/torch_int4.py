@@ -1,7 +1,7 @@
-"""torch's own INT4 operators: ``_weight_int4pack_mm`` on CUDA, ``..._for_cpu`` on a CPU.
+"""torch's INT4 operators: ``_weight_int4pack_mm`` on CUDA, ``..._for_cpu`` on a CPU.
 
-On CUDA w = RN((q - 8) * s + z) in bfloat16, with q of 4 bits unsigned and a table of s and z; z
-is 0 here. Two columns share a byte, the first in the high bits.
+On CUDA, w = RN((q - 8) * s + z) in bfloat16, with 4-bit unsigned q and a table of s and z, where z
+is 0. Two columns share a byte, the first in the high bits.
 
 Source: ``aten/src/ATen/native/cuda/int4mm.cu`` of PyTorch, and ``_group_quantize_tensor`` of
 ``torch/testing/_internal/common_quantization.py``.
@@ -17,7 +17,7 @@ from int4_lora.compiled import layouts
 from int4_lora.compiled.formulations import int4pack
 from int4_lora.reference import unpack
 
-INNER_TILES = 8  # 16-column tiles that lie side by side: loads of 16 bytes
+INNER_TILES = 8  # 16-column tiles side by side, so that loads have 16 bytes
 GROUP_SIZES = (32, 64, 128, 256)
 
 

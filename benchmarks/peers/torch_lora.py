@@ -1,7 +1,7 @@
-"""Adapters in plain torch: two products with all adapters side by side, masked in between.
+"""Adapters in plain torch: two products with all adapters stacked, and a mask in between.
 
-y = base + ((x A^T) * mask) B^T with A of all adapters ``[adapters * rank, in_features]``. It reads
-every adapter, whichever the tokens use. It rounds x A^T to the dtype of x.
+y = base + ((x A^T) * mask) B^T, where A ``[adapters * rank, in_features]`` stacks all adapters. The
+products read every adapter, whichever adapters the tokens use. x A^T is rounded to the dtype of x.
 
 Source: arXiv:2106.09685; the masking is that of ``int4_lora.compiled.adapters.terms.masked``.
 """

@@ -1,8 +1,8 @@
 """torchao's int4 weight-only linear, in each of its packings for CUDA.
 
-torchao quantises the dense weight itself, by the least and the largest value of a group; on these
-operands that gives the same levels. "tile_packed_to_4d" calls torch's own operator, the other two
-need the package ``mslk`` (``fbgemm-gpu-genai`` up to torchao 0.15).
+torchao quantises the dense weight by each group's minimum and maximum; on these operands this gives
+the same levels. "tile_packed_to_4d" calls torch's operator; the other two packings need the package
+``mslk`` (``fbgemm-gpu-genai`` up to torchao 0.15).
 
 Source: ``Int4WeightOnlyConfig`` of ``torchao/quantization/quant_api.py``, read in torchao 0.14.1,
 0.16, 0.17 and 0.18.
@@ -36,7 +36,7 @@ def _make(packing, layer):
 
 
 def _quantised(packing, layer):
-    """Return an ``nn.Linear`` with a quantised weight; Inductor's options are left alone."""
+    """Return an ``nn.Linear`` with a quantised weight, without changing Inductor's options."""
     quantization = importlib.import_module("torchao.quantization")
     config = quantization.Int4WeightOnlyConfig(
         group_size=layer.group_size, int4_packing_format=packing, set_inductor_config=False

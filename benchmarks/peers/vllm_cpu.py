@@ -1,6 +1,6 @@
 """vLLM's CPU kernel, prepared and called as ``CPUWNA16LinearKernel`` does: symmetric INT4.
 
-Words hold eight consecutive outputs of one column; the words of sixteen outputs lie together,
+A word holds eight consecutive outputs of one column. The words of sixteen outputs are adjacent,
 column after column. Until vLLM 0.29 the operator also takes a ``g_idx``.
 
 Source: ``vllm/model_executor/kernels/linear/mixed_precision/cpu.py`` and ``vllm/_custom_ops.py``,

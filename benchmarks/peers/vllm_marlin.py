@@ -1,7 +1,7 @@
 """vLLM's Marlin kernel, prepared and called as ``MarlinLinearKernel`` does: symmetric INT4.
 
-Until vLLM 0.29 its functions also take a ``g_idx`` and the order of the columns, which are empty
-here.
+Until vLLM 0.29 its functions also take a ``g_idx`` and the order of the columns; both are passed as
+empty tensors.
 
 Source: ``vllm/model_executor/kernels/linear/mixed_precision/marlin.py`` and, in
 ``vllm/model_executor/layers/quantization/utils/marlin_utils.py``, ``apply_gptq_marlin_linear``;
@@ -21,7 +21,7 @@ OPS = "vllm._custom_ops"
 SCALARS = "vllm.scalar_type"
 MARLIN = "vllm.model_executor.layers.quantization.utils.marlin_utils"
 GROUP_SIZES = (32, 64, 128)
-BLOCKS_OF_A_MULTIPROCESSOR = 4  # the most that the kernel keeps locks for
+BLOCKS_OF_A_MULTIPROCESSOR = 4  # the most for which the kernel keeps locks
 
 
 def _refuses(layer):

@@ -1,7 +1,7 @@
 """vLLM's Punica operators: shrink into float32, then expand into the base in place.
 
-The scaling is folded into B, as vLLM does when it loads an adapter. The grid of the kernels is the
-one vLLM launches by default: one adapter more than there are.
+The scaling is folded into B, as vLLM does when it loads an adapter. The kernels' grid is vLLM's
+default, which has one adapter more than are loaded.
 
 Source: ``PunicaWrapperGPU.add_lora_linear`` of ``vllm/lora/punica_wrapper/punica_gpu.py`` and
 ``vllm/lora/ops/triton_ops``, read in vLLM 0.17.1, 0.20.2, 0.27.1 and 0.32.0.

@@ -1,7 +1,7 @@
 """Measure FP16, INT4 and INT4 + LoRA with the shapes of Llama-2-7B: bytes, memory, tokens/s.
 
 Print the table; ``--output NAME`` writes ``results/NAME.json`` and ``.md``. Each kind of weights
-has a process of its own. They take turns, in a new random order in each round.
+has a separate process. The processes run in turn, in a new random order in each round.
 
 Source: ``benchmarks/results/README.md``.
 """

@@ -1,10 +1,9 @@
-"""The process that makes and holds one kind of weights, and decodes a row with them.
+"""Make and hold one kind of weights in a process, and decode a row with them.
 
-INT4 weights are random words, so that no dense weight is ever in memory beside them. A token is a
-product with every linear layer, one after the other, and with lm_head; attention and norms are left
-out. On CUDA the layers are captured in a CUDA graph, and lm_head in another.
-
-Source: ``int4_lora.compiled``; ``benchmarks/modes.py`` for CUDA graphs.
+INT4 weights are random words, so that no dense weight is ever in memory beside them. A token takes
+a product with every linear layer, one after the other, and with lm_head; attention and norms are
+left out. On CUDA, the layers are captured in one CUDA graph, as in ``benchmarks/modes.py``, and
+lm_head in another.
 """
 
 import functools
@@ -34,13 +33,13 @@ class Holder:
         Args:
             kind: one of ``KINDS``.
             sizes: fields of ``Model``.
-            layers: how many decoder layers to hold.
-            dtype: of x, scales and dense weights, as a name in torch.
+            layers: the number of decoder layers to hold.
+            dtype: torch's name of the dtype of x, scales and dense weights.
             device: "cpu" or "cuda".
-            threads: of torch.
+            threads: the number of torch's threads.
 
         Returns:
-            The bytes before there were weights, those held per layer, and the peak.
+            The bytes before the weights were made, the bytes held per layer, and the peak.
         """
         torch.set_num_threads(threads)
         before = memory_bytes()["now"]
@@ -73,7 +72,7 @@ class Holder:
         return (time.perf_counter() - started) / times
 
     def memory(self):
-        """Return the peak since the weights were made, of the GPU or else of the process."""
+        """Return the GPU's peak memory since the weights were made, or the process's on a CPU."""
         if torch.cuda.is_available():
             return {"peak": torch.cuda.max_memory_allocated(), "of": "GPU, torch's allocations"}
         return {"peak": memory_bytes()["peak"], "of": "the process"}
@@ -122,7 +121,7 @@ def _product(inputs, ids, weight, lora, columns):
 
 
 def _ready(parts, device):
-    """Return a function that runs the parts in order, and how many times one call does so."""
+    """Return a function that runs the parts in order, and how often one call runs them."""
 
     def call(part):
         *operands, product = part

@@ -1,4 +1,4 @@
-"""The table: the request's figures beside the measured ones.
+"""Format the measured table in Markdown, with the target figures in its last column.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -15,10 +15,12 @@ NAMES = {"float16": "FP16", "bfloat16": "BF16"}
 def seconds_a_token(times, model, layers):
     """Return the median time of a token through all layers, and its spread.
 
+    The spread is half the interquartile range, relative to the median.
+
     Args:
-        times: the measurements of one kind: ``layers`` and ``head``, seconds of each round.
-        model: its sizes.
-        layers: how many were measured; their time is scaled to all of the model's.
+        times: the seconds of each round for one kind of weights, in ``layers`` and ``head``.
+        model: the model's sizes.
+        layers: the number of measured layers; their time is scaled to all layers of the model.
     """
     pairs = zip(times["layers"], times["head"], strict=True)
     tokens = [model.layers / layers * through_layers + head for through_layers, head in pairs]
@@ -50,10 +52,10 @@ def report(host, measurements, model, layers, dtype):
 
     Args:
         host: the machine.
-        measurements: by kind of weights.
-        model: its sizes.
-        layers: how many were measured.
-        dtype: of x, scales and dense weights.
+        measurements: the measurements of each kind of weights.
+        model: the model's sizes.
+        layers: the number of measured layers.
+        dtype: the dtype of x, scales and dense weights.
     """
     part = f"{layers} of {model.layers} layers"
     peaks = [f"peak decoding, {part}, GB", f"peak making, {part}, GB"]

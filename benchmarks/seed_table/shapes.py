@@ -10,7 +10,7 @@ from pathlib import Path
 
 DENSE, INT4, LORA = "dense", "INT4", "INT4 + LoRA"
 KINDS = (DENSE, INT4, LORA)
-USED_BY_TORCH = 1.5e9  # bytes of a process that has compiled, beside its weights
+USED_BY_TORCH = 1.5e9  # bytes of a process after compiling, without weights
 SHARE = 0.7  # of the free memory, for weights
 
 
@@ -22,9 +22,9 @@ class Model:
         hidden: columns of most linear layers.
         intermediate: rows of the MLP's first two.
         vocabulary: rows of embedding and lm_head, which stay in 16 bits.
-        layers: how many decoder layers.
+        layers: the number of decoder layers.
         group_size: columns that share a scale.
-        rank: of the adapter, which changes every linear layer of the decoder.
+        rank: the rank of the adapter, which changes every linear layer of the decoder.
     """
 
     hidden: int = 4096
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def outside_bytes(self):
-        """Bytes of embedding and lm_head."""
+        """The bytes of embedding and lm_head."""
         return 2 * 2 * self.vocabulary * self.hidden
 
     def whole_bytes(self, kind):
@@ -64,8 +64,8 @@ def layers_that_fit(model, free_bytes):
     """Return how many layers of all kinds fit into memory together, at least 1.
 
     Args:
-        model: its sizes.
-        free_bytes: free memory.
+        model: the model's sizes.
+        free_bytes: the free memory in bytes.
     """
     fixed = len(KINDS) * (model.outside_bytes + USED_BY_TORCH)
     each = sum(sum(model.layer_bytes(kind)) for kind in KINDS)

@@ -96,7 +96,7 @@ def measured(options):
 
 
 def record(runs, engines, options):
-    """Return the whole result as JSON can hold it."""
+    """Return the complete result as JSON types."""
     from benchmarks.machine import machine
 
     kept = {**vars(options), "cache": None, "before": options.before is not None}

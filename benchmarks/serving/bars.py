@@ -1,7 +1,7 @@
-"""Ratios of medians, and whether they reach the bars.
+"""Compute ratios of medians, and judge whether they reach the bars.
 
-There is no tolerance. The bars hold for one model (hidden size 2048, 4 adapters) and 5 interleaved
-rounds or more; other runs are not judged.
+The bars have no tolerance. They apply to one model (hidden size 2048, 4 adapters) and 5 or more
+interleaved rounds; other runs are not judged.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -26,7 +26,7 @@ class Bar:
     Args:
         what: the ratio in words.
         over: engine, shape and mix of the ratio's numerator.
-        under: of its denominator.
+        under: engine, shape and mix of the ratio's denominator.
         most: the ratio may be at most this, or None.
         least: the ratio must be at least this, or None.
     """
@@ -45,7 +45,7 @@ class Bar:
 
     @property
     def limit(self):
-        """The limit in tables."""
+        """The limit, as text for tables."""
         return f"<= {self.most}" if self.most is not None else f">= {self.least}"
 
 
@@ -71,7 +71,7 @@ BARS = (
 
 
 def summary(run):
-    """Return median and spread of each measure; the spread is half the interquartile range."""
+    """Return each measure's median, and half its interquartile range relative to the median."""
     names = [name for name, value in run["rounds"][0].items() if value is not None]
     return {name: _median([measures[name] for measures in run["rounds"]]) for name in names}
 
@@ -85,7 +85,7 @@ def _median(values):
 
 
 def costs(runs):
-    """Return the median time that ratios use, by engine, shape and mix."""
+    """Return the median time for the ratios, by engine, shape and mix."""
     return {
         (run["engine"], run["workload"].shape, run["workload"].mix): summary(run)[
             run["workload"].judged
@@ -95,7 +95,7 @@ def costs(runs):
 
 
 def ratios(runs):
-    """Return the ratios of each workload: over base, and of the others over ours."""
+    """Return each workload's ratios: to the workload without adapters, and of others to ours."""
     cost, rows = costs(runs), []
     for shape, mix in dict.fromkeys((shape, mix) for _, shape, mix in cost):
         pairs = {
@@ -120,10 +120,10 @@ def ratios(runs):
 
 
 def judged(runs, engines):
-    """Return each bar with its ratio and whether it is reached, None where it was not measured.
+    """Return each bar with its ratio and whether it is reached, or None if it was not measured.
 
     Args:
-        runs: what ``Turns.run`` returned.
+        runs: the runs that ``Turns.run`` returned.
         engines: the facts about each engine, by name.
     """
     cost, rows = costs(runs), []
@@ -154,7 +154,7 @@ def judged(runs, engines):
 
 
 def fused(log):
-    """Return the share of fused layers by the plug-in's summary in its log, or None without one."""
+    """Return the share of fused layers from the plug-in's summary in a log; None if it has none."""
     for line in log:
         counts = re.match(r"(\d+) of (\d+) linear layers fused", line)
         if counts:

@@ -1,7 +1,7 @@
-"""The process that one vLLM engine runs in: loads once, then answers ``run``.
+"""Run one vLLM engine in a process that loads the model once, then answers ``run`` commands.
 
-All requests are added to the engine at once, and it is stepped here, so that the time of every
-token is known. Nothing runs between two commands.
+A run adds all requests to the engine at once and steps the engine, so that the time of every token
+is known. Between two commands the process is idle.
 
 Source: vLLM's ``LLMEngine.add_request`` and ``step``, which ``LLM.generate`` consists of.
 """
@@ -25,8 +25,8 @@ class Engine:
 
         Args:
             model: the checkpoint's folder.
-            adapters: the folder of each adapter; not used without LoRA.
-            arguments: of vLLM's ``LLM``.
+            adapters: the folder of each adapter; ignored if LoRA is off.
+            arguments: the arguments of vLLM's ``LLM``.
         """
         started = time.perf_counter()
         import torch
@@ -53,13 +53,13 @@ class Engine:
         """Run requests that arrive at the same time.
 
         Args:
-            rows: how many requests.
-            prompt: tokens of each prompt, the same in every run.
-            new: tokens to generate for each.
+            rows: the number of requests.
+            prompt: the length of each prompt in tokens; the tokens are the same in every run.
+            new: the number of tokens to generate for each request.
             adapters: the number of each row's adapter, or None.
 
         Returns:
-            For each row the seconds after which each token was there, and the tokens.
+            For each row, the seconds from the start to each token, and the tokens.
         """
         given = [self._prompt(row, prompt) for row in range(rows)]
         requests = [None if adapter is None else self._adapters[adapter] for adapter in adapters]
@@ -69,7 +69,7 @@ class Engine:
         return {"times": times, "tokens": tokens}
 
     def memory(self):
-        """Return what the process holds, its peak since the engine was loaded, and its graphs."""
+        """Return the process's memory, its peak since the load, and its number of graphs."""
         return {**memory_bytes(), "graphs": graphs()}
 
     def _prompt(self, row, length):
@@ -90,7 +90,7 @@ class Engine:
 
 
 def graphs():
-    """Return how many graphs torch has compiled in this process."""
+    """Return the number of graphs that torch has compiled in this process."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]

@@ -1,4 +1,4 @@
-"""The model and the adapters, made once and kept in a cache folder.
+"""Make the model and the adapters once, and keep them in a cache folder.
 
 The weights are random; compressed-tensors and PEFT write the files.
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from benchmarks.serving.workloads import ADAPTERS
 
-RECIPE = 1  # increase it when the files of the same sizes change
+RECIPE = 1  # increase it when the files change for equal sizes
 RANK = 16
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 
 
 @dataclass(frozen=True)
 class Files:
-    """The folders of the files.
+    """The folders of the model and the adapters.
 
     Args:
         model: the checkpoint's folder.
@@ -31,11 +31,11 @@ class Files:
 
 
 def llama(hidden, layers):
-    """Return the sizes of a Llama of a hidden size; at 2048: intermediate size 5632, 16 heads.
+    """Return the sizes of a Llama; for hidden size 2048: intermediate size 5632, 16 heads.
 
     Args:
-        hidden: a multiple of 256.
-        layers: how many decoder layers.
+        hidden: the hidden size, a multiple of 256.
+        layers: the number of decoder layers.
     """
     heads = hidden // (128 if hidden >= 1024 else 64)
     return {
@@ -51,10 +51,10 @@ def llama(hidden, layers):
 
 
 def prepare(cache, hidden, layers):
-    """Return the files; make them if the cache has none.
+    """Return the files; make them if the cache lacks them.
 
-    They are made in another folder that is then renamed, so that a stopped run leaves no incomplete
-    files.
+    The files are made in a temporary folder, which is then renamed, so that a stopped run leaves no
+    incomplete files.
     """
     folder = Path(cache) / f"serving-h{hidden}-l{layers}-r{RANK}-{RECIPE}"
     if not folder.is_dir():
@@ -67,7 +67,7 @@ def prepare(cache, hidden, layers):
         try:
             recipe.make_model(new / "model", sizes, WEIGHTS)
             for number in range(ADAPTERS):
-                seed = chr(ord("a") + number)  # names seed by the sum of their letters
+                seed = chr(ord("a") + number)  # make_adapter seeds with the sum of the letters
                 recipe.make_adapter(new / f"a{number}", sizes, seed, settings)
             new.rename(folder)
         finally:

@@ -9,8 +9,8 @@ from benchmarks.serving.files import RANK
 from benchmarks.serving.rounds import OURS, STOCK
 
 MIB = 2**20
-COLD = 1.5  # unmeasured first runs that took more medians than this are named
-BUSY = 0.01  # the most of a processor that an idle engine may use
+COLD = 1.5  # a first run longer than this multiple of the median is named in the remarks
+BUSY = 0.01  # the largest share of a processor that an idle engine may use
 MEASURES = {
     "tokens_per_second": ("tokens/s", 1, 1),
     "ttft": ("first token, ms", 1e3, 1),
@@ -23,9 +23,9 @@ def report(host, runs, engines, options):
 
     Args:
         host: the machine.
-        runs: what ``Turns.run`` returned.
+        runs: the runs that ``Turns.run`` returned.
         engines: the facts about each engine, by name.
-        options: of the command.
+        options: the command's options.
     """
     return "\n\n".join(
         [
@@ -139,15 +139,15 @@ def remarks(runs, engines, options):
 
 
 def cold_ratio(run):
-    """Return the unmeasured first run's time over the median."""
+    """Return the ratio of the unmeasured first run's time to the median."""
     return run["cold"]["seconds"] / summary(run)["seconds"]["median"]
 
 
 def agreement(runs):
-    """Return the share of rows whose first token is the same from stock and ours, by workload.
+    """Return, by workload, the share of rows whose first token is the same from stock and ours.
 
-    It shows a broken run. It cannot judge roundings: with random weights, the two most likely
-    tokens are close.
+    A low share shows a broken run. It cannot judge roundings, because with random weights the two
+    most likely tokens are close.
     """
     tokens = {(run["engine"], run["workload"].name): run["tokens"] for run in runs}
     shares = {}

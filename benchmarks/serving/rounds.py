@@ -1,7 +1,7 @@
-"""Take turns: every engine runs every workload once per round, in a new random order.
+"""Run every workload on every engine once per round, in a new random order.
 
-The other engines are stopped meanwhile. A waiting engine uses 1 to 3 % of a processor: threads of
-its communication library poll for work a hundred times a second.
+While an engine runs, the other engines are stopped: a waiting engine uses 1 to 3 % of a processor,
+because threads of its communication library poll for work a hundred times a second.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -15,16 +15,16 @@ from benchmarks.child import Child
 from benchmarks.serving.workloads import measures
 
 STOCK, OURS, WITHOUT = "stock", "ours", "stock without LoRA"
-BEFORE = "ours before"  # an earlier version, from an environment of its own
+BEFORE = "ours before"  # an earlier version, from a separate environment
 ENGINES = (STOCK, OURS, WITHOUT)
 FIRST_REQUESTS = 10
-FIRST = {"rows": 1, "prompt": 64, "new": 8}  # each with another adapter, so that each loads one
-SETTLE = 0.05  # seconds between continuing an engine and its run
+FIRST = {"rows": 1, "prompt": 64, "new": 8}  # each request loads another adapter
+SETTLE = 0.05  # seconds between resuming an engine and its run
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB of every engine's memory
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for each engine
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process for each engine, which can be stopped
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process per engine, which SIGSTOP can stop
 }
 
 
@@ -53,10 +53,10 @@ def arguments_of(name, options):
 
 
 def environment_of(folder):
-    """Return the environment variables of an engine; those that the user has set stay.
+    """Return the environment variables of an engine; variables that the user has set are kept.
 
-    The measurements of ``auto`` are kept beside the logs: they are made in this run, and the user's
-    engines do not use them.
+    The measurements of ``auto`` are cached beside the logs, so that this run makes them and the
+    user's engines do not use them.
     """
     defaults = {**ENVIRONMENT, "INT4_LORA_CACHE": str(folder / "cache")}
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
@@ -66,7 +66,7 @@ class Turns:
     """The engines, and the facts about them.
 
     Args:
-        folder: for the logs.
+        folder: the folder for the logs.
         say: called with each line of progress.
     """
 
@@ -76,7 +76,7 @@ class Turns:
         self._idle = {}  # by engine: processor seconds while others ran, and how long they ran
 
     def load(self, name, files, arguments, python=None):
-        """Start an engine and run its first requests, each with an adapter that is new to it."""
+        """Start an engine and run its first requests, each with an adapter not yet loaded."""
         log = self._folder / f"{name.replace(' ', '-')}.log"
         environment = environment_of(self._folder)
         self.children[name] = child = Child("benchmarks.serving.engine", log, environment, python)
@@ -97,12 +97,12 @@ class Turns:
         self._say(f"{name}: loaded in {facts['load_seconds']:.0f} s")
 
     def run(self, workloads, rounds, seed=0):
-        """Run every workload once unmeasured, and then in rounds.
+        """Run every workload once unmeasured, then once in each round.
 
         Args:
-            workloads: those with adapters are left out on engines without LoRA.
-            rounds: how many.
-            seed: of the random order.
+            workloads: the workloads; engines without LoRA skip those with adapters.
+            rounds: the number of rounds.
+            seed: the seed of the random order.
 
         Returns:
             A list of dicts, one for each engine and workload.
@@ -128,7 +128,7 @@ class Turns:
         return list(runs.values())
 
     def note(self):
-        """Record each engine's memory, and its processor time while others ran."""
+        """Record each engine's memory, and its CPU time while other engines ran."""
         for name, child in self.children.items():
             child.resume()
             self.engines[name]["serving_bytes"] = child.ask("memory")
@@ -165,6 +165,6 @@ class Turns:
 
 
 def lines_about_us(log):
-    """Return the plug-in's lines of a log, without times."""
+    """Return the plug-in's lines from a log, without their times."""
     lines = [line.partition("int4_lora: ")[2] for line in log.splitlines()]
     return list(dict.fromkeys(line for line in lines if line))

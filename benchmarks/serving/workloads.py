@@ -1,6 +1,6 @@
-"""The requests to the engines: prefill, many tokens at once, and decode, one token after another.
+"""Define the requests to the engines: prefill, many tokens at once, and decode, token by token.
 
-Rows are requests that arrive at the same time. Each shape is run without adapters, too.
+Rows are requests that arrive at the same time. Each shape also runs without adapters.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -14,7 +14,7 @@ MIXES = {
     "1 adapter": lambda row: 0,
     "4 adapters": lambda row: row % 4,
     "16 adapters": lambda row: row % ADAPTERS,
-    "mixed": lambda row: None if row % 2 else row // 2 % 4,  # every other row has none
+    "mixed": lambda row: None if row % 2 else row // 2 % 4,  # every second row has no adapter
 }
 
 
@@ -24,10 +24,10 @@ class Workload:
 
     Args:
         kind: "prefill" or "decode".
-        rows: how many requests.
-        prompt: tokens of each prompt.
-        new: tokens to generate for each.
-        mix: which adapters the rows use, one of ``MIXES``.
+        rows: the number of requests.
+        prompt: the number of tokens of each prompt.
+        new: the number of tokens to generate for each request.
+        mix: the adapters of the rows, one of ``MIXES``.
     """
 
     kind: str
@@ -38,14 +38,14 @@ class Workload:
 
     @property
     def shape(self):
-        """Its name in tables, without the adapters."""
+        """The workload's name in tables, without the adapters."""
         if self.kind == "prefill":
             return f"prefill, {self.rows} x {self.prompt}"
         return f"decode, {self.rows} row{'s' if self.rows > 1 else ''}"
 
     @property
     def name(self):
-        """Its name in tables."""
+        """The workload's name in tables."""
         return f"{self.shape}, {self.mix}"
 
     @property
@@ -55,10 +55,10 @@ class Workload:
 
     @property
     def judged(self):
-        """The measure that ratios use.
+        """The measure for the ratios.
 
-        Sixteen adapters that share fewer slots are served a few rows at a time, whose tokens come
-        faster. There the ratios use the whole time.
+        Sixteen adapters share fewer slots, so the engine serves a few rows at a time, and their
+        tokens come faster. So with sixteen rows the ratios use the total time.
         """
         return "itl" if self.kind == "decode" and self.rows < ADAPTERS else "seconds"
 
@@ -67,8 +67,8 @@ def workloads(new, quick=False):
     """Return the workloads.
 
     Args:
-        new: tokens that each row decodes after its first.
-        quick: fewer tokens, for a tiny model.
+        new: the number of tokens that each row decodes after its first.
+        quick: whether to use fewer tokens, for a tiny model.
     """
     tokens = 64 if quick else 512
     shapes = [
@@ -86,15 +86,15 @@ def measures(workload, times):
 
     Args:
         workload: the requests.
-        times: for each row, the seconds after which each of its tokens was there.
+        times: for each row, the seconds from the start to each of its tokens.
 
     Returns:
-        ``seconds`` until the last token; ``ttft``, the median row's time to its first token;
-        ``itl``, the mean time from a token to the next, or None if each row has one token;
-        ``tokens_per_second``, of the prompts in a prefill, else of the answers.
+        ``seconds``, the time to the last token; ``ttft``, the median row's time to its first token;
+        ``itl``, the mean time from a token to the next, or None if each row has one token; and
+        ``tokens_per_second``, counting the prompts' tokens in a prefill, else the answers' tokens.
 
     Raises:
-        ValueError: a row has another number of tokens than requested.
+        ValueError: a row's number of tokens is not the requested number.
     """
     counts = [len(row) for row in times]
     if counts != [workload.new] * workload.rows:
