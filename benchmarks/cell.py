@@ -49,7 +49,7 @@ def cell(rows, columns, tokens, dtype, options, copy_bytes_per_second):
     mode = mode_of(options.device, options.in_a_graph)
     peers, refused = contenders_among(layer, PEERS)
     offered = [*our_layers(layer), *peers]
-    if mode != "compiled graph":  # it can use only formulations that it can inline
+    if mode != "compiled graph":  # a graph can use only formulations that it can inline
         offered += formulations(layer)
     ready, failed = select(rotated(offered), MODES[mode], Judge(layer))
     times = measure(

@@ -38,7 +38,7 @@ class Judge:
             roundings: the contender's roundings, as keyword arguments of ``check_linear``.
 
         Raises:
-            ValueError: y has not the shape and dtype of the layer's result.
+            ValueError: y does not have the shape and dtype of the layer's result.
         """
         layer = self.layer
         shape = (layer.tokens, layer.rows)

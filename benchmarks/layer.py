@@ -59,7 +59,7 @@ def options_of(arguments):
 
 
 def main(arguments=None):
-    """Measure, print, and write; return 1 if our own layer failed anywhere."""
+    """Measure, print, and write; return 1 if our layer failed in any row."""
     options = options_of(arguments)
     torch.set_num_threads(options.threads)
     host = machine(options.device)

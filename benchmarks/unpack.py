@@ -1,4 +1,4 @@
-"""Measure the speed of unpacking beside that of copying: ``python -m benchmarks.unpack``.
+"""Measure the speed of unpacking and of copying: ``python -m benchmarks.unpack``.
 
 The script writes a checkpoint of random INT4 weights. In each round, ``int4-lora unpack`` unpacks
 it in a separate process, whose peak memory is read, and then the result is copied file by file. For

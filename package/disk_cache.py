@@ -37,7 +37,7 @@ def recall(kind: str, key: Mapping[str, Any]) -> Any:
     try:
         kept = json.loads(_file(kind, key).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, RuntimeError):
-        return None  # RuntimeError: there is no home directory
+        return None  # RuntimeError if there is no home directory
     same = isinstance(kept, dict) and kept.get("key") == json.loads(_text(key))
     return kept.get("value") if same else None
 
@@ -57,7 +57,7 @@ def remember(kind: str, key: Mapping[str, Any], value: Any) -> bool:
         file = _file(kind, key)
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_files({file: json.dumps({"key": key, "value": value}, indent=1).encode()})
-    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+    except (OSError, RuntimeError):  # RuntimeError if there is no home directory
         return False
     return True
 

@@ -73,7 +73,7 @@ class Turns:
     def __init__(self, folder, say):
         self._folder, self._say = Path(folder), say
         self.children, self.engines = {}, {}
-        self._idle = {}  # by engine: processor seconds while others ran, and how long they ran
+        self._idle = {}  # by engine: CPU seconds while other engines ran, and how long those ran
 
     def load(self, name, files, arguments, python=None):
         """Start an engine and run its first requests, each with an adapter not yet loaded."""

@@ -15,8 +15,8 @@ from typing import Any
 __all__ = ["check_plain_lora", "is_targeted", "rank_of", "scaling_of"]
 
 ALL_LINEAR = "all-linear"
-LAYER = r".*\.{}\.(\d+)\."  # PEFT inserts layers_pattern here,
-ENDING = r"(.*\.)?({})$"  # and the keys of rank_pattern and alpha_pattern here
+LAYER = r".*\.{}\.(\d+)\."  # PEFT inserts layers_pattern at {}
+ENDING = r"(.*\.)?({})$"  # PEFT inserts each key of rank_pattern and alpha_pattern at {}
 
 # With any of these options, the layer is not y = W x + scaling * B A x.
 REFUSED_WHEN_SET = (

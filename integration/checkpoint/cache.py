@@ -15,7 +15,7 @@ __all__ = ["UnpackedWeightCache"]
 
 
 class _Entry(NamedTuple):
-    """A dense weight, and the state of its packed weight and of itself for which it is valid."""
+    """A dense weight, and the versions of its source and of itself for which it is valid."""
 
     weight: weakref.ref[PackedWeight]
     source: tuple[int, ...]

@@ -24,7 +24,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
 
     An existing folder is returned unchanged. Otherwise ``owner/name`` is looked up in the hub's
     local cache; if it is not there, it is downloaded with a progress bar, unless ``HF_HUB_OFFLINE``
-    is set.
+    is set. ``HF_HUB_CACHE`` and ``HF_ENDPOINT`` apply.
 
     Args:
         path: a folder, or ``owner/name``.
@@ -40,9 +40,6 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     Example:
         >>> local_folder(".")
         PosixPath('.')
-
-    Source:
-        huggingface_hub, whose ``HF_HUB_CACHE`` and ``HF_ENDPOINT`` apply.
     """
     folder = Path(path)
     if folder.is_dir():

@@ -46,7 +46,7 @@ class Checkpoint:
 
     Args:
         path: the checkpoint's folder.
-        config: the whole ``config.json``.
+        config: the content of ``config.json``.
         tensors: file, dtype and shape of every tensor, by the tensor's name.
         schemes: how each quantised module is stored, by the module's name.
     """

@@ -135,7 +135,7 @@ def inside(folder: Path, name: str) -> Path:
     file = folder / name
     try:
         home, place = folder.resolve(), file.resolve()
-    except (OSError, RuntimeError) as error:  # the second up to Python 3.12
+    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12
         raise ValueError(f"{file} is a link that leads nowhere: {error}") from error
     allowed = [home]
     if home.parent.name == "snapshots":

@@ -32,7 +32,7 @@ __all__ = [
 
 PACKED_FORMAT = "pack-quantized"
 METHOD = "compressed-tensors"
-CONFIG_KEYS = ("quantization_config", "compression_config")  # the second up to 0.9
+CONFIG_KEYS = ("quantization_config", "compression_config")  # the second up to version 0.9
 FORMATS = (
     "dense",
     "float-quantized",

@@ -26,7 +26,7 @@ class Delta:
 
     Args:
         module: the adapter's pair of matrices for this weight.
-        weight: the factor of the whole adapter.
+        weight: the adapter's factor.
     """
 
     def __init__(self, module: AdapterModule, weight: float) -> None:

@@ -25,7 +25,7 @@ class MergeRefusedError(ValueError):
     """The error of a module is larger than allowed.
 
     Args:
-        message: names the modules, and says what to do.
+        message: the error message, which names the modules and a remedy.
         report: the report of the refused merge.
     """
 

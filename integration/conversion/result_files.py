@@ -137,7 +137,7 @@ def write_file(
         advance: called with the number of bytes after each piece.
 
     Returns:
-        The reports of the tasks that have one, in the order of the tasks.
+        The tasks' reports, in the order of the tasks; tasks without a report are left out.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.

@@ -162,8 +162,8 @@ def cast(
         values: the values, of any shape.
         dtype: the dtype to round to.
         where: the name of the values in the error.
-        must_be_finite: bool of the same shape: which results must be finite; None means those of
-            the finite values.
+        must_be_finite: bool of the same shape, true for the values whose result must be finite;
+            None means all finite values.
 
     Raises:
         ValueError: a value that must be finite is not.

@@ -122,7 +122,7 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="eager"
         )
-    except Exception as error:  # transformers raises whatever its model code raises
+    except Exception as error:  # its model code can raise any exception
         detail = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{file}: transformers cannot build this model: {detail}") from error
     model.tie_weights()

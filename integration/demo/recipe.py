@@ -53,7 +53,7 @@ LLAMA = {
 }
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 
-# The scalings are 2, 2/3 (which no binary float represents) and 5 / sqrt(5).
+# Ranks, targets and scalings differ. The scalings are 2, 2/3 (no binary float) and 5 / sqrt(5).
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "b": {"r": 12, "lora_alpha": 8, "target_modules": "all-linear"},

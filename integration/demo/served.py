@@ -35,7 +35,7 @@ NEW = 16  # tokens to generate for each row
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes for max_lora_rank
 SECONDS = 1800  # the timeout of an engine's process
 ERROR = re.compile(r"\b[A-Z]\w*Error: \S")
-CONSEQUENCE = "Engine core initialization failed"  # vLLM's error after the one that caused it
+CONSEQUENCE = "Engine core initialization failed"  # vLLM raises it after the error that caused it
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
