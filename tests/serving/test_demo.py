@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.nightly  # in CI ``tox run -e demo`` serves the same batch and judges it
 def test_both_engines_serve_the_batch(run):
     result = run("--require-vllm", "--json")
     assert result.exit_code == 0, result.output

@@ -20,8 +20,6 @@ from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots
 from int4_lora.reference import quantize
 
-pytestmark = pytest.mark.versions
-
 
 @pytest.fixture(scope="module")
 def weight():
