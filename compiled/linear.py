@@ -155,8 +155,8 @@ class BoundLayer:
     """``int4_lora_linear`` with a fixed weight, adapters and bias, at the lowest cost per call.
 
     Between the layers of a model, processor caches are cold and Python is slow: checks and the
-    lookup of a graph take 0.15 ms, as long as an adapter's sums for 8 tokens. So the entry of each
-    call is kept, and later calls with the same key skip both.
+    lookup of a graph take 0.15 ms. So the entry of each call is kept, and later calls with the same
+    key skip both.
 
     Args:
         weight: returned by ``prepare``; its tensors may be written to, not replaced.

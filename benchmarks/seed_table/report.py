@@ -60,7 +60,7 @@ def report(host, measurements, model, layers, dtype):
     part = f"{layers} of {model.layers} layers"
     peaks = [f"peak decoding, {part}, GB", f"peak making, {part}, GB"]
     head = ["", "weights, GB", "as held, GB", *peaks, "tokens/s", "over the first"]
-    head.append("the request said")
+    head.append("expected")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     table = rows(measurements, model, layers)
     for kind, row in table.items():
@@ -88,7 +88,7 @@ def _remarks(measurements, table, model, layers):
         "out. On a CPU each layer is a call from Python, on a GPU all of them are a CUDA graph.",
         f"- the adapter: {1e-6 * lora['adapter_bytes']:.0f} MB, "
         f"{100 * lora['adapter_bytes'] / base['weight_bytes']:.1f} % of the INT4 weights; it adds "
-        f"{100 * added:.1f} % of time (the request said: less than 5 %).",
+        f"{100 * added:.1f} % of time (expected: less than 5 %).",
         f"- peaks: of {measurements[INT4]['of']}, one process for each row of the table, which had "
         f"{1e-9 * (measurements[INT4]['bytes_before'] or 0):.2f} GB before there were weights; "
         "making includes compiling.",

@@ -30,7 +30,16 @@ from torch.autograd import forward_ad
 
 from int4_lora.compiled.adapters.terms import GATHERED_TOKENS
 
-__all__ = ["Graph", "bucket_of", "compile_graph", "graph_of", "in_rows", "marked", "state_of"]
+__all__ = [
+    "Graph",
+    "bucket_of",
+    "compile_graph",
+    "graph_key",
+    "graph_of",
+    "in_rows",
+    "marked",
+    "state_of",
+]
 
 MOST_TOKENS = 2**31 - 1
 LAST_TOKENS = {  # the ends of buckets: within a bucket, ``add_terms`` must not change its choice
@@ -78,6 +87,35 @@ def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:
             return first, last
         first = last + 1
     return first, MOST_TOKENS
+
+
+def graph_key(
+    kind: Hashable,
+    bucket: tuple[int, int],
+    slices: Hashable,
+    tensors: Sequence[Tensor],
+    *operands: Tensor | None,
+) -> Hashable:
+    """Return the key of a graph: equal keys mean that one graph serves both.
+
+    Args:
+        kind: the function that is compiled, and the layout of its weight.
+        bucket: the first and the last number of tokens that the graph serves.
+        slices: what the graph depends on in the adapters' slices.
+        tensors: the fixed tensors: the adapters' and the weight's.
+        operands: the other operands of a call, the first of which is not None.
+    """
+    first, *others = operands
+    assert first is not None
+    return kind, bucket, slices, _sharing(tensors), state_of(first, *others)
+
+
+def _sharing(tensors: Sequence[Tensor]) -> Hashable:
+    """Return which tensors are the same object: their graph has fewer inputs."""
+    identities = list(map(id, tensors))
+    if len(set(identities)) == len(identities):
+        return None
+    return tuple(identities.index(identity) for identity in identities)
 
 
 def state_of(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:

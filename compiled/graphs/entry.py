@@ -22,10 +22,10 @@ from int4_lora.compiled.formulations.formulation import Backend
 from int4_lora.compiled.graphs.cache import (
     bucket_of,
     compile_graph,
+    graph_key,
     graph_of,
     in_rows,
     marked,
-    state_of,
 )
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.selection.choice import choose
@@ -190,14 +190,8 @@ def _entry(
     tensors = [tensor for part in slices for tensor in part.tensors]
     if weight:
         tensors += weight[0].tensors
-    key = (
-        kind,
-        bucket,
-        finite,
-        tuple([part.signature for part in slices]),
-        _sharing(tensors),
-        state_of(first, *by_tokens[1:], *bound),
-    )
+    depends = (finite, tuple([part.signature for part in slices]))
+    key = graph_key(kind, bucket, depends, tensors, *by_tokens, *bound)
     graph = graph_of(key)
     if graph is None or graph.direct is None:
         parts = zip(slices, finite, strict=True)
@@ -212,11 +206,3 @@ def _entry(
     known = (None, *(None for _ in by_tokens), *bound, *tensors)  # x must not be kept alive
     inputs = [known[place] for place in graph.places]
     return _Direct(graph.direct, inputs, _changing(graph.places, len(by_tokens)))
-
-
-def _sharing(tensors: Sequence[Tensor]) -> Hashable:
-    """Return which tensors are the same object: their graph has fewer inputs."""
-    identities = list(map(id, tensors))
-    if len(set(identities)) == len(identities):
-        return None
-    return tuple(identities.index(identity) for identity in identities)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.safetensors_files import inside, read_tensor
 from int4_lora.integration.checkpoint.safetensors_header import read_headers
 
-__all__ = ["Adapter", "AdapterModule", "read_adapter"]
+__all__ = ["Adapter", "AdapterModule", "Replacement", "read_adapter"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG_FILE = "adapter_config.json"
@@ -64,6 +64,19 @@ class AdapterModule:
 
 
 @dataclass(frozen=True, eq=False)
+class Replacement:
+    """Values that replace a tensor of the base, or some of its rows.
+
+    Args:
+        tensor: the values, of the base tensor's shape; ``[rows, ...]`` if only rows are replaced.
+        rows: int64 ``[rows]``, the rows that are replaced; None if all are.
+    """
+
+    tensor: Tensor
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter of a model.
 
@@ -71,11 +84,15 @@ class Adapter:
         path: the adapter's folder.
         config: the content of ``adapter_config.json``.
         modules: the pair of each layer, by the layer's name in the base model.
+        replacements: what replaces tensors of the base, by the tensor's full name there.
+        notes: what was done to make the adapter fit, one sentence each.
     """
 
     path: Path
     config: Mapping[str, Any]
     modules: Mapping[str, AdapterModule]
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:

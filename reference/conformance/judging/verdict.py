@@ -160,4 +160,4 @@ def _finding(
     at = tuple(wrong.nonzero()[0].tolist())
     got, want = result[at].item(), answer.exact[at].item()
     count = f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
-    return Finding(rule, f"{count}; {[*at]} is {got}, exact is {want}{detail}", wrong)
+    return Finding(rule, f"{count}; {[*at]} is {got}, the exact answer is {want}{detail}", wrong)
