@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from int4_lora.integration.adapter.read import Adapter, AdapterModule, read_adapter
+    from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
+    from int4_lora.integration.adapter.read import read_adapter
     from int4_lora.integration.adapter.stack import stack_adapters
     from int4_lora.integration.adapter.write import write_adapter
     from int4_lora.integration.annotation.write import Annotation, annotate
@@ -33,8 +34,8 @@ __all__ = [
 ]
 
 MODULES = {
-    "Adapter": "adapter.read",
-    "AdapterModule": "adapter.read",
+    "Adapter": "adapter.adapter",
+    "AdapterModule": "adapter.adapter",
     "Annotation": "annotation.write",
     "Checkpoint": "checkpoint.open",
     "UnpackedWeightCache": "checkpoint.cache",

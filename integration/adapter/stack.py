@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from int4_lora.integration.adapter.read import Adapter, AdapterModule
+from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.reference import LoRAStack
 

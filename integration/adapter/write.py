@@ -18,14 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from int4_lora.atomic_files import new_folder
-from int4_lora.integration.adapter.read import (
-    CONFIG_FILE,
-    FLOATS,
-    TENSOR_FILE,
-    Adapter,
-    AdapterModule,
-    read_adapter,
-)
+from int4_lora.integration.adapter.adapter import FLOATS, Adapter, AdapterModule
+from int4_lora.integration.adapter.files import CONFIG_FILE, TENSOR_FILE
+from int4_lora.integration.adapter.read import read_adapter
 
 __all__ = ["write_adapter"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.integration.adapter.read import Adapter
+from int4_lora.integration.adapter.adapter import Adapter
 from int4_lora.integration.adapter.stack import check_fits
 from int4_lora.integration.checkpoint.open import Checkpoint
 

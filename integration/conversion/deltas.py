@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.adapter.read import Adapter, AdapterModule
+from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
 from int4_lora.integration.adapter.stack import check_shape
 from int4_lora.integration.checkpoint.open import Checkpoint
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from int4_lora.integration.adapter.read import Adapter, read_adapter
+from int4_lora.integration.adapter.adapter import Adapter
+from int4_lora.integration.adapter.read import read_adapter
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import deltas_of

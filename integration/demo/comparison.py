@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from int4_lora.integration.adapter.read import Adapter, read_adapter
+from int4_lora.integration.adapter.adapter import Adapter
+from int4_lora.integration.adapter.read import read_adapter
 from int4_lora.integration.adapter.stack import check_fits
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.demo.findings import Comparison, Row

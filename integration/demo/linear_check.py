@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from int4_lora.integration.adapter.read import Adapter
+from int4_lora.integration.adapter.adapter import Adapter
 from int4_lora.integration.checkpoint.compressed_tensors import decompress
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.demo.models import ReferenceLinear

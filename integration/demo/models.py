@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from int4_lora.integration.adapter.read import Adapter
+from int4_lora.integration.adapter.adapter import Adapter
 from int4_lora.integration.adapter.stack import stack_adapters
 from int4_lora.integration.checkpoint.compressed_tensors import decompress
 from int4_lora.integration.checkpoint.open import Checkpoint
