@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from int4_lora.integration.adapter.adapter import FLOATS, Adapter, AdapterModule
+from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
 from int4_lora.integration.adapter.config import (
     check_plain_lora,
     is_targeted,
@@ -23,6 +23,7 @@ from int4_lora.integration.adapter.files import (
     stored_tensors,
 )
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys, sort_keys
+from int4_lora.integration.adapter.pairs import read_pair, where_of
 from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.safetensors_files import inside
 
@@ -81,18 +82,12 @@ def _refuse_other_tensors(keys: SortedKeys) -> None:
 
 def _module(name: str, pair: Mapping[str, KeyedTensor], config: Mapping[str, Any]) -> AdapterModule:
     """Read the pair of one linear layer, and check it against the config."""
-    where = f"{next(iter(pair.values())).stored.file}: {name}"
-    if set(pair) != {"A", "B"}:
-        missing = ({"A", "B"} - set(pair)).pop()
-        raise ValueError(f"{where}: lora_{missing} is missing")
+    where = where_of(name, pair)
+    a, b = read_pair(name, pair)
     if not is_targeted(config, name):
         raise ValueError(f"{where}: {CONFIG_FILE} does not target it, so PEFT would ignore it")
     rank = rank_of(config, name)
-    a, b = pair["A"].read(), pair["B"].read()
-    if a.dtype not in FLOATS or b.dtype != a.dtype:
-        dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
-        raise TypeError(f"{where}: lora_A and lora_B must be float of one dtype, got {dtypes}")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+    if a.shape[0] != rank or b.shape[1] != rank:
         raise ValueError(
             f"{where}: lora_A must be [{rank}, in_features] and lora_B [out_features, {rank}] "
             f"by the config's rank, got {list(a.shape)} and {list(b.shape)}"
