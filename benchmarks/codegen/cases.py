@@ -5,7 +5,6 @@ Source: ``docs/compiled.md`` for the defaults on a GPU.
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -127,13 +126,13 @@ class Code:
     Args:
         text: the wrapper's source, which contains the sources of its kernels.
         formulation: the name of the compiled formulation.
-        pick: selects the wrapper's arguments from (number of tokens, x, adapter ids, bias,
-            *tensors of the adapters, *tensors of the weight).
+        places: the index of each argument of the wrapper in (number of tokens, x, adapter ids,
+            bias, *tensors of the adapters, *tensors of the weight).
     """
 
     text: str
     formulation: str
-    pick: Callable
+    places: tuple[int, ...]
 
     @property
     def digest(self):
@@ -168,7 +167,7 @@ def generate(case):
     from torch._inductor import compile_fx
     from torch._inductor.graph import GraphLowering
 
-    formulations, matched, picks = [], [], []
+    formulations, matched, places = [], [], []
     compile_inductor, compile_graph = compile_fx.compile_fx, entry.compile_graph
 
     def noting_formulation(weight, dtype, tokens, slices):
@@ -180,7 +179,7 @@ def generate(case):
         return compile_graph(key, bucket, function, backend, operands, tensors)
 
     def noting_inputs(graph, examples, **options):
-        picks.append(cache._pick(graph, examples, *matched[0]))
+        places.append(cache._places(graph, examples, *matched[0]))
         return compile_inductor(graph, examples, **options)
 
     def stop(self, *_, **__):
@@ -204,7 +203,7 @@ def generate(case):
         try:
             int4_lora_linear(*operands)
         except _Generated as generated:
-            if picks[0] is None:
+            if not places[0]:
                 raise RuntimeError(f"{case}: an input of the graph is no operand") from None
-            return Code(generated.args[0], formulations[0].name, picks[0])
+            return Code(generated.args[0], formulations[0].name, places[0])
     raise RuntimeError(f"nothing was compiled for {case}")

@@ -4,7 +4,12 @@ import multiprocessing
 import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["int4_lora.integration.cli.app", "support.killing"]
+PRELOADED = [  # commands import the last when they run, which would take most of their time
+    "support.killing",
+    "int4_lora.integration.cli.app",
+    "int4_lora.integration.cli.conversion",
+    "int4_lora.integration.conversion.merge",
+]
 
 
 def begin(arguments):
