@@ -9,7 +9,7 @@ Source: ``docs/commands/annotate.md``; PEFT's ``target_modules``, which match th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int4_lora.integration.checkpoint.open import Checkpoint
@@ -81,7 +81,7 @@ def _linears(checkpoint: Checkpoint) -> set[str]:
     return {*checkpoint.modules(), *dense}
 
 
-def _reasons(checkpoint: Checkpoint, int4: Iterable[str]) -> list[str]:
+def _reasons(checkpoint: Checkpoint, int4: Sequence[str]) -> list[str]:
     """Return the reasons why vLLM does not take adapters on the checkpoint's INT4 layers."""
     packed = [name for name in checkpoint.modules() if checkpoint.is_packed(name)]
     kinds = {
@@ -98,12 +98,24 @@ def _reasons(checkpoint: Checkpoint, int4: Iterable[str]) -> list[str]:
             name for name in checkpoint.modules() if VOCABULARY.fullmatch(name)
         ],
     }
-    reasons = [] if any(map(_served_alone, int4)) else ["no linear layer is INT4"]
+    reasons = [] if any(map(_served_alone, int4)) else [_why_none(checkpoint, int4)]
     for reason, names in kinds.items():
         if names:
             others = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
             reasons.append(f"{names[0]} {reason}{others}")
     return reasons
+
+
+def _why_none(checkpoint: Checkpoint, int4: Sequence[str]) -> str:
+    """Return why no INT4 layer takes adapters, with the first module that might have."""
+    if int4:
+        alone = "only experts or the vocabulary are INT4, and their adapters are not computed here"
+        return f"{alone}: {int4[0]}"
+    name = checkpoint.modules()[0]
+    scheme = checkpoint.schemes[name]
+    kind = f"{scheme.format} of {scheme.kind}, {scheme.bits} bits"
+    also = ", with quantised activations" if scheme.activations else ""
+    return f"no linear layer is pack-quantized INT4 alone: {name} is {kind}{also}"
 
 
 def _served_alone(name: str) -> bool:

@@ -91,9 +91,21 @@ def test_what_is_suggested_names_nothing_else(quantised, dense, modules, suggest
 @pytest.mark.parametrize(
     ("quantised", "reason"),
     [
-        (dict.fromkeys(in_layers("q_proj"), scheme(bits=8)), "no linear layer is INT4"),
-        (dict.fromkeys(in_layers("q_proj"), scheme(activations=True)), "no linear layer is INT4"),
-        (in_layers("experts.0.up_proj"), "no linear layer is INT4"),
+        (
+            dict.fromkeys(in_layers("q_proj"), scheme(bits=8)),
+            "no linear layer is pack-quantized INT4 alone: model.layers.0.q_proj is "
+            "pack-quantized of int, 8 bits",
+        ),
+        (
+            dict.fromkeys(in_layers("q_proj"), scheme(activations=True)),
+            "no linear layer is pack-quantized INT4 alone: model.layers.0.q_proj is "
+            "pack-quantized of int, 4 bits, with quantised activations",
+        ),
+        (
+            in_layers("experts.0.up_proj"),
+            "only experts or the vocabulary are INT4, and their adapters are not computed here: "
+            "model.layers.0.experts.0.up_proj",
+        ),
         (
             dict.fromkeys(in_layers("q_proj"), scheme(actorder="group")),
             "model.layers.0.q_proj is ordered by activation, which vLLM refuses: quantise with "
