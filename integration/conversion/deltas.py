@@ -82,9 +82,10 @@ def _shape_in_base(checkpoint: Checkpoint, name: str, where: str) -> tuple[int, 
     """Return the shape of a module's weight in the base."""
     if name in checkpoint.schemes:
         if not checkpoint.is_packed(name):
-            form = checkpoint.schemes[name].format
+            scheme = checkpoint.schemes[name]
+            kind = f"{scheme.format} of {scheme.kind}, {scheme.bits} bits"
             raise ValueError(
-                f"{where}: it is {form} in {checkpoint.path}, which is not merged into"
+                f"{where}: it is {kind}, in {checkpoint.path}, which is not merged into"
             )
         return checkpoint.shape_of(name)
     stored = checkpoint.tensors.get(f"{name}.weight")

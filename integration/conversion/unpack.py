@@ -65,6 +65,11 @@ CODES = {  # the tensor that holds the codes, and the number of codes in each of
     "mxfp8-quantized": ("weight", 1),
     "nvfp4-pack-quantized": ("weight_packed", 2),
 }
+UNREAD = (  # endings of codes and of their scales in layouts that are not read
+    ("_packed", "_scale"),  # experts, as transformers names them in memory
+    ("_blocks", "_scales"),  # MXFP4 experts of GPT-OSS
+    (".qweight", ".scales"),  # GPTQ and AWQ
+)
 CONFIG_DTYPES = ("dtype", "torch_dtype")
 ANNOTATIONS = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
 
@@ -126,6 +131,7 @@ def plan_dense(
     """
     if dtype is not None and dtype not in DENSE_DTYPES.values():
         raise ValueError(f"dtype must be float16, bfloat16, float32 or None, got {dtype!r}")
+    _check_all_is_read(checkpoint)
     has_cache = checkpoint.quantization.get("kv_cache_scheme") is not None
     tasks = tasks_in_order(
         {
@@ -186,15 +192,31 @@ def plain_task(
     return Copy(name, stored, dtype)
 
 
+def _check_all_is_read(checkpoint: Checkpoint) -> None:
+    """Refuse codes that belong to no module: copied, they would pass for dense values."""
+    for name, stored in checkpoint.tensors.items():
+        if name.endswith(".weight_packed") or stored.dtype.startswith(("F", "BF")):
+            continue
+        for codes, scales in UNREAD:
+            scale = name.removesuffix(codes) + scales
+            if name.endswith(codes) and scale in checkpoint.tensors:
+                raise ValueError(
+                    f"{stored.file}: {name} is {stored.dtype} beside {scale}: quantised in a "
+                    "layout that is not read, so that no dense weight can be made of it"
+                )
+
+
 def _dense_module(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, deltas: Sequence[Delta]
 ) -> Task:
     if checkpoint.is_packed(name):
         check_packed(checkpoint, name)
         return DenseModule(checkpoint, name, dtype, deltas)
-    form = checkpoint.schemes[name].format
+    scheme = checkpoint.schemes[name]
+    form = scheme.format
     if form not in CODES:
-        raise ValueError(f"{checkpoint.path}: {name}: {form} cannot be unpacked")
+        kind = f"{form} of {scheme.kind}, {scheme.bits} bits,"
+        raise ValueError(f"{checkpoint.path}: {name}: {kind} cannot be unpacked")
     part, codes = CODES[form]
     stored = checkpoint.tensors.get(f"{name}.{part}")
     if stored is None or len(stored.shape) != 2:

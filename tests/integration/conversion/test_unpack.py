@@ -132,7 +132,9 @@ def test_tensors_that_contradict_each_other(copied_model, tmp_path, changes, mes
 
 def test_a_format_that_nobody_can_unpack_is_named(copied_model, tmp_path):
     edit_config(copied_model, lambda _, q: q["config_groups"]["group_0"].update(format="marlin-24"))
-    assert "marlin-24 cannot be unpacked" in refusal("unpack", copied_model, tmp_path / "dense")
+    assert "marlin-24 of int, 4 bits, cannot be unpacked" in refusal(
+        "unpack", copied_model, tmp_path / "dense"
+    )
     edit_config(copied_model, weights(num_bits=3))
     refusal("unpack", copied_model, tmp_path / "dense")
 
