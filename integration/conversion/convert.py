@@ -121,7 +121,7 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
             not written.
     """
     files = lay_out(conversion.tasks, settings.most_bytes)
-    carried = other_files(conversion.source)
+    carried = other_files(conversion.source, conversion.others)
     target = target if target.name else target.resolve()
     folder = ResultFolder(target, _digest(conversion, files, carried))
     folder.check_place((conversion.source, *conversion.others), force=settings.force)
