@@ -28,12 +28,22 @@ def adapter_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder of an adapter.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError: the folder does not exist, or has no ``adapter_config.json``.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with an adapter")
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG_FILE} is not there{_what_is_there(folder)}")
     return folder
+
+
+def _what_is_there(folder: Path) -> str:
+    """Return what a folder without an adapter's config holds, or an empty string."""
+    within = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+    if within:
+        return f", but in {', '.join(within)} there is one"
+    return ": the folder holds a model" if (folder / "config.json").is_file() else ""
 
 
 def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
