@@ -3,7 +3,7 @@
 import pytest
 
 from support.conversion import convert, refusal
-from support.layouts import (
+from support.public_layouts import (
     adapter,
     assert_merged,
     assert_tensors,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.conversion import refusal
-from support.layouts import (
+from support.public_layouts import (
     lora_config,
     lora_tensors,
     pairs_of,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.conversion import convert, refusal, run, tensors_of
-from support.layouts import (
+from support.public_layouts import (
     LAYER,
     Model,
     adapter,

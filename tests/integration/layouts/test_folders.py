@@ -4,7 +4,7 @@ import json
 import shutil
 
 from support.conversion import convert, refusal, run
-from support.layouts import (
+from support.public_layouts import (
     Model,
     adapter,
     assert_merged,

@@ -3,7 +3,7 @@
 import pytest
 
 from support.conversion import refusal, run
-from support.layouts import (
+from support.public_layouts import (
     LLAMA,
     Model,
     adapter,
