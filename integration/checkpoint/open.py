@@ -16,6 +16,10 @@ from torch import Tensor
 
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.checkpoint.json_files import read_json_object
+from int4_lora.integration.checkpoint.misplaced_adapters import (
+    check_is_no_adapter,
+    check_no_adapter_within,
+)
 from int4_lora.integration.checkpoint.safetensors_files import (
     DTYPES,
     inside,
@@ -214,9 +218,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         The folder layout of transformers' ``save_pretrained``.
     """
     folder = local_folder(path)
+    check_is_no_adapter(folder)
     file = inside(folder, "config.json")
     config = read_json_object(file)
     tensors = read_model_headers(folder)
+    check_no_adapter_within(folder, tensors)
     quantised = dict.fromkeys(
         name.removesuffix(mark) for name in tensors for mark in MARKS if name.endswith(mark)
     )

@@ -61,3 +61,51 @@ def test_an_adapter_in_a_folder_within(llama, tmp_path):
     assert "adapter_config.json is not there, but in adapter_model there is one" in said
     folder = tmp_path / "checkpoint-10" / "adapter_model"
     assert_merged(model, pairs, source, folder, tmp_path / "merged")
+
+
+def test_an_adapter_in_the_place_of_the_model(llama, tmp_path):
+    """unsloth#1191: the folder given as a model holds an adapter alone."""
+    folder, _ = adapter(tmp_path / "lora", SHAPES)
+    said = refusal("unpack", folder, tmp_path / "dense")
+    assert "config.json is not there: the folder holds an adapter" in said
+    said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", llama[1])
+    assert "adapter_config.json is not there: the folder holds a model" in said
+
+
+def test_an_index_entry_without_a_tensor(tmp_path):
+    """torchtitan#3764: a tied head that the index lists becomes an entry of no dtype."""
+    source = Model().llama(head=None).save(tmp_path / "source", quantization())
+    file = source / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["lm_head.weight"] = {"dtype": "", "shape": [], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    said = refusal("unpack", source, tmp_path / "dense")
+    assert "lm_head.weight" in said
+    assert "dtype" in said
+
+
+def test_files_of_tensor_parallel_ranks(tmp_path):
+    """vllm#4690, sglang#3209: sharded state, one file for each rank and no index."""
+    source = Model().llama().save(tmp_path / "source", quantization())
+    (source / "model.safetensors").rename(source / "model-rank-0-part-0.safetensors")
+    said = refusal("unpack", source, tmp_path / "dense")
+    assert "has neither model.safetensors nor model.safetensors.index.json" in said
+
+
+def test_a_model_saved_with_its_adapter(tmp_path):
+    """verl#4704, instructlab/training#141: base_layer and lora_A in one state dict."""
+    model = Model().llama()
+    name = "model.layers.0.self_attn.q_proj"
+    model.stored = {
+        key.replace(f"{name}.", f"{name}.base_layer."): tensor
+        for key, tensor in model.stored.items()
+    }
+    pairs = pairs_of({name: (64, 64)})
+    model.stored |= lora_tensors(pairs, "{}.lora_{}.default.weight")
+    source = model.save(tmp_path / "source", quantization())
+    said = refusal("unpack", source, tmp_path / "dense")
+    assert f"{name}.base_layer.weight_" in said
+    assert "of a model that was saved with PEFT's layers around its own" in said
