@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
+    from int4_lora.integration.adapter.fitting import fit_adapter
     from int4_lora.integration.adapter.read import read_adapter
-    from int4_lora.integration.adapter.stack import stack_adapters
+    from int4_lora.integration.adapter.stack import check_fits, stack_adapters
     from int4_lora.integration.adapter.write import write_adapter
     from int4_lora.integration.annotation.write import Annotation, annotate
     from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
@@ -26,6 +27,8 @@ __all__ = [
     "Checkpoint",
     "UnpackedWeightCache",
     "annotate",
+    "check_fits",
+    "fit_adapter",
     "open_checkpoint",
     "read_adapter",
     "stack_adapters",
@@ -40,6 +43,8 @@ MODULES = {
     "Checkpoint": "checkpoint.open",
     "UnpackedWeightCache": "checkpoint.cache",
     "annotate": "annotation.write",
+    "check_fits": "adapter.stack",
+    "fit_adapter": "adapter.fitting",
     "open_checkpoint": "checkpoint.open",
     "read_adapter": "adapter.read",
     "stack_adapters": "adapter.stack",

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
+from int4_lora.integration.adapter.fitting import misfit
+from int4_lora.integration.adapter.fused_forms import other_forms
+from int4_lora.integration.adapter.shapes import check_shape
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.spellings import spellings
 from int4_lora.reference import LoRAStack
 
-__all__ = ["check_fits", "check_shape", "stack_adapters"]
+__all__ = ["check_fits", "stack_adapters"]
 
 
 def stack_adapters(
@@ -31,8 +35,19 @@ def stack_adapters(
         The stack, or None if no adapter targets the layer.
 
     Raises:
-        ValueError: an adapter's shapes do not fit the layer; the message names both.
+        ValueError: an adapter's shapes do not fit the layer; the message names both. Or an adapter
+            has the layer under another of transformers' names, fused, or split.
+
+    Example:
+        >>> stack = stack_adapters(
+        ...     [read_adapter("sql-lora")], "model.layers.0.self_attn.q_proj", 4096, 4096
+        ... )  # doctest: +SKIP
+
+    Source:
+        https://github.com/vllm-project/vllm/issues/48019 for what is refused.
     """
+    for adapter in adapters:
+        _refuse_another_name(adapter, name)
     present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
     if not present:
         return None
@@ -59,30 +74,44 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
         checkpoint: the base model.
 
     Raises:
-        ValueError: a layer is not packed in the base, or has another shape there.
+        ValueError: a layer is not packed in the base, or has another shape there. Where the base
+            lacks it, the message says which change of prefix would make every layer fit.
+
+    Example:
+        >>> adapter = fit_adapter(read_adapter("sql-lora"), checkpoint)  # doctest: +SKIP
+        >>> check_fits(adapter, checkpoint)  # doctest: +SKIP
+
+    Source:
+        ``docs/commands/inspect.md``.
     """
     quantised = {name for name in checkpoint.modules() if checkpoint.is_packed(name)}
     for name in adapter.modules:
+        if name in checkpoint.schemes and name not in quantised:
+            form = checkpoint.schemes[name].format
+            raise ValueError(
+                f"{adapter.path}: {name} is no INT4 module of {checkpoint.path}: it is {form}"
+            )
         if name not in quantised and f"{name}.weight" in checkpoint.tensors:
             raise ValueError(
                 f"{adapter.path}: {name} is not packed in INT4 in {checkpoint.path}, and adapters "
                 "on other layers are not computed here"
             )
         if name not in quantised:
-            raise ValueError(f"{adapter.path}: {name} is no INT4 module of {checkpoint.path}")
+            raise ValueError(misfit(adapter, checkpoint))
         check_shape(adapter, name, *checkpoint.shape_of(name))
 
 
-def check_shape(adapter: Adapter, name: str, out_features: int, in_features: int) -> None:
-    """Check that an adapter's pair of matrices fits a weight ``[out_features, in_features]``.
+def _refuse_another_name(adapter: Adapter, name: str) -> None:
+    """Refuse an adapter that has the layer ``name``, but not under this name.
 
-    Raises:
-        ValueError: the pair does not fit; the message names both shapes.
+    The layer would be computed without the adapter, and nothing would show it.
     """
-    module = adapter.modules[name]
-    shape = (module.b.shape[0], module.a.shape[1])
-    if shape != (out_features, in_features):
-        raise ValueError(
-            f"{adapter.path}: {name}: the adapter is for a weight of {list(shape)}, "
-            f"the base has [{out_features}, {in_features}]"
-        )
+    if name in adapter.modules:
+        return
+    for spelling in spellings(name):
+        for other in (spelling, *other_forms(spelling)):
+            if other in adapter.modules:
+                raise ValueError(
+                    f"{adapter.path}: {name} is {other} in the adapter: use fit_adapter, with "
+                    "rename where prefixes differ"
+                )

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from int4_lora.integration.adapter.adapter import Adapter
+from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.stack import check_fits
 from int4_lora.integration.checkpoint.open import Checkpoint
 
@@ -85,6 +86,7 @@ class AdapterReport:
         ranks: the ranks of its layers.
         scalings: the scalings of its layers.
         fault: why it does not fit, or None.
+        notes: what was done to make it fit, such as modules renamed.
     """
 
     path: str
@@ -93,6 +95,7 @@ class AdapterReport:
     ranks: Sequence[int]
     scalings: Sequence[float]
     fault: str | None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -122,18 +125,24 @@ class Inspection:
         return scales and all(one.fault is None for one in self.adapters)
 
 
-def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspection:
+def inspect(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter] = (),
+    rename: Sequence[tuple[str, str]] = (),
+) -> Inspection:
     """Describe a checkpoint, and check whether adapters fit it.
 
     Args:
         checkpoint: an open checkpoint.
         adapters: adapters to check.
+        rename: how their modules are renamed, as in ``fit_adapter``.
 
     Returns:
         The description.
 
     Raises:
-        ValueError: a file cannot be read, or a module has no scale or shape.
+        ValueError: a file cannot be read, a module has no scale or shape, or a rule of ``rename``
+            applies to nothing.
 
     Example:
         >>> report = inspect(open_checkpoint("my-model-W4A16"))  # doctest: +SKIP
@@ -141,6 +150,7 @@ def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspect
         ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
 
     """
+    check_used(rename, adapters)
     modules = [_module(checkpoint, name) for name in checkpoint.modules()]
     described = {
         f"{name}.{part}" for name in checkpoint.modules() for part in (*PARTS, "weight_shape")
@@ -152,7 +162,7 @@ def inspect(checkpoint: Checkpoint, adapters: Iterable[Adapter] = ()) -> Inspect
         dense_tensors=len(others),
         dense_bytes=sum(_nbytes(checkpoint, name) for name in others),
         lora_targets=sorted({part.name.rpartition(".")[2] for part in modules if part.packed}),
-        adapters=[_adapter(checkpoint, adapter) for adapter in adapters],
+        adapters=[_adapter(checkpoint, adapter, rename) for adapter in adapters],
     )
 
 
@@ -219,9 +229,12 @@ def _special_scales(scale: Tensor) -> tuple[int, int, int]:
     return nan, infinite, zero
 
 
-def _adapter(checkpoint: Checkpoint, adapter: Adapter) -> AdapterReport:
+def _adapter(
+    checkpoint: Checkpoint, adapter: Adapter, rename: Sequence[tuple[str, str]]
+) -> AdapterReport:
     fault = None
     try:
+        adapter = fit_adapter(adapter, checkpoint, rename)
         check_fits(adapter, checkpoint)
     except ValueError as error:
         fault = str(error)
@@ -233,4 +246,5 @@ def _adapter(checkpoint: Checkpoint, adapter: Adapter) -> AdapterReport:
         ranks=sorted({int(part.a.shape[0]) for part in parts}),
         scalings=sorted({part.scaling for part in parts}),
         fault=fault,
+        notes=adapter.notes,
     )

@@ -139,6 +139,8 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
         table.add_row(name, f"{size:,}")
     console.print(table)
     console.print(f"{len(outcome.carried)} other files: {', '.join(outcome.carried) or 'none'}")
+    for note in outcome.notes:
+        console.print(note, markup=False)
     if dry_run:
         console.print(f"{outcome.target}: {total:,} bytes would be written; nothing was")
     elif outcome.finished:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
-from int4_lora.integration.cli.options import AsJson, CheckpointPath
+from int4_lora.integration.cli.options import AsJson, CheckpointPath, RenameOption, as_rename
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,7 @@ def inspect(
         list[Path] | None,
         typer.Option(help="A PEFT adapter, checked against the checkpoint; may be repeated."),
     ] = None,
+    rename: RenameOption = None,
     every_module: Annotated[
         bool,
         typer.Option(
@@ -50,13 +51,14 @@ def inspect(
     Example: int4-lora inspect ./llama-w4a16 --adapter ./sql-lora
     """
     with refusing_bad_input():
+        rules = as_rename(rename)
         from int4_lora.integration.adapter.read import read_adapter
         from int4_lora.integration.checkpoint import inspect as inspection
         from int4_lora.integration.checkpoint.open import open_checkpoint
 
         checkpoint = open_checkpoint(path)
         adapters = [read_adapter(folder) for folder in adapter or []]
-        report = inspection.inspect(checkpoint, adapters)
+        report = inspection.inspect(checkpoint, adapters, rules)
     if as_json:
         typer.echo(json.dumps(_plain(report), indent=2))
     else:
@@ -90,6 +92,8 @@ def _print(console: Console, report: Inspection, every_module: bool) -> None:
             f"{adapter.path}: rank {ranks}, scaling {scalings}, on {targets}", markup=False
         )
         console.print(f"  made for: {adapter.base or 'it does not say'}", markup=False)
+        for note in adapter.notes:
+            console.print(f"  {note}", markup=False)
         verdict = "fits" if adapter.fault is None else f"does not fit: {adapter.fault}"
         style = "green" if adapter.fault is None else "red"
         console.print(f"  {verdict}", markup=False, style=style)

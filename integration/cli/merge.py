@@ -23,7 +23,14 @@ from int4_lora.integration.cli.conversion import (
     as_settings,
     run,
 )
-from int4_lora.integration.cli.options import AsJson, CheckpointPath, Dtype, as_torch
+from int4_lora.integration.cli.options import (
+    AsJson,
+    CheckpointPath,
+    Dtype,
+    RenameOption,
+    as_rename,
+    as_torch,
+)
 from int4_lora.integration.conversion.merge_report import MOST_ERROR
 
 __all__ = ["merge"]
@@ -49,6 +56,7 @@ def merge(
             help="A PEFT adapter and its weight, 1 by default; may be repeated.",
         ),
     ],
+    rename: RenameOption = None,
     to: Annotated[_To, typer.Option(help="What the merged weights become.")] = _To.DENSE,
     dtype: Annotated[
         Dtype | None,
@@ -77,6 +85,7 @@ def merge(
     """
     with refusing_bad_input():
         adapters = [_path_and_weight(option) for option in adapter]
+        rules = as_rename(rename)
         settings = as_settings(jobs, share, max_shard_size, force=force, dry_run=dry_run)
         from int4_lora.integration.adapter.read import read_adapter
         from int4_lora.integration.checkpoint.open import open_checkpoint
@@ -89,6 +98,7 @@ def merge(
             dtype=as_torch(dtype),
             search=scales is _Scales.SEARCH,
             max_error=max_error,
+            rename=rules,
         )
     run(plan, target, settings, as_json=as_json)
 

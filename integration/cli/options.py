@@ -24,7 +24,9 @@ __all__ = [
     "Dtype",
     "GoldenFolder",
     "Quick",
+    "RenameOption",
     "Seed",
+    "as_rename",
     "as_torch",
     "check_device",
 ]
@@ -44,6 +46,15 @@ CheckpointPath = Annotated[
 Device = Annotated[str, typer.Option(help="The device to compute on: cpu, cuda or cuda:N.")]
 GoldenFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of golden files.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Run a third of the cases.")]
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rename",
+        metavar="OLD=NEW",
+        help="A module of an adapter whose name starts with OLD starts with NEW instead; may be "
+        "repeated.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="The seed of the random inputs.")]
 
 
@@ -60,6 +71,25 @@ def as_torch(dtype: Dtype | None) -> torch.dtype | None:
     import torch
 
     return None if dtype is None else getattr(torch, dtype.value)
+
+
+def as_rename(options: list[str] | None) -> list[tuple[str, str]]:
+    """Return the pairs of ``--rename OLD=NEW``.
+
+    Raises:
+        ValueError: an option is not of this form.
+
+    Example:
+        >>> as_rename(["model.=model.language_model."])
+        [('model.', 'model.language_model.')]
+    """
+    pairs = []
+    for option in options or []:
+        old, equals, new = option.partition("=")
+        if not equals or "=" in new or old == new:
+            raise ValueError(f"--rename must be OLD=NEW, two different prefixes, got {option!r}")
+        pairs.append((old, new))
+    return pairs
 
 
 def check_device(device: str) -> None:

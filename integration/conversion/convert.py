@@ -46,6 +46,7 @@ class Conversion:
         accept: takes the tasks' reports and returns the result's report, or None; raises an
             exception to refuse the result.
         report: the name of the file for the result's report, or None.
+        notes: what was done to make its inputs fit each other, one sentence each.
     """
 
     source: Path
@@ -54,6 +55,7 @@ class Conversion:
     config: Mapping[str, Any] | None
     accept: Accept = field(default=lambda reports: None)
     report: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Outcome:
         missing: the files that other runs have yet to write.
         finished: whether the result is at its target.
         report: the conversion's report, or None.
+        notes: the conversion's notes.
     """
 
     target: Path
@@ -102,6 +105,7 @@ class Outcome:
     missing: Sequence[str]
     finished: bool
     report: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
 
 
 def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome:
@@ -127,7 +131,9 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
     folder.check_place((conversion.source, *conversion.others), force=settings.force)
 
     sizes = {file.name: file.size for file in files}
-    outcome = Outcome(target, sizes, carried, written=[], missing=[], finished=True)
+    outcome = Outcome(
+        target, sizes, carried, written=[], missing=[], finished=True, notes=conversion.notes
+    )
     share = _share_of(files, settings.share)
     if folder.is_in_place() and not settings.dry_run:
         folder.tidy_up()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
-from int4_lora.integration.adapter.stack import check_shape
+from int4_lora.integration.adapter.shapes import check_shape
 from int4_lora.integration.checkpoint.open import Checkpoint
 
 __all__ = ["Delta", "deltas_of"]

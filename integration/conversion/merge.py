@@ -9,12 +9,14 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from int4_lora.integration.adapter.adapter import Adapter
+from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.read import read_adapter
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
@@ -38,6 +40,7 @@ def merge_checkpoint(
     dtype: torch.dtype | None = None,
     search: bool = True,
     max_error: float = MOST_ERROR,
+    rename: Sequence[tuple[str, str]] = (),
     settings: Settings | None = None,
 ) -> Outcome:
     """Write a checkpoint whose weights are W + sum of weight * scaling * B A.
@@ -51,6 +54,7 @@ def merge_checkpoint(
         dtype: the dtype of a dense result, as in ``unpack_checkpoint``.
         search: whether to search for scales, or to use min-max scales.
         max_error: the largest relative error of a requantised module that is accepted.
+        rename: how modules of the adapters are renamed, as in ``fit_adapter``.
         settings: how to run the conversion.
 
     Returns:
@@ -69,7 +73,13 @@ def merge_checkpoint(
     """
     opened = [(read_adapter(path), weight) for path, weight in adapters]
     plan = plan_merge(
-        open_checkpoint(source), opened, to=to, dtype=dtype, search=search, max_error=max_error
+        open_checkpoint(source),
+        opened,
+        to=to,
+        dtype=dtype,
+        search=search,
+        max_error=max_error,
+        rename=rename,
     )
     return convert(plan, Path(target), settings or Settings())
 
@@ -82,6 +92,7 @@ def plan_merge(
     dtype: torch.dtype | None = None,
     search: bool = True,
     max_error: float = MOST_ERROR,
+    rename: Sequence[tuple[str, str]] = (),
 ) -> Conversion:
     """Return the plan of ``merge_checkpoint``, after checking the adapters and every header."""
     if not adapters:
@@ -91,12 +102,17 @@ def plan_merge(
     for adapter, weight in adapters:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{adapter.path}: its weight must be a finite number, got {weight!r}")
+    check_used(rename, [adapter for adapter, _ in adapters])
+    fitted = [(fit_adapter(adapter, checkpoint, rename), weight) for adapter, weight in adapters]
     if to == "dense":
-        folders = tuple(adapter.path for adapter, _ in adapters)
-        return plan_dense(checkpoint, dtype, deltas_of(checkpoint, adapters), folders)
-    if dtype is not None:
+        folders = tuple(adapter.path for adapter, _ in fitted)
+        plan = plan_dense(checkpoint, dtype, deltas_of(checkpoint, fitted), folders)
+    elif dtype is not None:
         raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
-    return _plan_int4(checkpoint, adapters, search=search, max_error=max_error)
+    else:
+        plan = _plan_int4(checkpoint, fitted, search=search, max_error=max_error)
+    notes = [f"{adapter.path}: {note}" for adapter, _ in fitted for note in adapter.notes]
+    return replace(plan, notes=tuple(notes))
 
 
 def _plan_int4(
