@@ -1,4 +1,4 @@
-"""Processes that take turns: commands, answers, pauses; and the order of the serving benchmark."""
+"""Child processes answer, pause and end; the serving benchmark shuffles the order of its runs."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ serve({"spin": spin, "echo": echo, "fails": fails, "ends": ends})
 
 @pytest.fixture
 def module(monkeypatch):
-    """Return an import of ``benchmarks``, which is no part of the wheel."""
+    """Return a function that imports from ``benchmarks``, which is not part of the wheel."""
     monkeypatch.syspath_prepend(str(ROOT))
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
@@ -86,11 +86,11 @@ def test_a_paused_child_does_not_outlive_a_killed_parent(module, tmp_path, child
         if gone(int(parent.stdout)):
             return
         time.sleep(0.05)
-    pytest.fail("the stopped process is still there")
+    pytest.fail("the paused process has not ended")
 
 
 def gone(pid):
-    """Return whether a process has ended, collected by its new parent or not."""
+    """Return whether a process has ended, even if no parent has collected its exit status."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -115,7 +115,7 @@ def test_peak_of_memory_starts_again(module):
 
 
 class Answers:
-    """In place of a child: answers at once, and remembers what was asked."""
+    """A stand-in for ``Child``: answers at once, and records each command."""
 
     def __init__(self, name, asked):
         self.name, self.asked = name, asked
@@ -134,7 +134,7 @@ class Answers:
         self.asked.append((self.name, "resume", None))
 
     def cpu_seconds(self):
-        return 0.25 * len(self.asked)  # busy, as if idle engines were not
+        return 0.25 * len(self.asked)  # as if an engine computed while others run
 
 
 def assert_only_who_runs_goes_on(asked):

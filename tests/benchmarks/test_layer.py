@@ -1,7 +1,7 @@
-"""The measurement itself: operands, who is judged right, what is left out, bars and rates.
+"""The layer benchmark: operands, the judgement of peers, reasons to skip a peer, bars and rates.
 
-No time is measured. What is for a GPU runs on stand-ins: operators that compute what upstream
-documents of their layouts, and a recorder in place of CUDA graphs.
+No time is measured. GPU code runs on stand-ins: operators that read the layouts that upstream
+documents, and a recorder in place of CUDA graphs.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ CELL = {
 
 @pytest.fixture
 def module(monkeypatch):
-    """Return an import of ``benchmarks``, which is no part of the wheel."""
+    """Return a function that imports from ``benchmarks``, which is not part of the wheel."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
@@ -136,20 +136,23 @@ def test_what_this_machine_can_run_is_right_and_the_rest_says_why(layer, module)
 
 
 def judged(module, made, y):
-    """Return why a result without adapters is wrong, at the roundings that peers declare."""
+    """Return why a result without adapters is wrong, with the roundings that peers declare."""
     roundings = module("contenders").LOOSEST
     return module("judgement").Judge(made)(y, lora=False, roundings=roundings)
 
 
 def gptq_product(x, words, scale):
-    """Multiply by words ``[in / 8, out]``: the first column in the low bits, plus 8."""
+    """Multiply x by GPTQ's words ``[in / 8, out]``: codes plus 8, the first in the low bits."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
     codes = ((words[:, None, :] >> shifts) & 15).flatten(0, 1) - 8  # [in, out]
     return (x.float() @ (codes * scale.float().repeat_interleave(128, 0))).to(x.dtype)
 
 
 def in_place_of_vllm(monkeypatch, peer, order):
-    """Put functions in place of vLLM's of one generation, with GPTQ's layout as their own."""
+    """Replace vLLM's kernels by functions that keep GPTQ's layout.
+
+    ``order`` is 2 if they take a g_idx and a column order, as until vLLM 0.29, else 0.
+    """
 
     def marlin_gemm(a, c, b, bias, scale, *others, size_m, size_n, size_k, **flags):
         assert [c, bias, *others[:2], others[-1]] == [None, None, None, None, "uint4b8"]
@@ -225,7 +228,7 @@ def test_every_chain_is_compiled_however_many_there_are(module):
     modes, contender = module("modes"), module("contenders").Contender
     torch._dynamo.utils.counters.clear()
     x = torch.ones(2, 2)
-    for width in range(1, 11):  # torch gives up at the 9th graph of one code object
+    for width in range(1, 11):  # torch stops compiling at the 9th graph of a code object
         weights = [torch.ones(2, width), torch.ones(2, width)]
         ready = modes.compiled_graph(contender("A", "peer", lambda weight: x @ weight, weights))
         assert ready.layers == 2

@@ -1,4 +1,4 @@
-"""The request's table: sizes, weights of tiny layers, text. No time is measured."""
+"""The table of the original request: sizes, tiny layers, its text. No time is measured."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ MACHINE = {
 
 @pytest.fixture
 def module(monkeypatch):
-    """Return an import of ``benchmarks``, which is no part of the wheel."""
+    """Return a function that imports from ``benchmarks``, which is not part of the wheel."""
     monkeypatch.syspath_prepend(str(ROOT))
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 

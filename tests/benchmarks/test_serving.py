@@ -1,4 +1,4 @@
-"""The serving benchmark without vLLM: what is asked, ratios, bars, text. No time is measured."""
+"""The serving benchmark without vLLM: workloads, ratios, bars, text. No time is measured."""
 
 import importlib
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def module(monkeypatch):
-    """Return an import of ``benchmarks``, which is no part of the wheel."""
+    """Return a function that imports from ``benchmarks``, which is not part of the wheel."""
     monkeypatch.syspath_prepend(str(ROOT))
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
@@ -46,7 +46,7 @@ MACHINE = {
     "date": "2026-11-25", "gpu": None, "cpu": "EPYC", "cores": 2, "threads": 2, "torch": "2.13.0",
     "triton": None, "vllm": "0.32.0", "int4-lora": "0.1.0",
 }  # fmt: skip
-# What each engine needs a run, in seconds: bars are reached exactly, or all but one are
+# The seconds of a run on each engine, with which every bar is just reached
 TIMES = {
     ("ours", "prefill, 8 x 64", "base"): 1.0, ("ours", "prefill, 8 x 64", "4 adapters"): 1.15,
     ("stock", "prefill, 8 x 64", "base"): 1.1, ("stock", "prefill, 8 x 64", "4 adapters"): 3.45,
@@ -56,7 +56,7 @@ TIMES = {
     ("ours", "decode, 1 row", "base"): 1.0, ("ours", "decode, 1 row", "1 adapter"): 1.0,
     ("stock", "decode, 1 row", "base"): 1.3, ("stock", "decode, 1 row", "1 adapter"): 1.2,
 }  # fmt: skip
-SLOWER = [  # who becomes slower, and how many bars are then missed
+SLOWER = [  # a run that becomes slower, and how many bars are then missed
     (("ours", "prefill, 8 x 64", "4 adapters"), 2),
     (("ours", "prefill, 8 x 64", "base"), 1),
     (("ours", "decode, 8 rows", "4 adapters"), 2),

@@ -1,4 +1,4 @@
-"""Gradients of the compiled layer: those of the reference, and nothing dense is kept for them."""
+"""Gradients of the compiled layer: those of the reference, without keeping a dense weight."""
 
 import weakref
 
@@ -16,7 +16,7 @@ SHAPE = {"rows": 48, "columns": 128}
 
 
 def leaves(dtype, tokens):
-    """Return x, a, b, scaling and bias, each wanting a gradient."""
+    """Return x, a, b, scaling and bias, each of which requires a gradient."""
     stack = random_stack(**SHAPE, dtype=dtype)
     tensors = (random_x(tokens, 128, dtype), stack.a, stack.b, stack.scaling.to(dtype),
                torch.linspace(-1, 1, 48, dtype=dtype))  # fmt: skip

@@ -1,4 +1,4 @@
-"""The compiled layer: its door, its graphs, and what it is to other people's graphs."""
+"""The compiled layer: checks of its arguments, its graphs, and its use within other graphs."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +40,7 @@ def ids_of(tokens):
 
 
 def check(x, weight, lora, ids, bias, *, layout, y=None):
-    """Hold a result against the reference's bound at the declared roundings."""
+    """Check a result against the reference's bound for the declared roundings."""
     prepared = prepare(weight, layout=layout)
     adapters = None if lora is None else prepare_lora(lora)
     if y is None:
@@ -102,7 +102,7 @@ def test_buckets_hold_every_number_of_tokens(device):
 def test_nothing_is_compiled_again_after_the_first_call_of_each_bucket(layout):
     weight, lora = prepare(random_weight(**SHAPE, seed=7), layout=layout), prepare_lora(STACK)
     several = (1, 2, 3, 4, 5, 16, 17, 24, 25, 26, 64, 100, 1000, 8192)
-    for mode in (torch.no_grad, torch.inference_mode):  # serving is in either of them
+    for mode in (torch.no_grad, torch.inference_mode):  # engines serve in one or the other
         with mode():
             for tokens in (1, 3, 5, 25):  # 3 and 5: formulations change within a bucket
                 int4_lora_linear(random_x(tokens, COLUMNS), weight, lora, ids_of(tokens), BIAS)
@@ -117,7 +117,7 @@ def test_nothing_is_compiled_again_after_the_first_call_of_each_bucket(layout):
 
 
 def test_any_number_of_shapes_in_one_process(monkeypatch):
-    """Forty shapes must not meet a limit of eight; five must not meet a limit of one."""
+    """Five shapes must work under a limit of one recompile, which counts for each graph alone."""
     monkeypatch.setattr(graphs.torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(**{LIMIT: 1, f"fail_on_{LIMIT}_hit": True}):
         for index in range(5):

@@ -10,7 +10,7 @@ TOKENS = [f"{FORMULATIONS[0]}::test_tokens_and_dtypes"]
 RANKS = [f"{FORMULATIONS[0]}::EveryFormulation"]
 WEIGHTS = ["compiled/layouts/test_layouts.py"]
 
-# name: (module, {right: wrong}, tests that must notice)
+# name: (module, {right: wrong}, tests, one of which must fail)
 MUTANTS = {
     "ids_of_no_adapter_use_the_first": (
         "adapters.terms",

@@ -1,4 +1,4 @@
-"""Adapters added to a base of somebody else's, against the reference in float64."""
+"""Adapters added to a base that another kernel computed, against the reference in float64."""
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ def test_no_token_is_no_alias():
 
 @pytest.mark.parametrize("rank", [pytest.param(64, marks=pytest.mark.nightly), 65, 128])
 def test_large_ranks_at_both_ends_of_each_bucket(rank):
-    """No choice of the adapters' term may fall within a bucket: its graph would stop there."""
+    """The adapters' term must be the same within a bucket, because one graph serves the bucket."""
     generator = torch.Generator().manual_seed(0)
     adapters = stack(OUT, 5, rank=rank)
     for tokens in (1, 2, 16, 17, 24, 25, 40):

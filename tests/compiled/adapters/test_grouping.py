@@ -1,4 +1,4 @@
-"""Tokens brought together by adapter: every token has a row, every block one adapter."""
+"""Tokens grouped by adapter: each adapted token has one row, and each block one adapter."""
 
 import hypothesis.strategies as st
 import pytest
@@ -54,7 +54,7 @@ def test_grouped_and_masked_agree(tokens):
 
 @pytest.mark.parametrize("term", [gathered, grouped, masked])
 def test_the_scaling_comes_last(term):
-    """As in the reference: scaled first, what is finite in the end would overflow on the way."""
+    """As in the reference: if x were scaled first, a finite delta could overflow on the way."""
     a, bt = torch.ones(2, 3, 32), torch.full((2, 3, 8), 1e-37)
     one = PreparedSlice(a, bt, torch.tensor([1e38, 1.0]), 0)
     delta = term(torch.ones(5, 32), one, torch.zeros(5, dtype=torch.int64))

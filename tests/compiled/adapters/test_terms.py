@@ -1,4 +1,4 @@
-"""The slices' terms beside each other on a CPU, spread over all outputs on a GPU: the same."""
+"""The slices' terms, side by side on a CPU and spread over all outputs on a GPU, are the same."""
 
 import pytest
 import torch

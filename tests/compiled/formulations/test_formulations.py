@@ -1,6 +1,6 @@
-"""Every formulation is an identity of the reference, within the bound of the roundings it declares.
+"""Every formulation computes the reference's result, within the bound of its roundings.
 
-The layers are pure functions and are called as such here; ``test_linear.py`` compiles them.
+The layers are pure functions and are called uncompiled here; ``test_linear.py`` compiles them.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def cancelled(x, weight):
-    """Return the sum of |x| |s| over a row: what ``Formulation.cancellation`` is a factor of."""
+    """Return the sum of |x| |s| over a row, which ``Formulation.cancellation`` multiplies."""
     ones = pack(torch.ones(weight.shape, dtype=torch.int8), bits=weight.bits)
     scale = dequantize(dataclasses.replace(weight, packed=ones, zero_point=None)).double().abs()
     return x.double().abs() @ scale.T
@@ -52,7 +52,7 @@ def within(name, layout, weight, x, lora=None, ids=None, bias=None):
 
 
 def each(weight, x, *operands):
-    """Hold every formulation that takes a weight, in every layout, against its bound."""
+    """Check every formulation that takes a weight against its bound, in every layout."""
     ran = set()
     for name, layout in itertools.product(FORMULATIONS, layouts(weight)):
         right = within(name, layout, weight, x, *operands)
@@ -118,15 +118,15 @@ def test_ids_of_no_adapter_contribute_nothing(tokens, adapters, rank):
     for name, layout in itertools.product(FORMULATIONS, layouts(weight)):
         formulation, prepared = FORMULATIONS[name], prepare(weight, layout=layout)
         if formulation.refuses(prepared, x.dtype, tokens) or name == "definition":
-            continue  # the definition looks at the values of ids unless it is compiled
+            continue  # uncompiled, the definition refuses such ids
         alone = formulation.layer(x, prepared, (), None, None)
         assert torch.equal(formulation.layer(x, prepared, slices, ids, None), alone), name
 
 
 @pytest.mark.parametrize("tokens", [4, 40])
 @pytest.mark.parametrize("spoiled", ["a", "b", "scaling", "x"])
-@pytest.mark.parametrize("adapter", [0, 2])  # which tokens without an adapter might be led to
-@pytest.mark.parametrize("rank", [4, 65])  # written out, or products
+@pytest.mark.parametrize("adapter", [0, 2])  # which -1 as an index might lead to
+@pytest.mark.parametrize("rank", [4, 65])  # up to 64 the sums are written out; above, products
 def test_a_nan_stays_with_its_own_tokens(tokens, spoiled, adapter, rank):
     weight = random_weight(rows=48, columns=128)
     stack = random_stack(rows=48, columns=128, rank=rank)
@@ -140,7 +140,7 @@ def test_a_nan_stays_with_its_own_tokens(tokens, spoiled, adapter, rank):
     for name, layout in itertools.product(FORMULATIONS, layouts(weight)):
         formulation, prepared = FORMULATIONS[name], prepare(weight, layout=layout)
         if name == "definition":
-            ids = ids.where(ids < 3, -1)  # it looks at the values of ids unless it is compiled
+            ids = ids.where(ids < 3, -1)  # uncompiled, it refuses an id of 3
         if formulation.refuses(prepared, x.dtype, tokens) is None:
             y = formulation.layer(x, prepared, slices, ids, None)
             assert y[bad].isnan().all(), name
@@ -167,7 +167,7 @@ def test_magic_numbers_cancel_no_more_than_declared(dtype, symmetric):
         share = (y.double().abs() / cancelled(x, nothing)).max() / MAGIC_GEMV.cancellation
         worst = max(worst, float(share))
     assert worst <= 1
-    assert dtype != torch.float16 or worst > 1e-4  # and the noise is there
+    assert dtype != torch.float16 or worst > 1e-4  # the cancellation does add errors
 
 
 def test_magic_numbers_on_ordinary_weights_need_no_more_than_the_bound():

@@ -1,6 +1,6 @@
-"""Every formulation, compiled, on poisoned buffers: its bound, its rms beside eager's, its replay.
+"""Every formulation, compiled, on poisoned buffers: bound, rms error against eager, other ids.
 
-Here each one is run whether or not it would be chosen; ``test_formulations.py`` calls the same
+Each formulation is run whether or not it would be chosen; ``test_formulations.py`` calls the same
 functions uncompiled, on more operands.
 """
 
@@ -50,7 +50,7 @@ def _poisoned(tmp_path_factory):
 
 
 def operands(dtype, tokens, *, seed):
-    """Return (weight, stack, x, bias) of ordinary values, fresh for each seed."""
+    """Return (weight, stack, x, bias) of ordinary values, different for each seed."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
     stack = random_stack(rows=ROWS, columns=COLUMNS, dtype=dtype, seed=seed)
@@ -70,7 +70,7 @@ def eager(formulation, weight, stack, x, ids, bias):
 
 
 def check(formulation, weight, prepared, stack, slices, x, ids, bias):
-    """Hold one result against the bound, and its rms against that of the eager reference."""
+    """Check a result against its bound, and its rms error against that of the eager reference."""
     y = plan(x, prepared, slices, ids, bias, formulation=formulation)(x, ids)
     exact = int4_lora_linear(x.double(), weight, stack, ids, bias)
     flags = {
@@ -109,7 +109,7 @@ def test_each_is_right_and_replays(name, dtype, several):
 
 @pytest.mark.parametrize("name", sorted(FORMULATIONS))
 def test_loops_shared_by_two_threads_are_right(name):
-    """Test processes have one thread each, in which no loop is parallel."""
+    """Use two threads: test processes have one thread each, with which no loop is parallel."""
     formulation, threads, ran = FORMULATIONS[name], torch.get_num_threads(), 0
     torch.set_num_threads(2)
     try:

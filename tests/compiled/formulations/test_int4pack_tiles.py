@@ -1,4 +1,4 @@
-"""Dequantised blocks of torch's INT4 layout: bit for bit what the reference dequantises."""
+"""Blocks of torch's INT4 layout dequantise to the same bits as in the reference."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(block_rows() is None, reason="a CPU whose layout
 
 
 def in_order(parts, block):
-    """Return what ``paired`` returned as rows of the weight."""
+    """Return the result of ``paired`` as rows of the weight, in order."""
     columns = parts.shape[1]
     pairs = parts.transpose(1, 2).reshape(-1, block // 2, 2, columns)
     return pairs.transpose(1, 2).reshape(-1, columns)
 
 
 def every_scale(rows, groups):
-    """Return bfloat16 scales that begin with all that are special and go on with many others."""
+    """Return bfloat16 scales: first the special values, then many others."""
     patterns = torch.arange(0, 2**16, 2**16 // (rows * groups) or 1, dtype=torch.int32)
     special = torch.tensor([0x7F80, -0x80, 0x7FC0, 0x7FFF, -1, 0, -0x8000, 1, 0x7F7F, 0x0080])
     chosen = torch.cat([special, patterns])[: rows * groups]
@@ -41,7 +41,7 @@ def test_pairs_are_rounded_like_the_reference(compiled):
 
     dense = (torch.compile(decode) if compiled else decode)(prepared)
     mine, theirs = in_order(dense, prepared.block), dequantize(weight)
-    nan, zero = theirs.isnan(), theirs == 0  # of which scales of -0 lose the sign
+    nan, zero = theirs.isnan(), theirs == 0  # with a scale of -0, zeros lose their sign
     assert torch.equal(mine.isnan(), nan)
     assert torch.equal(mine[zero], theirs[zero])
     assert torch.equal(bits_of(mine)[~nan & ~zero], bits_of(theirs)[~nan & ~zero])

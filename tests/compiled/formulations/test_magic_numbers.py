@@ -1,4 +1,4 @@
-"""Nibbles as float32: every code at every place, and next to every other."""
+"""Nibbles as float32: every code at every place of a word, and random words."""
 
 import pytest
 import torch

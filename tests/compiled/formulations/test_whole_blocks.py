@@ -1,4 +1,4 @@
-"""Rows of whole blocks of words: the same product, and nothing to mask."""
+"""Rows padded to whole blocks of words: the product is the same, and no mask is needed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Compiled graphs in a file: a second process compiles nothing."""
+"""Compiled graphs saved to a file: a second process that loads it compiles nothing."""
 
 import json
 import subprocess

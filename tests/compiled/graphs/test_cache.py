@@ -1,6 +1,6 @@
-"""What a graph is made for: a second layer, of other sizes, strides or tensors, gets its own.
+"""The cache of graphs: a layer of other sizes, strides or tensors gets a graph of its own.
 
-Dynamo's guards on operands are left out: what the key does not tell would be read as the first was.
+Dynamo's guards on operands are removed: a difference that the key misses would run a wrong graph.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.versions
 
 
 def symbols_of(in_features, out_features, tokens=5):
-    """Return the symbols in the sizes of each input of the graph that a layer is traced to."""
+    """Trace a layer; return the symbols in the sizes of each input of its graph."""
     found, kept = [], dict(graphs._graphs)
 
     def backend(graph, inputs):
@@ -58,7 +58,7 @@ def test_only_the_number_of_tokens_is_a_symbol_in_every_layer():
 
 
 def test_tensors_that_were_one_and_then_are_not_get_a_graph_of_their_own():
-    """Without guards a graph of one tensor in two places would read the first for both."""
+    """Without guards, a graph traced with the same tensor in two places reads only the first."""
     weight = prepare(quantize(torch.randn(32, 64), group_size=32))
     x, ids = torch.randn(3, 64), torch.tensor([0, 1, -1])
     shared = torch.randn(2, 2, 64)

@@ -1,4 +1,4 @@
-"""A layer called at the least cost: the same results, and no Dynamo once a call was met."""
+"""A layer called at the least cost: the same results, and no Dynamo after the first such call."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def layer(request):
 
 @pytest.fixture
 def dynamo(monkeypatch):
-    """The graphs that are compiled, and the calls that enter one through Dynamo."""
+    """Return a list that records each compiled graph, and each call that goes through Dynamo."""
     asked = []
     compile_graph, enter = entries.compile_graph, entries._Guarded.__call__
 

@@ -1,4 +1,4 @@
-"""Layouts: the checkpoint's tensors come back bit for bit, and rows mean what they meant."""
+"""Layouts: they return the checkpoint's tensors bit for bit, and dequantise to the same rows."""
 
 import dataclasses
 import unittest
@@ -30,7 +30,7 @@ CASES = [
 
 def with_another_code(weight):
     packed = weight.packed.clone()
-    packed[-1, -1] ^= 1  # the lowest code of the last word, which no padding is
+    packed[-1, -1] ^= 1  # the lowest code of the last word, which is never padding
     return dataclasses.replace(weight, packed=packed)
 
 
@@ -106,7 +106,7 @@ def test_what_a_layout_costs(group_size, layout, most):
 
 
 def test_weights_of_two_gigabytes_are_not_given_to_torchs_operator():
-    """It counts their bytes in 32 bits, and reads elsewhere."""
+    """The operator counts bytes in 32 bits, so it would read outside such a weight."""
     for rows, wanted in ((2**17 - 16, "int4pack"), (2**17, "interleaved")):
         weight = PackedWeight(
             torch.zeros(1, 2**12, dtype=torch.int32).expand(rows, -1),

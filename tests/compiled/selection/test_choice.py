@@ -1,4 +1,4 @@
-"""Which formulation is chosen: what was kept for this kind of layer, else the default."""
+"""Which formulation is chosen: the one stored for this kind of layer, else the default."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_the_default_when_nothing_was_kept(weight):
 def test_what_was_kept_is_chosen_in_this_process_and_the_next(weight, monkeypatch):
     choice.keep_crossovers(weight, torch.bfloat16, (), [(1, "gemv"), (MANY, "tiles")])
     assert names(weight) == ["gemv", "tiles", "tiles", "tiles"]
-    monkeypatch.setattr(choice, "_tables", {})  # as a new process begins
+    monkeypatch.setattr(choice, "_tables", {})  # as in a new process
     assert names(weight) == ["gemv", "tiles", "tiles", "tiles"]
 
 
@@ -120,7 +120,7 @@ def test_within_another_graph_the_default_is_taken(weight):
     products = []
 
     def backend(graph, _):
-        products.append(" @ " in graph.code)  # of tiles; gemv sums
+        products.append(" @ " in graph.code)  # only tiles has a matrix product
         return graph.forward
 
     y = torch.compile(int4_linear, backend=backend, fullgraph=True)(random_x(2, 128), weight)
@@ -157,5 +157,5 @@ def test_defaults_of_a_gpu_are_those_meant_for_one(monkeypatch):
     assert chosen(torch.bfloat16, 1, widest) == "magic_gemv"
     assert chosen(torch.float32, 1) == "gemv"
     assert chosen(torch.float32, 5) == "tiles"
-    assert chosen(torch.bfloat16, 1, inlined=True) == "gemv"  # others' graphs have no options
+    assert chosen(torch.bfloat16, 1, inlined=True) == "gemv"  # no Inductor options there
     assert chosen(torch.bfloat16, 64, inlined=True) == "tiles"

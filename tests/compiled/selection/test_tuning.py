@@ -1,4 +1,4 @@
-"""Tuning: what is fastest by the clock is kept; noise decides nothing."""
+"""Tuning: the fastest formulation is stored, unless it is faster only by noise."""
 
 import inspect
 import time
@@ -28,7 +28,7 @@ def weight():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Replace the clock: return seconds by name that are to be measured, 1 where none is set."""
+    """Replace the clock; return the seconds to measure by name, which are 1 by default."""
     seconds = {}
 
     def measured(callables, **_):
@@ -81,7 +81,7 @@ def test_a_point_does_not_speak_for_tokens_that_its_formulation_refuses(clock):
 
 
 def test_what_was_not_measured_is_as_usual():
-    """A quick run that finds the default the fastest of one token must say nothing of 4096."""
+    """A run that measures only 1 token must not change the choice for 4096 tokens."""
     weight = prepare(random_weight(rows=48, columns=128, dtype=torch.bfloat16))
     usual = [formulation_for(weight, torch.bfloat16, n).name for n in (1, 16, 17, 4096)]
     tune(weight, torch.bfloat16, tokens=[1])
