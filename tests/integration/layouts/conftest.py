@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.public_layouts import Model, quantization
+from support.layouts import Model, quantization
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import pytest
 
 from support.conversion import convert, refusal
-from support.public_layouts import (
+from support.layouts import (
     adapter,
     assert_merged,
     assert_tensors,

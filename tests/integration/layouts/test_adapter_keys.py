@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.conversion import refusal
-from support.public_layouts import (
+from support.layouts import (
     lora_config,
     lora_tensors,
     pairs_of,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.conversion import convert, refusal, run, tensors_of
-from support.public_layouts import (
+from support.layouts import (
     LAYER,
     Model,
     adapter,

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from support.conversion import convert, refusal, run
-from support.public_layouts import (
+from support.layouts import (
     Model,
     adapter,
     assert_merged,

@@ -3,7 +3,7 @@
 import pytest
 
 from support.conversion import refusal, run
-from support.public_layouts import (
+from support.layouts import (
     LLAMA,
     Model,
     adapter,
