@@ -94,7 +94,7 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
         if name not in quantised and f"{name}.weight" in checkpoint.tensors:
             raise ValueError(
                 f"{adapter.path}: {name} is not packed in INT4 in {checkpoint.path}, and adapters "
-                "on other layers are not computed here"
+                "on other layers are not computed here; merge adds them"
             )
         if name not in quantised:
             raise ValueError(misfit(adapter, checkpoint))

@@ -23,15 +23,33 @@ def test_every_statement_of_the_format_has_a_test_that_exists():
     text = (DOCS / "format.md").read_text()
     statements = re.findall(r"^- (.*?)(?=^- |^\|?$|\Z)", text, flags=re.M | re.S)
     assert len(statements) > 40
+    for statement in statements:
+        assert statement.rstrip().endswith(")"), statement
+    assert_cites_tests(statements)
+
+
+def assert_cites_tests(passages):
+    """Check that each passage names tests, and that all of them exist."""
     files = defaultdict(str)  # by name: folders may have files of one name
     for file in (ROOT / "tests").rglob("test_*.py"):
         files[file.name] += file.read_text()
-    for statement in statements:
-        cited = CITED.findall(statement)
-        assert statement.rstrip().endswith(")"), statement
-        assert cited, statement
+    for passage in passages:
+        cited = CITED.findall(passage)
+        assert cited, passage
         for file, name in cited:
             assert re.search(rf"^\s*(def|class) {name}\(", files[file], flags=re.M), (file, name)
+
+
+def test_every_public_layout_has_its_reports_and_a_test_that_exists():
+    rows = re.findall(r"^\| (.+) \|$", (DOCS / "layouts.md").read_text(), flags=re.M)
+    rows = [row for row in rows if not row.startswith(("report ", "---"))]
+    assert len(rows) > 30
+    for row in rows:
+        reports, layout, done, _ = row.split(" | ")
+        assert all(re.fullmatch(r"[\w./-]+#\d+", report) for report in reports.split(", ")), row
+        assert layout
+        assert done
+    assert_cites_tests(rows)
 
 
 def test_every_environment_of_the_matrix_has_its_row():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from support.conversion import refusal
+from support.conversion import convert, refusal
 from support.layouts import (
+    assert_tensors,
     lora_config,
     lora_tensors,
     pairs_of,
@@ -61,3 +62,17 @@ def test_experts_that_share_one_matrix(llama, tmp_path):
     said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", folder)
     assert "gate_up_proj" in said
     assert "[1, 4, 64]" in said
+
+
+def test_a_prefix_before_pefts_own(llama, tmp_path):
+    """Automodel#3630: thinker.base_model.model., where base_model.model.thinker. was meant."""
+    model, source = llama
+    pairs = pairs_of(SHAPES)
+    tensors = lora_tensors(pairs, "thinker.base_model.model.{}.lora_{}.weight")
+    folder = write(tmp_path / "lora", pairs, tensors)
+    said = refusal("merge", source, tmp_path / "merged", "--adapter", folder)
+    assert "thinker." in said
+    assert "--rename" in said
+    rename = "thinker.base_model.model.="
+    convert("merge", source, tmp_path / "merged", "--adapter", folder, "--rename", rename)
+    assert_tensors(tmp_path / "merged", model.merged(pairs))
