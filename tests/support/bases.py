@@ -1,9 +1,9 @@
 """Bases and adapters of given modules only, for tests of names and shapes.
 
-Every value is exact in float32, as in ``support.public_layouts``.
+Every value is exact in float32, as in ``support.layouts``.
 """
 
-from support import public_layouts
+from support import layouts
 
 
 def write_base(folder, shapes, *, dense=(), **config):
@@ -15,21 +15,21 @@ def write_base(folder, shapes, *, dense=(), **config):
         dense: the modules that are not packed.
         config: fields of config.json.
     """
-    model = public_layouts.Model()
+    model = layouts.Model()
     for name, shape in shapes.items():
         if name in dense:
             model.plain(f"{name}.weight", *shape)
         else:
             model.packed(name, *shape, size=16)
-    groups = {"group_0": public_layouts.group(group_size=16)}
+    groups = {"group_0": layouts.group(group_size=16)}
     folder.mkdir()
-    public_layouts.write_tensors(folder / "model.safetensors", model.stored)
-    public_layouts.write_json(
+    layouts.write_tensors(folder / "model.safetensors", model.stored)
+    layouts.write_json(
         folder / "config.json",
         {
             "model_type": "llama",
             **config,
-            "quantization_config": public_layouts.quantization(groups),
+            "quantization_config": layouts.quantization(groups),
         },
     )
     return {name: model.dense[f"{name}.weight"].float() for name in shapes}
@@ -37,4 +37,4 @@ def write_base(folder, shapes, *, dense=(), **config):
 
 def write_lora(folder, shapes, **fields):
     """Write an adapter of the given shapes, with scaling 2; return its pairs by module."""
-    return public_layouts.adapter(folder, shapes, **fields)[1]
+    return layouts.adapter(folder, shapes, **fields)[1]
