@@ -6,16 +6,25 @@ Source: ``load_peft_weights`` in ``peft/utils/save_and_load.py``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from int4_lora.integration.checkpoint.safetensors_files import inside
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor, read_headers
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "adapter_folder", "stored_tensors"]
+__all__ = [
+    "CONFIG_FILE",
+    "TENSOR_FILE",
+    "TENSOR_FILES",
+    "adapter_folder",
+    "holds_adapter",
+    "stored_tensors",
+]
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+TENSOR_FILES = re.compile(r"adapter_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 PICKLE_FILE = "adapter_model.bin"
 CONVERT = (
     'python -c "import torch, safetensors.torch as s; '
@@ -36,6 +45,12 @@ def adapter_folder(path: str | os.PathLike[str]) -> Path:
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder / CONFIG_FILE} is not there{_what_is_there(folder)}")
     return folder
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Return whether a folder has an adapter's config and its tensors."""
+    tensors = any(TENSOR_FILES.fullmatch(file.name) for file in folder.iterdir())
+    return tensors and (folder / CONFIG_FILE).is_file()
 
 
 def _what_is_there(folder: Path) -> str:

@@ -49,6 +49,9 @@ def lora_targets(checkpoint: Checkpoint) -> LoRATargets:
     Returns:
         The names, as PEFT matches them: ``q_proj`` means every module whose name ends so.
 
+    Raises:
+        ValueError: a ``weight_g_idx`` cannot be read.
+
     Example:
         >>> lora_targets(open_checkpoint("my-model-W4A16")).suggested  # doctest: +SKIP
         ('down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj')
@@ -84,13 +87,23 @@ def _linears(checkpoint: Checkpoint) -> set[str]:
 def _reasons(checkpoint: Checkpoint, int4: Sequence[str]) -> list[str]:
     """Return the reasons why vLLM does not take adapters on the checkpoint's INT4 layers."""
     packed = [name for name in checkpoint.modules() if checkpoint.is_packed(name)]
+    stray = {
+        name
+        for name in packed
+        if f"{name}.weight_g_idx" in checkpoint.tensors and checkpoint.column_order(name)
+    }
+    ordered = {
+        name
+        for name in packed
+        if checkpoint.schemes[name].actorder == "group"
+        or f"{name}.weight_g_idx" in checkpoint.tensors
+    }
     kinds = {
         "is ordered by activation, which vLLM refuses: quantise with actorder static or none": [
-            name
-            for name in packed
-            if checkpoint.schemes[name].actorder == "group"
-            or f"{name}.weight_g_idx" in checkpoint.tensors
+            name for name in packed if name in ordered - stray
         ],
+        "stores a weight_g_idx of -1, which means column order, but vLLM does not load it: remove "
+        "it, and actorder from config.json": [name for name in packed if name in stray],
         "is of a strategy that vLLM does not serve: quantise by channel or group": [
             name for name in packed if checkpoint.schemes[name].strategy not in SERVED_STRATEGIES
         ],

@@ -7,6 +7,7 @@ Source: ``docs/commands/annotate.md``.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -18,13 +19,13 @@ from typing import Any
 from int4_lora.atomic_files import replace_files
 from int4_lora.integration.annotation.metadata import KEYS, metadata_of, metadata_text
 from int4_lora.integration.annotation.targets import lora_targets
-from int4_lora.integration.checkpoint.open import open_checkpoint
+from int4_lora.integration.checkpoint.open import Unlisted, open_checkpoint
+from int4_lora.integration.checkpoint.quantization_config import CONFIG_KEYS, parts_of
 from int4_lora.integration.vllm_plugin.metadata import FILE
 
 __all__ = ["Annotation", "annotate", "preview_annotation"]
 
 CONFIG = "config.json"
-QUANTIZATION = "quantization_config"
 IN_CONFIG = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
 
 
@@ -53,7 +54,7 @@ class Annotation:
     changed: tuple[str, ...]
 
 
-def annotate(path: str | os.PathLike[str]) -> Annotation:
+def annotate(path: str | os.PathLike[str], *, unlisted: Unlisted | None = None) -> Annotation:
     """Record in a checkpoint which modules adapters can target.
 
     ``config.json`` gets ``lora_compatible``, ``lora_target_modules`` and
@@ -63,6 +64,7 @@ def annotate(path: str | os.PathLike[str]) -> Annotation:
 
     Args:
         path: the checkpoint's folder.
+        unlisted: what to do with unlisted tensors, as in ``open_checkpoint``.
 
     Returns:
         What was written.
@@ -71,25 +73,28 @@ def annotate(path: str | os.PathLike[str]) -> Annotation:
         FileNotFoundError: the folder, or a file that it must have, does not exist.
         OSError: a file cannot be written; then none is changed.
         TypeError: a tensor has the wrong dtype.
-        ValueError: the checkpoint cannot be read, tensors contradict each other, one of the two
-            files is a link, ``config.json`` has a repeated key or a number too large for a float,
-            or an existing ``lora_metadata.json`` holds anything else.
+        ValueError: the checkpoint cannot be read, tensors are unlisted or contradict each other,
+            one of the two files is a link, ``config.json`` has a repeated key or a number too
+            large for a float, or an existing ``lora_metadata.json`` holds anything else.
 
     Example:
         >>> oneshot(model="my-model", recipe=recipe, output_dir="my-W4A16")  # doctest: +SKIP
         >>> annotate("my-W4A16").suggested_lora_targets  # doctest: +SKIP
         ('down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj')
     """
-    annotation, contents = _planned(Path(path))
+    annotation, contents = _planned(Path(path), unlisted)
     replace_files(contents, like=annotation.path / CONFIG)
     return annotation
 
 
-def preview_annotation(path: str | os.PathLike[str]) -> Annotation:
+def preview_annotation(
+    path: str | os.PathLike[str], *, unlisted: Unlisted | None = None
+) -> Annotation:
     """Return the annotation that ``annotate`` would write, and write nothing.
 
     Args:
         path: the checkpoint's folder.
+        unlisted: what to do with unlisted tensors, as in ``open_checkpoint``.
 
     Returns:
         The annotation.
@@ -103,17 +108,18 @@ def preview_annotation(path: str | os.PathLike[str]) -> Annotation:
         >>> preview_annotation("my-W4A16").changed  # doctest: +SKIP
         ('lora_metadata.json', 'config.json')
     """
-    return _planned(Path(path))[0]
+    return _planned(Path(path), unlisted)[0]
 
 
-def _planned(folder: Path) -> tuple[Annotation, Mapping[Path, bytes]]:
+def _planned(folder: Path, unlisted: Unlisted | None) -> tuple[Annotation, Mapping[Path, bytes]]:
     """Return the annotation, and the new contents of the files that change."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder with a checkpoint")
     config, beside = folder / CONFIG, folder / FILE
     for file in (config, beside):
         _check_is_no_link(file)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, unlisted=unlisted)
+    checkpoint.check_listed()
     targets = lora_targets(checkpoint)
     metadata = metadata_of(checkpoint, targets)
     contents: dict[Path, bytes] = {}
@@ -139,8 +145,8 @@ def _planned(folder: Path) -> tuple[Annotation, Mapping[Path, bytes]]:
 def _config_with(file: Path, members: Mapping[str, Any]) -> bytes | None:
     """Return config.json with ``members`` set, as transformers writes it; None if unchanged.
 
-    Members that ``quantization_config`` already has are set there too, because vLLM refuses a
-    config whose two values contradict each other. No member is added to ``quantization_config``.
+    Members that a ``quantization_config`` already has are set there too, because vLLM refuses a
+    config whose values contradict each other. No member is added to a ``quantization_config``.
     """
     try:
         config = json.loads(
@@ -150,11 +156,10 @@ def _config_with(file: Path, members: Mapping[str, Any]) -> bytes | None:
         )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    new = {**config, **members}
-    inner = config.get(QUANTIZATION)
-    if isinstance(inner, dict):
-        also = {key: value for key, value in members.items() if key in inner}
-        new[QUANTIZATION] = {**inner, **also}
+    new = {**copy.deepcopy(config), **members}
+    for _, part in list(parts_of(new)):
+        for inner in (part[key] for key in CONFIG_KEYS if isinstance(part.get(key), dict)):
+            inner.update({key: value for key, value in members.items() if key in inner})
     text = json.dumps(new, indent=2)
     if text == json.dumps(config, indent=2):
         return None

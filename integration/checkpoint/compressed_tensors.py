@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
@@ -47,12 +48,16 @@ def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """Return the tensors of one module, by the last part of their names."""
-    return {
+    """Return the tensors of one module, by the last part of their names.
+
+    ``weight_shape`` is int64, in whichever dtype it is stored, or if it is not stored at all.
+    """
+    stored = {
         part: checkpoint.tensor(f"{name}.{part}")
         for part in PARTS
-        if f"{name}.{part}" in checkpoint.tensors
+        if part != "weight_shape" and f"{name}.{part}" in checkpoint.tensors
     }
+    return {**stored, "weight_shape": torch.tensor(checkpoint.shape_of(name))}
 
 
 def decompress_tensors(tensors: Mapping[str, Tensor], scheme: Any) -> Tensor:
@@ -109,12 +114,7 @@ def upstream_version() -> str:
 
 def module_tensors(checkpoint: Checkpoint, name: str) -> list[str]:
     """Return the last parts of the names of the tensors that hold a module's weight, any format."""
-    start = f"{name}."
-    return sorted(
-        full.removeprefix(start)
-        for full in checkpoint.tensors
-        if full.startswith(f"{start}weight") and "." not in full.removeprefix(start)
-    )
+    return [part for part in checkpoint.parts[name] if part.startswith("weight")]
 
 
 def decompress_module(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -21,7 +21,7 @@ from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.stack import check_fits
 from int4_lora.integration.checkpoint.open import Checkpoint
 
-__all__ = ["AdapterReport", "Inspection", "ModuleReport", "inspect"]
+__all__ = ["AdapterReport", "Inspection", "ModuleReport", "UnlistedReport", "inspect"]
 
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
 DTYPE_BITS = re.compile(r"[A-Z]+(\d+)")
@@ -39,7 +39,7 @@ class ModuleReport:
         strategy: which weights share a scale.
         group_size: columns of a group, (rows, columns) of a block, or None.
         symmetric: whether the weight has no zero-points.
-        g_idx: whether the module has a ``weight_g_idx``.
+        g_idx: whether a ``weight_g_idx`` assigns columns to groups; one with -1 does not.
         scale_dtype: the safetensors name of the scale's dtype.
         shape: ``[out_features, in_features]``.
         nbytes: bytes of the module's tensors.
@@ -99,6 +99,23 @@ class AdapterReport:
 
 
 @dataclass(frozen=True)
+class UnlistedReport:
+    """The tensors of one file that are not listed as the model's.
+
+    Args:
+        file: the file's name.
+        tensors: the names of tensors that no list names.
+        copies: the names of tensors that are listed in another file.
+        fault: why the file cannot be read, or None.
+    """
+
+    file: str
+    tensors: Sequence[str]
+    copies: Sequence[str]
+    fault: str | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The description of a checkpoint, and of adapters for it.
 
@@ -109,6 +126,7 @@ class Inspection:
         dense_bytes: the bytes of the other tensors.
         lora_targets: the last parts of the names of modules that adapters can target.
         adapters: the adapters.
+        unlisted: the files with tensors that are not listed as the model's.
     """
 
     path: str
@@ -117,6 +135,7 @@ class Inspection:
     dense_bytes: int
     lora_targets: Sequence[str]
     adapters: Sequence[AdapterReport]
+    unlisted: Sequence[UnlistedReport] = ()
 
     @property
     def right(self) -> bool:
@@ -162,6 +181,10 @@ def inspect(
         dense_tensors=len(others),
         dense_bytes=sum(_nbytes(checkpoint, name) for name in others),
         lora_targets=sorted({part.name.rpartition(".")[2] for part in modules if part.packed}),
+        unlisted=[
+            UnlistedReport(one.file.name, [*one.tensors], [*one.copies], one.fault)
+            for one in checkpoint.unlisted
+        ],
         adapters=[_adapter(checkpoint, adapter, rename) for adapter in adapters],
     )
 
@@ -184,7 +207,8 @@ def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
         strategy=scheme.strategy,
         group_size=scheme.group_size,
         symmetric=scheme.symmetric,
-        g_idx="weight_g_idx" in present,
+        g_idx="weight_g_idx" in present
+        and not (checkpoint.is_packed(name) and checkpoint.column_order(name)),
         scale_dtype=checkpoint.tensors[f"{name}.weight_scale"].dtype,
         shape=_shape(checkpoint, name),
         nbytes=sum(_nbytes(checkpoint, f"{name}.{part}") for part in present),
@@ -197,7 +221,7 @@ def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
 
 def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
     """Return the dense shape, from weight_shape or from the shape of the stored weight."""
-    if f"{name}.weight_shape" in checkpoint.tensors:
+    if f"{name}.weight_shape" in checkpoint.tensors or checkpoint.is_packed(name):
         return list(checkpoint.shape_of(name))
     if f"{name}.weight" in checkpoint.tensors:
         return list(checkpoint.tensors[f"{name}.weight"].shape)

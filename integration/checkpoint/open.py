@@ -5,43 +5,50 @@ Source: the ``pack-quantized`` format of compressed-tensors; ``docs/format.md``.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from int4_lora.integration.checkpoint.assembly import assemble, shape_that_fits
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.misplaced_adapters import (
     check_is_no_adapter,
     check_no_adapter_within,
 )
+from int4_lora.integration.checkpoint.model_files import (
+    ModelFiles,
+    UnlistedFile,
+    describe_unlisted,
+    read_model_files,
+    with_unlisted,
+)
+from int4_lora.integration.checkpoint.quantization_config import read_quantization
 from int4_lora.integration.checkpoint.safetensors_files import (
     DTYPES,
+    bytes_of,
     inside,
-    read_model_headers,
     read_tensor,
 )
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
-from int4_lora.integration.checkpoint.scheme import (
-    PACKED_FORMAT,
-    Scheme,
-    check_strategy,
-    read_quantization,
-    read_schemes,
-)
+from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, read_schemes
 from int4_lora.reference import PackedWeight
 
-__all__ = ["PARTS", "Checkpoint", "open_checkpoint"]
+__all__ = ["PARTS", "Checkpoint", "Unlisted", "open_checkpoint"]
 
+Unlisted = Literal["take", "leave"]
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 # Every quantised module has at least one of these.
 MARKS = (".weight_packed", ".weight_scale")
+FLOATS = ("F64", "F32", "F16", "BF16")
+INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
 
 @dataclass(frozen=True)
@@ -53,21 +60,50 @@ class Checkpoint:
         config: the content of ``config.json``.
         tensors: file, dtype and shape of every tensor, by the tensor's name.
         schemes: how each quantised module is stored, by the module's name.
+        files: the safetensors files, with the tensors that are not listed as the model's; None if
+            nothing is unlisted.
+        leaves_unlisted: whether the unlisted tensors are left on purpose.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     schemes: Mapping[str, Scheme]
+    files: ModelFiles | None = None
+    leaves_unlisted: bool = False
 
     @property
     def quantization(self) -> Mapping[str, Any]:
         """The part of ``config.json`` that describes the quantisation."""
         return read_quantization(self.path / "config.json", self.config)
 
+    @property
+    def unlisted(self) -> Sequence[UnlistedFile]:
+        """The files with tensors that are in the folder, but not listed as the model's."""
+        return () if self.files is None else self.files.unlisted
+
+    def check_listed(self) -> None:
+        """Check that no tensor is unlisted, unless the unlisted ones are left on purpose.
+
+        Raises:
+            ValueError: tensors are unlisted; the message names them, and the choice there is.
+        """
+        if self.files is not None and self.unlisted and not self.leaves_unlisted:
+            raise ValueError(f"{self.path}: {describe_unlisted(self.files)}")
+
     def modules(self) -> list[str]:
         """Return the names of the quantised modules, in the order of the checkpoint."""
         return list(self.schemes)
+
+    @functools.cached_property
+    def parts(self) -> Mapping[str, Sequence[str]]:
+        """The last parts of the names of each quantised module's own tensors, sorted."""
+        found: dict[str, list[str]] = {name: [] for name in self.schemes}
+        for full in sorted(self.tensors):
+            module, _, part = full.rpartition(".")
+            if module in found:
+                found[module].append(part)
+        return found
 
     def is_packed(self, name: str) -> bool:
         """Return whether ``packed_weight`` can read a module: pack-quantized, int, 4 or 8 bits."""
@@ -92,25 +128,63 @@ class Checkpoint:
         return read_tensor(self.tensors[name], name)
 
     def shape_of(self, name: str) -> tuple[int, int]:
-        """Return a quantised module's ``weight_shape``: ``(out_features, in_features)``.
+        """Return a quantised module's shape: ``(out_features, in_features)``.
+
+        It is the stored ``weight_shape``. If a packed module stores none, it is the only shape for
+        which the other tensors and the config agree.
 
         Raises:
-            ValueError: ``weight_shape`` is missing, or does not hold two positive int64.
+            ValueError: ``weight_shape`` does not hold two positive integers, or it is missing and
+                none or several shapes are possible.
         """
         full = f"{name}.weight_shape"
-        if full not in self.tensors:
+        if full in self.tensors:
+            return self._stored_shape(name, self.tensors[full])
+        if name not in self.schemes or not self.is_packed(name):
             raise ValueError(f"{self.path}: {name}: weight_shape is missing")
-        stored = self.tensors[full]
-        if stored.dtype != "I64" or tuple(stored.shape) != (2,):
+        where = self._where(name)
+        self._check_parts(where, name, self.schemes[name])
+        try:
+            return shape_that_fits(self.schemes[name], self._parts(name, self._described))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _stored_shape(self, name: str, stored: StoredTensor) -> tuple[int, int]:
+        """Return the shape that a ``weight_shape`` of any integer dtype holds."""
+        where = f"{stored.file}: {name}: weight_shape must be"
+        if stored.dtype not in INTEGERS or tuple(stored.shape) != (2,):
             shown = f"{stored.dtype} {list(stored.shape)}"
-            raise ValueError(f"{stored.file}: {name}: weight_shape must be I64 [2], got {shown}")
-        rows, columns = self.tensor(full).tolist()
+            raise ValueError(f"{where} two integers of shape [2], got {shown}")
+        inside(self.path, stored.file.name)  # a link may have replaced the file
+        raw = read_tensor(bytes_of(stored, 0, stored.nbytes), f"{name}.weight_shape")
+        half, data = stored.nbytes // 2, raw.numpy().tobytes()
+        rows, columns = (
+            int.from_bytes(part, "little", signed=stored.dtype.startswith("I"))
+            for part in (data[:half], data[half:])
+        )
         if rows < 1 or columns < 1:
-            raise ValueError(
-                f"{stored.file}: {name}: weight_shape must be two positive lengths, "
-                f"got [{rows}, {columns}]"
-            )
+            raise ValueError(f"{where} two positive lengths, got [{rows}, {columns}]")
         return rows, columns
+
+    def column_order(self, name: str) -> bool:
+        """Return whether a module's columns are grouped by position.
+
+        They are without a ``weight_g_idx``, and with one that holds a -1.
+
+        Args:
+            name: the name of a quantised module.
+
+        Raises:
+            TypeError: the tensor is not int32.
+            ValueError: the tensor cannot be read.
+        """
+        full = f"{name}.weight_g_idx"
+        if full not in self.tensors:
+            return True
+        stored = self.tensors[full]
+        if stored.dtype != "I32":
+            raise TypeError(f"{stored.file}: {name}: g_idx must be int32, got {stored.dtype}")
+        return bool((self.tensor(full) == -1).any())
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Read the packed weight of one quantised module.
@@ -142,9 +216,7 @@ class Checkpoint:
         """Return a packed weight, reading its tensors with ``get``."""
         if name not in self.schemes:
             raise ValueError(f"{self.path}: no quantised module named {name!r}")
-        scheme = self.schemes[name]
-        first = next(mark for mark in MARKS if name + mark in self.tensors)
-        where = f"{self.tensors[name + first].file}: {name}"
+        scheme, where = self.schemes[name], self._where(name)
         if not self.is_packed(name):
             raise ValueError(
                 f"{where}: is {scheme.format} ({scheme.kind}, {scheme.bits} bits), "
@@ -152,25 +224,23 @@ class Checkpoint:
             )
         self._check_parts(where, name, scheme)
         shape = self.shape_of(name)
-        tensors = {
-            part: get(f"{name}.{part}")
-            for part in ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
-            if f"{name}.{part}" in self.tensors
-        }
         try:
-            weight = PackedWeight(
-                packed=tensors["weight_packed"],
-                scale=tensors["weight_scale"],
-                shape=shape,
-                zero_point=tensors.get("weight_zero_point"),
-                g_idx=tensors.get("weight_g_idx"),
-                group_size=scheme.group_size,
-                bits=scheme.bits,
-            )
-            check_strategy(scheme, weight)
+            return assemble(scheme, self._parts(name, get), shape)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
-        return weight
+
+    def _where(self, name: str) -> str:
+        """Return the file and the name of a quantised module, for messages."""
+        first = next(mark for mark in MARKS if name + mark in self.tensors)
+        return f"{self.tensors[name + first].file}: {name}"
+
+    def _parts(self, name: str, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a packed module but its shape, by the last part of their names."""
+        return {
+            part: get(f"{name}.{part}")
+            for part in PARTS
+            if part != "weight_shape" and f"{name}.{part}" in self.tensors
+        }
 
     def _described(self, name: str) -> Tensor:
         """Return a tensor without data, with the dtype and shape of the header."""
@@ -181,25 +251,42 @@ class Checkpoint:
 
     def _check_parts(self, where: str, name: str, scheme: Scheme) -> None:
         needed = {"weight_packed": "a packed", "weight_scale": "a quantised"}
-        needed["weight_shape"] = "a packed"
         if not scheme.symmetric:
             needed["weight_zero_point"] = "an asymmetric"
         elif f"{name}.weight_zero_point" in self.tensors:
             raise ValueError(f"{where}: weight_zero_point is stored, but the config says symmetric")
         for part, kind in needed.items():
-            if f"{name}.{part}" not in self.tensors:
-                raise ValueError(f"{where}: {part} of {kind} module is missing")
-        if scheme.actorder == "group" and f"{name}.weight_g_idx" not in self.tensors:
-            rule = "with actorder 'group'"
-            raise ValueError(f"{where}: weight_g_idx of a module {rule} is missing")
+            self._check_stored(where, f"{name}.{part}", f"{part} of {kind} module")
+        if scheme.actorder == "group":
+            what = "weight_g_idx of a module with actorder 'group'"
+            self._check_stored(where, f"{name}.weight_g_idx", what)
+        for part in ("weight", "weight_global_scale"):
+            if f"{name}.{part}" in self.tensors:
+                raise ValueError(
+                    f"{where}: {part} is stored beside weight_packed, and {PACKED_FORMAT} has none"
+                )
+
+    def _check_stored(self, where: str, full: str, what: str) -> None:
+        """Check that a tensor is there; if it is not, say whether it is unlisted."""
+        if full in self.tensors:
+            return
+        holders = [file.file.name for file in self.unlisted if full in file.tensors]
+        why = f": it is in {holders[0]}, but not listed as the model's" if holders else ""
+        raise ValueError(f"{where}: {what} is missing{why}")
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, unlisted: Unlisted | None = None
+) -> Checkpoint:
     """Open a compressed-tensors checkpoint, in one file or sharded.
 
     Args:
         path: the folder with ``config.json`` and the safetensors files, or the ``owner/name`` of
             a model on the Hugging Face hub, which is downloaded unless it is in the hub's cache.
+        unlisted: what to do with tensors that are in the folder's safetensors files, but not
+            listed as the model's: "take" makes them part of the model, "leave" goes without them.
+            None only records them in ``Checkpoint.unlisted``; then whatever would lose them
+            refuses the checkpoint.
 
     Returns:
         The checkpoint, before any tensor is read.
@@ -207,8 +294,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         FileNotFoundError: the folder, or a file that it must have, does not exist.
         ImportError: ``path`` is a name on the hub, and huggingface_hub is not installed.
-        ValueError: a file cannot be read or is outside the folder, or the quantisation is not
-            compressed-tensors'.
+        ValueError: a file cannot be read or is outside the folder, the quantisation is not
+            compressed-tensors', the checkpoint was saved without compression, or the unlisted
+            tensors cannot be taken.
 
     Example:
         >>> checkpoint = open_checkpoint("my-model-W4A16")  # doctest: +SKIP
@@ -217,15 +305,56 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Source:
         The folder layout of transformers' ``save_pretrained``.
     """
+    if unlisted not in (None, "take", "leave"):
+        raise ValueError(f"unlisted must be 'take', 'leave' or None, got {unlisted!r}")
     folder = local_folder(path)
     check_is_no_adapter(folder)
     file = inside(folder, "config.json")
     config = read_json_object(file)
-    tensors = read_model_headers(folder)
+    files = read_model_files(folder)
+    taken = unlisted == "take" and bool(files.unlisted)
+    tensors = with_unlisted(folder, files) if taken else files.tensors
     check_no_adapter_within(folder, tensors)
     quantised = dict.fromkeys(
         name.removesuffix(mark) for name in tensors for mark in MARKS if name.endswith(mark)
     )
     if not quantised:
-        raise ValueError(f"{folder}: no tensor named *.weight_packed: not a packed checkpoint")
-    return Checkpoint(folder, config, tensors, read_schemes(file, config, quantised))
+        why = "not a packed checkpoint"
+        if unlisted is None and files.unlisted:
+            why = f"{files.list_name} lists none; {describe_unlisted(files)}"
+        raise ValueError(f"{folder}: no tensor named *.weight_packed: {why}")
+    _check_compressed(file, config, tensors, quantised)
+    schemes = read_schemes(file, config, quantised)
+    known = files if files.unlisted and not taken else None
+    return Checkpoint(folder, config, tensors, schemes, known, leaves_unlisted=unlisted == "leave")
+
+
+def _check_compressed(
+    file: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    quantised: Collection[str],
+) -> None:
+    """Check that no quantised module stores its weight as floats.
+
+    llm-compressor saves such checkpoints with ``save_compressed=False``: the weights, and the
+    scales that they would be rounded with.
+    """
+    status = read_quantization(file, config).get("quantization_status")
+    floats = [
+        name
+        for name in quantised
+        if f"{name}.weight_packed" not in tensors
+        and f"{name}.weight" in tensors
+        and tensors[f"{name}.weight"].dtype in FLOATS
+    ]
+    if floats:
+        weight = tensors[f"{floats[0]}.weight"]
+        raise ValueError(
+            f"{weight.file}: {floats[0]}: the weight is stored as {weight.dtype} beside "
+            f"weight_scale: {len(floats)} of {len(quantised)} quantised modules were saved without "
+            f"compression (quantization_status {status!r}). Save the model with llm-compressor's "
+            "save_pretrained(save_compressed=True); or, as its weights are dense already, use it "
+            "as a dense model: remove quantization_config from config.json, and the scales and "
+            "zero-points"
+        )

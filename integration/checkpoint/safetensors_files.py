@@ -1,4 +1,4 @@
-"""Read the safetensors files of a folder: their headers, and one tensor at a time.
+"""Read tensors, or some of their rows or bytes, from the safetensors files of a folder.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors.
 """
@@ -12,14 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.json_files import read_json_object
-from int4_lora.integration.checkpoint.safetensors_header import (
-    StoredTensor,
-    identity_of,
-    read_headers,
-)
+from int4_lora.integration.checkpoint.safetensors_header import StoredTensor, identity_of
 
-__all__ = ["inside", "read_model_headers", "read_rows", "read_tensor"]
+__all__ = ["DTYPES", "INDEX_FILE", "SINGLE_FILE", "bytes_of", "inside", "read_rows", "read_tensor"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -93,35 +88,12 @@ def read_rows(stored: StoredTensor, name: str, start: int, stop: int) -> Tensor:
     return read_tensor(part, name)
 
 
-def read_model_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a model by name, from one file or from shards with an index.
-
-    Args:
-        folder: the model's folder.
-
-    Raises:
-        FileNotFoundError: the folder has neither the single file nor the index, or lacks a shard.
-        ValueError: a file cannot be read or is outside the folder, or the index does not match the
-            files.
-    """
-    if (folder / SINGLE_FILE).is_file():
-        return read_headers(inside(folder, SINGLE_FILE))
-    if not (folder / INDEX_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    index = inside(folder, INDEX_FILE)
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names")
-    present = {
-        shard: read_headers(_shard_file(index, folder, shard))
-        for shard in sorted(set(weight_map.values()))
-    }
-    for name, shard in weight_map.items():
-        if name not in present[shard]:
-            raise ValueError(f"{index}: {name} is said to be in {shard}, which does not hold it")
-    return {name: present[shard][name] for name, shard in weight_map.items()}
+def bytes_of(stored: StoredTensor, start: int, stop: int) -> StoredTensor:
+    """Return the bytes ``[start, stop)`` of a stored tensor, as a stored uint8 tensor."""
+    count = stop - start
+    return dataclasses.replace(
+        stored, dtype="U8", shape=(count,), start=stored.start + start, nbytes=count
+    )
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -142,19 +114,6 @@ def inside(folder: Path, name: str) -> Path:
         allowed.append(home.parent.parent / "blobs")
     if not any(place.is_relative_to(root) for root in allowed):
         raise ValueError(f"{file} is a link that leaves the folder")
-    return file
-
-
-def _shard_file(index: Path, folder: Path, shard: str) -> Path:
-    if Path(shard).name != shard or shard in ("", ".", "..") or "\0" in shard:
-        raise ValueError(f"{index}: a shard must be a file name in the folder, got {shard!r}")
-    try:
-        file = inside(folder, shard)
-        exists = file.is_file()
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{index}: {shard[:80]!r} cannot be a file name: {error}") from error
-    if not exists:
-        raise FileNotFoundError(f"{index} names {shard}, which is not there")
     return file
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from int4_lora.integration.checkpoint.quantization_config import read_quantization
 from int4_lora.integration.checkpoint.target_matching import compile_targets, group_of
 
 if TYPE_CHECKING:
@@ -26,13 +27,10 @@ __all__ = [
     "Scheme",
     "check_strategy",
     "read_actorder",
-    "read_quantization",
     "read_schemes",
 ]
 
 PACKED_FORMAT = "pack-quantized"
-METHOD = "compressed-tensors"
-CONFIG_KEYS = ("quantization_config", "compression_config")  # the second up to version 0.9
 FORMATS = (
     "dense",
     "float-quantized",
@@ -48,10 +46,6 @@ FORMATS = (
     "sparse-24-bitmask",
     "sparse-bitmask",
 )
-CONVERTERS = {
-    "awq": "convert it with AutoAWQConverter of compressed_tensors.entrypoints.convert",
-    "gptq": "quantise the dense model again with llm-compressor's GPTQModifier",
-}
 TYPES = ("int", "float")
 GROUPED = ("group", "tensor_group")
 STRATEGIES = ("tensor", "channel", *GROUPED, "block", "token", "attn_head")
@@ -156,34 +150,6 @@ def read_schemes(
             raise ValueError(f"{where}: {error}") from error
     matches = compile_targets(file, targets)
     return {module: schemes[group_of(file, module, matches)] for module in modules}
-
-
-def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of config.json that describes the quantisation.
-
-    Args:
-        file: config.json, for the messages.
-        config: the content of config.json.
-
-    Raises:
-        ValueError: config.json does not describe a quantisation, or describes another method than
-            compressed-tensors.
-    """
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for key in CONFIG_KEYS:
-            if key not in part:
-                continue
-            quantization = part[key]
-            if not isinstance(quantization, dict):
-                raise ValueError(f"{file}: {key} must be an object, got {quantization!r}")
-            method = quantization.get("quant_method", METHOD if key == CONFIG_KEYS[1] else None)
-            if method != METHOD:
-                hint = CONVERTERS.get(method) if isinstance(method, str) else None
-                shown = f"{method!r}" + (f": {hint}" if hint else "")
-                raise ValueError(f"{file}: quant_method must be {METHOD!r}, got {shown}")
-            return quantization
-    raise ValueError(f"{file}: quantization_config is missing: not a quantised checkpoint")
 
 
 def read_actorder(value: object) -> str | None:

@@ -1,7 +1,8 @@
 """Match modules to config groups, in the order in which compressed-tensors tries targets.
 
 compressed-tensors' ``match_targets`` needs the model for the classes of modules; a checkpoint has
-only their names.
+only their names. compressed-tensors writes targets for the names in memory, which may differ from
+those in the files.
 
 Source: ``match_targets`` in ``compressed_tensors/utils/match.py``.
 """
@@ -11,20 +12,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["compile_targets", "group_of"]
+from int4_lora.integration.checkpoint.spellings import spellings
+
+__all__ = ["Targets", "compile_targets", "group_of"]
 
 CLASS_TARGETS = ("Linear", "Embedding")
 EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|\w*embed\w*)")  # the usual names of such modules
 
 
-def compile_targets(
-    file: Path, targets: Mapping[str, list[str]]
-) -> list[tuple[str, re.Pattern[str]]]:
-    """Return (group, pattern of a module's name) in the order in which to try them.
+class Targets(NamedTuple):
+    """The targets of all groups as (group, pattern of a module's name), in the order to try them.
 
-    As in compressed-tensors, exact names come first, then regular expressions in alphabetical
-    order, then classes.
+    Args:
+        names: exact names, then regular expressions in alphabetical order.
+        classes: classes of modules, which are guessed from the names.
+    """
+
+    names: list[tuple[str, re.Pattern[str]]]
+    classes: list[tuple[str, re.Pattern[str]]]
+
+
+def compile_targets(file: Path, targets: Mapping[str, list[str]]) -> Targets:
+    """Return the targets of all groups in the order in which compressed-tensors tries them.
 
     Args:
         file: config.json, for the messages.
@@ -53,17 +64,41 @@ def compile_targets(
                 by_kind["class"].append((target, name, pattern))  # Embedding before Linear
             else:
                 by_kind[""].append((target, name, re.compile(re.escape(target) + r"\Z")))
-    ordered = [sorted(by_kind[kind], key=lambda entry: entry[0]) for kind in ("", "re:", "class")]
-    return [(name, pattern) for kind in ordered for _, name, pattern in kind]
+    ordered = {
+        kind: [(name, pattern) for _, name, pattern in sorted(entries, key=lambda entry: entry[0])]
+        for kind, entries in by_kind.items()
+    }
+    return Targets([*ordered[""], *ordered["re:"]], ordered["class"])
 
 
-def group_of(file: Path, module: str, matches: Iterable[tuple[str, re.Pattern[str]]]) -> str:
+def group_of(file: Path, module: str, targets: Targets) -> str:
     """Return the config group that targets a module.
 
+    A module whose own name no target names is tried under its other spellings, before classes.
+
+    Args:
+        file: config.json, for the messages.
+        module: the module's name in the files.
+        targets: the targets of all groups.
+
     Raises:
-        ValueError: no group targets it.
+        ValueError: no group targets the module, or its other spellings lead to different groups.
     """
-    for name, pattern in matches:
-        if pattern.match(module):
-            return name
-    raise ValueError(f"{file}: {module} is quantised, but no config group targets it")
+    own = _first(module, targets.names)
+    if own is not None:
+        return own
+    others = spellings(module)[1:] if targets.names else ()
+    named = {name: _first(name, targets.names) for name in others}
+    groups = {group: name for name, group in reversed(named.items()) if group is not None}
+    if len(groups) > 1:
+        shown = " and ".join(f"{name} in {group}" for group, name in groups.items())
+        raise ValueError(f"{file}: {module}: its other spellings are in different groups: {shown}")
+    group = next(iter(groups), None) or _first(module, targets.classes)
+    if group is None:
+        raise ValueError(f"{file}: {module} is quantised, but no config group targets it")
+    return group
+
+
+def _first(name: str, targets: Iterable[tuple[str, re.Pattern[str]]]) -> str | None:
+    """Return the group of the first target that matches a name."""
+    return next((group for group, pattern in targets if pattern.match(name)), None)

@@ -44,10 +44,13 @@ class Finding:
 
 
 def verify(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Yield a finding for each quantised module, in the checkpoint's order.
+    """Return a finding for each quantised module, one by one, in the checkpoint's order.
 
     Args:
         checkpoint: an open checkpoint.
+
+    Raises:
+        ValueError: tensors are unlisted, so that modules might be missing.
 
     Example:
         >>> findings = verify(checkpoint)  # doctest: +SKIP
@@ -57,8 +60,8 @@ def verify(checkpoint: Checkpoint) -> Iterator[Finding]:
     Source:
         ``compressed_tensors/compressors/pack_quantized/base.py``.
     """
-    for name in checkpoint.modules():
-        yield _verify(checkpoint, name)
+    checkpoint.check_listed()
+    return (_verify(checkpoint, name) for name in checkpoint.modules())
 
 
 def _verify(checkpoint: Checkpoint, name: str) -> Finding:

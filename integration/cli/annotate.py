@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from int4_lora.integration.cli.console import refusing_bad_input
+from int4_lora.integration.cli.options import Unlisted, choice_of
 
 if TYPE_CHECKING:
     from int4_lora.integration.annotation.write import Annotation
@@ -25,6 +26,7 @@ def annotate(
         Path,
         typer.Argument(metavar="CHECKPOINT", help="The folder of a compressed-tensors checkpoint."),
     ],
+    unlisted: Unlisted = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")
     ] = False,
@@ -41,7 +43,8 @@ def annotate(
     with refusing_bad_input():
         from int4_lora.integration.annotation import write
 
-        annotation = write.preview_annotation(path) if dry_run else write.annotate(path)
+        act = write.preview_annotation if dry_run else write.annotate
+        annotation = act(path, unlisted=choice_of(unlisted))
     if as_json:
         plain = {**dataclasses.asdict(annotation), "path": str(path), "dry_run": dry_run}
         typer.echo(json.dumps(plain, indent=2))

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,6 +142,10 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     console.print(f"{len(outcome.carried)} other files: {', '.join(outcome.carried) or 'none'}")
     for note in outcome.notes:
         console.print(note, markup=False)
+    if outcome.left:
+        console.print(f"weights left behind: {', '.join(outcome.left)}", markup=False)
+    for reason, count in Counter(outcome.dropped.values()).items():
+        console.print(f"tensors without a place in the result: {count}: each {reason}")
     if dry_run:
         console.print(f"{outcome.target}: {total:,} bytes would be written; nothing was")
     elif outcome.finished:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from int4_lora.integration.checkpoint.inspect import Inspection, ModuleReport
+    from int4_lora.integration.checkpoint.inspect import Inspection, ModuleReport, UnlistedReport
 
 __all__ = ["inspect"]
 
 MEBIBYTE = 2**20
+MOST_NAMES = 8  # of unlisted tensors, without --all
 
 
 def inspect(
@@ -45,8 +46,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and whether adapters fit it.
 
-    Reads headers and scales only. Exit code 1 if a scale is NaN or infinite, or an adapter does
-    not fit.
+    Reads headers and scales only. Tensors that are in the files, but not in the index, are listed.
+    Exit code 1 if a scale is NaN or infinite, or an adapter does not fit.
 
     Example: int4-lora inspect ./llama-w4a16 --adapter ./sql-lora
     """
@@ -84,6 +85,8 @@ def _print(console: Console, report: Inspection, every_module: bool) -> None:
     )
     targets = ", ".join(report.lora_targets) or "nothing"
     console.print(f"LoRA can target: {targets}", markup=False)
+    for unlisted in report.unlisted:
+        _print_unlisted(console, unlisted, every_module)
     for adapter in report.adapters:
         targets = ", ".join(f"{name} x{count}" for name, count in adapter.targets.items())
         ranks = ", ".join(str(rank) for rank in adapter.ranks)
@@ -97,6 +100,21 @@ def _print(console: Console, report: Inspection, every_module: bool) -> None:
         verdict = "fits" if adapter.fault is None else f"does not fit: {adapter.fault}"
         style = "green" if adapter.fault is None else "red"
         console.print(f"  {verdict}", markup=False, style=style)
+
+
+def _print_unlisted(console: Console, file: UnlistedReport, every_tensor: bool) -> None:
+    """Print the tensors of a file that are not listed as the model's."""
+    if file.fault is not None:
+        console.print(f"not listed, and not readable: {file.fault}", markup=False, style="red")
+    for names, what in (
+        (file.tensors, f"in {file.file}, but not listed as the model's"),
+        (file.copies, f"in {file.file}, but listed in another file"),
+    ):
+        shown = names if every_tensor else names[:MOST_NAMES]
+        more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+        if names:
+            text = f"{len(names)} tensors {what}: {', '.join(shown)}{more}"
+            console.print(text, markup=False, style="red")
 
 
 def _table(report: Inspection, every_module: bool) -> Table:

@@ -28,8 +28,10 @@ from int4_lora.integration.cli.options import (
     CheckpointPath,
     Dtype,
     RenameOption,
+    Unlisted,
     as_rename,
     as_torch,
+    choice_of,
 )
 from int4_lora.integration.conversion.merge_report import MOST_ERROR
 
@@ -68,6 +70,7 @@ def merge(
     max_error: Annotated[
         float, typer.Option(help="The largest relative error that an INT4 module may have.")
     ] = MOST_ERROR,
+    unlisted: Unlisted = None,
     jobs: Jobs = None,
     share: Share = None,
     max_shard_size: MaxShardSize = 5.0,
@@ -92,7 +95,7 @@ def merge(
         from int4_lora.integration.conversion.merge import plan_merge
 
         plan = plan_merge(
-            open_checkpoint(source),
+            open_checkpoint(source, unlisted=choice_of(unlisted)),
             [(read_adapter(path), weight) for path, weight in adapters],
             to=to.value,
             dtype=as_torch(dtype),

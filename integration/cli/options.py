@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,9 +26,11 @@ __all__ = [
     "Quick",
     "RenameOption",
     "Seed",
+    "Unlisted",
     "as_rename",
     "as_torch",
     "check_device",
+    "choice_of",
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -56,6 +58,20 @@ RenameOption = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="The seed of the random inputs.")]
+
+
+class _Choice(str, Enum):
+    TAKE = "take"
+    LEAVE = "leave"
+
+
+Unlisted = Annotated[
+    _Choice | None,
+    typer.Option(
+        help="What to do with tensors that are in CHECKPOINT's files, but not in its index: take "
+        "them as part of the model, or leave them; by default such a checkpoint is refused."
+    ),
+]
 
 
 class Dtype(str, Enum):
@@ -90,6 +106,11 @@ def as_rename(options: list[str] | None) -> list[tuple[str, str]]:
             raise ValueError(f"--rename must be OLD=NEW, two different prefixes, got {option!r}")
         pairs.append((old, new))
     return pairs
+
+
+def choice_of(unlisted: _Choice | None) -> Literal["take", "leave"] | None:
+    """Return the value of ``--unlisted`` as ``open_checkpoint`` takes it."""
+    return None if unlisted is None else unlisted.value
 
 
 def check_device(device: str) -> None:

@@ -20,7 +20,14 @@ from int4_lora.integration.cli.conversion import (
     as_settings,
     run,
 )
-from int4_lora.integration.cli.options import AsJson, CheckpointPath, Dtype, as_torch
+from int4_lora.integration.cli.options import (
+    AsJson,
+    CheckpointPath,
+    Dtype,
+    Unlisted,
+    as_torch,
+    choice_of,
+)
 
 __all__ = ["unpack"]
 
@@ -32,6 +39,7 @@ def unpack(
         Dtype | None,
         typer.Option(help="The dtype of the dense weights; by default that of the scales."),
     ] = None,
+    unlisted: Unlisted = None,
     jobs: Jobs = None,
     share: Share = None,
     max_shard_size: MaxShardSize = 5.0,
@@ -52,5 +60,5 @@ def unpack(
         from int4_lora.integration.checkpoint.open import open_checkpoint
         from int4_lora.integration.conversion.unpack import plan_unpack
 
-        plan = plan_unpack(open_checkpoint(source), as_torch(dtype))
+        plan = plan_unpack(open_checkpoint(source, unlisted=choice_of(unlisted)), as_torch(dtype))
     run(plan, target, settings, as_json=as_json)

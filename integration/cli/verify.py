@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
-from int4_lora.integration.cli.options import AsJson, CheckpointPath
+from int4_lora.integration.cli.options import AsJson, CheckpointPath, Unlisted, choice_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["verify"]
 
 
-def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
+def verify(path: CheckpointPath, unlisted: Unlisted = None, as_json: AsJson = False) -> None:
     """Compare every weight with compressed-tensors, bit for bit.
 
     Where the installed compressed-tensors is wrong, the module is listed with the known mistake.
@@ -41,7 +41,8 @@ def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
         from int4_lora.integration.checkpoint.compressed_tensors import upstream_version
         from int4_lora.integration.checkpoint.open import open_checkpoint
 
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, unlisted=choice_of(unlisted))
+        checkpoint.check_listed()
         upstream = upstream_version()
     console = Console(stderr=True)
     findings: list[Finding] = []

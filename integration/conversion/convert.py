@@ -9,14 +9,15 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from int4_lora.atomic_files import write_synced
-from int4_lora.integration.conversion.other_files import copy_files, other_files
+from int4_lora.integration.conversion.accounting import check_written
+from int4_lora.integration.conversion.other_files import copy_files, other_files, weight_files
 from int4_lora.integration.conversion.result_files import (
     ResultFile,
     index_of,
@@ -47,6 +48,8 @@ class Conversion:
             exception to refuse the result.
         report: the name of the file for the result's report, or None.
         notes: what was done to make its inputs fit each other, one sentence each.
+        dropped: the source's tensors that the result has no place for, and why.
+        reads: the names of the source's files of weights that the tasks read.
     """
 
     source: Path
@@ -56,6 +59,8 @@ class Conversion:
     accept: Accept = field(default=lambda reports: None)
     report: str | None = None
     notes: tuple[str, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    reads: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Outcome:
         finished: whether the result is at its target.
         report: the conversion's report, or None.
         notes: the conversion's notes.
+        dropped: the source's tensors that the result has no place for, and why.
+        left: the files of weights in the source that are neither converted nor copied.
     """
 
     target: Path
@@ -106,6 +113,8 @@ class Outcome:
     finished: bool
     report: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    left: Sequence[str] = ()
 
 
 def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome:
@@ -121,8 +130,8 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
 
     Raises:
         OSError: the target exists or cannot be written, or the disk is too small or full.
-        TypeError, ValueError: the source cannot be used, or the result is refused; the target is
-            not written.
+        TypeError, ValueError: the source cannot be used, or the result is refused or not as
+            planned; the target is not written.
     """
     files = lay_out(conversion.tasks, settings.most_bytes)
     carried = other_files(conversion.source, conversion.others)
@@ -132,7 +141,15 @@ def convert(conversion: Conversion, target: Path, settings: Settings) -> Outcome
 
     sizes = {file.name: file.size for file in files}
     outcome = Outcome(
-        target, sizes, carried, written=[], missing=[], finished=True, notes=conversion.notes
+        target,
+        sizes,
+        carried,
+        written=[],
+        missing=[],
+        finished=True,
+        notes=conversion.notes,
+        dropped=conversion.dropped,
+        left=_left(conversion, carried),
     )
     share = _share_of(files, settings.share)
     if folder.is_in_place() and not settings.dry_run:
@@ -178,6 +195,12 @@ def _identity(file: Path) -> list[int]:
     """Return the size and modification time of a file, which show a later write."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns]
+
+
+def _left(conversion: Conversion, carried: Sequence[str]) -> list[str]:
+    """Return the files of weights that are neither read nor copied; indexes are no such files."""
+    read = {*conversion.reads, *carried}
+    return [name for name in weight_files(conversion.source, conversion.others) if name not in read]
 
 
 def _share_of(files: Sequence[ResultFile], share: tuple[int, int] | None) -> list[ResultFile]:
@@ -256,6 +279,11 @@ def _write_other_files(
         write_synced(place / CONFIG, _json(conversion.config))
     else:
         copy_files(conversion.source, [CONFIG], place)
+    try:
+        check_written(place, files, carried)
+    except (OSError, ValueError) as error:
+        hint = f"remove {place.parent} and run the command again"
+        raise ValueError(f"{error}: nothing was put in place; {hint}") from error
 
 
 def _json(value: object) -> bytes:

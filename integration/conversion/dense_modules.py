@@ -29,6 +29,7 @@ from int4_lora.integration.conversion.tasks import (
     dtype_name,
     source_of,
     sources_of_module,
+    tensors_of_module,
 )
 
 __all__ = ["DecompressedModule", "DenseModule", "MergedTensor"]
@@ -57,6 +58,11 @@ class DenseModule(Task):
         self.dtype = dtype or DTYPES[checkpoint.tensors[f"{name}.weight_scale"].dtype]
         shape = checkpoint.shape_of(name)
         self.outputs = (OutputTensor(f"{name}.weight", dtype_name(self.dtype), shape),)
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """The module's tensors."""
+        return tensors_of_module(self.checkpoint, self.name)
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -100,6 +106,11 @@ class MergedTensor(Task):
         self.outputs = (OutputTensor(name, dtype_name(self.dtype), (rows, columns)),)
 
     @property
+    def consumed(self) -> tuple[str, ...]:
+        """The weight itself."""
+        return (self.name,)
+
+    @property
     def sources(self) -> dict[str, Any]:
         """The stored weight, the dtype of the result, and the adapters."""
         deltas = [delta.source for delta in self.deltas]
@@ -133,10 +144,15 @@ class DecompressedModule(Task):
         self.outputs = (OutputTensor(f"{name}.weight", dtype_name(dtype), shape),)
 
     @property
+    def consumed(self) -> tuple[str, ...]:
+        """The module's tensors."""
+        parts = module_tensors(self.checkpoint, self.name)
+        return tuple(f"{self.name}.{part}" for part in parts)
+
+    @property
     def sources(self) -> dict[str, Any]:
         """The module's tensors, and the dtype of the result."""
-        parts = module_tensors(self.checkpoint, self.name)
-        stored = [source_of(self.checkpoint.tensors[f"{self.name}.{part}"]) for part in parts]
+        stored = [source_of(self.checkpoint.tensors[full]) for full in self.consumed]
         return {"decompressed": stored, "as": self.outputs[0].dtype}
 
     def run(self, write: Write) -> None:

@@ -18,7 +18,8 @@ import torch
 from int4_lora.integration.adapter.adapter import Adapter
 from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.read import read_adapter
-from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.open import Checkpoint, Unlisted, open_checkpoint
+from int4_lora.integration.conversion.accounting import check_accounted
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import deltas_of
 from int4_lora.integration.conversion.merge_report import MOST_ERROR, REPORT, accepted_report
@@ -41,6 +42,7 @@ def merge_checkpoint(
     search: bool = True,
     max_error: float = MOST_ERROR,
     rename: Sequence[tuple[str, str]] = (),
+    unlisted: Unlisted | None = None,
     settings: Settings | None = None,
 ) -> Outcome:
     """Write a checkpoint whose weights are W + sum of weight * scaling * B A.
@@ -55,6 +57,7 @@ def merge_checkpoint(
         search: whether to search for scales, or to use min-max scales.
         max_error: the largest relative error of a requantised module that is accepted.
         rename: how modules of the adapters are renamed, as in ``fit_adapter``.
+        unlisted: what to do with unlisted tensors of the source, as in ``open_checkpoint``.
         settings: how to run the conversion.
 
     Returns:
@@ -66,14 +69,14 @@ def merge_checkpoint(
         OSError: a source does not exist, or the target cannot be written.
         TypeError: a tensor has the wrong dtype.
         ValueError: an adapter does not fit the base, a merged weight is not finite in its dtype,
-            or options contradict each other.
+            tensors are unlisted, or options contradict each other.
 
     Example:
         >>> merge_checkpoint("llama-w4a16", "merged", [("adapter", 1.0)])  # doctest: +SKIP
     """
     opened = [(read_adapter(path), weight) for path, weight in adapters]
     plan = plan_merge(
-        open_checkpoint(source),
+        open_checkpoint(source, unlisted=unlisted),
         opened,
         to=to,
         dtype=dtype,
@@ -102,6 +105,7 @@ def plan_merge(
     for adapter, weight in adapters:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{adapter.path}: its weight must be a finite number, got {weight!r}")
+    checkpoint.check_listed()  # before an adapter looks for the unlisted tensors
     check_used(rename, [adapter for adapter, _ in adapters])
     fitted = [(fit_adapter(adapter, checkpoint, rename), weight) for adapter, weight in adapters]
     if to == "dense":
@@ -134,6 +138,7 @@ def _plan_int4(
         lambda name: RequantizedModule(checkpoint, name, deltas[name], search=search),
         lambda name, stored: plain_task(name, stored, None, deltas),
     )
+    check_accounted(checkpoint.path, checkpoint.tensors, tasks, {})
     settings = {
         "adapters": [{"name": adapter.path.name, "weight": weight} for adapter, weight in adapters],
         "scales": "search" if search else "minmax",
@@ -145,4 +150,5 @@ def _plan_int4(
         config=None,
         accept=functools.partial(accepted_report, settings=settings, max_error=max_error),
         report=REPORT,
+        reads={stored.file.name for stored in checkpoint.tensors.values()},
     )

@@ -43,6 +43,11 @@ class RequantizedModule(Task):
         )
 
     @property
+    def consumed(self) -> tuple[str, ...]:
+        """The tensors of the same names in the source."""
+        return tuple(output.name for output in self.outputs)
+
+    @property
     def sources(self) -> dict[str, Any]:
         """The module's tensors, the choice of scales, and the adapters."""
         return {
@@ -92,4 +97,5 @@ class RequantizedModule(Task):
             rows = values[part]
             assert rows is not None, "the block has the tensors of the whole"
             first = start // shared[part]
-            write(output.name, first * (output.nbytes // output.shape[0]), rows.contiguous())
+            count = output.shape[0] if output.shape else 1  # one scale may have the shape []
+            write(output.name, first * (output.nbytes // count), rows.contiguous())

@@ -141,9 +141,10 @@ def write_file(
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
-        TypeError, ValueError: a task cannot use its source.
+        TypeError, ValueError: a task cannot use its source, or did not write each byte once.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    written, lock = dict.fromkeys(file.places, 0), threading.Lock()
     try:
         os.ftruncate(descriptor, file.size)
         _write_all(descriptor, memoryview(file.header), 0)
@@ -151,6 +152,8 @@ def write_file(
         def write(name: str, start: int, piece: Tensor) -> None:
             data = piece.detach().reshape(-1).view(torch.uint8).numpy().data
             _write_all(descriptor, data, file.places[name] + start)
+            with lock:
+                written[name] += len(data)
             advance(len(data))
 
         with _flushing(descriptor):
@@ -158,6 +161,12 @@ def write_file(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    for output in (output for task in file.tasks for output in task.outputs):
+        if written[output.name] != output.nbytes:
+            raise ValueError(
+                f"{path}: {written[output.name]} of {output.nbytes} bytes of {output.name} were "
+                "written"
+            )
     return [report for report in reports if report is not None]
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from torch import Tensor
-
-from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.assembly import assemble
+from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import read_rows, read_tensor
 from int4_lora.reference import PackedWeight
 
@@ -79,29 +78,19 @@ def _block(checkpoint: Checkpoint, name: str, start: int, stop: int, columns: in
     """Return the rows ``[start, stop)`` of a packed weight."""
     scheme = checkpoint.schemes[name]
     shared = rows_of(checkpoint, name)
-
-    def part(kind: str) -> Tensor | None:
+    tensors = {}
+    for kind in PARTS:
         full = f"{name}.{kind}"
-        if full not in checkpoint.tensors:
-            return None
+        if kind == "weight_shape" or full not in checkpoint.tensors:
+            continue
         stored = checkpoint.tensors[full]
         if kind not in shared or len(stored.shape) < 2:  # g_idx, or one scale for the whole weight
-            return read_tensor(stored, full)
-        return read_rows(stored, full, start // shared[kind], -(-stop // shared[kind]))
-
-    packed, scale = part("weight_packed"), part("weight_scale")
-    assert packed is not None, "the headers were checked"
-    assert scale is not None, "the headers were checked"
+            tensors[kind] = read_tensor(stored, full)
+        else:
+            first, last = start // shared[kind], -(-stop // shared[kind])
+            tensors[kind] = read_rows(stored, full, first, last)
     try:
-        return PackedWeight(
-            packed=packed,
-            scale=scale,
-            shape=(stop - start, columns),
-            zero_point=part("weight_zero_point"),
-            g_idx=part("weight_g_idx"),
-            group_size=scheme.group_size,
-            bits=scheme.bits,
-        )
+        return assemble(scheme, tensors, (stop - start, columns))
     except (TypeError, ValueError) as error:
         file = checkpoint.tensors[f"{name}.weight_packed"].file
         raise type(error)(f"{file}: {name}: {error}") from error

@@ -5,7 +5,6 @@ Source: the dtypes of https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
-from int4_lora.integration.checkpoint.safetensors_files import DTYPES, read_tensor
+from int4_lora.integration.checkpoint.safetensors_files import DTYPES, bytes_of, read_tensor
 from int4_lora.integration.checkpoint.safetensors_header import BITS, StoredTensor
 from int4_lora.reference.rounding import round_once
 
@@ -29,6 +28,7 @@ __all__ = [
     "dtype_name",
     "source_of",
     "sources_of_module",
+    "tensors_of_module",
 ]
 
 Write = Callable[[str, int, Tensor], None]  # (tensor's name, offset in bytes, piece)
@@ -63,6 +63,11 @@ class Task(ABC):
     def nbytes(self) -> int:
         """The size of the task's tensors in bytes."""
         return sum(output.nbytes for output in self.outputs)
+
+    @property
+    @abstractmethod
+    def consumed(self) -> tuple[str, ...]:
+        """The names of the source's tensors that the task's tensors replace."""
 
     @property
     @abstractmethod
@@ -104,6 +109,11 @@ class Copy(Task):
         self.outputs = (OutputTensor(name, result_dtype, tuple(stored.shape)),)
 
     @property
+    def consumed(self) -> tuple[str, ...]:
+        """The tensor itself."""
+        return (self.name,)
+
+    @property
     def sources(self) -> dict[str, Any]:
         """The stored tensor, and the dtype of the result."""
         return {"copy": source_of(self.stored), "as": self.outputs[0].dtype}
@@ -114,7 +124,7 @@ class Copy(Task):
         step = max(1, self.PIECE // itemsize) * itemsize
         for start in range(0, self.stored.nbytes, step):
             stop = min(start + step, self.stored.nbytes)
-            piece = read_tensor(_bytes_of(self.stored, start, stop), self.name)
+            piece = read_tensor(bytes_of(self.stored, start, stop), self.name)
             if self.dtype is None:
                 write(self.name, start, piece)
                 continue
@@ -123,24 +133,21 @@ class Copy(Task):
             write(self.name, start // itemsize * self.dtype.itemsize, narrow)
 
 
-def _bytes_of(stored: StoredTensor, start: int, stop: int) -> StoredTensor:
-    """Return the bytes ``[start, stop)`` of a stored tensor, as a stored uint8 tensor."""
-    count = stop - start
-    return dataclasses.replace(
-        stored, dtype="U8", shape=(count,), start=stored.start + start, nbytes=count
-    )
-
-
 def source_of(stored: StoredTensor) -> list[Any]:
     """Return an identity of a stored tensor that changes when its file is written again."""
     _, _, size, changed = stored.identity
     return [stored.file.name, size, changed, stored.start, stored.nbytes]
 
 
+def tensors_of_module(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
+    """Return the full names of the tensors of a packed module."""
+    full = (f"{name}.{part}" for part in PARTS)
+    return tuple(one for one in full if one in checkpoint.tensors)
+
+
 def sources_of_module(checkpoint: Checkpoint, name: str) -> list[list[Any]]:
     """Return ``source_of`` for every tensor of a packed module."""
-    stored = (checkpoint.tensors.get(f"{name}.{part}") for part in PARTS)
-    return [source_of(tensor) for tensor in stored if tensor is not None]
+    return [source_of(checkpoint.tensors[full]) for full in tensors_of_module(checkpoint, name)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

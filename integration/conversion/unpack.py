@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
-from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.compressed_tensors import module_tensors
+from int4_lora.integration.checkpoint.open import PARTS, Checkpoint, Unlisted, open_checkpoint
+from int4_lora.integration.checkpoint.quantization_config import (
+    ANNOTATIONS,
+    CONFIG_KEYS,
+    parts_of,
+)
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
-from int4_lora.integration.checkpoint.scheme import CONFIG_KEYS
+from int4_lora.integration.conversion.accounting import check_accounted
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.deltas import Delta
 from int4_lora.integration.conversion.dense_modules import (
@@ -42,14 +48,7 @@ DENSE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-MODULE_PARTS = (  # tensors that quantise a module's weight, or its inputs and outputs
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_g_idx",
-    "weight_shape",
-    "weight_global_scale",
+ACTIVATION_PARTS = (  # tensors that quantise a module's inputs and outputs
     "input_scale",
     "input_zero_point",
     "input_global_scale",
@@ -71,7 +70,6 @@ UNREAD = (  # endings of codes and of their scales in layouts that are not read
     (".qweight", ".scales"),  # GPTQ and AWQ
 )
 CONFIG_DTYPES = ("dtype", "torch_dtype")
-ANNOTATIONS = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
 
 
 def unpack_checkpoint(
@@ -79,6 +77,7 @@ def unpack_checkpoint(
     target: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    unlisted: Unlisted | None = None,
     settings: Settings | None = None,
 ) -> Outcome:
     """Write the dense checkpoint that a quantised checkpoint encodes, bit for bit.
@@ -88,6 +87,7 @@ def unpack_checkpoint(
         target: the folder to write.
         dtype: float16, bfloat16 or float32, for every floating tensor; by default each module gets
             the dtype of its scales, and other tensors keep their dtype.
+        unlisted: what to do with unlisted tensors, as in ``open_checkpoint``.
         settings: how to run the conversion.
 
     Returns:
@@ -97,12 +97,12 @@ def unpack_checkpoint(
         ImportError: a module needs compressed-tensors, and it is not installed.
         OSError: the source does not exist, or the target cannot be written.
         TypeError: a tensor has the wrong dtype.
-        ValueError: a module cannot be unpacked; the message names it.
+        ValueError: a module cannot be unpacked, or tensors are unlisted; the message names them.
 
     Example:
         >>> unpack_checkpoint("llama-w4a16", "llama-dense")  # doctest: +SKIP
     """
-    plan = plan_unpack(open_checkpoint(source), dtype)
+    plan = plan_unpack(open_checkpoint(source, unlisted=unlisted), dtype)
     return convert(plan, Path(target), settings or Settings())
 
 
@@ -131,19 +131,39 @@ def plan_dense(
     """
     if dtype is not None and dtype not in DENSE_DTYPES.values():
         raise ValueError(f"dtype must be float16, bfloat16, float32 or None, got {dtype!r}")
+    checkpoint.check_listed()
     _check_all_is_read(checkpoint)
-    has_cache = checkpoint.quantization.get("kv_cache_scheme") is not None
+    dropped = _dropped(checkpoint)
     tasks = tasks_in_order(
+        {name: stored for name, stored in checkpoint.tensors.items() if name not in dropped},
         {
-            name: stored
-            for name, stored in checkpoint.tensors.items()
-            if not (has_cache and name.endswith(CACHE_PARTS))
+            f"{name}.{part}": name
+            for name in checkpoint.modules()
+            for part in (PARTS if checkpoint.is_packed(name) else module_tensors(checkpoint, name))
         },
-        {f"{name}.{part}": name for name in checkpoint.modules() for part in MODULE_PARTS},
         lambda name: _dense_module(checkpoint, name, dtype, deltas.get(name, ())),
         lambda name, stored: plain_task(name, stored, dtype, deltas),
     )
-    return Conversion(checkpoint.path, others, tasks, _dense_config(checkpoint.config, dtype))
+    check_accounted(checkpoint.path, checkpoint.tensors, tasks, dropped)
+    config = _dense_config(checkpoint.config, dtype)
+    reads = {stored.file.name for stored in checkpoint.tensors.values()}
+    return Conversion(checkpoint.path, others, tasks, config, dropped=dropped, reads=reads)
+
+
+def _dropped(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the tensors that a dense checkpoint has no place for, and why."""
+    has_cache = checkpoint.quantization.get("kv_cache_scheme") is not None
+    activations = {
+        f"{name}.{part}": "quantises the activations of a module"
+        for name in checkpoint.modules()
+        for part in ACTIVATION_PARTS
+    }
+    cache = {
+        name: "quantises the KV cache"
+        for name in checkpoint.tensors
+        if has_cache and name.endswith(CACHE_PARTS)
+    }
+    return {name: why for name, why in (activations | cache).items() if name in checkpoint.tensors}
 
 
 def tasks_in_order(
@@ -217,13 +237,17 @@ def _dense_module(
     if form not in CODES:
         kind = f"{form} of {scheme.kind}, {scheme.bits} bits,"
         raise ValueError(f"{checkpoint.path}: {name}: {kind} cannot be unpacked")
+    where = f"{checkpoint.path}: {name}"
     part, codes = CODES[form]
+    both = {"weight", "weight_packed"} & set(checkpoint.parts[name])
+    if len(both) > 1:
+        raise ValueError(f"{where}: weight is stored beside weight_packed: one of them is unused")
     stored = checkpoint.tensors.get(f"{name}.{part}")
     if stored is None or len(stored.shape) != 2:
-        raise ValueError(f"{checkpoint.path}: {name}: {part} of a {form} module must be a matrix")
+        raise ValueError(f"{where}: {part} of a {form} module must be a matrix")
     scale = checkpoint.tensors.get(f"{name}.weight_scale")
     if scale is None:
-        raise ValueError(f"{checkpoint.path}: {name}: weight_scale of a {form} module is missing")
+        raise ValueError(f"{where}: weight_scale of a {form} module is missing")
     if dtype is None:
         dtype = DTYPES.get(scale.dtype, torch.bfloat16)
         if dtype not in DENSE_DTYPES.values():  # scales may have dtypes that dense weights do not
@@ -235,9 +259,12 @@ def _dense_module(
 def _dense_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     """Return config.json without the fields about quantisation, and with the new dtype."""
     dense = copy.deepcopy(dict(config))
-    parts = [dense, *(part for part in dense.values() if isinstance(part, dict))]  # text, vision
-    for part in parts:
-        for key in (*CONFIG_KEYS, *ANNOTATIONS):
+    for path, part in list(parts_of(dense)):
+        for key in CONFIG_KEYS:
+            part.pop(key, None)
+        if path.count(".") > 1:
+            continue
+        for key in ANNOTATIONS:
             part.pop(key, None)
         for key in CONFIG_DTYPES:
             if key in part and dtype is not None:

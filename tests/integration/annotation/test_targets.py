@@ -1,12 +1,15 @@
 """lora_targets: what adapters can stand on, what is suggested, and why a model is not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from int4_lora.integration.annotation.targets import lora_targets
 from int4_lora.integration.checkpoint.open import Checkpoint
-from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
+from int4_lora.integration.checkpoint.safetensors_header import StoredTensor, read_headers
 from int4_lora.integration.checkpoint.scheme import Scheme
 
 STORED = StoredTensor(Path("model.safetensors"), "I32", (1, 1), 0, 4, (0, 0, 0, 0))
@@ -133,10 +136,23 @@ def test_why_a_model_is_not_compatible(quantised, reason):
     assert found.incompatible_because == (reason,)
 
 
-def test_g_idx_without_a_config_that_says_so_is_an_order_too():
-    names = in_layers("q_proj")
-    found = lora_targets(checkpoint(names, more=[f"{names[1]}.weight_g_idx"]))
-    assert found.incompatible_because[0].startswith("model.layers.1.q_proj is ordered")
+@pytest.mark.parametrize("actorder", [None, "group"])
+@pytest.mark.parametrize(
+    ("g_idx", "reason"),
+    [
+        ([0, 1, 1, 0], "is ordered by activation, which vLLM refuses"),
+        ([-1] * 4, "stores a weight_g_idx of -1, which means column order"),
+    ],
+)
+def test_a_stored_g_idx_is_an_order_unless_it_is_minus_one(tmp_path, g_idx, reason, actorder):
+    """VLLM 0.32 has no parameter for weight_g_idx, whatever its values are."""
+    name = in_layers("q_proj")[1]
+    file = tmp_path / "model.safetensors"
+    save_file({f"{name}.weight_g_idx": torch.tensor(g_idx, dtype=torch.int32)}, file)
+    opened = checkpoint({name: scheme(actorder=actorder)})
+    opened = dataclasses.replace(opened, path=tmp_path, tensors=opened.tensors | read_headers(file))
+    (found,) = lora_targets(opened).incompatible_because
+    assert found.startswith(f"{name} {reason}")
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens", "transformer.wte", "embed_out"])

@@ -8,6 +8,8 @@ import torch
 from int4_lora.integration import open_checkpoint
 from int4_lora.reference import dequantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard, weights
+from support.conversion import run
+from support.handmade import make_adapter, quantization, small
 
 pytestmark = pytest.mark.versions
 
@@ -33,7 +35,6 @@ def test_a_sharded_checkpoint_is_the_same(tiny_models, copied_model):
 
 BAD_TENSORS = [
     (ValueError, "weight_scale of a quantised module is missing", {"weight_scale": None}),
-    (ValueError, "weight_shape of a packed module is missing", {"weight_shape": None}),
     (ValueError, "weight_zero_point of an asymmetric module is missing",
      {"weight_zero_point": None}),
     (ValueError, r"zero_point must be .* dim 0 .* got \[256, 1\]",
@@ -43,13 +44,19 @@ BAD_TENSORS = [
     (TypeError, "scale must be .* got float64", {"weight_scale": lambda t: t.double()}),
     (ValueError, r"group_size must be None for a scale of \[1\], got 32",
      {"weight_scale": lambda t: t[0, :1], "weight_zero_point": lambda t: t[0, :1].to(torch.int8)}),
-    (ValueError, r"weight_shape must be I64 \[2\], got I32 \[2\]",
-     {"weight_shape": lambda t: t.int()}),
-    (ValueError, r"weight_shape must be I64 \[2\], got I64 \[3\]",
+    (ValueError, r"weight_shape must be two integers of shape \[2\], got F32 \[2\]",
+     {"weight_shape": lambda t: t.float()}),
+    (ValueError, r"weight_shape must be two integers of shape \[2\], got BOOL \[2\]",
+     {"weight_shape": lambda t: t.bool()}),
+    (ValueError, r"weight_shape must be two integers of shape \[2\], got I64 \[3\]",
      {"weight_shape": lambda t: torch.tensor([256, 256, 1])}),
     (ValueError, "weight_shape must be two positive lengths", {"weight_shape": lambda t: -t}),
     (ValueError, "packed must be .* 256 x 4611686018427387904",
      {"weight_shape": lambda t: torch.tensor([256, 2**62])}),
+    (ValueError, "weight is stored beside weight_packed, and pack-quantized has none",
+     {"weight": lambda _: torch.zeros(256, 256)}),
+    (ValueError, "weight_global_scale is stored beside weight_packed",
+     {"weight_global_scale": lambda _: torch.ones(1)}),
     (ValueError, "g_idx must be .* got 8",
      {"weight_g_idx": lambda t: torch.full((256,), 8, dtype=torch.int32)}),
 ]  # fmt: skip
@@ -84,3 +91,49 @@ def test_names_that_are_not_there(tiny_models):
         checkpoint.packed_weight("lm_head")
     with pytest.raises(ValueError, match="no tensor named 'nothing'"):
         checkpoint.tensor("nothing")
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "dense", "int-quantized", None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_saved_without_compression_are_called_so(tmp_path, form, dtype):
+    """One reason everywhere, and what to do: llm-compressor saved with save_compressed=False."""
+    made = small()
+    for name in made.quantised:
+        for part in ("weight_packed", "weight_shape"):
+            del made.tensors[f"{name}.{part}"]
+        made.tensors[f"{name}.weight"] = made.dense[f"{name}.weight"].to(dtype)
+    config = {**quantization(), "format": form, "quantization_status": "frozen"}
+    made.save(tmp_path / "x", {"quantization_config": config})
+    make_adapter(tmp_path / "lora", {made.quantised[0]: (64, 64)})
+    stored = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+    for command in (
+        ["inspect", tmp_path / "x"],
+        ["verify", tmp_path / "x"],
+        ["annotate", tmp_path / "x"],
+        ["unpack", tmp_path / "x", tmp_path / "dense"],
+        ["merge", tmp_path / "x", tmp_path / "dense", f"--adapter={tmp_path / 'lora'}"],
+    ):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert f"the weight is stored as {stored} beside weight_scale: 4 of 4" in result.stderr
+        assert "saved without compression (quantization_status 'frozen')" in result.stderr
+        assert "save_pretrained(save_compressed=True)" in result.stderr
+        assert "remove quantization_config from config.json" in result.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lora", "x"]
+
+
+@pytest.mark.parametrize("status", ["frozen", None])
+def test_what_is_packed_is_read_whatever_the_status(tmp_path, status):
+    config = {**quantization(), "quantization_status": status}
+    folder = small().save(tmp_path / "x", {"quantization_config": config})
+    assert run("verify", folder).exit_code == 0
+
+
+def test_one_module_without_compression_is_enough(tmp_path):
+    made = small()
+    first = made.quantised[0]
+    del made.tensors[f"{first}.weight_packed"]
+    made.tensors[f"{first}.weight"] = made.dense[f"{first}.weight"]
+    made.save(tmp_path / "x")
+    with pytest.raises(ValueError, match=f"{first}: the weight is stored as BF16 .* 1 of 4"):
+        open_checkpoint(tmp_path / "x")

@@ -12,6 +12,7 @@ class Made(Task):
     """Tensors of given names and sizes, which are never made."""
 
     sources: ClassVar = {}
+    consumed: ClassVar = ()
 
     def __init__(self, dtype, **sizes):
         self.outputs = tuple(OutputTensor(name, dtype, (size,)) for name, size in sizes.items())

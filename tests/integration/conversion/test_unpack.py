@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(copied_model, tm
         ({"weight_scale": lambda scale: scale[:-1]}, "scale"),
         ({"weight_packed": lambda packed: packed[:, :-1]}, "packed"),
         ({"weight_zero_point": None}, "weight_zero_point"),
-        ({"weight_shape": None}, "weight_shape"),
+        ({"weight_shape": lambda shape: shape + 1}, "packed"),
         ({"weight_scale": lambda scale: scale.to(torch.int32)}, "scale"),
     ],
 )
