@@ -40,10 +40,13 @@ class Replacement:
     Args:
         tensor: the values, of the base tensor's shape; ``[rows, ...]`` if only rows are replaced.
         rows: int64 ``[rows]``, the rows that are replaced; None if all are.
+        tied: whether a tensor that the base ties to this one changes with it. Not so for
+            ``modules_to_save``: PEFT trains a copy of the module.
     """
 
     tensor: Tensor
     rows: Tensor | None = None
+    tied: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,11 @@ Source: ``docs/format.md``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.tied_embeddings import find_vocabulary, is_tied
 
 __all__ = ["BaseWeights"]
 
@@ -33,13 +35,15 @@ class BaseWeights:
 
     def is_tied(self, name: str) -> bool:
         """Return whether ``name`` is a head that the base does not store: it is the embedding."""
-        config = self.checkpoint.config
-        texts = (config, *(part for part in config.values() if isinstance(part, dict)))
         return (
-            name not in self.names
-            and name.rpartition(".")[2] == "lm_head"
-            and any(part.get("tie_word_embeddings") is True for part in texts)
+            name not in self.names and name.rpartition(".")[2] == "lm_head" and self._has_tied_head
         )
+
+    @functools.cached_property
+    def _has_tied_head(self) -> bool:
+        vocabulary = find_vocabulary(self.checkpoint)
+        is_absent = vocabulary is not None and not vocabulary.head_is_stored
+        return vocabulary is not None and is_absent and is_tied(self.checkpoint, vocabulary)
 
     @property
     def model_types(self) -> set[str]:

@@ -26,9 +26,6 @@ REFUSED_WHEN_SET = (
     "lora_bias",
     "fan_in_fan_out",
     "layer_replication",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -80,6 +77,10 @@ def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
                 _check_layers_pattern(file, pattern)
         elif value is not None and not _is_list_of(value, str):
             raise ValueError(f"{file}: {option} must be a string or strings, got {value!r}")
+    for option in ("target_parameters", "modules_to_save"):
+        value = config.get(option)
+        if value is not None and not _is_list_of(value, str):
+            raise ValueError(f"{file}: {option} must be strings, got {value!r}")
     layers = config.get("layers_to_transform")
     if layers is not None and type(layers) is not int and not _is_list_of(layers, int):
         raise ValueError(f"{file}: layers_to_transform must be an int or ints, got {layers!r}")

@@ -16,6 +16,8 @@ from int4_lora.integration.adapter.config import (
     rank_of,
     scaling_of,
 )
+from int4_lora.integration.adapter.embeddings import embedding_module, is_copy_for_tied_head
+from int4_lora.integration.adapter.experts import parameter_modules, parameter_owners
 from int4_lora.integration.adapter.files import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -24,6 +26,7 @@ from int4_lora.integration.adapter.files import (
 )
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys, sort_keys
 from int4_lora.integration.adapter.pairs import read_pair, where_of
+from int4_lora.integration.adapter.replacements import read_replacements
 from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.safetensors_files import inside
 
@@ -58,26 +61,28 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     config = read_json_object(file)
     check_plain_lora(file, config)
     keys = sort_keys(stored_tensors(folder))
-    _refuse_other_tensors(keys)
-    modules = {name: _module(name, pair, config) for name, pair in keys.pairs.items()}
-    if not modules:
+    modules = _modules(config, keys)
+    replacements = read_replacements(file, config, keys)
+    if not modules and not replacements:
         raise ValueError(f"{folder / TENSOR_FILE} holds no lora_A and lora_B")
-    return Adapter(folder, config, modules)
+    return Adapter(folder, config, modules, replacements)
 
 
-def _refuse_other_tensors(keys: SortedKeys) -> None:
-    """Refuse tensors that are not the pair of a linear layer."""
-    embeddings = (tensor for pair in keys.embeddings.values() for tensor in pair.values())
-    whole = (
-        (tensor, "it is a whole weight (modules_to_save or save_embedding_layers)")
-        for tensor in keys.whole.values()
-    )
-    for tensor, kind in (
-        *((tensor, "it adapts an embedding") for tensor in embeddings),
-        *((tensor, "it adapts single tokens") for tensor in keys.tokens.values()),
-        *whole,
-    ):
-        raise ValueError(f"{tensor.where} is not lora_A or lora_B of a linear layer: {kind}")
+def _modules(config: Mapping[str, Any], keys: SortedKeys) -> dict[str, AdapterModule]:
+    """Read the pairs of linear layers, of parameters and of embeddings."""
+    embeddings = {
+        name: embedding_module(config, name, pair) for name, pair in keys.embeddings.items()
+    }
+    owners = parameter_owners(config, keys.pairs)
+    of_parameters = {name for names in owners.values() for name in names}
+    modules = {}
+    for name, pair in keys.pairs.items():
+        if name in of_parameters or is_copy_for_tied_head(config, name, pair, embeddings):
+            continue
+        modules[name] = _module(name, pair, config)
+    for owner, names in owners.items():
+        modules |= parameter_modules(config, owner, [keys.pairs[name] for name in names])
+    return modules | embeddings
 
 
 def _module(name: str, pair: Mapping[str, KeyedTensor], config: Mapping[str, Any]) -> AdapterModule:

@@ -36,7 +36,8 @@ def stack_adapters(
 
     Raises:
         ValueError: an adapter's shapes do not fit the layer; the message names both. Or an adapter
-            has the layer under another of transformers' names, fused, or split.
+            has the layer under another of transformers' names, fused, or split, or replaces its
+            weight.
 
     Example:
         >>> stack = stack_adapters(
@@ -48,6 +49,8 @@ def stack_adapters(
     """
     for adapter in adapters:
         _refuse_another_name(adapter, name)
+        if f"{name}.weight" in adapter.replacements:
+            raise ValueError(f"{adapter.path}: {name}.weight is replaced, which only merge applies")
     present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
     if not present:
         return None
@@ -74,8 +77,9 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
         checkpoint: the base model.
 
     Raises:
-        ValueError: a layer is not packed in the base, or has another shape there. Where the base
-            lacks it, the message says which change of prefix would make every layer fit.
+        ValueError: a layer is not packed in the base, or has another shape there, or the adapter
+            replaces a tensor. Where the base lacks a layer, the message says which change of prefix
+            would make every layer fit.
 
     Example:
         >>> adapter = fit_adapter(read_adapter("sql-lora"), checkpoint)  # doctest: +SKIP
@@ -99,6 +103,11 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
         if name not in quantised:
             raise ValueError(misfit(adapter, checkpoint))
         check_shape(adapter, name, *checkpoint.shape_of(name))
+    for name in adapter.replacements:
+        raise ValueError(
+            f"{adapter.path}: {name} is replaced, which only merge applies; tensors that equal the "
+            "base's are left out there, and by inspect"
+        )
 
 
 def _refuse_another_name(adapter: Adapter, name: str) -> None:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.adapter.adapter import Adapter
+from int4_lora.integration.adapter.experts import check_all_experts
 from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.stack import check_fits
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.conversion.saved_copies import without_copies
 
 __all__ = ["AdapterReport", "Inspection", "ModuleReport", "UnlistedReport", "inspect"]
 
@@ -258,7 +260,8 @@ def _adapter(
 ) -> AdapterReport:
     fault = None
     try:
-        adapter = fit_adapter(adapter, checkpoint, rename)
+        adapter = without_copies(fit_adapter(adapter, checkpoint, rename), checkpoint)
+        check_all_experts(adapter, checkpoint)
         check_fits(adapter, checkpoint)
     except ValueError as error:
         fault = str(error)

@@ -19,7 +19,7 @@ from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES, read_rows
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.conversion.byte_tables import dense_rows
-from int4_lora.integration.conversion.deltas import Delta
+from int4_lora.integration.conversion.deltas import Change
 from int4_lora.integration.conversion.row_blocks import row_blocks
 from int4_lora.integration.conversion.tasks import (
     OutputTensor,
@@ -52,7 +52,7 @@ class DenseModule(Task):
         checkpoint: Checkpoint,
         name: str,
         dtype: torch.dtype | None,
-        deltas: Sequence[Delta] = (),
+        deltas: Sequence[Change] = (),
     ) -> None:
         self.checkpoint, self.name, self.deltas = checkpoint, name, tuple(deltas)
         self.dtype = dtype or DTYPES[checkpoint.tensors[f"{name}.weight_scale"].dtype]
@@ -98,7 +98,7 @@ class MergedTensor(Task):
     """
 
     def __init__(
-        self, name: str, stored: StoredTensor, dtype: torch.dtype | None, deltas: Sequence[Delta]
+        self, name: str, stored: StoredTensor, dtype: torch.dtype | None, deltas: Sequence[Change]
     ) -> None:
         self.name, self.stored, self.deltas = name, stored, tuple(deltas)
         self.dtype = dtype or DTYPES[stored.dtype]
@@ -169,7 +169,7 @@ class DecompressedModule(Task):
 
 
 def _merged(
-    base: Tensor, deltas: Sequence[Delta], start: int, dtype: torch.dtype, where: str
+    base: Tensor, deltas: Sequence[Change], start: int, dtype: torch.dtype, where: str
 ) -> Tensor:
     """Merge adapters into rows of a base weight; return them rounded once.
 
@@ -185,6 +185,6 @@ def _merged(
     """
     rows = base.to(torch.float64, copy=True)
     for delta in deltas:
-        delta.add_to(rows, start)
+        delta.apply_to(rows, start)
     name = f"{where}: the merged weight"
     return cast(rows, dtype, name, must_be_finite=base.isfinite())

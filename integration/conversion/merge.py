@@ -16,16 +16,18 @@ from typing import Literal
 import torch
 
 from int4_lora.integration.adapter.adapter import Adapter
+from int4_lora.integration.adapter.experts import check_all_experts
 from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.read import read_adapter
 from int4_lora.integration.checkpoint.open import Checkpoint, Unlisted, open_checkpoint
 from int4_lora.integration.conversion.accounting import check_accounted
+from int4_lora.integration.conversion.changes import changes_of
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
-from int4_lora.integration.conversion.deltas import deltas_of
 from int4_lora.integration.conversion.merge_report import MOST_ERROR, REPORT, accepted_report
 from int4_lora.integration.conversion.requantized_modules import REPLACED, RequantizedModule
 from int4_lora.integration.conversion.row_blocks import check_packed
-from int4_lora.integration.conversion.unpack import plain_task, plan_dense, tasks_in_order
+from int4_lora.integration.conversion.saved_copies import without_copies
+from int4_lora.integration.conversion.unpack import plan_dense, tasks_in_order
 
 __all__ = ["To", "merge_checkpoint", "plan_merge"]
 
@@ -107,10 +109,15 @@ def plan_merge(
             raise ValueError(f"{adapter.path}: its weight must be a finite number, got {weight!r}")
     checkpoint.check_listed()  # before an adapter looks for the unlisted tensors
     check_used(rename, [adapter for adapter, _ in adapters])
-    fitted = [(fit_adapter(adapter, checkpoint, rename), weight) for adapter, weight in adapters]
+    fitted = [
+        (without_copies(fit_adapter(adapter, checkpoint, rename), checkpoint), weight)
+        for adapter, weight in adapters
+    ]
+    for adapter, _ in fitted:
+        check_all_experts(adapter, checkpoint)
     if to == "dense":
         folders = tuple(adapter.path for adapter, _ in fitted)
-        plan = plan_dense(checkpoint, dtype, deltas_of(checkpoint, fitted), folders)
+        plan = plan_dense(checkpoint, dtype, changes_of(checkpoint, fitted), folders)
     elif dtype is not None:
         raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
     else:
@@ -128,16 +135,17 @@ def _plan_int4(
 ) -> Conversion:
     if not max_error >= 0:
         raise ValueError(f"max_error must be 0 or more, got {max_error}")
-    deltas = deltas_of(checkpoint, adapters)
-    changed = [name for name in checkpoint.modules() if name in deltas]
+    changes = changes_of(checkpoint, adapters)
+    changed = [name for name in checkpoint.modules() if name in changes.modules]
     for name in changed:
         check_packed(checkpoint, name)
     tasks = tasks_in_order(
         checkpoint.tensors,
         {f"{name}.{part}": name for name in changed for part in REPLACED},
-        lambda name: RequantizedModule(checkpoint, name, deltas[name], search=search),
-        lambda name, stored: plain_task(name, stored, None, deltas),
+        lambda name: RequantizedModule(checkpoint, name, changes.modules[name], search=search),
+        lambda name, stored: changes.plain_task(name, stored, None),
     )
+    tasks += changes.added_tasks(checkpoint, None)
     check_accounted(checkpoint.path, checkpoint.tensors, tasks, {})
     settings = {
         "adapters": [{"name": adapter.path.name, "weight": weight} for adapter, weight in adapters],
@@ -147,7 +155,7 @@ def _plan_int4(
         source=checkpoint.path,
         others=tuple(adapter.path for adapter, _ in adapters),
         tasks=tasks,
-        config=None,
+        config=changes.config(checkpoint.config) if changes.unties else None,
         accept=functools.partial(accepted_report, settings=settings, max_error=max_error),
         report=REPORT,
         reads={stored.file.name for stored in checkpoint.tensors.values()},

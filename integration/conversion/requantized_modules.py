@@ -9,7 +9,7 @@ import torch
 
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.conversion.byte_tables import dense_rows
-from int4_lora.integration.conversion.deltas import Delta
+from int4_lora.integration.conversion.deltas import Change
 from int4_lora.integration.conversion.row_blocks import row_blocks, rows_of
 from int4_lora.integration.conversion.scale_search import requantize
 from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, sources_of_module
@@ -31,7 +31,7 @@ class RequantizedModule(Task):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, name: str, deltas: Sequence[Delta], *, search: bool
+        self, checkpoint: Checkpoint, name: str, deltas: Sequence[Change], *, search: bool
     ) -> None:
         self.checkpoint, self.name, self.search = checkpoint, name, search
         self.deltas = tuple(deltas)
@@ -64,7 +64,7 @@ class RequantizedModule(Task):
             base = dense_rows(weight).to(torch.float64)
             exact = base.clone()
             for delta in self.deltas:
-                delta.add_to(exact, start)
+                delta.apply_to(exact, start)
             try:
                 block = requantize(exact, weight, search=self.search)
             except ValueError as refused:

@@ -24,19 +24,18 @@ from int4_lora.integration.checkpoint.quantization_config import (
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.conversion.accounting import check_accounted
+from int4_lora.integration.conversion.changes import Changes
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
-from int4_lora.integration.conversion.deltas import Delta
+from int4_lora.integration.conversion.deltas import Change
 from int4_lora.integration.conversion.dense_modules import (
     DecompressedModule,
     DenseModule,
-    MergedTensor,
 )
 from int4_lora.integration.conversion.row_blocks import check_packed
-from int4_lora.integration.conversion.tasks import Copy, Task
+from int4_lora.integration.conversion.tasks import Task
 
 __all__ = [
     "DENSE_DTYPES",
-    "plain_task",
     "plan_dense",
     "plan_unpack",
     "tasks_in_order",
@@ -108,13 +107,13 @@ def unpack_checkpoint(
 
 def plan_unpack(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Conversion:
     """Return the plan of ``unpack_checkpoint``, after checking every header."""
-    return plan_dense(checkpoint, dtype, {})
+    return plan_dense(checkpoint, dtype, Changes())
 
 
 def plan_dense(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
-    deltas: Mapping[str, Sequence[Delta]],
+    changes: Changes,
     others: tuple[Path, ...] = (),
 ) -> Conversion:
     """Return the plan of a dense checkpoint.
@@ -122,7 +121,7 @@ def plan_dense(
     Args:
         checkpoint: an open checkpoint.
         dtype: the dtype of floating tensors, or None.
-        deltas: what adapters add, by module.
+        changes: what adapters change.
         others: the folders of the adapters.
 
     Raises:
@@ -141,11 +140,12 @@ def plan_dense(
             for name in checkpoint.modules()
             for part in (PARTS if checkpoint.is_packed(name) else module_tensors(checkpoint, name))
         },
-        lambda name: _dense_module(checkpoint, name, dtype, deltas.get(name, ())),
-        lambda name, stored: plain_task(name, stored, dtype, deltas),
+        lambda name: _dense_module(checkpoint, name, dtype, changes.modules.get(name, ())),
+        lambda name, stored: changes.plain_task(name, stored, dtype),
     )
+    tasks += changes.added_tasks(checkpoint, dtype)
     check_accounted(checkpoint.path, checkpoint.tensors, tasks, dropped)
-    config = _dense_config(checkpoint.config, dtype)
+    config = changes.config(_dense_config(checkpoint.config, dtype))
     reads = {stored.file.name for stored in checkpoint.tensors.values()}
     return Conversion(checkpoint.path, others, tasks, config, dropped=dropped, reads=reads)
 
@@ -192,26 +192,6 @@ def tasks_in_order(
     return tuple(tasks)
 
 
-def plain_task(
-    name: str,
-    stored: StoredTensor,
-    dtype: torch.dtype | None,
-    deltas: Mapping[str, Sequence[Delta]],
-) -> Task:
-    """Return the task of a tensor that belongs to no quantised module.
-
-    Args:
-        name: the tensor's name.
-        stored: the tensor in its file.
-        dtype: the dtype of floating tensors in the result, or None.
-        deltas: what adapters add, by module.
-    """
-    module = name.removesuffix(".weight")
-    if module != name and module in deltas:
-        return MergedTensor(name, stored, dtype, deltas[module])
-    return Copy(name, stored, dtype)
-
-
 def _check_all_is_read(checkpoint: Checkpoint) -> None:
     """Refuse codes that belong to no module: copied, they would pass for dense values."""
     for name, stored in checkpoint.tensors.items():
@@ -227,7 +207,7 @@ def _check_all_is_read(checkpoint: Checkpoint) -> None:
 
 
 def _dense_module(
-    checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, deltas: Sequence[Delta]
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, deltas: Sequence[Change]
 ) -> Task:
     if checkpoint.is_packed(name):
         check_packed(checkpoint, name)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import (
     Adapter,
@@ -188,6 +189,11 @@ def test_replaced_tensors_are_renamed_too(tmp_path):
 def test_a_tied_head_is_left_to_merge(tmp_path):
     shapes = with_prefix("model.")
     write_base(tmp_path / "base", shapes, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    save_file(
+        {**tensors, "model.embed_tokens.weight": torch.zeros(40, 32)},
+        tmp_path / "base/model.safetensors",
+    )
     write_lora(tmp_path / "lora", shapes | {"lm_head": (40, 32)})
     fitted = fit_adapter(read_adapter(tmp_path / "lora"), open_checkpoint(tmp_path / "base"))
     assert "lm_head" in fitted.modules

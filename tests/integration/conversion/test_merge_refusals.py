@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.checkpoints import Q_PROJ, edit_config, edit_tensors
+from support.checkpoints import Q_PROJ, edit_tensors
 from support.conversion import convert, refusal, run
 from support.tiny import LLAMA
 
@@ -63,18 +63,6 @@ def test_a_merged_weight_that_overflows_is_named(tiny_models, adapters, tmp_path
         assert Q_PROJ in result.stderr
         assert "finite in float16" in result.stderr
         assert {file.name for file in tmp_path.iterdir()} == {"source"}
-
-
-def test_a_head_that_is_tied_is_said_to_be(tiny_models, adapters, tmp_path):
-    source = shutil.copytree(tiny_models["g32"], tmp_path / "source")
-    file = source / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["lm_head.weight"]
-    save_file(tensors, file)
-    edit_config(source, lambda config, _: config.update(tie_word_embeddings=True))
-    said = refusal("merge", source, tmp_path / "merged", f"--adapter={adapters[1]}")
-    assert "lm_head" in said
-    assert "tied to the embeddings" in said
 
 
 def test_arguments_in_python_are_checked_first(tiny_models, adapters, tmp_path):

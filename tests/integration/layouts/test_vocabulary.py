@@ -50,4 +50,4 @@ def test_an_adapter_for_a_resized_vocabulary(llama, tmp_path):
     """LlamaFactory#2888: the adapter's head has 2 tokens more than the base."""
     folder, _ = adapter(tmp_path / "lora", {"lm_head": (50, 64)})
     said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", folder)
-    assert "lm_head: the adapter is for a weight of [50, 64], the base has [48, 64]" in said
+    assert "lm_head: the adapter is for a vocabulary of 50 tokens, the base has 48" in said
