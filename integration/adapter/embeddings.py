@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from int4_lora.integration.adapter.adapter import AdapterModule
-from int4_lora.integration.adapter.config import is_targeted, rank_of, scaling_of
+from int4_lora.integration.adapter.config import rank_of, scaling_of
 from int4_lora.integration.adapter.keys import KeyedTensor
 from int4_lora.integration.adapter.pairs import read_pair, where_of
+from int4_lora.integration.adapter.targeting import is_targeted
 
 __all__ = ["embedding_module", "is_copy_for_tied_head"]
 

@@ -23,9 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
-from int4_lora.integration.adapter.config import ALL_LINEAR, is_targeted, rank_of, scaling_of
+from int4_lora.integration.adapter.config import rank_of, scaling_of
 from int4_lora.integration.adapter.keys import KeyedTensor
 from int4_lora.integration.adapter.pairs import read_pair, where_of
+from int4_lora.integration.adapter.targeting import ALL_LINEAR, is_targeted
 from int4_lora.integration.checkpoint.open import Checkpoint
 
 __all__ = ["check_all_experts", "parameter_modules", "parameter_owners"]

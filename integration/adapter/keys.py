@@ -1,6 +1,12 @@
 """Tell what each key of an adapter's file is: a matrix of which layer, or another tensor.
 
-Source: ``get_peft_model_state_dict`` in ``peft/utils/save_and_load.py``.
+PEFT writes ``base_model.model.``, the layer's name, and ``lora_A.weight``. Other tools leave the
+prefix out, keep the adapter's name (``lora_A.default.weight``), or save a model that is wrapped for
+torch.compile, FSDP or activation checkpointing, whose wrappers add a part to each name.
+
+Source: ``get_peft_model_state_dict`` in ``peft/utils/save_and_load.py``; for the wrappers
+``torch/_dynamo/eval_frame.py``, ``torch/distributed/fsdp/_common_utils.py`` and
+``torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py``.
 """
 
 from __future__ import annotations
@@ -16,15 +22,26 @@ from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 
 __all__ = ["KeyedTensor", "SortedKeys", "sort_keys"]
 
-# PEFT writes the prefix but no adapter name; other tools omit the prefix or keep the name.
-PREFIX = r"(base_model\.model\.)?"
-PAIR = re.compile(PREFIX + r"(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
-EMBEDDING = re.compile(PREFIX + r"(?P<module>.+)\.lora_embedding_(?P<matrix>[AB])(\.default)?")
-TOKENS = re.compile(PREFIX + r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
-WHOLE = re.compile(PREFIX + r"(?P<module>.+?)(\.base_layer)?\.(?P<part>weight|bias)")
-VARIANTS = {
-    "lora_magnitude_vector": "it belongs to DoRA",
-    "lora_": "it belongs to a variant of LoRA",
+ROOT = "base_model.model."
+NAME = r"(\.(?P<adapter>[^.]+))?"
+PAIR = re.compile(rf"(?P<module>.+)\.lora_(?P<matrix>[AB]){NAME}\.weight")
+EMBEDDING = re.compile(rf"(?P<module>.+)\.lora_embedding_(?P<matrix>[AB]){NAME}")
+TOKENS = re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{NAME}")
+WHOLE = re.compile(r"(?P<module>.+?)(\.token_adapter)?(\.base_layer)?\.(?P<part>weight|bias)")
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+OTHERS = {
+    ".lora_magnitude_vector": "it belongs to DoRA",
+    ".lora_diag": "it belongs to KaSA",
+    ".lora_B.bias": "B has a bias (lora_bias)",
+    ".lora_": "it belongs to a variant of LoRA",
+    ".alpha": (
+        "it is a scaling as kohya's trainer stores it; put lora_alpha or alpha_pattern into "
+        "adapter_config.json and remove the key"
+    ),
 }
 
 
@@ -56,7 +73,7 @@ class KeyedTensor:
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """The tensors of an adapter, by what they are.
+    """The tensors of an adapter, by what they are; names have no prefix and no wrapper's part.
 
     Args:
         pairs: lora_A and lora_B of each module, under "A" and "B"; a module's name may end in
@@ -64,12 +81,16 @@ class SortedKeys:
         embeddings: lora_embedding_A and lora_embedding_B of each module, under "A" and "B".
         tokens: trainable_tokens_delta of each module.
         whole: whole tensors, by their full name in the base (``base_layer`` removed).
+        wrapped: modules' names with the parts of wrappers, by the name without.
+        notes: what was left out of the names, one sentence each.
     """
 
     pairs: dict[str, dict[str, KeyedTensor]] = field(default_factory=dict)
     embeddings: dict[str, dict[str, KeyedTensor]] = field(default_factory=dict)
     tokens: dict[str, KeyedTensor] = field(default_factory=dict)
     whole: dict[str, KeyedTensor] = field(default_factory=dict)
+    wrapped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def sort_keys(stored: Mapping[str, StoredTensor]) -> SortedKeys:
@@ -79,28 +100,85 @@ def sort_keys(stored: Mapping[str, StoredTensor]) -> SortedKeys:
         stored: the adapter's tensors by their keys.
 
     Raises:
-        ValueError: a key is of a variant of LoRA or unknown, or two keys mean the same tensor; the
-            message names file and key.
+        ValueError: a key is of a variant of LoRA or unknown, two keys mean the same tensor, or keys
+            carry different adapters' names; the message names file and key.
     """
     keys = SortedKeys()
+    adapters: dict[str | None, KeyedTensor] = {}
+    removed: set[str] = set()
+    matches = []
     for key, tensor in stored.items():
         keyed = KeyedTensor(key, tensor)
-        if match := PAIR.fullmatch(key):
-            _put(keys.pairs.setdefault(match["module"], {}), match["matrix"], keyed)
-        elif match := EMBEDDING.fullmatch(key):
-            _put(keys.embeddings.setdefault(match["module"], {}), match["matrix"], keyed)
-        elif match := TOKENS.fullmatch(key):
-            _put(keys.tokens, match["module"], keyed)
-        elif "lora_" not in key and (match := WHOLE.fullmatch(key)):
-            _put(keys.whole, f"{match['module']}.{match['part']}", keyed)
-        else:
-            kind = next((why for mark, why in VARIANTS.items() if mark in key), "unknown")
-            rule = "is not lora_A or lora_B of a linear layer"
-            raise ValueError(f"{keyed.where} {rule}: {kind}")
+        name, parts = _unwrapped(key)
+        match = _match(name, keyed)
+        matches.append((match, keyed))
+        if "adapter" in match.groupdict():
+            adapters.setdefault(match["adapter"], keyed)
+        if parts:
+            removed |= parts
+            keys.wrapped.setdefault(match["module"], _in_memory(key))
+    _check_one_adapter(adapters)
+    for match, keyed in matches:
+        _put(keys, match, keyed)
+    for part in sorted(removed):
+        kind = WRAPPERS.get(part, "DistributedDataParallel")
+        keys.notes.append(f"{part}, which {kind} adds to names, is left out of the adapter's keys")
     return keys
 
 
-def _put(group: dict[str, KeyedTensor], name: str, keyed: KeyedTensor) -> None:
-    if name in group:
-        raise ValueError(f"{keyed.where} means the same tensor as {group[name].key}")
-    group[name] = keyed
+def _match(name: str, keyed: KeyedTensor) -> re.Match[str]:
+    """Return the match of the pattern that a key has."""
+    patterns = [PAIR, EMBEDDING, TOKENS] if ".lora_" in f".{name}" else [TOKENS, WHOLE]
+    match = next(filter(None, (pattern.fullmatch(name) for pattern in patterns)), None)
+    if match is None:
+        kind = next((why for mark, why in OTHERS.items() if mark in name), "its kind is unknown")
+        rule = "is not lora_A or lora_B of a linear layer"
+        raise ValueError(f"{keyed.where} {rule}: {kind}")
+    return match
+
+
+def _put(keys: SortedKeys, match: re.Match[str], keyed: KeyedTensor) -> None:
+    """Put a tensor where its key belongs."""
+    group, entry = keys.whole, match["module"]
+    if match.re is WHOLE:
+        entry = f"{match['module']}.{match['part']}"
+    elif match.re is TOKENS:
+        group = keys.tokens
+    else:
+        modules = keys.pairs if match.re is PAIR else keys.embeddings
+        group, entry = modules.setdefault(match["module"], {}), match["matrix"]
+    if entry in group:
+        raise ValueError(f"{keyed.where} means the same tensor as {group[entry].key}")
+    group[entry] = keyed
+
+
+def _unwrapped(key: str) -> tuple[str, set[str]]:
+    """Return a key without prefix and without the parts of wrappers, and these parts.
+
+    ``module``, which DistributedDataParallel adds in front of all, can be a module's own name, too;
+    it is left out only in front of the prefix that PEFT writes.
+    """
+    parts = key.split(".")
+    removed = WRAPPERS.keys() & set(parts)
+    name = ".".join(part for part in parts if part not in WRAPPERS)
+    if name.startswith(f"module.{ROOT}"):
+        name = name.removeprefix("module.")
+        removed |= {"module"}
+    return name.removeprefix(ROOT), set(removed)
+
+
+def _in_memory(key: str) -> str:
+    """Return the module's name in a key as PEFT met it, with the parts of wrappers."""
+    module = re.split(r"\.(lora_|token_adapter\.)", key)[0]
+    return module.partition(ROOT)[2] or module
+
+
+def _check_one_adapter(adapters: Mapping[str | None, KeyedTensor]) -> None:
+    """Check that all keys carry the same adapter's name, or none."""
+    if len(adapters) > 1:
+        listed = ", ".join(f"{name or 'no name'} ({keyed.key})" for name, keyed in adapters.items())
+        file = next(iter(adapters.values())).stored.file
+        raise ValueError(
+            f"{file}: keys carry the names of several adapters: {listed}; save each in a folder "
+            "of its own, as PEFT's save_pretrained(..., selected_adapters=[NAME]) does"
+        )

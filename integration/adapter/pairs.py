@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from int4_lora.integration.adapter.adapter import FLOATS
@@ -23,27 +24,42 @@ def read_pair(name: str, pair: Mapping[str, KeyedTensor]) -> tuple[Tensor, Tenso
         pair: the matrices under "A" and "B".
 
     Returns:
-        Two float matrices of one dtype.
+        Two float matrices of one dtype: where the stored dtypes differ, the smallest that
+        represents both exactly.
 
     Raises:
-        TypeError: the tensors are not float, or their dtypes differ.
-        ValueError: one is missing or is no matrix, or a file changed.
+        TypeError: a tensor is not float.
+        ValueError: one is missing, is no matrix or is empty, or a file changed.
     """
     where = where_of(name, pair)
     if set(pair) != {"A", "B"}:
         missing = ({"A", "B"} - set(pair)).pop()
         raise ValueError(f"{where}: lora_{missing} is missing")
     a, b = pair["A"].read(), pair["B"].read()
-    if a.dtype not in FLOATS or b.dtype != a.dtype:
+    if a.dtype not in FLOATS or b.dtype not in FLOATS:
         dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
-        raise TypeError(f"{where}: lora_A and lora_B must be float of one dtype, got {dtypes}")
+        raise TypeError(f"{where}: lora_A and lora_B must be float, got {dtypes}")
+    _check_gathered(where, a, b)
     if a.ndim != 2 or b.ndim != 2:
         raise ValueError(
             f"{where}: lora_A and lora_B must be matrices, got {list(a.shape)} and {list(b.shape)}"
         )
-    return a, b
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return a.to(wide), b.to(wide)
 
 
 def where_of(name: str, pair: Mapping[str, KeyedTensor]) -> str:
     """Return the file and the module's name, for messages."""
     return f"{next(iter(pair.values())).stored.file}: {name}"
+
+
+def _check_gathered(where: str, a: Tensor, b: Tensor) -> None:
+    """Check that no matrix is what is left of one that is sharded among processes."""
+    for matrix, tensor in (("lora_A", a), ("lora_B", b)):
+        if tensor.ndim < 2 or 0 in tensor.shape:
+            raise ValueError(
+                f"{where}: {matrix} has the shape {list(tensor.shape)}: DeepSpeed ZeRO-3 and FSDP "
+                "leave such tensors where a model is saved before its shards are gathered; save "
+                "the adapter again within deepspeed.zero.GatheredParameters or "
+                "FullyShardedDataParallel.summon_full_params"
+            )

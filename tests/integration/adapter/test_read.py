@@ -2,20 +2,14 @@
 
 import json
 import math
-import shlex
 import shutil
-import subprocess
-import sys
 
-import peft
 import pytest
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import read_adapter, stack_adapters
-from int4_lora.integration.adapter.config import is_targeted
-from support.adapters import assert_equal
+from support.adapter_files import keyed, write_folder
 
 pytestmark = pytest.mark.versions
 
@@ -107,7 +101,7 @@ def test_an_adapter_of_another_base_is_refused(demo_files):
     ("message", "changes"),
     [
         ("peft_type must be 'LORA', got 'LOHA'", {"peft_type": "LOHA"}),
-        ("use_dora = True is not plain LoRA", {"use_dora": True}),
+        ("use_dora = True is not plain LoRA: DoRA also scales", {"use_dora": True}),
         (r"modules_to_save = \['lm_head'\], and no tensor of", {"modules_to_save": ["lm_head"]}),
         ("trainable_token_indices is set, and no rows", {"trainable_token_indices": [3]}),
         ("lora_bias = True is not plain LoRA", {"lora_bias": True}),
@@ -128,7 +122,7 @@ def test_an_adapter_of_another_base_is_refused(demo_files):
         ("rank_pattern must be an object", {"rank_pattern": [1]}),
         (r"rank_pattern\['\(\?i\)q'\]: .* is no regular", {"rank_pattern": {"(?i)q": 8}}),
         (r"layers_pattern: '\(' is no regular expression", {"layers_pattern": "("}),
-        (r"layers_pattern: '\(h\|layers\)' must have no", {"layers_pattern": ["(h|layers)"]}),
+        (r"layers_pattern: '\(\?P<idx>h\)' is no regular", {"layers_pattern": ["(?P<idx>h)"]}),
         (r"lora_A must be \[4, in_features\] .* got \[8, 512\]", {"r": 4}),
     ],
 )
@@ -181,66 +175,64 @@ def test_refuses_files(copied, tmp_path):
         read_adapter(copied)
 
 
-def test_the_conversion_that_a_pickle_is_refused_with_works(demo_files, copied, monkeypatch):
-    tensors = load_file(copied / "adapter_model.safetensors")
-    (copied / "adapter_model.safetensors").unlink()
-    torch.save(tensors, copied / "adapter_model.bin")
-    with pytest.raises(ValueError, match="is a pickle") as refused:
+def test_a_layer_that_the_config_does_not_target_is_refused(copied):
+    edit_config(copied, layers_to_transform=[0, 1, 2])
+    with pytest.raises(ValueError, match=r"layers\.3\..* does not target it, so that PEFT would"):
         read_adapter(copied)
-    command = shlex.split(str(refused.value).rpartition("with: ")[2])
-    subprocess.run([sys.executable, *command[1:]], cwd=copied, check=True)
-    same = read_adapter(demo_files.adapters["a"])
-    assert_equal(read_adapter(copied).modules, same.modules)
+
+
+EXPERTS = "model.layers.{}.mlp.experts.{}.up_proj"
+
+
+def experts(folder, layers, **settings):
+    """Write and read an adapter of some experts, with layers_to_transform = [1]."""
+    modules = {
+        EXPERTS.format(layer, expert): (torch.ones(2, 4), torch.ones(6, 2))
+        for layer, expert in layers
+    }
+    settings = {"target_modules": ["up_proj"], "layers_to_transform": [1], **settings}
+    return read_adapter(write_folder(folder, keyed(modules=modules), **settings))
+
+
+FIRST_COUNTS = [(1, 0), (1, 1), (1, 2)]  # PEFT 0.20 and newer take the first number
+LAST_COUNTS = [(0, 1), (1, 1), (2, 1)]  # PEFT before 0.20 takes the last
 
 
 @pytest.mark.parametrize(
-    "rename",
+    ("layers", "settings"),
     [
-        lambda key: key.removeprefix("base_model.model."),
-        lambda key: key.replace(".weight", ".default.weight"),
+        (FIRST_COUNTS, {"peft_version": "0.21.2"}),
+        (FIRST_COUNTS, {"peft_version": "0.20.0"}),
+        (FIRST_COUNTS, {}),
+        (FIRST_COUNTS, {"peft_version": "0.19.1", "layers_pattern": "layers"}),
+        ([(1, 1)], {"peft_version": "0.19.1"}),
+        ([(1, 1)], {}),
     ],
 )
-def test_keys_as_other_tools_write_them(demo_files, copied, rename):
-    edit_tensors(
-        copied, lambda tensors: [tensors.update({rename(k): tensors.pop(k)}) for k in list(tensors)]
+def test_layers_to_transform_counts_layers(tmp_path, layers, settings):
+    adapter = experts(tmp_path / "adapter", layers, **settings)
+    assert adapter.modules.keys() == {EXPERTS.format(*numbers) for numbers in layers}
+    assert adapter.notes == ()
+
+
+@pytest.mark.parametrize("version", ["0.19.1", None, "0.19.1.dev0"])
+def test_layers_to_transform_of_an_older_peft_counts_experts(tmp_path, version):
+    adapter = experts(tmp_path / "adapter", LAST_COUNTS, peft_version=version)
+    assert adapter.modules.keys() == {EXPERTS.format(*numbers) for numbers in LAST_COUNTS}
+    assert adapter.notes == (
+        "layers_to_transform counts layers as PEFT before 0.20 does; PEFT 0.21 and newer would "
+        "ignore 2 of the adapter's 3 modules",
     )
-    same = read_adapter(demo_files.adapters["a"])
-    assert_equal(read_adapter(copied).modules, same.modules)
 
 
-TARGETING = [
-    {"target_modules": ["q_proj"]},
-    {"target_modules": r".*\.mlp\.(up|down)_proj"},
-    {
-        "target_modules": ["q_proj", "layers.1.mlp.up_proj"],
-        "exclude_modules": ["layers.0.self_attn.q_proj"],
-    },
-    {"target_modules": r".*_proj", "exclude_modules": r".*\.layers\.0\..*"},
-    {"target_modules": ["v_proj", "k_proj"], "layers_to_transform": [1, 3]},
-    {"target_modules": ["v_proj"], "layers_to_transform": 0},
-    {"target_modules": ["v_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
-    {
-        "target_modules": ["v_proj"],
-        "layers_to_transform": [0, 1],
-        "layers_pattern": ["h", "layers"],
-    },
-    {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": "h"},
-    {"target_modules": ["proj"]},
-]
-
-
-@pytest.mark.parametrize("settings", TARGETING)
-def test_targets_what_peft_targets(settings):
-    config = peft.LoraConfig(**settings)
-    for layer in range(4):
-        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj",
-                     "mlp.down_proj"):  # fmt: skip
-            name = f"model.layers.{layer}.{part}"
-            theirs = bool(check_target_module_exists(config, name))
-            assert is_targeted(settings, name) == theirs, (name, settings)
-
-
-def test_a_layer_that_the_config_does_not_target_is_refused(copied):
-    edit_config(copied, layers_to_transform=[0, 1, 2])
-    with pytest.raises(ValueError, match=r"layers\.3\..* does not target it, so PEFT would"):
-        read_adapter(copied)
+@pytest.mark.parametrize(
+    ("layers", "version", "number"),
+    [
+        (LAST_COUNTS, "0.21.2", r"0 \(PEFT 0.21 and newer\), 0 \(PEFT 0.20\), 1 \(PEFT before"),
+        (FIRST_COUNTS, "0.18.1", r"1 \(PEFT 0.21 and newer\), 1 \(PEFT 0.20\), 0 \(PEFT before"),
+        (FIRST_COUNTS + LAST_COUNTS, None, r"0 \(PEFT 0.21 and newer\), 0 .*, 1 \(PEFT before"),
+    ],
+)
+def test_layers_that_no_count_explains_are_refused_with_each(tmp_path, layers, version, number):
+    with pytest.raises(ValueError, match=rf"does not target it.* layer's number is {number}"):
+        experts(tmp_path / "adapter", layers, peft_version=version)
