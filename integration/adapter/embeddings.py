@@ -24,7 +24,9 @@ from int4_lora.integration.adapter.keys import KeyedTensor
 from int4_lora.integration.adapter.pairs import read_pair, where_of
 from int4_lora.integration.adapter.targeting import is_targeted
 
-__all__ = ["embedding_module", "is_copy_for_tied_head"]
+__all__ = ["EMBEDDINGS", "embedding_module", "is_copy_for_tied_head"]
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")  # in models of transformers
 
 
 def embedding_module(

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.adapter.adapter import FLOATS, Replacement
+from int4_lora.integration.adapter.embeddings import EMBEDDINGS
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys
 
 __all__ = ["read_replacements"]
 
 INDICES = "trainable_token_indices"
-VOCABULARY = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out")
+VOCABULARY = (*EMBEDDINGS, "lm_head", "embed_out")
 
 
 def read_replacements(

@@ -10,7 +10,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from torch import Tensor
 
 from int4_lora.atomic_files import new_folder
 from int4_lora.integration.adapter.adapter import FLOATS, Adapter, AdapterModule
+from int4_lora.integration.adapter.embeddings import EMBEDDINGS
+from int4_lora.integration.adapter.expert_forms import (
+    Experts,
+    fused_experts,
+    named_experts,
+    owner_of,
+    separate_experts,
+)
+from int4_lora.integration.adapter.experts import GATE_UP, INNER
 from int4_lora.integration.adapter.files import CONFIG_FILE, TENSOR_FILE
 from int4_lora.integration.adapter.read import read_adapter
 
@@ -32,6 +42,7 @@ def write_adapter(
     modules: Mapping[str, AdapterModule],
     *,
     base_model: str | None = None,
+    experts: Experts | None = None,
 ) -> Adapter:
     """Write an adapter in PEFT's folder format; ``read_adapter`` reads the same adapter back.
 
@@ -44,10 +55,20 @@ def write_adapter(
     in ``rank_pattern`` and ``alpha_pattern``. The folder is written under a temporary name and then
     renamed, so that ``path`` is complete if it exists.
 
+    The pair of an embedding is written as PEFT's ``lora_embedding_A`` and ``lora_embedding_B``.
+    Experts (``experts.<number>.<projection>``) are written in the form of their names: if they have
+    ``gate_up_proj``, as one pair for all of them (``target_parameters``), which PEFT reads where
+    the model holds them as one parameter; else as a pair for each, which vLLM reads for most
+    models. PEFT 0.21 on transformers 5 reads the latter if every expert has a pair of the same
+    rank. ``experts`` chooses; what is read back then has the names of that form, and adds the same
+    to the weights.
+
     Args:
         path: the folder to write; it must not exist.
         modules: the pair of each layer, by the layer's name in the base model.
         base_model: the name or path of the base, recorded in the config.
+        experts: "separate" splits ``gate_up_proj`` into ``gate_proj`` (the first half of the rows)
+            and ``up_proj``; "fused" joins them; None keeps the form of the names.
 
     Returns:
         The adapter, read back.
@@ -55,7 +76,8 @@ def write_adapter(
     Raises:
         FileExistsError: ``path`` exists.
         TypeError: a tensor has the wrong dtype, or a scaling is not a number.
-        ValueError: there are no modules, shapes contradict each other, or a scaling is not finite.
+        ValueError: there are no modules, shapes contradict each other, a scaling is not finite, or
+            the pairs of experts do not have the form; the message names the module.
 
     Example:
         >>> import tempfile, torch
@@ -76,11 +98,9 @@ def write_adapter(
         raise ValueError("modules must not be empty")
     for name, module in modules.items():
         _check(name, module)
-    config = _config(modules, base_model)
-    tensors = {}
-    for name, module in modules.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a.detach().cpu().clone().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b.detach().cpu().clone().contiguous()
+    forms = _forms(modules, experts)
+    config = _config(forms, base_model)
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in forms.tensors()}
     with new_folder(folder) as made:
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, made / TENSOR_FILE, metadata={"format": "pt"})
@@ -108,11 +128,91 @@ def _check(name: str, module: AdapterModule) -> None:
         raise ValueError(f"{name}: scaling must be finite, got {module.scaling}")
 
 
-def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dict[str, Any]:
-    ranks = {name: int(module.a.shape[0]) for name, module in modules.items()}
-    use_rslora, alphas = _alphas(modules, ranks)
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
+@dataclass(frozen=True)
+class _Forms:
+    """An adapter's pairs in the forms in which they are written.
+
+    Args:
+        separate: pairs of layers, by name.
+        fused: pairs of the parameters of modules, one for all experts, by module and parameter.
+        counts: the number of experts of each of these modules.
+    """
+
+    separate: Mapping[str, AdapterModule]
+    fused: Mapping[str, Mapping[str, AdapterModule]]
+    counts: Mapping[str, int]
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of the layers that are experts."""
+        return [name for name in self.separate if owner_of(name) is not None]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer and of each parameter."""
+        ranks = {name: int(module.a.shape[0]) for name, module in self.separate.items()}
+        for owner, parameters in self.fused.items():
+            for name, module in parameters.items():
+                ranks[f"{owner}.{name}"] = int(module.a.shape[0]) // self.counts[owner]
+        return ranks
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """The scaling of each layer and of each parameter."""
+        scalings = {name: float(module.scaling) for name, module in self.separate.items()}
+        for owner, parameters in self.fused.items():
+            for name, module in parameters.items():
+                scalings[f"{owner}.{name}"] = float(module.scaling)
+        return scalings
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the adapter by their keys."""
+        for name, module in self.separate.items():
+            if name.rpartition(".")[2] in EMBEDDINGS:
+                yield f"{PREFIX}{name}.lora_embedding_A", module.b.T
+                yield f"{PREFIX}{name}.lora_embedding_B", module.a.T
+                continue
+            yield f"{PREFIX}{name}.lora_A.weight", module.a
+            yield f"{PREFIX}{name}.lora_B.weight", module.b
+        for owner, parameters in self.fused.items():
+            for name, module in parameters.items():
+                inner = INNER if name == GATE_UP and len(parameters) > 1 else ""
+                yield f"{PREFIX}{owner}{inner}.lora_A.weight", module.a
+                yield f"{PREFIX}{owner}{inner}.lora_B.weight", module.b
+
+
+def _forms(modules: Mapping[str, AdapterModule], experts: Experts | None) -> _Forms:
+    """Return the pairs in the forms in which they are written."""
+    if experts not in (None, "separate", "fused"):
+        raise ValueError(f"experts must be 'separate', 'fused' or None, got {experts!r}")
+    if experts == "separate":
+        modules = separate_experts(modules)
+    owners = {
+        owner: parts
+        for owner, parts in named_experts(modules).items()
+        if experts == "fused" or GATE_UP in parts
+    }
+    separate = {name: module for name, module in modules.items() if owner_of(name) not in owners}
+    counts = {owner: len(next(iter(parts.values()))) for owner, parts in owners.items()}
+    fused = {owner: fused_experts(owner, parts) for owner, parts in owners.items()}
+    forms = _Forms(separate, fused, counts)
+    scalings = {float(separate[name].scaling) for name in forms.experts}
+    if len(scalings) > 1:
+        raise ValueError(
+            f"experts have the scalings {sorted(scalings)}: PEFT on transformers 5 gives the "
+            "separate pairs of all experts one; multiply B, so that they are the same"
+        )
+    return forms
+
+
+def _config(forms: _Forms, base_model: str | None) -> dict[str, Any]:
+    ranks, experts = forms.ranks, forms.experts
+    use_rslora, alphas = _alphas(forms.scalings, ranks, may_use_rslora=not experts)
+    own = experts if len({ranks[name] for name in experts}) == 1 else [*ranks]
+    rank, alpha = (
+        Counter(values[name] for name in own).most_common(1)[0][0] for values in (ranks, alphas)
+    )
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -123,22 +223,30 @@ def _config(modules: Mapping[str, AdapterModule], base_model: str | None) -> dic
         "lora_dropout": 0.0,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(forms.separate),
         "rank_pattern": _patterns(ranks, rank),
         "alpha_pattern": _patterns(alphas, alpha),
     }
+    if forms.fused:
+        config["target_parameters"] = [name for name in ranks if name not in forms.separate]
+        config["peft_version"] = "0.19.0"  # the first that has lora_A for in, not for out
+    return config
 
 
 def _alphas(
-    modules: Mapping[str, AdapterModule], ranks: Mapping[str, int]
+    scalings: Mapping[str, float], ranks: Mapping[str, int], *, may_use_rslora: bool
 ) -> tuple[bool, dict[str, int | float]]:
-    """Return use_rslora and each layer's alpha; False unless only alpha / sqrt(rank) is exact."""
-    scalings = {name: float(module.scaling) for name, module in modules.items()}
+    """Return use_rslora and each layer's alpha; False unless only alpha / sqrt(rank) is exact.
+
+    PEFT on transformers 5 doubles rank and alpha of the experts' gate and up, which keeps
+    alpha / rank and changes alpha / sqrt(rank).
+    """
     plain = {name: _alpha(scaling, ranks[name]) for name, scaling in scalings.items()}
     roots = {name: math.sqrt(rank) for name, rank in ranks.items()}
     stabilised = {name: _alpha(scaling, roots[name]) for name, scaling in scalings.items()}
     for use_rslora, alphas, divisors in ((False, plain, ranks), (True, stabilised, roots)):
-        if all(alphas[name] / divisors[name] == scalings[name] for name in modules):
+        is_exact = all(alphas[name] / divisors[name] == scalings[name] for name in scalings)
+        if is_exact and (may_use_rslora or not use_rslora):
             return use_rslora, alphas
     return False, plain
 
