@@ -127,6 +127,12 @@ SYMBOLS = (
         "wrapped, to log once all layers are there",
     ),
     Symbol(
+        "vllm.lora.worker_manager",
+        "WorkerLoRAManager._load_adapter",
+        ("lora_request",),
+        "wrapped, to warn of an adapter whose modules match no layer",
+    ),
+    Symbol(
         "vllm.lora.punica_wrapper.punica_base",
         "PunicaWrapperBase.update_metadata",
         ("mapping",),

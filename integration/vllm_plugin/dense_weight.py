@@ -1,19 +1,22 @@
 """The dense weight of a served layer: from our layout, or from the checkpoint's file again.
 
-vLLM merges modules of the checkpoint into one layer (qkv_proj, gate_up_proj) and splits layers over
-ranks. What is read from the file is merged and split in the same way.
+vLLM merges modules of the checkpoint into one layer (qkv_proj, gate_up_proj), takes them merged as
+some checkpoints have them, renames them, and splits layers over ranks. What is read from the file
+is merged and split in the same way.
 
 Source: vLLM's ``MergedColumnParallelLinear``, ``QKVParallelLinear`` and ``RowParallelLinear``.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.spellings import spellings
 from int4_lora.reference import PackedWeight
 
 __all__ = ["dense_weight", "packed_weight_of_checkpoint"]
@@ -55,23 +58,62 @@ def packed_weight_of_checkpoint(layer: Any) -> PackedWeight:
     Raises:
         ValueError: the checkpoint does not have the layer's modules.
     """
-    name, engine = layer.int4_lora.name, layer.int4_lora.engine
-    checkpoint = open_checkpoint(engine.checkpoint_folder())
-    parent, _, last = name.rpartition(".")
-    parts = engine.packed_modules.get(last, [last])
-    weights = [_module(checkpoint, f"{parent}.{part}" if parent else part, name) for part in parts]
+    checkpoint = open_checkpoint(layer.int4_lora.engine.checkpoint_folder())
     sizes = layer.output_partition_sizes
     shares = [
         _share_of_rank(layer, weight, size, part)
-        for part, (weight, size) in enumerate(zip(weights, sizes, strict=True))
+        for part, (weight, size) in enumerate(
+            zip(_whole_modules(checkpoint, layer), sizes, strict=True)
+        )
     ]
     return _concatenated(shares)
 
 
-def _module(checkpoint: Checkpoint, module: str, name: str) -> PackedWeight:
-    if module not in checkpoint.schemes:
-        raise ValueError(f"{checkpoint.path} has no module {module}, which {name} would be made of")
-    return checkpoint.packed_weight(module)
+def _whole_modules(checkpoint: Checkpoint, layer: Any) -> list[PackedWeight]:
+    """Return the weight of each part of a layer, of all ranks together.
+
+    Raises:
+        ValueError: the checkpoint does not have them, or not of the layer's shape.
+    """
+    name, engine = layer.int4_lora.name, layer.int4_lora.engine
+    parent, dot, last = name.rpartition(".")
+    parts = [f"{parent}{dot}{part}" for part in engine.packed_modules.get(last, [last])]
+    stored = [_stored(checkpoint, part) for part in parts]
+    if len(parts) == len(layer.output_partition_sizes) and None not in stored:
+        return [checkpoint.packed_weight(module) for module in stored if module is not None]
+    merged = _stored(checkpoint, name)
+    if merged is None:
+        missing = next(part for part, module in zip(parts, stored, strict=True) if module is None)
+        raise ValueError(
+            f"{checkpoint.path} has no module {missing}, which {name} would be made of"
+        )
+    weight = checkpoint.packed_weight(merged)
+    stops = list(itertools.accumulate(_whole_sizes(layer)))
+    if stops[-1] != weight.out_features:
+        raise ValueError(
+            f"{checkpoint.path}: {merged} has {weight.out_features} rows, and the layer {name} "
+            f"{stops[-1]}"
+        )
+    return [weight.rows(slice(*rows)) for rows in itertools.pairwise([0, *stops])]
+
+
+def _stored(checkpoint: Checkpoint, module: str) -> str | None:
+    """Return the checkpoint's name of a module that vLLM may call by another of its spellings."""
+    return next((name for name in spellings(module) if name in checkpoint.schemes), None)
+
+
+def _whole_sizes(layer: Any) -> list[int]:
+    """Return the rows of each part of a layer, of all ranks together."""
+    sizes = layer.output_partition_sizes
+    return [
+        size * layer.tp_size // (_replicas(layer) if part > 0 else 1)
+        for part, size in enumerate(sizes)
+    ]
+
+
+def _replicas(layer: Any) -> int:
+    """Return how many ranks share each key and value head."""
+    return int(getattr(layer, "num_kv_head_replicas", 1))
 
 
 def _share_of_rank(layer: Any, weight: PackedWeight, size: int, part: int) -> PackedWeight:
@@ -85,7 +127,7 @@ def _share_of_rank(layer: Any, weight: PackedWeight, size: int, part: int) -> Pa
     """
     start = 0
     if size != weight.out_features:
-        replicas = getattr(layer, "num_kv_head_replicas", 1) if part > 0 else 1
+        replicas = _replicas(layer) if part > 0 else 1
         start = (layer.tp_rank // replicas) * size
     return _columns_of_rank(layer, weight.rows(slice(start, start + size)))
 

@@ -12,6 +12,7 @@ Source: vLLM's ``vllm/lora/layers``.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import vllm.lora.layers as vllm_lora_layers
 import vllm.lora.utils as vllm_lora_utils
 from torch import Tensor
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -162,7 +164,10 @@ LAYERS = tuple(_our_class(name) for name in LORA_CLASSES)
 
 
 def install_lora_layers() -> None:
-    """Put our layers before vLLM's, once a process; log the summary when vLLM has wrapped all."""
+    """Put our layers before vLLM's, once a process.
+
+    Log the summary when vLLM has wrapped all layers, and a warning of adapters that match none.
+    """
     if LAYERS[0] in vllm_lora_utils._all_lora_classes:
         return
     vllm_lora_utils._all_lora_classes = (*LAYERS, *vllm_lora_utils._all_lora_classes)
@@ -178,3 +183,33 @@ def install_lora_layers() -> None:
             module.served.engine.log_summary()
 
     LoRAModelManager._create_lora_modules = create_and_log
+    load = WorkerLoRAManager._load_adapter
+
+    @functools.wraps(load)
+    def load_and_compare(self: Any, lora_request: Any) -> Any:
+        adapter = load(self, lora_request)
+        manager = self._adapter_manager
+        ours = (layer for layer in manager.modules.values() if isinstance(layer, Int4LoRALayer))
+        for layer in itertools.islice(ours, 1):
+            layer.served.engine.warn_unmatched(
+                lora_request.lora_name,
+                lora_request.lora_path,
+                list(adapter.loras),
+                _modules_with_lora(manager),
+            )
+        return adapter
+
+    WorkerLoRAManager._load_adapter = load_and_compare
+
+
+def _modules_with_lora(manager: Any) -> set[str]:
+    """Return the modules that vLLM's LoRA layers are made of, under the names of adapters.
+
+    Args:
+        manager: vLLM's LoRAModelManager.
+    """
+    names = {*manager.modules, *itertools.chain.from_iterable(manager.packed_modules.values())}
+    names |= {f"{name}.base_layer" for name in manager.modules if name.endswith(".experts")}
+    if manager.is_pooling_model:  # vLLM looks for them without this prefix, too
+        names |= {name.removeprefix("model.") for name in names}
+    return names

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 
 from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
 from int4_lora.integration.checkpoint.hub import local_folder
+from int4_lora.integration.vllm_plugin.adapter_names import unmatched_warning
 from int4_lora.integration.vllm_plugin.load_check import tokens_of_each_graph
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, outside_targets
 from int4_lora.integration.vllm_plugin.options import Options, read_options
@@ -152,6 +153,22 @@ class ServedEngine:
                 layer.name,
                 ", ".join(self.metadata.target_modules or ()),
             )
+
+    def warn_unmatched(
+        self, adapter: str, path: str, names: Sequence[str], known: Collection[str]
+    ) -> None:
+        """Warn, once, of an adapter with modules that match no layer.
+
+        Args:
+            adapter: the name that requests give.
+            path: its folder.
+            names: its modules, as vLLM calls them.
+            known: the modules that the model's LoRA layers are made of.
+        """
+        warning = unmatched_warning(names, known)
+        if warning is not None and (adapter, path) not in self._warned:
+            self._warned.add((adapter, path))
+            logger.warning("int4_lora: adapter %s (%s): %s", adapter, path, warning)
 
     def log_summary(self) -> None:
         """Log, once, how many layers run how, and why."""

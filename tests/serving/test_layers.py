@@ -1,7 +1,10 @@
 """The layers of an engine with the flag, and the weights that are read back from them."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
@@ -29,15 +32,29 @@ def expected(checkpoint, name):
     return torch.cat([dequantize(checkpoint.packed_weight(f"{parent}.{part}")) for part in parts])
 
 
+def with_shapes(dtype, model, copy):
+    """Copy a checkpoint and store ``weight_shape`` in another dtype; return the copy."""
+    shutil.copytree(model, copy)
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".weight_shape")]:
+        tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
 @pytest.mark.parametrize("backend", ["compiled", "stock-base"])
 @pytest.mark.parametrize("variant", ["asym-g32", "channel"])
-def test_unpacked_weights_are_the_checkpoints(variant, backend, tiny_models):
+def test_unpacked_weights_are_the_checkpoints(variant, backend, tiny_models, tmp_path):
+    """Also with shapes stored as int32, as Kimi K2's are."""
     from int4_lora.integration.vllm_plugin.lora_layers import Int4LoRALayer
 
     options = {"backend": backend, "cache_bytes": 2**22, "warm_up": False}
     settings = {"quantization": "int4_lora", "additional_config": {"int4_lora": options}}
-    checkpoint = open_checkpoint(tiny_models[variant])
-    with engine(tiny_models[variant], **LORA, **settings) as llm:
+    model = tiny_models[variant]
+    if variant == "channel":
+        model = with_shapes(torch.int32, model, tmp_path / "copied")
+    checkpoint = open_checkpoint(model)
+    with engine(model, **LORA, **settings) as llm:
         wrapped = {
             name: module
             for name, module in layers_of(llm).items()

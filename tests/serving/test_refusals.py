@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.checkpoints import edit_config, edit_tensors, weights
-from support.engines import COLD, FLAG, engine, logprobs
+from support.engines import COLD, FLAG, engine, logprobs, next_logprobs, requests_of
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
 
@@ -33,14 +34,17 @@ def refused(model, **settings):
 
 @pytest.fixture
 def log():
-    """Return the lines that vLLM's loggers write during a test."""
+    """Return the lines that the plug-in logs during a test."""
     lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("vllm")
-    logger.addHandler(handler)
+
+    def keep(record):
+        lines.append(record.getMessage())
+        return True
+
+    logger = logging.getLogger("vllm.int4_lora")
+    logger.addFilter(keep)  # vLLM removes handlers when it starts an engine
     yield lines
-    logger.removeHandler(handler)
+    logger.removeFilter(keep)
 
 
 @pytest.mark.parametrize(
@@ -181,21 +185,46 @@ def test_weights_are_reloaded(model, prompts, tmp_path):
         assert logprobs(llm, prompts[:1], [None]) == right != before
 
 
-def test_modules_outside_the_targets_are_named(model, tiny_adapters, prompts, log):
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
+def with_prefix(folder, copy, old, new):
+    """Copy an adapter and change the prefix of its modules; return the copy."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(renamed, copy / "adapter_model.safetensors")
+    return copy
 
+
+def test_modules_that_are_not_named_or_match_no_layer(model, tiny_adapters, tmp_path, log):
+    """Outside ``lora_target_modules``; with another prefix; of a layer that is not there."""
     (model / "lora_metadata.json").write_text(
         json.dumps({"lora_compatible": True, "lora_target_modules": ["q_proj", "o_proj"]})
     )
+    good = tiny_adapters["a"]
+    prefix = with_prefix(good, tmp_path / "prefix", "model.layers", "model.text.layers")
+    deep = with_prefix(good, tmp_path / "deep", "layers.1.", "layers.9.")
     with engine(model, **LORA, **COLD) as llm:
-        request = LoRARequest("a", 1, str(tiny_adapters["a"]))
-        asked = SamplingParams(max_tokens=1, detokenize=False)
-        llm.generate([{"prompt_token_ids": prompts[0]}], asked, lora_request=[request])
-    named = [line for line in log if "lora_target_modules" in line]
-    assert len(named) == 1
-    assert "targets v_proj" in named[0]
-    assert "q_proj, o_proj" in named[0]
+        requests = requests_of({"good": good, "prefix": prefix, "deep": deep})
+        tokens = [list(range(3, 12))]
+        ask = lambda request: next_logprobs(llm, tokens, [request])[0]  # noqa: E731
+        base, answers = ask(None), {name: ask(request) for name, request in requests.items()}
+        ask(requests["prefix"])
+    outside = [line for line in log if "lora_target_modules" in line]
+    assert len(outside) == 1
+    assert "targets v_proj" in outside[0]
+    assert "q_proj, o_proj" in outside[0]
+    of_none, of_some = [line for line in log if "int4_lora: adapter" in line]
+    first = "model.text.layers.0.self_attn.q_proj"
+    assert of_none == (
+        f"int4_lora: adapter prefix ({prefix}): none of its 4 modules match a layer, so that the "
+        f"base model serves it; the first is {first}; all would match if names that start with "
+        "'model.text.' started with 'model.'"
+    )
+    assert of_some == (
+        f"int4_lora: adapter deep ({deep}): 2 of its 4 modules match no layer and are left out; "
+        "the first is model.layers.9.self_attn.q_proj"
+    )
+    assert answers["prefix"] == base
+    assert base != answers["deep"] != answers["good"] != base
 
 
 def test_a_model_that_says_so_without_the_flag(model, log):

@@ -10,13 +10,14 @@ from int4_lora.integration.vllm_plugin.dense_weight import packed_weight_of_chec
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.reference import dequantize
+from support.bases import write_base
 
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 
 
-def read(model, name, sizes, columns, rank, **attributes):
-    engine = ServedEngine(model=str(model), packed_modules=MERGED)
+def read(model, name, sizes, columns, rank, packed=MERGED, **attributes):
+    engine = ServedEngine(model=str(model), packed_modules=packed)
     layer = SimpleNamespace(
         int4_lora=ServedLayer(name, engine),
         output_partition_sizes=sizes,
@@ -60,6 +61,22 @@ def test_key_heads_that_are_fewer_than_ranks_are_on_several(tiny_models):
         weight = read(model, f"{ATTENTION}.qkv_proj", [64, 64, 64], 256, rank, **attributes)
         right = [query.chunk(4)[rank], key.chunk(2)[rank // 2], value.chunk(2)[rank // 2]]
         assert torch.equal(weight, torch.cat(right))
+
+
+@pytest.mark.parametrize("packed_modules", [{}, {"qkv_proj": ["qkv_proj"]}, MERGED])
+def test_weights_that_the_file_has_merged(packed_modules, tmp_path):
+    """Phi-3 stores qkv_proj; vLLM's name of the layer is that of another transformers' layout."""
+    module = "model.language_model.layers.0.self_attn.qkv_proj"
+    dense = write_base(tmp_path / "base", {module: (64, 32)})[module].to(torch.bfloat16)
+    name = "language_model.model.layers.0.self_attn.qkv_proj"
+    for rank in range(4):
+        attributes = {"tp_size": 4, "num_kv_head_replicas": 2, "packed": packed_modules}
+        weight = read(tmp_path / "base", name, [8, 8, 8], 32, rank, **attributes)
+        query, key, value = dense.split([32, 16, 16])
+        right = [query.chunk(4)[rank], key.chunk(2)[rank // 2], value.chunk(2)[rank // 2]]
+        assert torch.equal(weight, torch.cat(right))
+    with pytest.raises(ValueError, match=f"{module} has 64 rows, and the layer {name} 60"):
+        read(tmp_path / "base", name, [40, 10, 10], 32, 0, tp_size=1, packed=packed_modules)
 
 
 def test_a_module_that_is_not_there_is_named(tiny_models):
