@@ -45,6 +45,17 @@ class Changes:
     added_head: tuple[str, str] | None = None
     unties: bool = False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the result has that the base has not, one sentence each."""
+        if self.added_head is None:
+            return ()
+        head, embeddings = self.added_head
+        return (
+            f"{head} is tied to {embeddings} in the base, and an adapter changes them differently: "
+            f"the result has {head}.weight, and tie_word_embeddings is false",
+        )
+
     def plain_task(self, name: str, stored: StoredTensor, dtype: torch.dtype | None) -> Task:
         """Return the task of a tensor that belongs to no quantised module.
 

@@ -21,7 +21,7 @@ from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.read import read_adapter
 from int4_lora.integration.checkpoint.open import Checkpoint, Unlisted, open_checkpoint
 from int4_lora.integration.conversion.accounting import check_accounted
-from int4_lora.integration.conversion.changes import changes_of
+from int4_lora.integration.conversion.changes import Changes, changes_of
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.merge_report import MOST_ERROR, REPORT, accepted_report
 from int4_lora.integration.conversion.requantized_modules import REPLACED, RequantizedModule
@@ -115,27 +115,28 @@ def plan_merge(
     ]
     for adapter, _ in fitted:
         check_all_experts(adapter, checkpoint)
+    changes = changes_of(checkpoint, fitted)
     if to == "dense":
         folders = tuple(adapter.path for adapter, _ in fitted)
-        plan = plan_dense(checkpoint, dtype, changes_of(checkpoint, fitted), folders)
+        plan = plan_dense(checkpoint, dtype, changes, folders)
     elif dtype is not None:
         raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
     else:
-        plan = _plan_int4(checkpoint, fitted, search=search, max_error=max_error)
+        plan = _plan_int4(checkpoint, fitted, changes, search=search, max_error=max_error)
     notes = [f"{adapter.path}: {note}" for adapter, _ in fitted for note in adapter.notes]
-    return replace(plan, notes=tuple(notes))
+    return replace(plan, notes=(*notes, *changes.notes))
 
 
 def _plan_int4(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
+    changes: Changes,
     *,
     search: bool,
     max_error: float,
 ) -> Conversion:
     if not max_error >= 0:
         raise ValueError(f"max_error must be 0 or more, got {max_error}")
-    changes = changes_of(checkpoint, adapters)
     changed = [name for name in checkpoint.modules() if name in changes.modules]
     for name in changed:
         check_packed(checkpoint, name)

@@ -77,7 +77,7 @@ def test_logits_are_those_of_base_and_adapter(bases, tmp_path, settings, tied):
     source, dense = bases[tied]
     trained(load(dense), tmp_path / "adapter", **settings)
     adapter = f"--adapter={tmp_path / 'adapter'}"
-    convert("merge", source, tmp_path / "merged", adapter, "--dtype", "float32")
+    outcome = convert("merge", source, tmp_path / "merged", adapter, "--dtype", "float32")
 
     truth = logits(with_adapter(dense, tmp_path / "adapter", torch.float64))
     theirs = (logits(with_adapter(dense, tmp_path / "adapter", torch.float32)) - truth).abs().max()
@@ -90,6 +90,8 @@ def test_logits_are_those_of_base_and_adapter(bases, tmp_path, settings, tied):
     assert config["tie_word_embeddings"] is (tied and settings in stays)
     has_head = HEAD in tensors_of(tmp_path / "merged")
     assert has_head is not config["tie_word_embeddings"]
+    notes = " ".join(outcome["notes"])
+    assert (f"the result has {HEAD}" in notes) is (tied and settings not in stays)
 
 
 def edit_tensors(folder, change):
