@@ -94,6 +94,7 @@ def test_it_is_enough_for_shards(copied_model, tmp_path, monkeypatch, validator)
     ("weights", "shape", "covers"),
     [
         ({"strategy": "tensor"}, [1], [256, 256]),
+        ({"strategy": "tensor"}, [], [256, 256]),
         ({"strategy": "block", "block_structure": [96, 64]}, [3, 4], [96, 64]),
     ],
 )

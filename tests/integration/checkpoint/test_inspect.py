@@ -174,3 +174,14 @@ def test_an_adapter_does_not_fit_what_is_not_int4(copied_model, tiny_adapters):
     (adapter,) = json.loads(result.stdout)["adapters"]
     assert "is no INT4 module" in adapter["fault"]
     assert "base" in adapter
+
+
+def test_a_g_idx_of_minus_one_is_no_order(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["actorder-g128"], tmp_path / "copied")
+    edit_tensors(folder, weight_g_idx=lambda g_idx: torch.full_like(g_idx, -1))
+    found = json.loads(run(folder, "--json").stdout)["modules"]
+    assert {one["name"] for one in found if not one["g_idx"]} == {Q_PROJ}
+    edit_tensors(folder, weight_g_idx=lambda g_idx: g_idx.float())
+    result = run(folder)
+    assert result.exit_code == 2
+    assert "g_idx must be int32" in result.output

@@ -88,7 +88,7 @@ def test_what_the_index_leaves_out_is_refused_taken_or_left(source, lora, tmp_pa
         options = [f"--adapter={lora}", f"--to={to}", "--unlisted=take"]
         convert("merge", source, tmp_path / to, *options)
     assert tensors_of(tmp_path / "dense").keys() == whole.keys()
-    assert tensors_of(tmp_path / "int4").keys() == small().tensors.keys()
+    assert tensors_of(tmp_path / "int4").keys() == small().stored.keys()
     verified = json.loads(run("verify", source, "--unlisted=take", "--json").stdout)
     assert len(verified["modules"]) == 4
     assert run("verify", source, "--unlisted=leave").exit_code == 0
@@ -214,7 +214,7 @@ def test_shards_beside_a_single_file(source, lora, tmp_path):
 
 def test_an_index_beside_a_single_file(tmp_path):
     folder = small().save(tmp_path / "x")
-    names = small().tensors
+    names = small().stored
     write_index(folder, dict.fromkeys(names, "gone.safetensors"))  # joined, and never removed
     assert not open_checkpoint(folder).unlisted
     write_index(folder, dict.fromkeys([*names, "extra"], "gone.safetensors"))
@@ -229,7 +229,7 @@ def test_the_choice_has_two_values(source):
     for unlisted in ("take", "leave"):  # which change nothing if nothing is unlisted
         opened = open_checkpoint(source, unlisted=unlisted)
         opened.check_listed()
-        assert opened.tensors.keys() == small().tensors.keys()
+        assert opened.tensors.keys() == small().stored.keys()
 
 
 def test_an_adapter_in_the_folder_is_not_the_models(source, tmp_path):

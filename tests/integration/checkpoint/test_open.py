@@ -100,8 +100,8 @@ def test_weights_saved_without_compression_are_called_so(tmp_path, form, dtype):
     made = small()
     for name in made.quantised:
         for part in ("weight_packed", "weight_shape"):
-            del made.tensors[f"{name}.{part}"]
-        made.tensors[f"{name}.weight"] = made.dense[f"{name}.weight"].to(dtype)
+            del made.stored[f"{name}.{part}"]
+        made.stored[f"{name}.weight"] = made.dense[f"{name}.weight"].to(dtype)
     config = {**quantization(), "format": form, "quantization_status": "frozen"}
     made.save(tmp_path / "x", {"quantization_config": config})
     make_adapter(tmp_path / "lora", {made.quantised[0]: (64, 64)})
@@ -132,8 +132,8 @@ def test_what_is_packed_is_read_whatever_the_status(tmp_path, status):
 def test_one_module_without_compression_is_enough(tmp_path):
     made = small()
     first = made.quantised[0]
-    del made.tensors[f"{first}.weight_packed"]
-    made.tensors[f"{first}.weight"] = made.dense[f"{first}.weight"]
+    del made.stored[f"{first}.weight_packed"]
+    made.stored[f"{first}.weight"] = made.dense[f"{first}.weight"]
     made.save(tmp_path / "x")
     with pytest.raises(ValueError, match=f"{first}: the weight is stored as BF16 .* 1 of 4"):
         open_checkpoint(tmp_path / "x")

@@ -76,9 +76,9 @@ def test_what_has_no_place_is_dropped_for_a_reason(tmp_path):
     made = small()
     attention = "model.layers.0.self_attn"
     for part in ("k_scale", "v_scale"):
-        made.tensors[f"{attention}.{part}"] = torch.ones(1)
-    made.tensors[f"{Q_PROJ}.input_scale"] = torch.ones(1)
-    made.tensors[f"{Q_PROJ}.weight_of_the_future"] = torch.ones(1)
+        made.stored[f"{attention}.{part}"] = torch.ones(1)
+    made.stored[f"{Q_PROJ}.input_scale"] = torch.ones(1)
+    made.stored[f"{Q_PROJ}.weight_of_the_future"] = torch.ones(1)
     folder = made.save(tmp_path / "x")
     outcome = convert("unpack", folder, tmp_path / "kept")
     assert outcome["dropped"] == {f"{Q_PROJ}.input_scale": "quantises the activations of a module"}
@@ -199,7 +199,7 @@ def test_bytes_that_were_never_written_are_noticed(source, tmp_path, monkeypatch
 
 def test_a_module_of_another_format_with_two_weights_is_refused(tmp_path):
     made = Handmade()
-    made.tensors = {
+    made.stored = {
         "a.weight": torch.zeros(4, 8, dtype=torch.int8),
         "a.weight_packed": torch.zeros(4, 8, dtype=torch.uint8),
         "a.weight_scale": torch.ones(4, 1),
