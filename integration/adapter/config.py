@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from int4_lora.integration.adapter.peft_table import check_initialisation, check_options
 from int4_lora.integration.adapter.targeting import NEWEST
 
-__all__ = ["check_plain_lora", "rank_of", "scaling_of"]
+__all__ = ["check_plain_lora", "order_notes", "rank_of", "scaling_of"]
 
 ENDING = r"(.*\.)?({})$"  # PEFT inserts each key of rank_pattern and alpha_pattern at {}
 MLX = (
@@ -68,6 +68,36 @@ def scaling_of(config: Mapping[str, Any], name: str) -> float:
         rank_of(config, name),
     )
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def order_notes(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return a note if the order of ``alpha_pattern`` matters, for PEFT sorts it when it saves.
+
+    The first pattern that matches a layer counts. After sorting, another may be the first than in
+    training; PEFT's own loading then takes another alpha, too.
+
+    Args:
+        config: the content of adapter_config.json.
+        names: the layers' names.
+
+    Example:
+        >>> config = {"alpha_pattern": {"layers.0.q_proj": 7, "q_proj": 5}}
+        >>> order_notes(config, ["layers.0.q_proj"])[0][:64]
+        "alpha_pattern: 'layers.0.q_proj' and 'q_proj' match layers.0.q_p"
+    """
+    patterns = config.get("alpha_pattern") or {}
+    if list(patterns) != sorted(patterns):
+        return []  # PEFT did not write this file
+    for name in names:
+        matching = [key for key in patterns if re.match(ENDING.format(key), name)]
+        if len({patterns[key] for key in matching}) > 1:
+            listed = " and ".join(map(repr, matching))
+            return [
+                f"alpha_pattern: {listed} match {name}; the first counts, as when PEFT loads the "
+                "adapter, but PEFT sorts patterns when it saves them, so that in training another "
+                "may have been the first"
+            ]
+    return []
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

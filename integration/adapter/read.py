@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
-from int4_lora.integration.adapter.config import check_plain_lora, rank_of, scaling_of
+from int4_lora.integration.adapter.config import (
+    check_plain_lora,
+    order_notes,
+    rank_of,
+    scaling_of,
+)
 from int4_lora.integration.adapter.embeddings import embedding_module, is_copy_for_tied_head
 from int4_lora.integration.adapter.experts import parameter_modules, parameter_owners
 from int4_lora.integration.adapter.files import CONFIG_FILE, adapter_folder, stored_tensors
@@ -76,7 +81,7 @@ def _modules(
         for name, pair in keys.pairs.items()
         if name not in of_parameters and not is_copy_for_tied_head(config, name, pair, embeddings)
     }
-    notes = check_targeted(file, config, list(linear.values()))
+    notes = [*check_targeted(file, config, list(linear.values())), *order_notes(config, linear)]
     modules = {name: _module(name, keys.pairs[name], config, linear[name]) for name in linear}
     for owner, names in owners.items():
         modules |= parameter_modules(config, owner, [keys.pairs[name] for name in names])

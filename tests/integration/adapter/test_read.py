@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,33 @@ def test_patterns_choose_rank_and_alpha_by_the_end_of_the_name(copied):
 def test_a_pattern_matches_whole_parts_of_a_name(copied):
     edit_config(copied, alpha_pattern={"proj": 1, "_proj": 1, "attn.q_proj": 1})
     assert {module.scaling for module in read_adapter(copied).modules.values()} == {2.0}
+
+
+def test_peft_sorts_patterns_so_that_training_may_have_had_another_alpha(tmp_path):
+    class Base(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+    patterns = {r"\d": 5, r"1": 7}
+    config = peft.LoraConfig(
+        r=2, target_modules=["0", "1"], init_lora_weights=False, alpha_pattern=patterns
+    )
+    trained = peft.get_peft_model(Base(), config)
+    trained.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Base(), tmp_path)
+    adapter = read_adapter(tmp_path)
+    for name, module in adapter.modules.items():
+        scaling = loaded.base_model.model.get_submodule(name).scaling["default"]
+        assert module.scaling == scaling
+    in_training = trained.base_model.model.layers[1].scaling["default"]
+    assert adapter.modules["layers.1"].scaling != in_training == 2.5
+    (note,) = adapter.notes
+    assert note.startswith(
+        r"alpha_pattern: '1' and '\\d' match layers.1; the first counts, as when"
+    )
+    edit_config(tmp_path, alpha_pattern=patterns)
+    assert read_adapter(tmp_path).notes == ()
 
 
 def keep(tensors, wanted):
