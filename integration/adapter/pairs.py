@@ -13,7 +13,7 @@ from torch import Tensor
 from int4_lora.integration.adapter.adapter import FLOATS
 from int4_lora.integration.adapter.keys import KeyedTensor
 
-__all__ = ["read_pair", "where_of"]
+__all__ = ["check_gathered", "read_pair", "where_of"]
 
 
 def read_pair(name: str, pair: Mapping[str, KeyedTensor]) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,10 @@ def read_pair(name: str, pair: Mapping[str, KeyedTensor]) -> tuple[Tensor, Tenso
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
         dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
         raise TypeError(f"{where}: lora_A and lora_B must be float, got {dtypes}")
-    _check_gathered(where, a, b)
+    for matrix, tensor in (("lora_A", a), ("lora_B", b)):
+        if tensor.ndim < 2:
+            raise ValueError(f"{where}: {matrix} {_not_gathered(tensor)}")
+        check_gathered(f"{where}: {matrix}", tensor)
     if a.ndim != 2 or b.ndim != 2:
         raise ValueError(
             f"{where}: lora_A and lora_B must be matrices, got {list(a.shape)} and {list(b.shape)}"
@@ -53,13 +56,20 @@ def where_of(name: str, pair: Mapping[str, KeyedTensor]) -> str:
     return f"{next(iter(pair.values())).stored.file}: {name}"
 
 
-def _check_gathered(where: str, a: Tensor, b: Tensor) -> None:
-    """Check that no matrix is what is left of one that is sharded among processes."""
-    for matrix, tensor in (("lora_A", a), ("lora_B", b)):
-        if tensor.ndim < 2 or 0 in tensor.shape:
-            raise ValueError(
-                f"{where}: {matrix} has the shape {list(tensor.shape)}: DeepSpeed ZeRO-3 and FSDP "
-                "leave such tensors where a model is saved before its shards are gathered; save "
-                "the adapter again within deepspeed.zero.GatheredParameters or "
-                "FullyShardedDataParallel.summon_full_params"
-            )
+def check_gathered(where: str, tensor: Tensor) -> None:
+    """Check that a tensor is not what is left where it is sharded among processes.
+
+    Raises:
+        ValueError: the tensor is empty; the message names the cause.
+    """
+    if 0 in tensor.shape:
+        raise ValueError(f"{where} {_not_gathered(tensor)}")
+
+
+def _not_gathered(tensor: Tensor) -> str:
+    """Return why a trainer may have saved an empty or flat tensor, and what to do."""
+    return (
+        f"has the shape {list(tensor.shape)}: DeepSpeed ZeRO-3 and FSDP leave such tensors where a "
+        "model is saved before its shards are gathered; save the adapter again within "
+        "deepspeed.zero.GatheredParameters or FullyShardedDataParallel.summon_full_params"
+    )

@@ -22,6 +22,7 @@ from torch import Tensor
 from int4_lora.integration.adapter.adapter import FLOATS, Replacement
 from int4_lora.integration.adapter.embeddings import EMBEDDINGS
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys
+from int4_lora.integration.adapter.pairs import check_gathered
 
 __all__ = ["read_replacements"]
 
@@ -44,8 +45,8 @@ def read_replacements(
 
     Raises:
         TypeError: a tensor or an option has the wrong type.
-        ValueError: a tensor is not finite, two of them are for the same weight, PEFT would ignore
-            one, the config's rows contradict it, or what the config names has no tensor; the
+        ValueError: a tensor is empty or not finite, two of them are for the same weight, PEFT would
+            ignore one, the config's rows contradict it, or what the config names has no tensor; the
             message names file and tensor.
     """
     _check_saved(file, config, keys)
@@ -111,6 +112,7 @@ def _values(keyed: KeyedTensor) -> Tensor:
     if values.dtype not in FLOATS:
         dtype = str(values.dtype).removeprefix("torch.")
         raise TypeError(f"{keyed.where} must be float to replace a weight, got {dtype}")
+    check_gathered(keyed.where, values)
     if not values.isfinite().all():
         raise ValueError(f"{keyed.where} must be finite to replace a weight")
     return values

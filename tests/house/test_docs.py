@@ -52,6 +52,13 @@ def test_every_public_layout_has_its_reports_and_a_test_that_exists():
     assert_cites_tests(rows)
 
 
+def test_everything_that_is_read_or_refused_of_an_adapter_has_a_test_that_exists():
+    rows = re.findall(r"^\| (.+) \|$", (DOCS / "adapters.md").read_text(), flags=re.M)
+    rows = [row for row in rows if "`" in row and not row.endswith(" | test")]
+    assert len(rows) > 25
+    assert_cites_tests(rows)
+
+
 def test_every_environment_of_the_matrix_has_its_row():
     tox = configparser.ConfigParser()
     tox.read(ROOT / "tox.ini")

@@ -218,6 +218,13 @@ def test_tensors_that_were_not_gathered_are_refused_with_the_cause(tmp_path, sha
     refused(tmp_path, message, keyed() | {key: torch.zeros(shape)})
 
 
+@pytest.mark.parametrize("shape", [[0], [0, 4]])
+def test_whole_tensors_that_were_not_gathered_are_refused_with_the_cause(tmp_path, shape):
+    tensors = keyed() | {"base_model.model.lm_head.weight": torch.zeros(shape)}
+    message = r"lm_head.weight has the shape .*: DeepSpeed ZeRO-3 and FSDP leave such tensors"
+    refused(tmp_path, message, tensors, modules_to_save=["lm_head"])
+
+
 WIDENED = [
     (torch.float32, torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.float32, torch.float32),
