@@ -21,8 +21,9 @@ from int4_lora.integration.checkpoint.open import Checkpoint
 
 __all__ = ["Vocabulary", "find_vocabulary", "is_tied", "ties_of", "untied"]
 
-EMBEDDINGS = re.compile(r"(?P<prefix>.*\.)?(embed_tokens|wte|word_embeddings|embed_in)")
+EMBEDDINGS = re.compile(r"(?P<prefix>.*\.)?(?P<last>embed_tokens|wte|word_embeddings|embed_in)")
 WITH_HEAD = re.compile(r"(.*\.)?(language_model|text_model)\.model\.")  # the head lies beside it
+NO_HEAD = re.compile(r".*(?<!LMHead)(?<!Chat)Model")  # such as LlamaModel, which embeds texts
 TIE = "tie_word_embeddings"
 
 
@@ -58,7 +59,7 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
         return None
     prefix = found[0]["prefix"] or ""
     outer = prefix.removesuffix("model.") if WITH_HEAD.fullmatch(prefix) else ""
-    head = f"{outer}lm_head"
+    head = outer + ("embed_out" if found[0]["last"] == "embed_in" else "lm_head")
     stored = head in checkpoint.schemes or f"{head}.weight" in checkpoint.tensors
     return Vocabulary(found[0][0], head, stored)
 
@@ -71,8 +72,9 @@ def is_tied(checkpoint: Checkpoint, vocabulary: Vocabulary) -> bool:
         vocabulary: its embeddings and its head. If both are stored, their values are compared.
     """
     if not vocabulary.head_is_stored:
-        ties = ties_of(checkpoint.config)
-        return True in ties or not ties
+        ties, models = ties_of(checkpoint.config), checkpoint.config.get("architectures") or ()
+        is_headless = bool(models) and all(NO_HEAD.fullmatch(str(model)) for model in models)
+        return (True in ties or not ties) and not is_headless
     is_packed = {vocabulary.head, vocabulary.embeddings} & {*checkpoint.schemes}
     if is_packed or True not in ties_of(checkpoint.config):
         return False
