@@ -33,7 +33,9 @@ __all__ = ["check_all_experts", "parameter_modules", "parameter_owners"]
 
 INNER = ".base_layer"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-EXPERT = re.compile(r"(?P<owner>.+)\.(?P<expert>\d+)\.(gate_up_proj|down_proj|gate_proj|up_proj)")
+EXPERT = re.compile(
+    r"(?P<owner>.+)\.(?P<expert>\d+)\.(gate_up_proj|down_proj|gate_proj|up_proj|w1|w2|w3)"
+)
 TRANSPOSED_BEFORE = (0, 19)  # of PEFT, which then took any parameter for [E, in, out]
 
 

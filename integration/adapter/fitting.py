@@ -22,6 +22,7 @@ from int4_lora.integration.adapter.fused_forms import (
     place,
     unfit_modules,
 )
+from int4_lora.integration.adapter.older_names import with_older_names
 from int4_lora.integration.adapter.prefix_changes import (
     Rename,
     fitting_renames,
@@ -42,8 +43,8 @@ def fit_adapter(
     """Return an adapter with its modules under the names and in the forms of a base.
 
     ``q_proj``, ``k_proj`` and ``v_proj`` of the adapter become one module where the base has
-    ``qkv_proj``, and the reverse; so do ``gate_proj`` and ``up_proj``. What is added to the weights
-    stays the same.
+    ``qkv_proj``, and the reverse; so do ``gate_proj`` and ``up_proj``. Experts of Mixtral's family
+    get their names in checkpoints. What is added to the weights stays the same.
 
     Args:
         adapter: an adapter.
@@ -71,7 +72,10 @@ def fit_adapter(
     """
     _check_rename(rename)
     base = BaseWeights(checkpoint)
-    modules = _renamed(adapter, adapter.modules, rename)
+    try:
+        modules, older = with_older_names(_renamed(adapter, adapter.modules, rename), base.names)
+    except ValueError as error:
+        raise ValueError(f"{adapter.path}: {error}") from error
     replacements = _renamed(adapter, adapter.replacements, rename)
     placement = place(modules, base)
     if placement.unplaced or not all(_has_tensor(base, name) for name in replacements):
@@ -85,7 +89,7 @@ def fit_adapter(
         adapter,
         modules=mapped,
         replacements=replacements,
-        notes=(*adapter.notes, *_rename_notes(adapter, rename), *notes),
+        notes=(*adapter.notes, *_rename_notes(adapter, rename), *older, *notes),
     )
 
 

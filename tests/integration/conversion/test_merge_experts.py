@@ -87,6 +87,39 @@ def test_dense_gives_the_logits_of_base_and_adapter(base, tmp_path, settings):
         assert any("gate_up_proj" in note for note in outcome["notes"])
 
 
+def test_mixtral_has_other_names_in_memory(tmp_path):
+    from transformers import MixtralConfig
+
+    model = Model()
+    for name in ("model.embed_tokens", "lm_head"):
+        model.plain(f"{name}.weight", 80, 64)
+    layer = "model.layers.0."
+    for name, rows in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32), ("o_proj", 64)):
+        model.packed(f"{layer}self_attn.{name}", rows, 64)
+    model.plain(f"{layer}block_sparse_moe.gate.weight", 3, 64)
+    for expert in range(3):
+        for name, shape in (("w1", (32, 64)), ("w3", (32, 64)), ("w2", (64, 32))):
+            model.packed(f"{layer}block_sparse_moe.experts.{expert}.{name}", *shape)
+    for name in (f"{layer}input_layernorm", f"{layer}post_attention_layernorm", "model.norm"):
+        model.put(f"{name}.weight", torch.ones(64, dtype=torch.bfloat16))
+    fields = {**QWEN3_MOE, "intermediate_size": 32, "num_local_experts": 3, "num_hidden_layers": 1}
+    config = MixtralConfig(**fields).to_dict() | {"architectures": ["MixtralForCausalLM"]}
+    ignored = ["lm_head", "re:.*block_sparse_moe.gate$"]
+    source = model.save(tmp_path / "int4", quantization(ignore=ignored), config)
+    dense, adapter = tmp_path / "dense", tmp_path / "adapter"
+    convert("unpack", source, dense, "--dtype", "float32")
+    trained(load(dense), adapter, target_modules=["w1", "w2", "w3", "gate", "q_proj"])
+    outcome = convert(
+        "merge", source, tmp_path / "merged", f"--adapter={adapter}", "--dtype", "float32"
+    )
+    truth = logits(with_adapter(dense, adapter), torch.float64)
+    theirs = (logits(with_adapter(dense, adapter)) - truth).abs().max()
+    ours = (logits(load(tmp_path / "merged")) - truth).abs().max()
+    assert ours <= 2 * theirs + 1e-6
+    assert (logits(load(dense)) - truth).abs().max() > 1e-2  # the adapter shows
+    assert "gate_up_proj for w1 and w3, down_proj for w2 (x7)" in outcome["notes"][0]
+
+
 def test_int4_is_off_from_pefts_merged_weights_by_what_it_reports(base, tmp_path):
     from int4_lora.integration import open_checkpoint
     from int4_lora.reference import dequantize
