@@ -114,7 +114,8 @@ def _check(checkpoint: Checkpoint, name: str) -> bool:
     scheme = checkpoint.schemes[name]
     unpacked = not scheme.symmetric and scheme.strategy in UNPACKED
     if unpacked or f"{name}.weight_g_idx" in checkpoint.tensors:
-        return not checkpoint.packed_weight(name).column_order
+        checkpoint.packed_weight(name)
+        return not checkpoint.column_order(name)
     checkpoint.check(name)
     return False
 

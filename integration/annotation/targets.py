@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.target_matching import ignored
 
 __all__ = ["LoRATargets", "lora_targets"]
 
@@ -102,8 +103,11 @@ def _reasons(checkpoint: Checkpoint, int4: Sequence[str]) -> list[str]:
         "is ordered by activation, which vLLM refuses: quantise with actorder static or none": [
             name for name in packed if name in ordered - stray
         ],
-        "stores a weight_g_idx of -1, which means column order, but vLLM does not load it: remove "
-        "it, and actorder from config.json": [name for name in packed if name in stray],
+        "stores a weight_g_idx in column order, which vLLM does not load: remove it, and actorder "
+        "from config.json": [name for name in packed if name in stray],
+        "is packed, but on the ignore list, so that vLLM expects it dense: take it off the list": (
+            ignored(checkpoint.path / "config.json", checkpoint.quantization, packed)
+        ),
         "is of a strategy that vLLM does not serve: quantise by channel or group": [
             name for name in packed if checkpoint.schemes[name].strategy not in SERVED_STRATEGIES
         ],

@@ -169,7 +169,8 @@ class Checkpoint:
     def column_order(self, name: str) -> bool:
         """Return whether a module's columns are grouped by position.
 
-        They are without a ``weight_g_idx``, and with one that holds a -1.
+        They are without a ``weight_g_idx``, with one that holds a -1, and with one that numbers the
+        groups of the config in order.
 
         Args:
             name: the name of a quantised module.
@@ -184,7 +185,10 @@ class Checkpoint:
         stored = self.tensors[full]
         if stored.dtype != "I32":
             raise TypeError(f"{stored.file}: {name}: g_idx must be int32, got {stored.dtype}")
-        return bool((self.tensor(full) == -1).any())
+        g_idx = self.tensor(full)
+        size = self.schemes[name].group_size
+        in_order = torch.arange(len(g_idx)) // (size if isinstance(size, int) else len(g_idx) or 1)
+        return bool((g_idx == -1).any()) or torch.equal(g_idx.long(), in_order)
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Read the packed weight of one quantised module.
@@ -260,6 +264,12 @@ class Checkpoint:
         if scheme.actorder == "group":
             what = "weight_g_idx of a module with actorder 'group'"
             self._check_stored(where, f"{name}.weight_g_idx", what)
+        packed = self.tensors[f"{name}.weight_packed"]
+        if len(packed.shape) != 2:
+            raise ValueError(
+                f"{where}: weight_packed must be a matrix, got {packed.dtype} {[*packed.shape]}: "
+                "experts that are packed into one tensor are not read"
+            )
         for part in ("weight", "weight_global_scale"):
             if f"{name}.{part}" in self.tensors:
                 raise ValueError(
@@ -272,6 +282,9 @@ class Checkpoint:
             return
         holders = [file.file.name for file in self.unlisted if full in file.tensors]
         why = f": it is in {holders[0]}, but not listed as the model's" if holders else ""
+        old = self.tensors.get(full.removesuffix("_packed"))
+        if full.endswith("weight_packed") and old is not None and old.dtype == "I32":
+            why = ": weight is I32: rename it to weight_packed, its name since May 2024"
         raise ValueError(f"{where}: {what} is missing{why}")
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from int4_lora.integration.checkpoint.spellings import spellings
 
-__all__ = ["Targets", "compile_targets", "group_of"]
+__all__ = ["Targets", "compile_targets", "group_of", "ignored"]
 
 CLASS_TARGETS = ("Linear", "Embedding")
 EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|\w*embed\w*)")  # the usual names of such modules
@@ -97,6 +97,34 @@ def group_of(file: Path, module: str, targets: Targets) -> str:
     if group is None:
         raise ValueError(f"{file}: {module} is quantised, but no config group targets it")
     return group
+
+
+def ignored(file: Path, quantization: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Return the modules that the ignore list names, under any of their spellings.
+
+    Args:
+        file: config.json, for the messages.
+        quantization: its part about the quantisation.
+        modules: names of modules in the files.
+
+    Raises:
+        ValueError: the list is no list of names, or an entry is not a regular expression.
+    """
+    entries = quantization.get("ignore") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"{file}: ignore must be a list of names, got {entries!r}")
+    patterns = []
+    for entry in entries:
+        text = entry.removeprefix("re:") if entry.startswith("re:") else re.escape(entry) + r"\Z"
+        try:
+            patterns.append(re.compile("" if entry == "Linear" else text))
+        except re.error as error:
+            raise ValueError(f"{file}: ignore: {entry!r}: {error}") from error
+    return [
+        module
+        for module in modules
+        if any(pattern.match(name) for pattern in patterns for name in spellings(module))
+    ]
 
 
 def _first(name: str, targets: Iterable[tuple[str, re.Pattern[str]]]) -> str | None:

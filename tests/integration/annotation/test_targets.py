@@ -30,10 +30,12 @@ def scheme(**changes):
     return Scheme(**{**usual, **changes})
 
 
-def checkpoint(quantised, dense=(), more=()):
+def checkpoint(quantised, dense=(), more=(), ignore=()):
     schemes = dict.fromkeys(quantised, scheme()) if not isinstance(quantised, dict) else quantised
     names = [f"{name}.weight_packed" for name in schemes] + [f"{name}.weight" for name in dense]
-    return Checkpoint(Path("folder"), {}, dict.fromkeys([*names, *more], STORED), schemes)
+    quantization = {"quant_method": "compressed-tensors", "ignore": [*ignore]}
+    config = {"quantization_config": quantization}
+    return Checkpoint(Path("folder"), config, dict.fromkeys([*names, *more], STORED), schemes)
 
 
 def in_layers(*names):
@@ -136,15 +138,27 @@ def test_why_a_model_is_not_compatible(quantised, reason):
     assert found.incompatible_because == (reason,)
 
 
+def test_a_packed_module_on_the_ignore_list():
+    names = [*in_layers("q_proj"), "mtp.layers.0.q_proj"]
+    found = lora_targets(checkpoint(names, ignore=["lm_head", "re:.*mtp.*"]))
+    assert found.incompatible_because == (
+        "mtp.layers.0.q_proj is packed, but on the ignore list, so that vLLM expects it dense: "
+        "take it off the list",
+    )
+
+
 @pytest.mark.parametrize("actorder", [None, "group"])
 @pytest.mark.parametrize(
     ("g_idx", "reason"),
     [
         ([0, 1, 1, 0], "is ordered by activation, which vLLM refuses"),
-        ([-1] * 4, "stores a weight_g_idx of -1, which means column order"),
+        ([-1] * 4, "stores a weight_g_idx in column order, which vLLM does not load"),
+        ([0] * 4, "stores a weight_g_idx in column order, which vLLM does not load"),
     ],
 )
-def test_a_stored_g_idx_is_an_order_unless_it_is_minus_one(tmp_path, g_idx, reason, actorder):
+def test_a_stored_g_idx_is_an_order_unless_it_is_that_of_the_columns(
+    tmp_path, g_idx, reason, actorder
+):
     """VLLM 0.32 has no parameter for weight_g_idx, whatever its values are."""
     name = in_layers("q_proj")[1]
     file = tmp_path / "model.safetensors"

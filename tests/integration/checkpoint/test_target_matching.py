@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.utils.match import match_targets
 
 from int4_lora.integration.checkpoint.scheme import read_schemes
+from int4_lora.integration.checkpoint.target_matching import ignored
 
 GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 LAYER = "layers.0.self_attn.q_proj"
@@ -60,3 +61,25 @@ def test_other_towers_are_not_the_text_model():
     assert size_of("audio.layers.0.fc1", groups) == 32
     with pytest.raises(ValueError, match="no config group targets it"):
         size_of("visual.blocks.0.mlp.down_proj", {8: ["re:model.language_model.*"]})
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (None, []),
+        (["lm_head"], ["language_model.lm_head"]),  # its name in memory since transformers 4.52
+        (["re:.*mtp"], ["mtp.fc"]),
+        (["mtp", "mtp.fc.linear"], []),
+        (["MoEGate"], []),
+        (["Linear"], ["language_model.lm_head", "mtp.fc"]),
+    ],
+)
+def test_the_ignore_list(entries, expected):
+    modules = ["language_model.lm_head", "mtp.fc"]
+    assert ignored(Path("config.json"), {"ignore": entries}, modules) == expected
+
+
+@pytest.mark.parametrize("entries", ["lm_head", [1], ["re:("]])
+def test_an_ignore_list_that_cannot_be_read(entries):
+    with pytest.raises(ValueError, match=r"config\.json: ignore"):
+        ignored(Path("config.json"), {"ignore": entries}, ["a"])
