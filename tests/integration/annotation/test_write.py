@@ -166,7 +166,7 @@ def test_a_quantization_config_within_text_config(copied_model):
 def test_a_model_that_was_quantised_anew(copied_model):
     annotate(copied_model)
     edit_config(copied_model, weights(actorder="group"))
-    edit_tensors(copied_model, weight_g_idx=lambda _: torch.arange(256, dtype=torch.int32) // 32)
+    edit_tensors(copied_model, weight_g_idx=lambda _: torch.arange(256, dtype=torch.int32) % 8)
     with pytest.raises(ValueError, match="weight_g_idx of a module"):  # the other modules have none
         annotate(copied_model)
     edit_config(copied_model, weights(actorder=None))

@@ -5,10 +5,13 @@ import torch
 
 from support.conversion import convert, refusal
 from support.layouts import (
+    Model,
     assert_tensors,
+    group,
     lora_config,
     lora_tensors,
     pairs_of,
+    quantization,
     write_adapter,
     write_tensors,
 )
@@ -76,3 +79,33 @@ def test_a_prefix_before_pefts_own(llama, tmp_path):
     rename = "thinker.base_model.model.="
     convert("merge", source, tmp_path / "merged", "--adapter", folder, "--rename", rename)
     assert_tensors(tmp_path / "merged", model.merged(pairs))
+
+
+def test_norms_of_an_extracted_adapter(llama, tmp_path):
+    """mergekit#328: what is no linear layer is saved whole, here with modules_to_save (#496)."""
+    model, source = llama
+    pairs = pairs_of(SHAPES)
+    norm = torch.full((64,), 2, dtype=torch.bfloat16)
+    tensors = lora_tensors(pairs) | {"base_model.model.model.norm.weight": norm}
+    folder = write(tmp_path / "lora", pairs, tensors, modules_to_save=["norm"])
+    convert("merge", source, tmp_path / "merged", "--adapter", folder)
+    assert_tensors(tmp_path / "merged", model.merged(pairs) | {"model.norm.weight": norm})
+
+
+def test_fused_experts_the_wrong_way_round(tmp_path):
+    """Automodel#3284: B of gate_up_proj as [hidden, r * E]; PEFT has [2 * inter, r * E]."""
+    model = Model()
+    for expert in range(2):
+        for part, rows, columns in (("gate", 32, 80), ("up", 32, 80), ("down", 80, 32)):
+            name = f"model.layers.0.mlp.experts.{expert}.{part}_proj"
+            model.packed(name, rows, columns, size=16)
+
+    source = model.save(tmp_path / "source", quantization({"group_0": group(group_size=16)}))
+    name = f"{FIRST}.mlp.experts.base_layer"
+    fields = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    wrong = {f"{name}.lora_A.weight": torch.ones(8, 64), f"{name}.lora_B.weight": torch.ones(80, 8)}
+    folder = write(tmp_path / "wrong", {}, wrong, **fields)
+    said = refusal("merge", source, tmp_path / "merged", "--adapter", folder)
+    assert "gate_up_proj" in said
+    assert "the adapter has 80 rows" in said
+    assert "the base has gate_proj 32, up_proj 32" in said

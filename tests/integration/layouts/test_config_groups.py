@@ -143,3 +143,31 @@ def test_marlin_24_is_named(tmp_path):
     assert "marlin-24 of int, 4 bits, cannot be unpacked" in said
     said = run("annotate", source, "--dry-run").stdout
     assert "model.layers.0.mlp.down_proj is marlin-24 of int, 4 bits" in said
+
+
+def test_a_packed_module_on_the_ignore_list(tmp_path):
+    """compressed-tensors#712: saving packs what the recipe ignored; engines expect it dense."""
+    model = Model().llama()
+    model.packed("mtp.layers.0.mlp.up_proj", 96, 64)
+    ignore = ["lm_head", "re:.*mtp.*"]
+    source = model.save(tmp_path / "source", quantization(ignore=ignore))
+    assert_dense(model, source, tmp_path / "dense")
+    said = run("annotate", source, "--dry-run").stdout
+    assert "lora_compatible: false" in said
+    assert "mtp.layers.0.mlp.up_proj is packed, but on the ignore list" in said
+    narrow = quantization({"group_0": group([r"re:^model\.layers\..*"])}, ignore=ignore)
+    source = model.save(tmp_path / "narrow", narrow)
+    said = refusal("unpack", source, tmp_path / "other")
+    assert "mtp.layers.0.mlp.up_proj is quantised, but no config group targets it" in said
+
+
+def test_an_activation_order_that_is_the_column_order(tmp_path):
+    """compressed-tensors#143, vllm#8135: a weight_g_idx without activation order in the config."""
+    model = Model().llama()
+    for name in [name for name in model.stored if name.endswith("weight_shape")]:
+        columns = int(model.stored[name][1])
+        g_idx = torch.arange(columns, dtype=torch.int32) // 32
+        model.stored[name.replace("weight_shape", "weight_g_idx")] = g_idx
+    source = model.save(tmp_path / "source", quantization())
+    assert_dense(model, source, tmp_path / "dense")
+    assert "ordered by activation" not in run("annotate", source, "--dry-run").stdout

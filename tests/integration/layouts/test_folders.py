@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import torch
+
 from support.conversion import convert, refusal, run
 from support.layouts import (
     Model,
@@ -109,3 +111,41 @@ def test_a_model_saved_with_its_adapter(tmp_path):
     said = refusal("unpack", source, tmp_path / "dense")
     assert f"{name}.base_layer.weight_" in said
     assert "of a model that was saved with PEFT's layers around its own" in said
+
+
+def test_consolidated_weights_beside_the_shards(tmp_path):
+    """vllm#40765, llama.cpp#17286: the same model twice, the second time in Mistral's names."""
+    model = Model().llama()
+    source = model.save(tmp_path / "source", quantization(), shards=2)
+    tensors = {"layers.0.attention.wq.weight": torch.zeros(64, 64)}
+    write_tensors(source / "consolidated.safetensors", tensors)
+    said = refusal("unpack", source, tmp_path / "dense")
+    assert "layers.0.attention.wq.weight" in said
+    assert "--unlisted" in said
+    assert run("verify", source).exit_code == 2
+    convert("unpack", source, tmp_path / "dense", "--unlisted", "leave")
+    assert_tensors(tmp_path / "dense", model.dense)
+
+
+def test_a_draft_head_in_a_file_of_its_own(tmp_path):
+    """compressed-tensors#788: MTP tensors saved beside the model; no index lists them."""
+    model = Model().llama()
+    source = model.save(tmp_path / "source", quantization())
+    model.plain("mtp.fc.weight", 64, 128)
+    draft = {"mtp.fc.weight": model.dense["mtp.fc.weight"]}
+    write_tensors(source / "model_mtp.safetensors", draft)
+    assert "mtp.fc.weight" in refusal("unpack", source, tmp_path / "dense")
+    convert("unpack", source, tmp_path / "dense", "--unlisted", "take")
+    assert_tensors(tmp_path / "dense", model.dense)
+
+
+def test_a_stray_file_beside_the_shards(tmp_path):
+    """mlx-vlm#1464: model.safetensors with other values, and shards with an index."""
+    model = Model().llama()
+    source = model.save(tmp_path / "source", quantization(), shards=2)
+    write_tensors(source / "model.safetensors", model.stored)
+    said = refusal("unpack", source, tmp_path / "dense")
+    assert "more tensors too, and is not read beside model.safetensors" in said
+    assert "they cannot be taken" in said
+    convert("unpack", source, tmp_path / "dense", "--unlisted", "leave")
+    assert_tensors(tmp_path / "dense", model.dense)

@@ -122,3 +122,27 @@ def test_packed_experts_under_the_names_of_a_loader(tmp_path):
     source = model.save(tmp_path / "source", quantization())
     said = refusal("unpack", source, tmp_path / "dense")
     assert f"{name}_packed is I32 beside {name}_scale: quantised in a layout that is not" in said
+
+
+def test_packed_experts_in_one_tensor(tmp_path):
+    """llm-compressor#3183, #3200: repacked experts, w2_weight.weight_packed with three axes."""
+    model = Model().llama()
+    name = "model.layers.0.mlp.experts.w2_weight"
+    model.stored[f"{name}.weight_packed"] = torch.zeros(4, 64, 4, dtype=torch.int32)
+    model.stored[f"{name}.weight_scale"] = torch.ones(4, 64, 1, dtype=torch.bfloat16)
+    model.stored[f"{name}.weight_shape"] = torch.tensor([4, 64, 32])
+    source = model.save(tmp_path / "source", quantization())
+    said = refusal("unpack", source, tmp_path / "dense")
+    assert f"{name}: weight_packed must be a matrix, got I32 [4, 64, 4]" in said
+
+
+def test_packed_words_under_the_old_name(tmp_path):
+    """compressed-tensors#63: up to May 2024, the packed words were called weight."""
+    model = Model().llama()
+    model.stored = {
+        name.replace("weight_packed", "weight"): tensor for name, tensor in model.stored.items()
+    }
+    source = model.save(tmp_path / "source", quantization())
+    said = refusal("unpack", source, tmp_path / "dense")
+    assert "weight_packed of a packed module is missing" in said
+    assert "weight is I32: rename it to weight_packed" in said
