@@ -33,6 +33,12 @@ TENSOR_FILES = re.compile(r"adapter_model(-\d+-of-\d+)?\.safetensors(\.index\.js
 INDEX_FILE = "adapter_model.safetensors.index.json"
 SHARD = re.compile(r"adapter_model-(\d+)-of-(\d+)\.safetensors")
 PICKLE_FILE = "adapter_model.bin"
+OTHER_FILES = {
+    "new_embeddings.safetensors": "the embeddings of added tokens",
+    "new_embeddings.bin": "the embeddings of added tokens",
+    "non_lora_trainables.bin": "trained weights that are no LoRA",  # LLaVA
+    "non_lora_state_dict.bin": "trained weights that are no LoRA",
+}
 CONVERT = (
     'python -c "import torch, safetensors.torch as s; '
     "s.save_file(torch.load('adapter_model.bin', weights_only=True), "
@@ -83,10 +89,11 @@ def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: the folder has no tensors, or lacks a shard that the index names.
-        ValueError: the tensors are a pickle, a file cannot be read or is outside the folder, one
-            file and shards lie side by side, shards and index do not hold the same tensors, or
-            shards without an index are not numbered 1 to n.
+        ValueError: trained weights lie in other files, the tensors are a pickle, a file cannot be
+            read or is outside the folder, one file and shards lie side by side, shards and index do
+            not hold the same tensors, or shards without an index are not numbered 1 to n.
     """
+    _check_nothing_else_is_trained(folder)
     shards = sorted(file.name for file in folder.iterdir() if SHARD.fullmatch(file.name))
     has_index = (folder / INDEX_FILE).is_file()
     if (folder / TENSOR_FILE).is_file():
@@ -108,6 +115,15 @@ def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
             f"if you trust it, convert it there with: {CONVERT}"
         )
     raise FileNotFoundError(f"{folder / TENSOR_FILE} is not there")
+
+
+def _check_nothing_else_is_trained(folder: Path) -> None:
+    """Refuse weights beside the adapter, which PEFT does not read: they would be lost."""
+    for name, what in OTHER_FILES.items():
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} holds {what}, which would be lost; move it away to go on without"
+            )
 
 
 def _indexed(folder: Path, shards: Sequence[str]) -> dict[str, StoredTensor]:

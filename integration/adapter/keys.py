@@ -37,6 +37,8 @@ OTHERS = {
     ".lora_magnitude_vector": "it belongs to DoRA",
     ".lora_diag": "it belongs to KaSA",
     ".lora_B.bias": "B has a bias (lora_bias)",
+    ".lora_a": "torchtune, MLX and others write it, whose layers have other names and shapes",
+    ".lora_b": "torchtune, MLX and others write it, whose layers have other names and shapes",
     ".lora_": "it belongs to a variant of LoRA",
     ".alpha": (
         "it is a scaling as kohya's trainer stores it; put lora_alpha or alpha_pattern into "

@@ -22,6 +22,7 @@ from int4_lora.integration.adapter.experts import parameter_modules, parameter_o
 from int4_lora.integration.adapter.files import CONFIG_FILE, adapter_folder, stored_tensors
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys, sort_keys
 from int4_lora.integration.adapter.pairs import read_pair, where_of
+from int4_lora.integration.adapter.remarks import remarks
 from int4_lora.integration.adapter.replacements import read_replacements
 from int4_lora.integration.adapter.targeting import check_targeted
 from int4_lora.integration.checkpoint.json_files import read_json_object
@@ -64,7 +65,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     replacements = read_replacements(file, config, keys)
     if not modules and not replacements:
         raise ValueError(f"{folder} holds no lora_A and lora_B")
-    return Adapter(folder, config, modules, replacements, (*keys.notes, *notes))
+    said = (*keys.notes, *notes, *remarks(config, modules))
+    return Adapter(folder, config, modules, replacements, said)
 
 
 def _modules(
