@@ -1,8 +1,10 @@
 """Layouts of adapter_config.json, from the oldest PEFT to versions to come."""
 
+import json
+
 import pytest
 
-from support.conversion import convert, refusal
+from support.conversion import convert, refusal, run
 from support.layouts import (
     adapter,
     assert_merged,
@@ -85,3 +87,50 @@ def test_a_mixture_of_adapters(llama, tmp_path):
     folder, _ = adapter(tmp_path / "lora", SHAPES, peft_type="XLORA")
     said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", folder)
     assert "peft_type must be 'LORA', got 'XLORA'" in said
+
+
+@pytest.mark.parametrize(
+    "fields", [{"some_future_config": {"order": 2}}, {"enable_lora": [True, False, True]}]
+)
+def test_fields_that_are_used_and_not_known(fields, llama, tmp_path):
+    """LlamaFactory#5348: enable_lora of PEFT 0.2 trains parts of a fused layer."""
+    folder, _ = adapter(tmp_path / "lora", SHAPES, **fields)
+    said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", folder)
+    assert next(iter(fields)) in said
+
+
+def test_an_alpha_of_zero(llama, tmp_path):
+    """verl#1821: a merged FSDP checkpoint does not know alpha, and writes 0 to be filled in."""
+    model, source = llama
+    folder, _ = adapter(tmp_path / "lora", SHAPES, lora_alpha=0)
+    note = "its pairs add nothing: lora_alpha is 0"
+    report = json.loads(run("inspect", source, "--adapter", folder, "--json").stdout)
+    assert report["adapters"][0]["notes"] == [note]
+    outcome = convert("merge", source, tmp_path / "merged", "--adapter", folder)
+    assert outcome["notes"] == [f"{folder}: {note}"]
+    assert_tensors(tmp_path / "merged", model.dense)
+
+
+def test_an_adapter_of_an_adapter(llama, tmp_path):
+    """G.O.D#1180: a chain, whose last link names the one before it as its base."""
+    model, source = llama
+    first, pairs = adapter(tmp_path / "first", SHAPES)
+    second, _ = adapter(tmp_path / "second", SHAPES, base_model_name_or_path=str(first))
+    outcome = convert("merge", source, tmp_path / "alone", "--adapter", second)
+    assert any(
+        f"trained on another adapter, which it needs beside it: {first}" in note
+        for note in outcome["notes"]
+    )
+    convert("merge", source, tmp_path / "chain", "--adapter", first, "--adapter", second)
+    twice = {name: (a, 2 * b) for name, (a, b) in pairs.items()}
+    assert_tensors(tmp_path / "chain", model.merged(twice))
+
+
+def test_an_adapter_before_training(llama, tmp_path):
+    """Soup#335: an adapter whose lora_B are all zero looks like any other."""
+    model, source = llama
+    pairs = {name: (a, 0 * b) for name, (a, b) in pairs_of(SHAPES).items()}
+    folder = write_adapter(tmp_path / "lora", lora_tensors(pairs), lora_config(pairs))
+    outcome = convert("merge", source, tmp_path / "merged", "--adapter", folder)
+    assert "its pairs add nothing: one matrix of each is zero" in outcome["notes"][0]
+    assert_tensors(tmp_path / "merged", model.dense)

@@ -109,3 +109,15 @@ def test_fused_experts_the_wrong_way_round(tmp_path):
     assert "gate_up_proj" in said
     assert "the adapter has 80 rows" in said
     assert "the base has gate_proj 32, up_proj 32" in said
+
+
+def test_lower_case_names(llama, tmp_path):
+    """torchtune#2537: layers.0.attn.q_proj.lora_a.weight, in torchtune's own names."""
+    pairs = pairs_of({"layers.0.attn.q_proj": (64, 64)})
+    tensors = {
+        name.lower(): tensor for name, tensor in lora_tensors(pairs, "{}.lora_{}.weight").items()
+    }
+    folder = write(tmp_path / "lora", pairs, tensors)
+    said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", folder)
+    assert "layers.0.attn.q_proj.lora_a.weight" in said
+    assert "variant" not in said

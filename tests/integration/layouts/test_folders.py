@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 
 from support.conversion import convert, refusal, run
@@ -149,3 +150,22 @@ def test_a_stray_file_beside_the_shards(tmp_path):
     assert "they cannot be taken" in said
     convert("unpack", source, tmp_path / "dense", "--unlisted", "leave")
     assert_tensors(tmp_path / "dense", model.dense)
+
+
+def test_new_embeddings_beside_an_adapter(llama, tmp_path):
+    """mergekit#328: rows of added tokens, which vLLM alone read, in new_embeddings.safetensors."""
+    folder, _ = adapter(tmp_path / "lora", SHAPES)
+    rows = {"input_embeddings": torch.ones(4, 64), "output_embeddings": torch.ones(4, 64)}
+    write_tensors(folder / "new_embeddings.safetensors", rows)
+    said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", folder)
+    assert "new_embeddings.safetensors" in said
+    assert "added tokens" in said
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "non_lora_state_dict.bin"])
+def test_other_trained_weights_beside_an_adapter(name, llama, tmp_path):
+    """Qwen-VL-Series-Finetune#259: trainers save what is no LoRA in a file of their own."""
+    folder, _ = adapter(tmp_path / "lora", SHAPES)
+    (folder / name).write_bytes(b"pickle")
+    said = refusal("merge", llama[1], tmp_path / "merged", "--adapter", folder)
+    assert name in said
