@@ -70,7 +70,7 @@ def fit_adapter(
     Source:
         ``docs/commands/merge.md``.
     """
-    _check_rename(rename)
+    rename = _pairs(rename)
     base = BaseWeights(checkpoint)
     try:
         modules, older = with_older_names(_renamed(adapter, adapter.modules, rename), base.names)
@@ -148,19 +148,27 @@ def check_used(rename: Sequence[Rename], adapters: Iterable[Adapter]) -> None:
         TypeError: ``rename`` is not of pairs of strings.
         ValueError: a rule applies to none.
     """
-    _check_rename(rename)
+    rename = _pairs(rename)
     names = [name for adapter in adapters for name in (*adapter.modules, *adapter.replacements)]
     used = {_rule_of(name, rename) for name in names}
     for rule in rename:
-        if tuple(rule) not in used:
+        if rule not in used:
             raise ValueError(f"{shown([rule])} applies to no name of the adapters")
 
 
-def _check_rename(rename: Iterable[object]) -> None:
+def _pairs(rename: Sequence[tuple[str, str]]) -> list[Rename]:
+    """Return rules as pairs, checked.
+
+    Raises:
+        TypeError: one of them is not a pair of strings.
+    """
+    pairs = []
     for rule in rename:
-        pair = isinstance(rule, (tuple, list)) and len(rule) == 2
-        if not pair or not all(isinstance(prefix, str) for prefix in rule):
+        pair: tuple[object, ...] = tuple(rule) if isinstance(rule, (tuple, list)) else ()
+        if len(pair) != 2 or not all(isinstance(prefix, str) for prefix in pair):
             raise TypeError(f"rename must be pairs (OLD, NEW) of strings, got {rule!r}")
+        pairs.append((str(pair[0]), str(pair[1])))
+    return pairs
 
 
 def _renamed(
@@ -179,18 +187,14 @@ def _renamed(
 
 
 def _rule_of(name: str, rules: Iterable[Rename]) -> Rename | None:
-    return next((tuple(rule) for rule in rules if name.startswith(rule[0])), None)
+    return next((rule for rule in rules if name.startswith(rule[0])), None)
 
 
 def _rename_notes(adapter: Adapter, rules: Sequence[Rename]) -> list[str]:
     """Return what each rule renamed."""
     names = (*adapter.modules, *adapter.replacements)
     counts = Counter(_rule_of(name, rules) for name in names)
-    return [
-        f"{shown([rule])} applied (x{counts[rule]})"
-        for rule in map(tuple, rules)
-        if counts[rule] > 0
-    ]
+    return [f"{shown([rule])} applied (x{counts[rule]})" for rule in rules if counts[rule] > 0]
 
 
 def _has_tensor(base: BaseWeights, name: str) -> bool:
