@@ -5,8 +5,8 @@ Source: ``docs/format.md``.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.tied_embeddings import find_vocabulary, is_tied
@@ -17,6 +17,8 @@ __all__ = ["BaseWeights"]
 class BaseWeights:
     """The names of a checkpoint's weights; each shape is read once, when it is first asked for.
 
+    A head that is tied to the embeddings is a weight too, though no tensor stores it.
+
     Args:
         checkpoint: the base model.
     """
@@ -25,33 +27,21 @@ class BaseWeights:
         self.checkpoint = checkpoint
         plain = (name for name in checkpoint.tensors if name.endswith(".weight"))
         self.names = {*checkpoint.schemes, *(name.removesuffix(".weight") for name in plain)}
+        vocabulary = find_vocabulary(checkpoint)
+        if vocabulary and not vocabulary.head_is_stored and is_tied(checkpoint, vocabulary):
+            self.names.add(vocabulary.head)
         self._shapes: dict[str, tuple[int, ...] | None] = {}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the dense shape of the weight ``name``; None if only its format could tell."""
+        """Return the dense shape of the weight ``name``; None if no tensor tells it."""
         if name not in self._shapes:
             self._shapes[name] = self._read_shape(name)
         return self._shapes[name]
 
-    def is_tied(self, name: str) -> bool:
-        """Return whether ``name`` is a head that the base does not store: it is the embedding."""
-        return (
-            name not in self.names and name.rpartition(".")[2] == "lm_head" and self._has_tied_head
-        )
-
-    @functools.cached_property
-    def _has_tied_head(self) -> bool:
-        vocabulary = find_vocabulary(self.checkpoint)
-        is_absent = vocabulary is not None and not vocabulary.head_is_stored
-        return vocabulary is not None and is_absent and is_tied(self.checkpoint, vocabulary)
-
     @property
     def model_types(self) -> set[str]:
-        """The ``model_type`` of config.json and of its parts, such as ``text_config``."""
-        config = self.checkpoint.config
-        parts: Sequence[object] = (config, *config.values())
-        types = (part.get("model_type") for part in parts if isinstance(part, dict))
-        return {name for name in types if isinstance(name, str)}
+        """Every ``model_type`` of config.json, also those of its parts such as ``text_config``."""
+        return set(_model_types(self.checkpoint.config))
 
     def _read_shape(self, name: str) -> tuple[int, ...] | None:
         checkpoint = self.checkpoint
@@ -59,3 +49,11 @@ class BaseWeights:
             return checkpoint.shape_of(name)
         stored = checkpoint.tensors.get(f"{name}.weight")
         return None if stored is None else tuple(stored.shape)
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        if key == "model_type" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from _model_types(value)

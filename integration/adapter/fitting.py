@@ -198,9 +198,8 @@ def _rename_notes(adapter: Adapter, rules: Sequence[Rename]) -> list[str]:
 
 
 def _has_tensor(base: BaseWeights, name: str) -> bool:
-    """Return whether a base has the tensor ``name``, packed or not, or ties it to another."""
-    module = name.rpartition(".")[0]
-    return name in base.checkpoint.tensors or module in base.names or base.is_tied(module)
+    """Return whether a base has the tensor ``name``, packed or not."""
+    return name in base.checkpoint.tensors or name.rpartition(".")[0] in base.names
 
 
 def _unfit(adapter: Adapter, base: BaseWeights, rules: Sequence[Rename]) -> set[str]:

@@ -84,7 +84,7 @@ def place(modules: Mapping[str, AdapterModule], base: BaseWeights) -> Placement:
     placement = Placement({}, {}, {}, [])
     for name, module in modules.items():
         parent, dot, last = name.rpartition(".")
-        if name in base.names or base.is_tied(name):
+        if name in base.names:
             placement.direct[name] = module
         elif last in FUSED and f"{parent}{dot}{FUSED[last]}" in base.names:
             placement.joined.setdefault(f"{parent}{dot}{FUSED[last]}", {})[last] = module

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from int4_lora.integration.adapter.adapter import Adapter, AdapterModule
+from int4_lora.integration.adapter.base_weights import BaseWeights
 from int4_lora.integration.adapter.fitting import misfit
 from int4_lora.integration.adapter.fused_forms import other_forms
 from int4_lora.integration.adapter.shapes import check_shape
@@ -88,6 +89,7 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
     Source:
         ``docs/commands/inspect.md``.
     """
+    base = BaseWeights(checkpoint)
     quantised = {name for name in checkpoint.modules() if checkpoint.is_packed(name)}
     for name in adapter.modules:
         if name in checkpoint.schemes and name not in quantised:
@@ -95,7 +97,7 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
             raise ValueError(
                 f"{adapter.path}: {name} is no INT4 module of {checkpoint.path}: it is {form}"
             )
-        if name not in quantised and f"{name}.weight" in checkpoint.tensors:
+        if name not in quantised and name in base.names:
             raise ValueError(
                 f"{adapter.path}: {name} is not packed in INT4 in {checkpoint.path}, and adapters "
                 "on other layers are not computed here; merge adds them"

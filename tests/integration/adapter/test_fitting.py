@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import (
     Adapter,
@@ -186,17 +185,23 @@ def test_replaced_tensors_are_renamed_too(tmp_path):
     assert set(fitted.replacements) == {"language_model.lm_head.weight"}
 
 
-def test_a_tied_head_is_left_to_merge(tmp_path):
-    shapes = with_prefix("model.")
-    write_base(tmp_path / "base", shapes, tie_word_embeddings=True)
-    tensors = load_file(tmp_path / "base/model.safetensors")
-    save_file(
-        {**tensors, "model.embed_tokens.weight": torch.zeros(40, 32)},
-        tmp_path / "base/model.safetensors",
-    )
-    write_lora(tmp_path / "lora", shapes | {"lm_head": (40, 32)})
+@pytest.mark.parametrize("layout", ["text", "old"])
+def test_a_tied_head_is_a_weight_of_the_base(tmp_path, layout):
+    """No tensor stores it, and merge knows what to do with it."""
+    text, head, _ = LAYOUTS[layout]
+    shapes = with_prefix(text)
+    embeddings = f"{text}embed_tokens"
+    tied = {"dense": [embeddings], "tie_word_embeddings": True}
+    write_base(tmp_path / "base", {**shapes, embeddings: (40, 32)}, **tied)
+    write_lora(tmp_path / "lora", {**shapes, head: (40, 32)})
     fitted = fit_adapter(read_adapter(tmp_path / "lora"), open_checkpoint(tmp_path / "base"))
-    assert "lm_head" in fitted.modules
+    assert head in fitted.modules
+    said = fault(tmp_path / "other", {"other.lm_head": (40, 32)}, tmp_path / "base")
+    prefix = head.removesuffix("lm_head")
+    assert said.endswith(f"it would fit with --rename other.={prefix}")
+    write_base(tmp_path / "untied", shapes, tie_word_embeddings=False)
+    said = fault(tmp_path / "more", {**shapes, head: (40, 32)}, tmp_path / "untied")
+    assert f"{head} is no module of" in said
 
 
 def test_rules_that_cannot_be_meant(tmp_path):
@@ -405,7 +410,9 @@ def test_a_base_with_some_of_the_parts_is_refused(tmp_path):
     ],
 )
 def test_models_with_another_order_of_rows_are_refused(tmp_path, model_type, shapes, said):
-    write_base(tmp_path / "base", FUSED, model_type="any", text_config={"model_type": model_type})
+    write_base(
+        tmp_path / "base", FUSED, model_type="any", thinker={"text": {"model_type": model_type}}
+    )
     write_lora(
         tmp_path / "lora", {f"model.layers.0.{name}": shape for name, shape in shapes.items()}
     )

@@ -59,3 +59,12 @@ def test_check_fits_says_the_change_of_prefix(tmp_path):
     with pytest.raises(ValueError, match=r"--rename model\.=model\.language_model\."):
         check_fits(read_adapter(tmp_path / "lora"), checkpoint)
     check_fits(read_adapter(tmp_path / "right"), checkpoint)
+
+
+def test_a_tied_head_is_not_computed_here(tmp_path):
+    embeddings, shape = "model.embed_tokens", (16, 32)
+    tied = {"dense": [embeddings], "tie_word_embeddings": True}
+    write_base(tmp_path / "base", {f"model.{Q_PROJ}": shape, embeddings: shape}, **tied)
+    write_lora(tmp_path / "lora", {"lm_head": shape})
+    with pytest.raises(ValueError, match=r"lora: lm_head is not packed in INT4 in .*merge adds"):
+        check_fits(read_adapter(tmp_path / "lora"), open_checkpoint(tmp_path / "base"))
