@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from int4_lora.integration.adapter.peft_table import check_initialisation, check_options
-from int4_lora.integration.adapter.targeting import NEWEST
+from int4_lora.integration.adapter.targeting import NEWEST, SAVED
 
 __all__ = ["check_plain_lora", "order_notes", "rank_of", "scaling_of"]
 
@@ -144,6 +144,8 @@ def _check_targets(file: Path, config: Mapping[str, Any]) -> None:
         value = config.get(option)
         if value is not None and not _is_list_of(value, str):
             raise ValueError(f"{file}: {option} must be strings, got {value!r}")
+    for saved in config.get("modules_to_save") or ():
+        _check_pattern(f"{file}: modules_to_save", saved, SAVED.format(saved))
     layers = config.get("layers_to_transform")
     if layers is not None and type(layers) is not int and not _is_list_of(layers, int):
         raise ValueError(f"{file}: layers_to_transform must be an int or ints, got {layers!r}")

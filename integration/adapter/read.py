@@ -61,8 +61,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     config = read_json_object(file)
     check_plain_lora(file, config)
     keys = sort_keys(stored_tensors(folder))
-    modules, notes = _modules(file, config, keys)
     replacements = read_replacements(file, config, keys)
+    modules, notes = _modules(file, config, keys)
     if not modules and not replacements:
         raise ValueError(f"{folder} holds no lora_A and lora_B")
     said = (*keys.notes, *notes, *remarks(config, modules))

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+SAVED = r"(^|.*\.){}($|\..*)"  # PEFT inserts each of modules_to_save at {}
 VERSION = re.compile(r"(\d+)\.(\d+)(\.\d+)*")  # no development version
 
 
@@ -88,7 +89,11 @@ def is_targeted(config: Mapping[str, Any], name: str, counting: Counting = NEWES
     """
     if _names(config.get("exclude_modules"), name):
         return False
+    if any(re.match(SAVED.format(saved), name) for saved in config.get("modules_to_save") or ()):
+        return False
     targets = config.get("target_modules")
+    if targets is None and config.get("target_parameters") is not None:
+        return False
     if targets is not None and targets != ALL_LINEAR and not _names(targets, name):
         return False
     layers = config.get("layers_to_transform")

@@ -131,6 +131,7 @@ def test_an_adapter_of_another_base_is_refused(demo_files):
         ("peft_type must be 'LORA', got 'LOHA'", {"peft_type": "LOHA"}),
         ("use_dora = True is not plain LoRA: DoRA also scales", {"use_dora": True}),
         (r"modules_to_save = \['lm_head'\], and no tensor of", {"modules_to_save": ["lm_head"]}),
+        (r"modules_to_save: '\(' is no regular expression", {"modules_to_save": ["("]}),
         ("trainable_token_indices is set, and no rows", {"trainable_token_indices": [3]}),
         ("lora_bias = True is not plain LoRA", {"lora_bias": True}),
         ("fan_in_fan_out = True is not plain LoRA", {"fan_in_fan_out": True}),

@@ -37,6 +37,10 @@ SETTINGS = [
     {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": []},
     {"target_modules": ["v_proj", "model.layers.2.mlp.up_proj"], "layers_to_transform": [0]},
     {"target_modules": ["proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["experts", "self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.1", "proj"]},
+    {"target_parameters": ["experts.up_proj"]},
+    {"target_modules": ["q_proj"], "target_parameters": ["experts.up_proj"]},
 ]
 
 
