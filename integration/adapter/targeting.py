@@ -162,4 +162,6 @@ def _names(targets: Any, name: str) -> bool:
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    parts = name.split(".")
+    endings = {".".join(parts[start:]) for start in range(len(parts))}
+    return not endings.isdisjoint(targets)  # an adapter may list thousands of experts

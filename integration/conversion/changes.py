@@ -13,6 +13,7 @@ import torch
 
 from int4_lora.integration.adapter.adapter import Adapter, Replacement
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.quantization_config import CONFIG_KEYS, parts_of
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.checkpoint.tied_embeddings import ties_of, untied
 from int4_lora.integration.conversion.adapter_steps import Base, replaced_tensors, steps_of
@@ -85,8 +86,18 @@ class Changes:
         return (AddedTensor(f"{head}.weight", stored, dtype, self.modules.get(head, ())),)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the config of the result, given that of the base."""
-        return untied(config) if self.unties else dict(config)
+        """Return the config of the result, given that of the base.
+
+        A head that is added is dense, and is named where the config says what is not quantised.
+        """
+        result = untied(config) if self.unties else dict(config)
+        if self.added_head is not None:
+            for _, part in parts_of(result):
+                for quantization in filter(None, map(part.get, CONFIG_KEYS)):
+                    ignored = quantization.get("ignore") or []
+                    if self.added_head[0] not in ignored:
+                        quantization["ignore"] = [*ignored, self.added_head[0]]
+        return result
 
 
 def changes_of(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Changes:

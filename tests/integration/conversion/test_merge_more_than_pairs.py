@@ -1,12 +1,13 @@
 """Merging whole tensors, rows and embeddings, tied or not, gives the logits that PEFT gives."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.conversion import convert, refusal, tensors_of
+from support.conversion import convert, refusal, run, tensors_of
 from support.trained import LLAMA, llama, trained
 
 pytestmark = [
@@ -173,6 +174,36 @@ def test_int4_replaces_what_is_dense_and_requantises_what_is_packed(bases, tmp_p
     assert config["tie_word_embeddings"] is False
     expected = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
     assert config == expected
+
+
+def test_a_head_that_int4_adds_is_named_as_not_quantised(bases, tmp_path):
+    source, dense = bases[True]
+    copied = shutil.copytree(source, tmp_path / "source")
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["re:.*visual.*"]
+    (copied / "config.json").write_text(json.dumps(config))
+    trained(load(dense), tmp_path / "adapter", **SETTINGS["head"])
+    adapter = f"--adapter={tmp_path / 'adapter'}"
+    convert("merge", copied, tmp_path / "merged", adapter, "--to=int4")
+    merged = json.loads((tmp_path / "merged/config.json").read_text())
+    assert merged["quantization_config"]["ignore"] == ["re:.*visual.*", "lm_head"]
+    load(tmp_path / "merged")  # transformers takes lm_head for dense
+    convert("merge", copied, tmp_path / "dense", adapter)
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+
+
+def test_inspect_names_what_is_replaced(bases, tmp_path):
+    source, dense = bases[False]
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    for steps in (0, 2):
+        trained(load(dense), tmp_path / str(steps), steps=steps, **settings)
+        result = run("inspect", source, f"--adapter={tmp_path / str(steps)}", "--json")
+        (report,) = json.loads(result.stdout)["adapters"]
+        if steps:
+            assert "weight is replaced, which only merge applies" in report["fault"]
+        else:
+            assert report["fault"] is None
+            assert "model.norm.weight is saved along and equals the base's" in str(report["notes"])
 
 
 def test_a_tied_head_that_is_stored_too_changes_with_the_embeddings(bases, tmp_path):
