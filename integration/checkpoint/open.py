@@ -45,8 +45,7 @@ __all__ = ["PARTS", "Checkpoint", "Unlisted", "open_checkpoint"]
 Unlisted = Literal["take", "leave"]
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
-# Every quantised module has at least one of these.
-MARKS = (".weight_packed", ".weight_scale")
+MARKS = ("weight_packed", "weight_scale")  # of a quantised module, whatever else it stores
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
@@ -185,6 +184,9 @@ class Checkpoint:
         stored = self.tensors[full]
         if stored.dtype != "I32":
             raise TypeError(f"{stored.file}: {name}: g_idx must be int32, got {stored.dtype}")
+        if len(stored.shape) != 1:
+            shape = list(stored.shape)
+            raise ValueError(f"{stored.file}: {name}: g_idx must be [in_features], got {shape}")
         g_idx = self.tensor(full)
         size = self.schemes[name].group_size
         in_order = torch.arange(len(g_idx)) // (size if isinstance(size, int) else len(g_idx) or 1)
@@ -235,8 +237,8 @@ class Checkpoint:
 
     def _where(self, name: str) -> str:
         """Return the file and the name of a quantised module, for messages."""
-        first = next(mark for mark in MARKS if name + mark in self.tensors)
-        return f"{self.tensors[name + first].file}: {name}"
+        first = next(part for part in PARTS if f"{name}.{part}" in self.tensors)
+        return f"{self.tensors[f'{name}.{first}'].file}: {name}"
 
     def _parts(self, name: str, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a packed module but its shape, by the last part of their names."""
@@ -328,9 +330,7 @@ def open_checkpoint(
     taken = unlisted == "take" and bool(files.unlisted)
     tensors = with_unlisted(folder, files) if taken else files.tensors
     check_no_adapter_within(folder, tensors)
-    quantised = dict.fromkeys(
-        name.removesuffix(mark) for name in tensors for mark in MARKS if name.endswith(mark)
-    )
+    quantised = _quantised(tensors)
     if not quantised:
         why = "not a packed checkpoint"
         if unlisted is None and files.unlisted:
@@ -340,6 +340,20 @@ def open_checkpoint(
     schemes = read_schemes(file, config, quantised)
     known = files if files.unlisted and not taken else None
     return Checkpoint(folder, config, tensors, schemes, known, leaves_unlisted=unlisted == "leave")
+
+
+def _quantised(tensors: Collection[str]) -> dict[str, None]:
+    """Return the names of the quantised modules, in the order of the tensors.
+
+    Parts of a packed module that has lost both its codes and its scales are such a module, too,
+    unless a plain weight stands beside them.
+    """
+    found: dict[str, None] = {}
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part in PARTS and (part in MARKS or f"{module}.weight" not in tensors):
+            found[module] = None
+    return found
 
 
 def _check_compressed(

@@ -137,3 +137,22 @@ def test_one_module_without_compression_is_enough(tmp_path):
     made.save(tmp_path / "x")
     with pytest.raises(ValueError, match=f"{first}: the weight is stored as BF16 .* 1 of 4"):
         open_checkpoint(tmp_path / "x")
+
+
+def test_what_is_left_of_a_module_is_refused(tmp_path):
+    """Without codes and scales, only weight_shape says that there was a module."""
+    made = small()
+    first = made.quantised[0]
+    for part in ("weight_packed", "weight_scale"):
+        del made.stored[f"{first}.{part}"]
+    made.save(tmp_path / "x")
+    for command in (["inspect"], ["verify"], ["annotate"], ["unpack", tmp_path / "dense"]):
+        result = run(command[0], tmp_path / "x", *command[1:])
+        assert result.exit_code == 2
+        assert f"{first}: weight_packed of a packed module is missing" in " ".join(
+            result.output.replace("│", "").split()
+        )
+    made.plain(f"{first}.weight", 64, 64)  # a dense module with a rest
+    made.save(tmp_path / "y")
+    assert first not in open_checkpoint(tmp_path / "y").modules()
+    assert run("unpack", tmp_path / "y", tmp_path / "dense").exit_code == 0
