@@ -86,8 +86,8 @@ def order_notes(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
         "alpha_pattern: 'layers.0.q_proj' and 'q_proj' match layers.0.q_p"
     """
     patterns = config.get("alpha_pattern") or {}
-    if list(patterns) != sorted(patterns):
-        return []  # PEFT did not write this file
+    if list(config) != sorted(config) or list(patterns) != sorted(patterns):
+        return []  # PEFT, which sorts all of a config, did not write this one
     for name in names:
         matching = [key for key in patterns if re.match(ENDING.format(key), name)]
         if len({patterns[key] for key in matching}) > 1:

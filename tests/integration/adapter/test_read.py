@@ -92,6 +92,13 @@ def test_peft_sorts_patterns_so_that_training_may_have_had_another_alpha(tmp_pat
     assert read_adapter(tmp_path).notes == ()
 
 
+def test_a_config_that_peft_did_not_write_has_its_own_order(tmp_path):
+    patterns = {"layers.0.self_attn.q_proj": 7, "q_proj": 5}
+    adapter = read_adapter(write_folder(tmp_path / "adapter", keyed(), alpha_pattern=patterns))
+    assert adapter.modules["model.layers.0.self_attn.q_proj"].scaling == 3.5
+    assert adapter.notes == ()
+
+
 def keep(tensors, wanted):
     for key in [key for key in tensors if not wanted(key)]:
         del tensors[key]
