@@ -134,8 +134,10 @@ def _joined(owner: str, gate: AdapterModule, up: AdapterModule) -> AdapterModule
         raise ValueError(f"{owner}: {GATE} and {UP} must have one scaling and dtype to be fused")
     if torch.equal(gate.a, up.a):
         return AdapterModule(gate.a, torch.cat([gate.b, up.b]), gate.scaling)
-    a, b = torch.cat([gate.a, up.a]), torch.block_diag(gate.b, up.b)
-    return AdapterModule(a, b, gate.scaling)
+    b = gate.b.new_zeros(gate.b.shape[0] + up.b.shape[0], gate.b.shape[1] + up.b.shape[1])
+    b[: gate.b.shape[0], : gate.b.shape[1]] = gate.b
+    b[gate.b.shape[0] :, gate.b.shape[1] :] = up.b
+    return AdapterModule(torch.cat([gate.a, up.a]), b, gate.scaling)
 
 
 def _for_all(where: str, modules: Sequence[AdapterModule]) -> AdapterModule:

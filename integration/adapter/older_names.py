@@ -57,10 +57,9 @@ def with_older_names(
         if not names or not all(older in base for older in names):
             found[name] = module
             continue
-        rows, odd = divmod(module.b.shape[0], len(names))
-        if odd:
+        if module.b.shape[0] % len(names):
             raise ValueError(f"{name}: {module.b.shape[0]} rows cannot be split into {len(names)}")
-        for older, b in zip(names, module.b.split(rows), strict=True):
+        for older, b in zip(names, module.b.chunk(len(names)), strict=True):
             found[older] = AdapterModule(module.a, b, module.scaling)
         renamed += 1
     if not renamed:
