@@ -72,8 +72,9 @@ def fit_adapter(
     """
     rename = _pairs(rename)
     base = BaseWeights(checkpoint)
+    named = _renamed(adapter, adapter.modules, rename)
     try:
-        modules, older = with_older_names(_renamed(adapter, adapter.modules, rename), base.names)
+        modules, older = with_older_names(named, base.names)
     except ValueError as error:
         raise ValueError(f"{adapter.path}: {error}") from error
     replacements = _renamed(adapter, adapter.replacements, rename)

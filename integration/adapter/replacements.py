@@ -70,8 +70,18 @@ def _check_saved(file: Path, config: Mapping[str, Any], keys: SortedKeys) -> Non
     modules = config.get("modules_to_save")
     if modules and not any(_is_module_to_save(config, name) for name in keys.whole):
         raise ValueError(f"{file}: modules_to_save = {modules}, and no tensor of them was saved")
-    if config.get(INDICES) and not keys.tokens:
+    indices = config.get(INDICES)
+    if indices and not keys.tokens:
         raise ValueError(f"{file}: {INDICES} is set, and no rows were saved")
+    if isinstance(indices, Mapping):
+        saved = [rows for name, rows in indices.items() if _has_rows(name, keys)]
+        lost = [name for name, rows in indices.items() if rows and rows not in saved]
+        if lost:  # of two modules that are tied and have the same rows, PEFT saves one
+            raise ValueError(f"{file}: {INDICES} names {lost[0]}, and no rows of it were saved")
+
+
+def _has_rows(name: str, keys: SortedKeys) -> bool:
+    return any(module.endswith(name) for module in keys.tokens)
 
 
 def _check_one_meaning(

@@ -209,7 +209,7 @@ def test_rules_that_cannot_be_meant(tmp_path):
     shapes = with_prefix("model.") | {"layers.0.mlp.down_proj": (32, 48)}
     write_lora(tmp_path / "lora", shapes)
     adapter, checkpoint = read_adapter(tmp_path / "lora"), open_checkpoint(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"would both be model\.layers\.0\.mlp\.down_proj with"):
+    with pytest.raises(ValueError, match=r"^[^:]+: [^:]+ would both be model\.layers\.0\.mlp"):
         fit_adapter(adapter, checkpoint, [("layers.", "model.layers.")])
     for rule in ("model.", ("model.", 1), ("a", "b", "c")):
         with pytest.raises(TypeError, match=r"rename must be pairs \(OLD, NEW\) of strings"):
