@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,17 @@ import torch
 
 from int4_lora.integration.checkpoint.open import Checkpoint
 
-__all__ = ["Vocabulary", "find_vocabulary", "is_tied", "ties_of", "untied"]
+__all__ = ["Vocabulary", "find_vocabulary", "is_tied", "may_be_tied_to", "ties_of", "untied"]
 
 EMBEDDINGS = re.compile(r"(?P<prefix>.*\.)?(?P<last>embed_tokens|wte|word_embeddings|embed_in)")
 WITH_HEAD = re.compile(r"(.*\.)?(language_model|text_model)\.model\.")  # the head lies beside it
-NO_HEAD = re.compile(r".*(?<!LMHead)(?<!Chat)Model")  # such as LlamaModel, which embeds texts
+NO_PREFIX = re.compile(  # of embeddings in models whose head has none
+    r"(model\.)?((language_model|text_model)\.)?|model\.decoder\.|transformer\.|gpt_neox\."
+)
+NO_HEAD = re.compile(  # such as LlamaModel, which embeds texts
+    r".*((?<!LMHead)(?<!Chat)Model|For(Sequence|Token)Classification|ForQuestionAnswering)"
+)
+HEADS = ("lm_head", "embed_out")
 TIE = "tie_word_embeddings"
 
 
@@ -48,20 +54,53 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     Args:
         checkpoint: an open checkpoint.
     """
+    names = _matrices(checkpoint)
+    found = [match for name in names if (match := EMBEDDINGS.fullmatch(name))]
+    if len(found) != 1:
+        return None
+    last = "embed_out" if found[0]["last"] == "embed_in" else "lm_head"
+    head = _head_of(found[0]["prefix"] or "", last, names)
+    if head is None:
+        return None
+    stored = head in checkpoint.schemes or f"{head}.weight" in checkpoint.tensors
+    return Vocabulary(found[0][0], head, stored)
+
+
+def may_be_tied_to(checkpoint: Checkpoint, module: str) -> bool:
+    """Return whether a head that is not stored may be tied to a module.
+
+    Args:
+        checkpoint: an open checkpoint, of which ``find_vocabulary`` is not certain.
+        module: the module's name.
+    """
+    lasts = {name.rpartition(".")[2] for name in _matrices(checkpoint)}
+    is_embedding = EMBEDDINGS.fullmatch(module) is not None
+    return is_embedding and lasts.isdisjoint(HEADS) and _ties_a_head(checkpoint.config)
+
+
+def _matrices(checkpoint: Checkpoint) -> dict[str, None]:
+    """Return the modules whose weight is a matrix, packed or not."""
     dense = (
         name.removesuffix(".weight")
         for name, stored in checkpoint.tensors.items()
         if name.endswith(".weight") and len(stored.shape) == 2
     )
-    names = dict.fromkeys((*checkpoint.schemes, *dense))
-    found = [match for name in names if (match := EMBEDDINGS.fullmatch(name))]
-    if len(found) != 1:
-        return None
-    prefix = found[0]["prefix"] or ""
-    outer = prefix.removesuffix("model.") if WITH_HEAD.fullmatch(prefix) else ""
-    head = outer + ("embed_out" if found[0]["last"] == "embed_in" else "lm_head")
-    stored = head in checkpoint.schemes or f"{head}.weight" in checkpoint.tensors
-    return Vocabulary(found[0][0], head, stored)
+    return dict.fromkeys((*checkpoint.schemes, *dense))
+
+
+def _head_of(prefix: str, last: str, names: Collection[str]) -> str | None:
+    """Return the head of the embeddings with a prefix; None if its name does not follow from it.
+
+    Where the prefix is of no layout that is known, the head is the one that is stored.
+    """
+    if WITH_HEAD.fullmatch(prefix):
+        return prefix.removesuffix("model.") + last
+    if NO_PREFIX.fullmatch(prefix):
+        return last
+    parts = prefix.split(".")[:-1]
+    outer = ("".join(f"{part}." for part in parts[:count]) for count in range(len(parts)))
+    stored = [f"{one}{last}" for one in outer if f"{one}{last}" in names]
+    return stored[0] if len(stored) == 1 else None
 
 
 def is_tied(checkpoint: Checkpoint, vocabulary: Vocabulary) -> bool:
@@ -72,15 +111,20 @@ def is_tied(checkpoint: Checkpoint, vocabulary: Vocabulary) -> bool:
         vocabulary: its embeddings and its head. If both are stored, their values are compared.
     """
     if not vocabulary.head_is_stored:
-        ties, models = ties_of(checkpoint.config), checkpoint.config.get("architectures") or ()
-        is_headless = bool(models) and all(NO_HEAD.fullmatch(str(model)) for model in models)
-        return (True in ties or not ties) and not is_headless
+        return _ties_a_head(checkpoint.config)
     is_packed = {vocabulary.head, vocabulary.embeddings} & {*checkpoint.schemes}
     if is_packed or True not in ties_of(checkpoint.config):
         return False
     names = (f"{vocabulary.embeddings}.weight", f"{vocabulary.head}.weight")
     embeddings, head = (checkpoint.tensor(name) for name in names)
     return torch.equal(embeddings, head)
+
+
+def _ties_a_head(config: Mapping[str, Any]) -> bool:
+    """Return whether a model without a stored head has one that is tied."""
+    ties, models = ties_of(config), config.get("architectures") or ()
+    is_headless = bool(models) and all(NO_HEAD.fullmatch(str(model)) for model in models)
+    return (True in ties or not ties) and not is_headless
 
 
 def ties_of(config: Mapping[str, Any]) -> set[bool]:

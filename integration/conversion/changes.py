@@ -15,7 +15,7 @@ from int4_lora.integration.adapter.adapter import Adapter, Replacement
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.quantization_config import CONFIG_KEYS, parts_of
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
-from int4_lora.integration.checkpoint.tied_embeddings import ties_of, untied
+from int4_lora.integration.checkpoint.tied_embeddings import may_be_tied_to, ties_of, untied
 from int4_lora.integration.conversion.adapter_steps import Base, replaced_tensors, steps_of
 from int4_lora.integration.conversion.deltas import Change
 from int4_lora.integration.conversion.dense_modules import MergedTensor
@@ -110,8 +110,8 @@ def changes_of(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
     Raises:
         ValueError: the base lacks a tensor, or has it in another shape or in a format that cannot
             be changed; a pair is not finite; a factor is not 1 and the adapter replaces a tensor;
-            two adapters change a tensor that one of them replaces. The message names adapter and
-            tensor.
+            two adapters change a tensor that one of them replaces; an adapter changes embeddings,
+            and it is not certain which head is tied to them. The message names the tensor.
     """
     base = Base(checkpoint)
     modules: dict[str, list[Change]] = {}
@@ -136,6 +136,18 @@ def changes_of(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
     return _with_tie(base, modules, tensors)
 
 
+def _check_head_is_certain(base: Base, modules: Mapping[str, Sequence[Change]]) -> None:
+    """Refuse to change embeddings alone where a head of unknown name would change with them."""
+    for name, steps in modules.items():
+        keeps_tie = all(isinstance(step, Overwrite) and step.replacement.tied for step in steps)
+        if not keeps_tie and may_be_tied_to(base.checkpoint, name):
+            raise ValueError(
+                f"{base.checkpoint.path}: {name}: an adapter changes it alone, and a head may be "
+                "tied to it: none is stored, tie_word_embeddings is not false, and the name of the "
+                "head does not follow from the names of the embeddings"
+            )
+
+
 def _check_factor(adapter: Adapter, weight: float) -> None:
     if adapter.replacements and weight != 1:
         raise ValueError(
@@ -149,6 +161,8 @@ def _with_tie(
 ) -> Changes:
     """Return changes that keep the head tied if they change it as the embeddings, or untie it."""
     vocabulary = base.vocabulary
+    if vocabulary is None:
+        _check_head_is_certain(base, modules)
     if vocabulary is None or not {vocabulary.embeddings, vocabulary.head} & {*modules}:
         return Changes(modules, tensors)
     of_embeddings, of_head = (

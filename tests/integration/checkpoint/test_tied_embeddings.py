@@ -7,6 +7,7 @@ from int4_lora.integration import open_checkpoint
 from int4_lora.integration.checkpoint.tied_embeddings import (
     find_vocabulary,
     is_tied,
+    may_be_tied_to,
     ties_of,
     untied,
 )
@@ -50,6 +51,29 @@ def test_two_embeddings_are_none(tmp_path):
     assert find_vocabulary(checkpoint(tmp_path, names)) is None
 
 
+def test_a_head_beside_embeddings_of_an_unknown_layout_is_the_one_that_is_stored(tmp_path):
+    names = ["thinker.model.embed_tokens.weight", "thinker.lm_head.weight"]
+    found = find_vocabulary(checkpoint(tmp_path, names))
+    assert (found.head, found.head_is_stored) == ("thinker.lm_head", True)
+    assert find_vocabulary(checkpoint(tmp_path / "none", names[:1])) is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "config", "expected"),
+    [
+        ([], {"tie_word_embeddings": True}, True),
+        ([], {"tie_word_embeddings": False}, False),
+        (["a.lm_head.weight"], {"tie_word_embeddings": True}, False),
+        ([], {"architectures": ["LlamaForTokenClassification"]}, False),
+    ],
+)
+def test_whether_a_head_of_unknown_name_may_be_tied(tmp_path, stored, config, expected):
+    names = ["a.embed_tokens.weight", "b.embed_tokens.weight", *stored]
+    found = checkpoint(tmp_path, names, **config)
+    assert may_be_tied_to(found, "a.embed_tokens") is expected
+    assert not may_be_tied_to(found, "model.layers.0.self_attn.q_proj")
+
+
 @pytest.mark.parametrize(
     ("config", "tied"),
     [
@@ -60,6 +84,7 @@ def test_two_embeddings_are_none(tmp_path):
         ({"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}, True),
         ({"architectures": ["GPT2LMHeadModel"]}, True),
         ({"architectures": ["Qwen3Model"], "tie_word_embeddings": True}, False),
+        ({"architectures": ["Qwen3ForSequenceClassification"], "tie_word_embeddings": True}, False),
     ],
 )
 def test_a_head_that_is_not_stored(tmp_path, config, tied):
