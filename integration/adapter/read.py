@@ -23,7 +23,7 @@ from int4_lora.integration.adapter.files import CONFIG_FILE, adapter_folder, sto
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys, sort_keys
 from int4_lora.integration.adapter.pairs import read_pair, where_of
 from int4_lora.integration.adapter.remarks import remarks
-from int4_lora.integration.adapter.replacements import read_replacements
+from int4_lora.integration.adapter.replacements import read_replacements, unsaved_notes
 from int4_lora.integration.adapter.targeting import check_targeted
 from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.safetensors_files import inside
@@ -65,7 +65,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     modules, notes = _modules(file, config, keys)
     if not modules and not replacements:
         raise ValueError(f"{folder} holds no lora_A and lora_B")
-    said = (*keys.notes, *notes, *remarks(config, modules))
+    unsaved = unsaved_notes(config, replacements)
+    said = (*keys.notes, *notes, *unsaved, *remarks(config, modules))
     return Adapter(folder, config, modules, replacements, said)
 
 

@@ -12,7 +12,7 @@ Source: ``get_peft_model_state_dict`` and ``set_peft_model_state_dict`` in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from int4_lora.integration.adapter.embeddings import EMBEDDINGS
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys
 from int4_lora.integration.adapter.pairs import check_gathered
 
-__all__ = ["read_replacements"]
+__all__ = ["read_replacements", "unsaved_notes"]
 
 INDICES = "trainable_token_indices"
 VOCABULARY = (*EMBEDDINGS, "lm_head", "embed_out")
@@ -63,6 +63,27 @@ def read_replacements(
         values = _values(keyed)
         replacements[name] = Replacement(values, _rows(config, module, keyed, values))
     return replacements
+
+
+def unsaved_notes(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return a note for each of ``modules_to_save`` of which the file holds no tensor.
+
+    PEFT adds the heads of all classifiers there, of which a model has one.
+
+    Args:
+        config: the content of adapter_config.json.
+        names: the full names of the whole tensors in the file.
+
+    Example:
+        >>> unsaved_notes({"modules_to_save": ["score", "lm_head"]}, ["score.weight"])
+        ['modules_to_save names lm_head, and the file holds no tensor of it']
+    """
+    names = list(names)
+    return [
+        f"modules_to_save names {module}, and the file holds no tensor of it"
+        for module in config.get("modules_to_save") or ()
+        if not any(_is_module_to_save({"modules_to_save": [module]}, name) for name in names)
+    ]
 
 
 def _check_saved(file: Path, config: Mapping[str, Any], keys: SortedKeys) -> None:

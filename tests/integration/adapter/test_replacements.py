@@ -140,6 +140,15 @@ def test_refused(tmp_path, settings, change, config, error, message):
         read_adapter(tmp_path)
 
 
+def test_a_module_to_save_without_a_tensor_is_noted(tmp_path):
+    trained(llama(), tmp_path, target_modules=["q_proj"], modules_to_save=["norm"], steps=0)
+    assert not read_adapter(tmp_path).notes
+    edit(tmp_path, modules_to_save=["norm", "lm_head"])
+    assert read_adapter(tmp_path).notes == (
+        "modules_to_save names lm_head, and the file holds no tensor of it",
+    )
+
+
 def test_an_adapter_of_replacements_alone(tmp_path):
     trained(llama(), tmp_path, target_modules=["q_proj"], modules_to_save=["norm"], steps=0)
     edit(tmp_path, lambda tensors: [tensors.pop(key) for key in [*tensors] if "lora" in key])
