@@ -35,11 +35,15 @@ def renamed(name: str, rules: Iterable[Rename]) -> str:
 def shown(rules: Iterable[Rename]) -> str:
     """Return rules as options of the command line.
 
+    A rule that begins with ``=`` is quoted: zsh takes ``=NAME`` for the path of a command.
+
     Example:
         >>> shown([("model.", "model.language_model.")])
         '--rename model.=model.language_model.'
+        >>> print(shown([("", "model.")]))
+        --rename '=model.'
     """
-    return " ".join(f"--rename {old}={new}" for old, new in rules)
+    return " ".join(f"--rename {old}={new}" if old else f"--rename '={new}'" for old, new in rules)
 
 
 def fitting_renames(

@@ -117,11 +117,11 @@ def with_unlisted(folder: Path, files: ModelFiles) -> dict[str, StoredTensor]:
 def describe_unlisted(files: ModelFiles) -> str:
     """Return one sentence about the unlisted tensors, and what can be done about them."""
     parts = [part for file in files.unlisted for part in _parts(file, files.list_name)]
-    leave = '--unlisted leave (unlisted="leave" in Python) goes without them'
+    leave = '--unlisted leave (in Python unlisted="leave") goes without what is unlisted'
     why = _why_not_take(files.unlisted)
     if why:
         return f"{'; '.join(parts)}. {leave}; they cannot be taken: {why}"
-    take = '--unlisted take (unlisted="take") reads them as part of the model'
+    take = '--unlisted take (in Python unlisted="take") reads what is unlisted as part of the model'
     return f"{'; '.join(parts)}. {take}, {leave}"
 
 
@@ -224,7 +224,11 @@ def _check_held(
     for name, shard in weight_map.items():
         if name not in present[shard]:
             index = folder / INDEX_FILE
-            raise ValueError(f"{index}: {name} is said to be in {shard}, which does not hold it")
+            holder = next((other for other, held in present.items() if name in held), None)
+            where = f"; {holder} holds it: correct the index" if holder else ""
+            raise ValueError(
+                f"{index}: {name} is said to be in {shard}, which does not hold it{where}"
+            )
 
 
 def _shard_file(folder: Path, shard: str) -> Path:

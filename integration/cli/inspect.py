@@ -113,7 +113,8 @@ def _print_unlisted(console: Console, file: UnlistedReport, every_tensor: bool) 
         shown = names if every_tensor else names[:MOST_NAMES]
         more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
         if names:
-            text = f"{len(names)} tensors {what}: {', '.join(shown)}{more}"
+            count = f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}"
+            text = f"{count} {what}: {', '.join(shown)}{more}"
             console.print(text, markup=False, style="red")
 
 

@@ -169,7 +169,7 @@ def test_the_first_rule_that_applies_is_the_only_one(tmp_path):
     assert set(fitted.modules) == set(with_prefix("model.language_model."))
     assert fitted.notes == (
         "--rename layers.0.=model.language_model.layers.0. applied (x2)",
-        "--rename =model.language_model. applied (x2)",
+        "--rename '=model.language_model.' applied (x2)",
     )
 
 
