@@ -268,9 +268,10 @@ class Checkpoint:
             self._check_stored(where, f"{name}.weight_g_idx", what)
         packed = self.tensors[f"{name}.weight_packed"]
         if len(packed.shape) != 2:
+            experts = ": experts that are packed into one tensor are not read"
             raise ValueError(
-                f"{where}: weight_packed must be a matrix, got {packed.dtype} {[*packed.shape]}: "
-                "experts that are packed into one tensor are not read"
+                f"{where}: weight_packed must be a matrix, got {packed.dtype} {[*packed.shape]}"
+                f"{experts if len(packed.shape) == 3 else ''}"
             )
         for part in ("weight", "weight_global_scale"):
             if f"{name}.{part}" in self.tensors:

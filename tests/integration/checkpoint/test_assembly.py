@@ -94,7 +94,7 @@ def test_a_shape_that_follows_from_g_idx_need_not_be_stored(tmp_path):
         ({"strategy": "group"}, {"weight_scale": lambda scale: scale[:, :1].clone()},
          r"no in_features up to 64 fits: for 64, group_size must be .* 64 / 1, got 32"),
         ({"strategy": "group"}, {"weight_packed": lambda words: words[0].clone()},
-         r"packed must be \[out_features, words\], got \[8\]"),
+         r"weight_packed must be a matrix, got I32 \[8\]$"),
         ({"strategy": "group"}, {"weight_packed": lambda words: words.short()},
          "for 64, packed must be int32, got int16"),
         ({"strategy": "group"}, {"weight_packed": None},
