@@ -107,8 +107,8 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
         check_shape(adapter, name, *checkpoint.shape_of(name))
     for name in adapter.replacements:
         raise ValueError(
-            f"{adapter.path}: {name} is replaced, which only merge applies; merge and inspect ignore "
-            "tensors that equal the base's"
+            f"{adapter.path}: {name} is replaced, which only merge applies; merge and inspect "
+            "ignore tensors that equal the base's"
         )
 
 
