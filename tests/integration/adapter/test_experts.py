@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import read_adapter
-from support.trained import qwen3_moe, trained
+from support.trained import SAVED_BY_TODAYS_PEFT, qwen3_moe, trained
 
 pytestmark = [
     pytest.mark.versions,
+    SAVED_BY_TODAYS_PEFT,
     pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match"),
     pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match"),
     pytest.mark.filterwarnings("ignore:target_modules=.*no module was matched"),

@@ -520,7 +520,7 @@ def test_peft_gives_the_same_logits_on_the_other_form(tmp_path, trained):
         plain = {kind: model(tokens).logits for kind, model in models.items()}
         peft = get_peft_model(models[trained], config, autocast_adapter_dtype=False).eval()
         truth = peft(tokens).logits
-        peft.save_pretrained(tmp_path / "trained")
+        peft.save_pretrained(tmp_path / "trained", save_embedding_layers=False)
         fitted = fit_adapter(read_adapter(tmp_path / "trained"), open_checkpoint(tmp_path / "base"))
         write_adapter(tmp_path / "fitted", fitted.modules)
         mapped = PeftModel.from_pretrained(

@@ -13,6 +13,7 @@ STACKED = {
     "qkv_proj": {"phi3", "phi4_multimodal"},
     "gate_up_proj": {
         "dia",
+        "dots3_note",
         "esmfold2",
         "glm",
         "glm4",

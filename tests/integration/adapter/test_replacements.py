@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import read_adapter
-from support.trained import llama, trained
+from support.trained import SAVED_BY_TODAYS_PEFT, llama, trained
 
 pytestmark = [
     pytest.mark.versions,
+    SAVED_BY_TODAYS_PEFT,
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),
 ]

@@ -8,10 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from support.conversion import convert, refusal, run, tensors_of
 from support.layouts import Model, quantization
-from support.trained import QWEN3_MOE, trained
+from support.trained import QWEN3_MOE, SAVED_BY_TODAYS_PEFT, trained
 
 pytestmark = [
     pytest.mark.versions,
+    SAVED_BY_TODAYS_PEFT,
     pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match"),
     pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match"),
     pytest.mark.filterwarnings("ignore:target_modules=.*no module was matched"),

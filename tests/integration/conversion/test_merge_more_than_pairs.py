@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.conversion import convert, refusal, run, tensors_of
-from support.trained import LLAMA, llama, trained
+from support.trained import LLAMA, SAVED_BY_TODAYS_PEFT, llama, trained
 
 pytestmark = [
     pytest.mark.versions,
+    SAVED_BY_TODAYS_PEFT,
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:ensure_weight_tying=True but the model"),
