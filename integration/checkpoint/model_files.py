@@ -20,7 +20,14 @@ from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, inside
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor, read_headers
 
-__all__ = ["ModelFiles", "UnlistedFile", "describe_unlisted", "read_model_files", "with_unlisted"]
+__all__ = [
+    "ModelFiles",
+    "UnlistedFile",
+    "describe_left",
+    "describe_unlisted",
+    "read_model_files",
+    "with_unlisted",
+]
 
 MOST_NAMES = 8  # of a file in a message
 
@@ -123,6 +130,16 @@ def describe_unlisted(files: ModelFiles) -> str:
         return f"{'; '.join(parts)}. {leave}; they cannot be taken: {why}"
     take = '--unlisted take (in Python unlisted="take") reads what is unlisted as part of the model'
     return f"{'; '.join(parts)}. {take}, {leave}"
+
+
+def describe_left(files: ModelFiles) -> tuple[str, ...]:
+    """Return one sentence for each file of the model that holds unlisted tensors."""
+    return tuple(
+        f"left behind: {part}"
+        for file in files.unlisted
+        if file.named
+        for part in _parts(file, files.list_name)
+    )
 
 
 def _parts(file: UnlistedFile, list_name: str) -> list[str]:

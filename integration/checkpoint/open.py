@@ -25,6 +25,7 @@ from int4_lora.integration.checkpoint.misplaced_adapters import (
 from int4_lora.integration.checkpoint.model_files import (
     ModelFiles,
     UnlistedFile,
+    describe_left,
     describe_unlisted,
     read_model_files,
     with_unlisted,
@@ -80,6 +81,11 @@ class Checkpoint:
     def unlisted(self) -> Sequence[UnlistedFile]:
         """The files with tensors that are in the folder, but not listed as the model's."""
         return () if self.files is None else self.files.unlisted
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """What ``unlisted="leave"`` leaves behind in the files that are read, in sentences."""
+        return () if self.files is None or not self.leaves_unlisted else describe_left(self.files)
 
     def check_listed(self) -> None:
         """Check that no tensor is unlisted, unless the unlisted ones are left on purpose.

@@ -124,7 +124,7 @@ def plan_merge(
     else:
         plan = _plan_int4(checkpoint, fitted, changes, search=search, max_error=max_error)
     notes = [f"{adapter.path}: {note}" for adapter, _ in fitted for note in adapter.notes]
-    return replace(plan, notes=(*notes, *changes.notes))
+    return replace(plan, notes=(*checkpoint.left_behind, *notes, *changes.notes))
 
 
 def _plan_int4(

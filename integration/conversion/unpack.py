@@ -147,7 +147,15 @@ def plan_dense(
     check_accounted(checkpoint.path, checkpoint.tensors, tasks, dropped)
     config = changes.config(_dense_config(checkpoint.config, dtype))
     reads = {stored.file.name for stored in checkpoint.tensors.values()}
-    return Conversion(checkpoint.path, others, tasks, config, dropped=dropped, reads=reads)
+    return Conversion(
+        checkpoint.path,
+        others,
+        tasks,
+        config,
+        notes=checkpoint.left_behind,
+        dropped=dropped,
+        reads=reads,
+    )
 
 
 def _dropped(checkpoint: Checkpoint) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """Tiny models, as transformers makes them, and adapters that PEFT trained on them."""
 
+import json
 from importlib.metadata import version
 
 import pytest
 import torch
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 
 SAVED_BY_TODAYS_PEFT = pytest.mark.skipif(
     Version(version("transformers")) < Version("5") or Version(version("peft")) < Version("0.21"),
@@ -72,3 +74,12 @@ def trained(model, folder, steps=2, **settings):
         optimizer.zero_grad()
     model.eval().save_pretrained(str(folder))
     return model
+
+
+def edit(folder, change=lambda tensors: None, **config):
+    """Change the tensors of an adapter's folder in place, and members of its config."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")

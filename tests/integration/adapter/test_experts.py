@@ -1,13 +1,10 @@
 """Pairs of parameters: read as PEFT applies them, refused where there are two readings."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from int4_lora.integration import read_adapter
-from support.trained import SAVED_BY_TODAYS_PEFT, qwen3_moe, trained
+from support.trained import SAVED_BY_TODAYS_PEFT, edit, qwen3_moe, trained
 
 pytestmark = [
     pytest.mark.versions,
@@ -18,14 +15,6 @@ pytestmark = [
 ]
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-
-
-def edit(folder, change=lambda tensors: None, **config):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def deltas(adapter):

@@ -1,13 +1,11 @@
 """Tensors that replace those of the base: read from what PEFT saved, and refused by name."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from int4_lora.integration import read_adapter
-from support.trained import SAVED_BY_TODAYS_PEFT, llama, trained
+from support.trained import SAVED_BY_TODAYS_PEFT, edit, llama, trained
 
 pytestmark = [
     pytest.mark.versions,
@@ -17,14 +15,6 @@ pytestmark = [
 ]
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def edit(folder, change=lambda tensors: None, **config):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def test_an_embedding_gets_what_peft_adds(tmp_path):

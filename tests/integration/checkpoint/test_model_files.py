@@ -79,14 +79,19 @@ def test_what_the_index_leaves_out_is_refused_taken_or_left(source, lora, tmp_pa
     taken = tensors_of(tmp_path / "taken")
     assert taken.keys() == whole.keys()
     assert all(torch.equal(taken[name], whole[name]) for name in whole)
-    convert("unpack", source, tmp_path / "left", "--unlisted=leave")
+    left = convert("unpack", source, tmp_path / "left", "--unlisted=leave")
+    assert all(any(name in note for note in left["notes"]) for name in LEFT_OUT)
+    assert all(note.startswith("left behind: ") for note in left["notes"])
     assert whole.keys() - tensors_of(tmp_path / "left").keys() == {
         "lm_head.weight",
         f"{DOWN}.weight",
     }
     for to in ("dense", "int4"):
-        options = [f"--adapter={lora}", f"--to={to}", "--unlisted=take"]
-        convert("merge", source, tmp_path / to, *options)
+        options = [f"--adapter={lora}", f"--to={to}"]
+        notes = convert("merge", source, tmp_path / to, *options, "--unlisted=take")["notes"]
+        assert notes == []
+        notes = convert("merge", source, tmp_path / f"{to}-left", *options, "--unlisted=leave")
+        assert notes["notes"] == left["notes"]
     assert tensors_of(tmp_path / "dense").keys() == whole.keys()
     assert tensors_of(tmp_path / "int4").keys() == small().stored.keys()
     verified = json.loads(run("verify", source, "--unlisted=take", "--json").stdout)
