@@ -123,8 +123,22 @@ def plan_merge(
         raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
     else:
         plan = _plan_int4(checkpoint, fitted, changes, search=search, max_error=max_error)
-    notes = [f"{adapter.path}: {note}" for adapter, _ in fitted for note in adapter.notes]
+    notes = [
+        f"{adapter.path}: {note}"
+        for adapter, _ in fitted
+        for note in (*adapter.notes, *_replacement_notes(adapter))
+    ]
     return replace(plan, notes=(*checkpoint.left_behind, *notes, *changes.notes))
+
+
+def _replacement_notes(adapter: Adapter) -> list[str]:
+    """Return one sentence for each tensor of the base that an adapter replaces."""
+    return [
+        f"{name} is replaced"
+        if replacement.rows is None
+        else f"rows of {name} are replaced: {len(replacement.rows)}"
+        for name, replacement in adapter.replacements.items()
+    ]
 
 
 def _plan_int4(

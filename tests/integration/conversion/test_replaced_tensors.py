@@ -45,7 +45,11 @@ def test_rows_and_whole_weights_of_many_blocks(tmp_path):
     rows, head = torch.arange(128.0).view(2, 64), dense["lm_head.weight"] + 1
     tensors = {f"{EMBED}.token_adapter.trainable_tokens_delta": rows, "lm_head.weight": head}
     adapter = write_adapter(tmp_path / "adapter", tensors, trainable_token_indices=[40, 3])
-    _, found = merged(tmp_path / "base", adapter, tmp_path / "merged")
+    result, found = merged(tmp_path / "base", adapter, tmp_path / "merged")
+    assert sorted(result["notes"]) == [
+        f"{adapter}: lm_head.weight is replaced",
+        f"{adapter}: rows of {EMBED}.weight are replaced: 2",
+    ]
     embeddings = dense[f"{EMBED}.weight"].clone()
     embeddings[[40, 3]] = rows.to(torch.bfloat16)
     assert torch.equal(found[f"{EMBED}.weight"], embeddings)
@@ -60,7 +64,7 @@ def test_a_copy_that_differs_in_one_bit_of_one_row_replaces(tmp_path, row):
     head.view(torch.int16)[row, 5] ^= 1
     adapter = write_adapter(tmp_path / "adapter", {"lm_head.weight": head})
     result, found = merged(tmp_path / "base", adapter, tmp_path / "merged")
-    assert not result["notes"]
+    assert result["notes"] == [f"{adapter}: lm_head.weight is replaced"]
     assert torch.equal(found["lm_head.weight"], head)
 
 
@@ -100,4 +104,5 @@ def test_embeddings_whose_head_lies_elsewhere_get_no_other_head(tmp_path):
     result, _ = merged(tmp_path / "base", adapter, tmp_path / "merged")
     expected = model.dense | {"thinker.model.embed_tokens.weight": values.to(torch.bfloat16)}
     layouts.assert_tensors(tmp_path / "merged", expected)
-    assert not result["notes"]
+    name = "thinker.model.embed_tokens.weight"
+    assert result["notes"] == [f"{adapter}: {name} is replaced"]
