@@ -48,6 +48,17 @@ class Replacement:
     rows: Tensor | None = None
     tied: bool = True
 
+    def describe(self, name: str) -> str:
+        """Return that the tensor ``name`` is replaced, or how many of its rows are.
+
+        Example:
+            >>> Replacement(torch.ones(2, 8), rows=torch.tensor([3, 7])).describe("lm_head.weight")
+            'rows of lm_head.weight are replaced: 2'
+        """
+        if self.rows is None:
+            return f"{name} is replaced"
+        return f"rows of {name} are replaced: {len(self.rows)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:

@@ -50,8 +50,10 @@ def stack_adapters(
     """
     for adapter in adapters:
         _refuse_another_name(adapter, name)
-        if f"{name}.weight" in adapter.replacements:
-            raise ValueError(f"{adapter.path}: {name}.weight is replaced, which only merge applies")
+        replacement = adapter.replacements.get(f"{name}.weight")
+        if replacement is not None:
+            what = replacement.describe(f"{name}.weight")
+            raise ValueError(f"{adapter.path}: {what}, which only merge applies")
     present = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
     if not present:
         return None
@@ -105,11 +107,10 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
         if name not in quantised:
             raise ValueError(misfit(adapter, checkpoint))
         check_shape(adapter, name, *checkpoint.shape_of(name))
-    for name in adapter.replacements:
-        raise ValueError(
-            f"{adapter.path}: {name} is replaced, which only merge applies; merge and inspect "
-            "ignore tensors that equal the base's"
-        )
+    for name, replacement in adapter.replacements.items():
+        what = f"{adapter.path}: {replacement.describe(name)}, which only merge applies"
+        ignored = "; merge and inspect ignore tensors that equal the base's"
+        raise ValueError(what if replacement.rows is not None else what + ignored)
 
 
 def _refuse_another_name(adapter: Adapter, name: str) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class AdapterReport:
         scalings: the scalings of its layers.
         fault: why it does not fit, or None.
         notes: what was done to make it fit, such as modules renamed.
+        replaced: the tensors of the base that it replaces: how many rows of each, or None for all.
     """
 
     path: str
@@ -98,6 +99,7 @@ class AdapterReport:
     scalings: Sequence[float]
     fault: str | None
     notes: Sequence[str] = ()
+    replaced: Mapping[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -274,4 +276,8 @@ def _adapter(
         scalings=sorted({part.scaling for part in parts}),
         fault=fault,
         notes=adapter.notes,
+        replaced={
+            name: None if one.rows is None else len(one.rows)
+            for name, one in adapter.replacements.items()
+        },
     )

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from int4_lora.integration.checkpoint.inspect import Inspection, ModuleReport, UnlistedReport
+    from int4_lora.integration.checkpoint.inspect import (
+        AdapterReport,
+        Inspection,
+        ModuleReport,
+        UnlistedReport,
+    )
 
 __all__ = ["inspect"]
 
@@ -88,18 +93,24 @@ def _print(console: Console, report: Inspection, every_module: bool) -> None:
     for unlisted in report.unlisted:
         _print_unlisted(console, unlisted, every_module)
     for adapter in report.adapters:
-        targets = ", ".join(f"{name} x{count}" for name, count in adapter.targets.items())
-        ranks = ", ".join(str(rank) for rank in adapter.ranks)
-        scalings = ", ".join(f"{scaling:.4g}" for scaling in adapter.scalings)
-        console.print(
-            f"{adapter.path}: rank {ranks}, scaling {scalings}, on {targets}", markup=False
-        )
-        console.print(f"  made for: {adapter.base or 'it does not say'}", markup=False)
-        for note in adapter.notes:
-            console.print(f"  {note}", markup=False)
-        verdict = "fits" if adapter.fault is None else f"does not fit: {adapter.fault}"
-        style = "green" if adapter.fault is None else "red"
-        console.print(f"  {verdict}", markup=False, style=style)
+        _print_adapter(console, adapter)
+
+
+def _print_adapter(console: Console, adapter: AdapterReport) -> None:
+    ranks = ", ".join(str(rank) for rank in adapter.ranks)
+    scalings = ", ".join(f"{scaling:.4g}" for scaling in adapter.scalings)
+    targets = ", ".join(f"{name} x{count}" for name, count in adapter.targets.items())
+    pairs = f"rank {ranks}, scaling {scalings}, on {targets}" if targets else "no pairs"
+    console.print(f"{adapter.path}: {pairs}", markup=False)
+    console.print(f"  made for: {adapter.base or 'it does not say'}", markup=False)
+    for note in adapter.notes:
+        console.print(f"  {note}", markup=False)
+    for name, rows in adapter.replaced.items():
+        what = name if rows is None else f"{rows} {'row' if rows == 1 else 'rows'} of {name}"
+        console.print(f"  replaces {what}", markup=False)
+    verdict = "fits" if adapter.fault is None else f"does not fit: {adapter.fault}"
+    style = "green" if adapter.fault is None else "red"
+    console.print(f"  {verdict}", markup=False, style=style)
 
 
 def _print_unlisted(console: Console, file: UnlistedReport, every_tensor: bool) -> None:

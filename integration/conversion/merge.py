@@ -126,19 +126,23 @@ def plan_merge(
     notes = [
         f"{adapter.path}: {note}"
         for adapter, _ in fitted
-        for note in (*adapter.notes, *_replacement_notes(adapter))
+        for note in (*adapter.notes, *_replaced(adapter))
     ]
     return replace(plan, notes=(*checkpoint.left_behind, *notes, *changes.notes))
 
 
-def _replacement_notes(adapter: Adapter) -> list[str]:
+def _replaced(adapter: Adapter) -> list[str]:
     """Return one sentence for each tensor of the base that an adapter replaces."""
-    return [
-        f"{name} is replaced"
-        if replacement.rows is None
-        else f"rows of {name} are replaced: {len(replacement.rows)}"
+    return [replacement.describe(name) for name, replacement in adapter.replacements.items()]
+
+
+def _reported(adapter: Adapter, weight: float) -> dict[str, object]:
+    """Return what the report says of an adapter."""
+    replaced = [
+        {"tensor": name, "rows": None if replacement.rows is None else replacement.rows.tolist()}
         for name, replacement in adapter.replacements.items()
     ]
+    return {"name": adapter.path.name, "weight": weight, "replaced": replaced}
 
 
 def _plan_int4(
@@ -163,7 +167,7 @@ def _plan_int4(
     tasks += changes.added_tasks(checkpoint, None)
     check_accounted(checkpoint.path, checkpoint.tensors, tasks, {})
     settings = {
-        "adapters": [{"name": adapter.path.name, "weight": weight} for adapter, weight in adapters],
+        "adapters": [_reported(adapter, weight) for adapter, weight in adapters],
         "scales": "search" if search else "minmax",
     }
     return Conversion(

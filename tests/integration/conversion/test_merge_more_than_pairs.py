@@ -202,8 +202,10 @@ def test_inspect_names_what_is_replaced(bases, tmp_path):
         (report,) = json.loads(result.stdout)["adapters"]
         if steps:
             assert "weight is replaced, which only merge applies" in report["fault"]
+            assert report["replaced"]["model.norm.weight"] is None
         else:
             assert report["fault"] is None
+            assert report["replaced"] == {}
             assert "model.norm.weight is saved along and equals the base's" in str(report["notes"])
 
 

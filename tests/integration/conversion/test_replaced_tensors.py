@@ -1,11 +1,13 @@
 """Whole tensors and rows that an adapter replaces, where a tensor is large, or a single number."""
 
+import json
+
 import pytest
 import torch
 
 from int4_lora.integration.conversion import dense_modules, saved_copies
 from support import layouts
-from support.conversion import convert, refusal, tensors_of
+from support.conversion import convert, refusal, run, tensors_of
 
 EMBED = "model.embed_tokens"
 PREFIX = "base_model.model."
@@ -54,6 +56,36 @@ def test_rows_and_whole_weights_of_many_blocks(tmp_path):
     embeddings[[40, 3]] = rows.to(torch.bfloat16)
     assert torch.equal(found[f"{EMBED}.weight"], embeddings)
     assert torch.equal(found["lm_head.weight"], head)
+
+
+def test_rows_and_whole_weights_are_named_by_inspect_and_in_the_report(tmp_path):
+    dense = write_base(tmp_path / "base")
+    rows, head = torch.arange(128.0).view(2, 64), dense["lm_head.weight"] + 1
+    tokens = f"{EMBED}.token_adapter.trainable_tokens_delta"
+    both = {tokens: rows, "lm_head.weight": head}
+    adapter = write_adapter(tmp_path / "adapter", both, trainable_token_indices=[40, 3])
+    convert("merge", tmp_path / "base", tmp_path / "merged", "--adapter", adapter, "--to=int4")
+    report = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    assert report["adapters"] == [
+        {
+            "name": "adapter",
+            "weight": 1.0,
+            "replaced": [
+                {"tensor": "lm_head.weight", "rows": None},
+                {"tensor": f"{EMBED}.weight", "rows": [40, 3]},
+            ],
+        }
+    ]
+    (inspected,) = json.loads(
+        run("inspect", tmp_path / "base", "--adapter", adapter, "--json").stdout
+    )["adapters"]
+    assert inspected["replaced"] == {"lm_head.weight": None, f"{EMBED}.weight": 2}
+    alone = write_adapter(tmp_path / "alone", {tokens: rows}, trainable_token_indices=[40, 3])
+    shown = " ".join(run("inspect", tmp_path / "base", "--adapter", alone).output.split())
+    assert "alone: no pairs" in shown
+    assert f"replaces 2 rows of {EMBED}.weight" in shown
+    assert f"rows of {EMBED}.weight are replaced: 2, which only merge applies" in shown
+    assert "is replaced" not in shown
 
 
 @pytest.mark.usefixtures("blocks_of_a_row")
