@@ -21,6 +21,7 @@ from int4_lora.integration.adapter.experts import check_all_experts
 from int4_lora.integration.adapter.fitting import check_used, fit_adapter
 from int4_lora.integration.adapter.stack import check_fits
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.unpacked_weights import unpacked_notes
 from int4_lora.integration.conversion.saved_copies import without_copies
 
 __all__ = ["AdapterReport", "Inspection", "ModuleReport", "UnlistedReport", "inspect"]
@@ -131,6 +132,7 @@ class Inspection:
         lora_targets: the last parts of the names of modules that adapters can target.
         adapters: the adapters.
         unlisted: the files with tensors that are not listed as the model's.
+        notes: where config.json and the tensors contradict each other, one sentence each.
     """
 
     path: str
@@ -140,6 +142,7 @@ class Inspection:
     lora_targets: Sequence[str]
     adapters: Sequence[AdapterReport]
     unlisted: Sequence[UnlistedReport] = ()
+    notes: Sequence[str] = ()
 
     @property
     def right(self) -> bool:
@@ -190,6 +193,7 @@ def inspect(
             for one in checkpoint.unlisted
         ],
         adapters=[_adapter(checkpoint, adapter, rename) for adapter in adapters],
+        notes=unpacked_notes(checkpoint),
     )
 
 

@@ -30,7 +30,10 @@ from int4_lora.integration.checkpoint.model_files import (
     read_model_files,
     with_unlisted,
 )
-from int4_lora.integration.checkpoint.quantization_config import read_quantization
+from int4_lora.integration.checkpoint.quantization_config import (
+    quantizations,
+    read_quantization,
+)
 from int4_lora.integration.checkpoint.safetensors_files import (
     DTYPES,
     bytes_of,
@@ -48,6 +51,11 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 
 MARKS = ("weight_packed", "weight_scale")  # of a quantised module, whatever else it stores
 FLOATS = ("F64", "F32", "F16", "BF16")
+COMPRESS = "Save the model with llm-compressor's save_pretrained(save_compressed=True)"
+USE_DENSE = (
+    "or, as its weights are dense already, use it as a dense model: remove quantization_config "
+    "from config.json"
+)
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
 
@@ -339,7 +347,7 @@ def open_checkpoint(
     check_no_adapter_within(folder, tensors)
     quantised = _quantised(tensors)
     if not quantised:
-        why = "not a packed checkpoint"
+        why = _why_none_is_quantised(config, tensors)
         if unlisted is None and files.unlisted:
             why = f"{files.list_name} lists none; {describe_unlisted(files)}"
         raise ValueError(f"{folder}: no tensor named *.weight_packed: {why}")
@@ -361,6 +369,19 @@ def _quantised(tensors: Collection[str]) -> dict[str, None]:
         if part in PARTS and (part in MARKS or f"{module}.weight" not in tensors):
             found[module] = None
     return found
+
+
+def _why_none_is_quantised(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
+    described = next(iter(quantizations(config)), None)
+    floats = any(
+        name.endswith(".weight") and stored.dtype in FLOATS for name, stored in tensors.items()
+    )
+    if described is None or not floats:
+        return "not a packed checkpoint"
+    return (
+        f"config.json has {described}, but the weights are stored as floats, without compression. "
+        f"{COMPRESS}; {USE_DENSE}"
+    )
 
 
 def _check_compressed(
@@ -387,8 +408,6 @@ def _check_compressed(
         raise ValueError(
             f"{weight.file}: {floats[0]}: the weight is stored as {weight.dtype} beside "
             f"weight_scale: {len(floats)} of {len(quantised)} quantised modules were saved without "
-            f"compression (quantization_status {status!r}). Save the model with llm-compressor's "
-            "save_pretrained(save_compressed=True); or, as its weights are dense already, use it "
-            "as a dense model: remove quantization_config from config.json, and the scales and "
-            "zero-points"
+            f"compression (quantization_status {status!r}). {COMPRESS}; {USE_DENSE}, and the "
+            "scales and zero-points"
         )

@@ -27,6 +27,7 @@ __all__ = [
     "Scheme",
     "check_strategy",
     "read_actorder",
+    "read_groups",
     "read_schemes",
 ]
 
@@ -128,6 +129,23 @@ def read_schemes(
         ValueError: quantization_config is missing, is of another method or cannot be read, or no
             group targets a module; the message names the field and its value.
     """
+    schemes, targets = read_groups(file, config)
+    matches = compile_targets(file, targets)
+    return {module: schemes[group_of(file, module, matches)] for module in modules}
+
+
+def read_groups(
+    file: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Scheme], dict[str, list[str]]]:
+    """Return the scheme and the targets of each config group that quantises weights, by its name.
+
+    Args:
+        file: config.json, for the messages.
+        config: the content of config.json.
+
+    Raises:
+        ValueError: as in ``read_schemes``.
+    """
     quantization = read_quantization(file, config)
     transforms = quantization.get("transform_config")
     if isinstance(transforms, dict) and transforms.get("config_groups"):
@@ -148,8 +166,7 @@ def read_schemes(
                 schemes[name], targets[name] = scheme, _read_targets(group)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    matches = compile_targets(file, targets)
-    return {module: schemes[group_of(file, module, matches)] for module in modules}
+    return schemes, targets
 
 
 def read_actorder(value: object) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from int4_lora.integration.checkpoint.spellings import spellings
 
-__all__ = ["Targets", "compile_targets", "group_of", "ignored"]
+__all__ = ["EMBEDDING", "Targets", "compile_targets", "group_of", "groups_by_name", "ignored"]
 
 CLASS_TARGETS = ("Linear", "Embedding")
 EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|\w*embed\w*)")  # the usual names of such modules
@@ -84,12 +84,7 @@ def group_of(file: Path, module: str, targets: Targets) -> str:
     Raises:
         ValueError: no group targets the module, or its other spellings lead to different groups.
     """
-    own = _first(module, targets.names)
-    if own is not None:
-        return own
-    others = spellings(module)[1:] if targets.names else ()
-    named = {name: _first(name, targets.names) for name in others}
-    groups = {group: name for name, group in reversed(named.items()) if group is not None}
+    groups = groups_by_name(module, targets)
     if len(groups) > 1:
         shown = " and ".join(f"{name} in {group}" for group, name in groups.items())
         raise ValueError(f"{file}: {module}: its other spellings are in different groups: {shown}")
@@ -97,6 +92,22 @@ def group_of(file: Path, module: str, targets: Targets) -> str:
     if group is None:
         raise ValueError(f"{file}: {module} is quantised, but no config group targets it")
     return group
+
+
+def groups_by_name(module: str, targets: Targets) -> dict[str, str]:
+    """Return the groups of which a target names a module, and the spelling that it names.
+
+    Args:
+        module: the module's name in the files. If a target names it, its other spellings do not
+            count.
+        targets: the targets of all groups.
+    """
+    own = _first(module, targets.names)
+    if own is not None:
+        return {own: module}
+    others = spellings(module)[1:] if targets.names else ()
+    named = {name: _first(name, targets.names) for name in others}
+    return {group: name for name, group in reversed(named.items()) if group is not None}
 
 
 def ignored(file: Path, quantization: Mapping[str, Any], modules: Iterable[str]) -> list[str]:

@@ -90,6 +90,8 @@ def _print(console: Console, report: Inspection, every_module: bool) -> None:
     )
     targets = ", ".join(report.lora_targets) or "nothing"
     console.print(f"LoRA can target: {targets}", markup=False)
+    for note in report.notes:
+        console.print(note, markup=False, style="red")
     for unlisted in report.unlisted:
         _print_unlisted(console, unlisted, every_module)
     for adapter in report.adapters:

@@ -122,6 +122,17 @@ def test_weights_saved_without_compression_are_called_so(tmp_path, form, dtype):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lora", "x"]
 
 
+def test_floats_alone_under_a_quantization_config_are_called_uncompressed(tmp_path):
+    made = small()
+    made.stored = made.dense
+    folder = made.save(tmp_path / "x")
+    result = run("inspect", folder)
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert "config.json has quantization_config, but the weights are stored as floats" in said
+    assert "remove quantization_config from config.json" in said
+
+
 @pytest.mark.parametrize("status", ["frozen", None])
 def test_what_is_packed_is_read_whatever_the_status(tmp_path, status):
     config = {**quantization(), "quantization_status": status}
