@@ -128,10 +128,7 @@ def map_forms(
             given = ", ".join(parts)
             raise ValueError(f"{name}: the adapter is on it and on its part {given}: remove one")
         modules[name] = _joined(name, parts, rows, _matrix_shape(name, base)[0])
-        differ = len({module.scaling for module in parts.values()}) > 1
-        scaled = "; their scalings differ, so B is multiplied by them in float64" if differ else ""
-        listed = _listed([part for part in PARTS[_last(name)] if part in parts])
-        notes[f"{listed} joined for the base's {_last(name)}: A stacked, B in blocks{scaled}"] += 1
+        notes[_join_note(_last(name), parts)] += 1
     for name, module in placement.divided.items():
         divided = _divided(name, module, rows_in_base(name, module, base))
         both = [part for part in divided if part in modules]
@@ -141,6 +138,16 @@ def map_forms(
         listed = _listed(list(PARTS[_last(name)]))
         notes[f"{_last(name)} divided for the base's {listed}: A shared, rows of B"] += 1
     return modules, tuple(f"{note} (x{count})" for note, count in notes.items())
+
+
+def _join_note(fused: str, parts: Mapping[str, AdapterModule]) -> str:
+    """Return what was done with an adapter's parts of a fused weight."""
+    given = [part for part in PARTS[fused] if part in parts]
+    if len(given) == 1:
+        return f"{given[0]} taken for its rows of the base's {fused}: B is zero in the others"
+    differ = len({module.scaling for module in parts.values()}) > 1
+    scaled = "; their scalings differ, so B is multiplied by them in float64" if differ else ""
+    return f"{_listed(given)} joined for the base's {fused}: A stacked, B in blocks{scaled}"
 
 
 def unfit_modules(modules: Mapping[str, AdapterModule], base: BaseWeights) -> set[str]:
@@ -202,7 +209,8 @@ def rows_of_parts(
     if list(given) == ["k_proj"]:
         raise ValueError(
             f"{name}: the adapter has k_proj alone, and where its rows begin in [q_proj; k_proj; "
-            "v_proj] follows from q_proj or v_proj only"
+            "v_proj] follows from q_proj or v_proj only: add a pair of one of them whose lora_B is "
+            "zero, with as many rows as it has"
         )
     rows = _rows_of_all_parts(fused, given, total)
     if rows is None:

@@ -139,7 +139,9 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     for name, size in outcome.files.items():
         table.add_row(name, f"{size:,}")
     console.print(table)
-    console.print(f"{len(outcome.carried)} other files: {', '.join(outcome.carried) or 'none'}")
+    count = len(outcome.carried)
+    others = f"{count} other {'file' if count == 1 else 'files'}: {', '.join(outcome.carried)}"
+    console.print(others if count else "no other files", markup=False)
     for note in outcome.notes:
         console.print(note, markup=False)
     if outcome.left:

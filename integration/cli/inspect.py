@@ -120,13 +120,13 @@ def _print_unlisted(console: Console, file: UnlistedReport, every_tensor: bool) 
     if file.fault is not None:
         console.print(f"not listed, and not readable: {file.fault}", markup=False, style="red")
     for names, what in (
-        (file.tensors, f"in {file.file}, but not listed as the model's"),
-        (file.copies, f"in {file.file}, but listed in another file"),
+        (file.tensors, f"in {file.file} and not listed as the model's"),
+        (file.copies, f"in {file.file} and listed in another file"),
     ):
         shown = names if every_tensor else names[:MOST_NAMES]
         more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
         if names:
-            count = f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}"
+            count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
             text = f"{count} {what}: {', '.join(shown)}{more}"
             console.print(text, markup=False, style="red")
 

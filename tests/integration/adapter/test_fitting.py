@@ -16,6 +16,7 @@ from int4_lora.integration import (
 )
 from int4_lora.integration.adapter.adapter import Replacement
 from int4_lora.integration.conversion import merge_checkpoint
+from support import layouts
 from support.bases import write_base, write_lora
 from support.conversion import convert, refusal, run, tensors_of
 
@@ -266,10 +267,33 @@ def test_a_split_adapter_on_a_fused_base(tmp_path, parts):
         tmp_path / "base", tmp_path / "merged", [(tmp_path / "lora", 1.0)], dtype=torch.float32
     )
     (note,) = outcome.notes
-    assert "B in blocks (x1)" in note
+    assert note.endswith(
+        "A stacked, B in blocks (x1)"
+        if len(wanted) > 1
+        else f"{wanted[0]}_proj taken for its rows of the base's "
+        f"{'qkv' if wanted[0] in 'qkv' else 'gate_up'}_proj: B is zero in the others (x1)"
+    )
     merged, deltas = tensors_of(tmp_path / "merged"), split_deltas(pairs)
     for name, weight in weights.items():
         assert torch.equal(merged[f"{name}.weight"], weight + deltas[name]), name
+
+
+@pytest.mark.parametrize("other", ["q_proj", "v_proj"])
+def test_a_pair_of_zeros_tells_where_the_rows_of_k_alone_begin(tmp_path, other):
+    write_base(tmp_path / "base", FUSED)
+    attention = "model.layers.0.self_attn."
+    alone = write_lora(tmp_path / "k", {f"{attention}k_proj": ROWS["k_proj"]})
+    refused = refusal("merge", tmp_path / "base", tmp_path / "x", f"--adapter={tmp_path / 'k'}")
+    assert "add a pair of one of them whose lora_B is zero, with as many rows as it has" in refused
+    zero = {f"{attention}{other}": (torch.zeros(4, 32), torch.zeros(ROWS[other][0], 4))}
+    pairs = alone | zero
+    layouts.write_adapter(
+        tmp_path / "both", layouts.lora_tensors(pairs), layouts.lora_config(pairs)
+    )
+    fitted = fit_adapter(read_adapter(tmp_path / "both"), open_checkpoint(tmp_path / "base"))
+    module = fitted.modules[QKV]
+    delta = module.scaling * module.b @ module.a
+    assert torch.equal(delta, split_deltas(alone)[QKV])
 
 
 def test_a_fused_adapter_on_a_split_base(tmp_path):

@@ -62,7 +62,6 @@ def test_the_text_output_has_the_note(tmp_path):
     )
 
 
-@pytest.mark.versions
 def test_transformers_starts_such_a_head_at_random(tmp_path):
     from transformers import AutoModelForCausalLM
 

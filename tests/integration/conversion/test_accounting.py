@@ -106,6 +106,9 @@ def test_weights_in_other_files_are_named(tmp_path):
     ]
     said = run("unpack", folder, tmp_path / "again").output
     assert "weights left behind: original/consolidated.00.pth, pytorch_model.bin" in said
+    assert "no other files" in said
+    (folder / "tokenizer.json").write_text("{}")
+    assert "1 other file: tokenizer.json" in run("unpack", folder, tmp_path / "third").output
 
 
 def lose(place):
