@@ -12,6 +12,7 @@ Source: ``rename(2)``, which replaces a name atomically.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -90,6 +91,8 @@ class ResultFolder:
         Raises:
             OSError: the folder cannot be made.
         """
+        with contextlib.suppress(FileNotFoundError):  # another plan's run removed the empty partial
+            self.result.mkdir(parents=True, exist_ok=True)
         self.result.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
         if not (self.work / PLAN).is_file():
@@ -163,17 +166,30 @@ class ResultFolder:
             force: whether an existing target may be replaced.
 
         Raises:
-            FileExistsError: the target was made in the meantime.
+            FileExistsError: the target was made in the meantime; the message says where the result
+                is kept.
         """
         fill(self.result)
         sync_folder(self.result)
+        try:
+            self._put_in_place(force=force)
+        except FileExistsError as error:
+            raise FileExistsError(f"{error}; the whole result is kept in {self.result}") from error
+        sync_folder(self.target.parent)
+        self.tidy_up()
+
+    def _put_in_place(self, *, force: bool) -> None:
         self._check_target(force=force)
         if self.target.is_dir():
             shutil.rmtree(self.replaced, ignore_errors=True)
             self.target.rename(self.replaced)
-        self.result.rename(self.target)
-        sync_folder(self.target.parent)
-        self.tidy_up()
+        try:
+            self.result.rename(self.target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            there = f"{self.target} was made in the meantime: --force replaces it"
+            raise FileExistsError(there) from error
 
     def tidy_up(self) -> None:
         """Remove the folder, and the plan last: it shows that the result is at the target."""

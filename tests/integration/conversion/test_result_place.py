@@ -75,6 +75,52 @@ def test_what_appears_in_the_place_meanwhile_is_not_replaced(sharded, tmp_path, 
     assert bytes_of(target) == {"mine": b"mine"}
 
 
+def test_of_two_plans_at_once_the_later_keeps_its_result_until_it_is_told(
+    sharded, tmp_path, monkeypatch
+):
+    from int4_lora.integration.conversion import convert as module
+
+    target, fill = tmp_path / "dense", module._write_other_files
+    wide = ["unpack", sharded, target, "--dtype", "float32"]
+
+    def meanwhile(place, *arguments):
+        fill(place, *arguments)
+        monkeypatch.setattr(module, "_write_other_files", fill)
+        convert(*wide)
+
+    monkeypatch.setattr(module, "_write_other_files", meanwhile)
+    result = run("unpack", sharded, target)
+    assert result.exit_code == 2
+    (kept,) = tmp_path.glob("dense.partial/*/result")
+    said = "".join(result.stderr.split())
+    assert f"--forcereplacesit;thewholeresultiskeptin{kept}" in said
+    first = bytes_of(target)
+    convert(*wide[:2], tmp_path / "wide", *wide[3:])
+    assert first == bytes_of(tmp_path / "wide")
+    convert("unpack", sharded, target, "--force")
+    assert bytes_of(target) != first
+    assert {file.name for file in tmp_path.iterdir()} == {"dense", "wide"}
+
+
+def test_what_appears_at_the_last_moment_is_not_replaced(sharded, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    target, rename = tmp_path / "dense", Path.rename
+
+    def meanwhile(path, place):
+        if path.name == "result":
+            target.mkdir()
+            (target / "mine").write_text("mine")
+        return rename(path, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", meanwhile)
+        result = run("unpack", sharded, target)
+    assert result.exit_code == 2
+    assert "was made in the meantime: --force replaces it" in " ".join(result.stderr.split())
+    assert bytes_of(target) == {"mine": b"mine"}
+
+
 def test_a_replacement_that_was_stopped_halfway_loses_neither(sharded, tmp_path, monkeypatch):
     from pathlib import Path
 
