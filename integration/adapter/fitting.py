@@ -81,7 +81,7 @@ def fit_adapter(
     placement = place(modules, base)
     if placement.unplaced or not all(_has_tensor(base, name) for name in replacements):
         _check_first_shapes(adapter, modules, base)
-        raise ValueError(misfit(adapter, checkpoint, rename))
+        raise ValueError(_misfit(adapter, base, rename))
     try:
         mapped, notes = map_forms(placement, base)
     except ValueError as error:
@@ -113,7 +113,10 @@ def misfit(adapter: Adapter, checkpoint: Checkpoint, rename: Sequence[Rename] = 
         checkpoint: the base model.
         rename: the rules that were applied.
     """
-    base = BaseWeights(checkpoint)
+    return _misfit(adapter, BaseWeights(checkpoint), rename)
+
+
+def _misfit(adapter: Adapter, base: BaseWeights, rename: Sequence[Rename]) -> str:
     unplaced = {*place(_renamed(adapter, adapter.modules, rename), base).unplaced}
     lacking = [name for name in adapter.modules if renamed(name, rename) in unplaced]
     lacking += [
@@ -123,7 +126,7 @@ def misfit(adapter: Adapter, checkpoint: Checkpoint, rename: Sequence[Rename] = 
         return f"{adapter.path}: fit_adapter brings its split or fused modules into the base's form"
     name = renamed(lacking[0], rename)
     was = f" (renamed from {lacking[0]})" if name != lacking[0] else ""
-    message = f"{adapter.path}: {name}{was} is no module of {checkpoint.path}"
+    message = f"{adapter.path}: {name}{was} is no module of {base.checkpoint.path}"
     names = [*adapter.modules, *adapter.replacements]
     suggestions = fitting_renames(
         names,
