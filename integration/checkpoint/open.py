@@ -44,7 +44,7 @@ from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, read_schemes
 from int4_lora.reference import PackedWeight
 
-__all__ = ["PARTS", "Checkpoint", "Unlisted", "open_checkpoint"]
+__all__ = ["FLOATS", "PARTS", "Checkpoint", "Unlisted", "open_checkpoint"]
 
 Unlisted = Literal["take", "leave"]
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")

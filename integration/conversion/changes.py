@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from int4_lora.integration.adapter.adapter import Adapter, Replacement
+from int4_lora.integration.adapter.base_weights import BaseWeights
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.quantization_config import CONFIG_KEYS, parts_of
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.checkpoint.tied_embeddings import may_be_tied_to, ties_of, untied
-from int4_lora.integration.conversion.adapter_steps import Base, replaced_tensors, steps_of
+from int4_lora.integration.conversion.adapter_steps import replaced_tensors, steps_of
 from int4_lora.integration.conversion.deltas import Change
 from int4_lora.integration.conversion.dense_modules import MergedTensor
 from int4_lora.integration.conversion.replaced_tensors import (
@@ -113,7 +114,7 @@ def changes_of(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
             two adapters change a tensor that one of them replaces; an adapter changes embeddings,
             and it is not certain which head is tied to them. The message names the tensor.
     """
-    base = Base(checkpoint)
+    base = BaseWeights(checkpoint)
     modules: dict[str, list[Change]] = {}
     tensors: dict[str, Replacement] = {}
     owners: dict[str, Adapter] = {}
@@ -136,7 +137,7 @@ def changes_of(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
     return _with_tie(base, modules, tensors)
 
 
-def _check_head_is_certain(base: Base, modules: Mapping[str, Sequence[Change]]) -> None:
+def _check_head_is_certain(base: BaseWeights, modules: Mapping[str, Sequence[Change]]) -> None:
     """Refuse to change embeddings alone where a head of unknown name would change with them."""
     for name, steps in modules.items():
         keeps_tie = all(isinstance(step, Overwrite) and step.replacement.tied for step in steps)
@@ -157,7 +158,7 @@ def _check_factor(adapter: Adapter, weight: float) -> None:
 
 
 def _with_tie(
-    base: Base, modules: Mapping[str, Sequence[Change]], tensors: Mapping[str, Replacement]
+    base: BaseWeights, modules: Mapping[str, Sequence[Change]], tensors: Mapping[str, Replacement]
 ) -> Changes:
     """Return changes that keep the head tied if they change it as the embeddings, or untie it."""
     vocabulary = base.vocabulary

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.adapter.adapter import Adapter
+from int4_lora.integration.adapter.base_weights import BaseWeights
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import read_rows, read_tensor
-from int4_lora.integration.conversion.adapter_steps import Base
 from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.row_blocks import row_blocks
 
@@ -39,7 +39,7 @@ def without_copies(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     Returns:
         The adapter; its ``notes`` name the tensors that were left out.
     """
-    base = Base(checkpoint)
+    base = BaseWeights(checkpoint)
     equal = [
         name
         for name, replacement in adapter.replacements.items()
@@ -57,17 +57,17 @@ def without_copies(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     )
 
 
-def _equals(base: Base, name: str, saved: Tensor) -> bool:
+def _equals(base: BaseWeights, name: str, saved: Tensor) -> bool:
     """Return whether a saved tensor holds the values of the base in the saved tensor's dtype."""
     stored = base.checkpoint.tensors.get(name)
     if stored is not None and len(stored.shape) != 2:
         whole = read_tensor(stored, name)
         return whole.shape == saved.shape and _same_bits(whole.to(saved.dtype), saved)
-    module = base.stored_name(base.name(name.removesuffix(".weight")))
+    module = base.stored_name(base.own_name(name.removesuffix(".weight")))
     if not name.endswith(".weight") or not base.has_matrix(module):
         return False
     try:
-        shape = base.shape(module, name)
+        shape = base.matrix_shape(module, name)
     except ValueError:
         return False
     if shape != tuple(saved.shape):
@@ -78,7 +78,7 @@ def _equals(base: Base, name: str, saved: Tensor) -> bool:
     )
 
 
-def _blocks(base: Base, module: str) -> Iterator[tuple[int, Tensor]]:
+def _blocks(base: BaseWeights, module: str) -> Iterator[tuple[int, Tensor]]:
     """Yield the dense weight of a module in blocks of rows."""
     if module in base.checkpoint.schemes:
         for start, block in row_blocks(base.checkpoint, module):
