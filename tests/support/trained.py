@@ -12,6 +12,19 @@ SAVED_BY_TODAYS_PEFT = pytest.mark.skipif(
     Version(version("transformers")) < Version("5") or Version(version("peft")) < Version("0.21"),
     reason="the files are those of PEFT 0.21 on transformers 5, which keeps experts in one tensor",
 )
+PEFT_WARNS = (
+    ".*(rank|alpha)_pattern keys did not match",
+    "target_modules=.*no module was matched",
+    "Setting `save_embedding_layers`",
+    "Model has `tie_word_embeddings",
+    "ensure_weight_tying=True but the model",
+    "You have requested `ensure_weight_tying`",
+)
+WITH_TODAYS_PEFT = [  # the marks of a file whose tests train adapters of every kind
+    pytest.mark.versions,
+    SAVED_BY_TODAYS_PEFT,
+    *(pytest.mark.filterwarnings(f"ignore:{start}") for start in PEFT_WARNS),
+]
 QWEN3_MOE = {
     "hidden_size": 64,
     "intermediate_size": 96,

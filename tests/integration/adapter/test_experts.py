@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from int4_lora.integration import read_adapter
-from support.trained import SAVED_BY_TODAYS_PEFT, edit, qwen3_moe, trained
+from support.trained import WITH_TODAYS_PEFT, edit, qwen3_moe, trained
 
-pytestmark = [
-    pytest.mark.versions,
-    SAVED_BY_TODAYS_PEFT,
-    pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match"),
-    pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match"),
-    pytest.mark.filterwarnings("ignore:target_modules=.*no module was matched"),
-]
+pytestmark = WITH_TODAYS_PEFT
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 

@@ -5,14 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from int4_lora.integration import read_adapter
-from support.trained import SAVED_BY_TODAYS_PEFT, edit, llama, trained
+from support.trained import WITH_TODAYS_PEFT, edit, llama, trained
 
-pytestmark = [
-    pytest.mark.versions,
-    SAVED_BY_TODAYS_PEFT,
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),
-]
+pytestmark = WITH_TODAYS_PEFT
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -8,16 +8,9 @@ from safetensors.torch import load_file
 
 from int4_lora.integration import AdapterModule, read_adapter, write_adapter
 from support.adapters import assert_equal
-from support.trained import SAVED_BY_TODAYS_PEFT, llama, qwen3_moe, trained
+from support.trained import WITH_TODAYS_PEFT, llama, qwen3_moe, trained
 
-pytestmark = [
-    pytest.mark.versions,
-    SAVED_BY_TODAYS_PEFT,
-    pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match"),
-    pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match"),
-    pytest.mark.filterwarnings("ignore:target_modules=.*no module was matched"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
-]
+pytestmark = WITH_TODAYS_PEFT
 
 SHAPES = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
 

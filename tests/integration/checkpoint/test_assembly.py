@@ -114,17 +114,17 @@ def test_a_shape_that_does_not_follow_is_asked_for(tmp_path, layout, changes, me
         assert not (tmp_path / "dense").exists()
 
 
-SCALAR = {"weight_scale": lambda one: one.reshape(()),
-          "weight_zero_point": lambda one: None if one is None else one.reshape(())}  # fmt: skip
+SCALE = {"weight_scale": lambda one: one.reshape(())}
+SCALAR = {
+    "tensor": SCALE,
+    "asymmetric tensor": {**SCALE, "weight_zero_point": lambda one: one.reshape(())},
+}
 
 
-@pytest.mark.parametrize("layout", ["tensor", "asymmetric tensor"])
+@pytest.mark.parametrize("layout", SCALAR)
 def test_one_scale_may_have_no_dimension(tmp_path, layout):
     """As upstream's own tests of the strategy tensor make it."""
-    changes = dict(SCALAR)
-    if layout == "tensor":
-        del changes["weight_zero_point"]
-    dense = made(tmp_path / "x", LAYOUTS[layout], **changes)
+    dense = made(tmp_path / "x", LAYOUTS[layout], **SCALAR[layout])
     check_read(tmp_path / "x", dense)
     tensors = load_file(tmp_path / "x" / "model.safetensors")
     stored = {name.rpartition(".")[2]: one for name, one in tensors.items() if NAME in name}
@@ -133,12 +133,9 @@ def test_one_scale_may_have_no_dimension(tmp_path, layout):
     assert torch.equal(theirs, dense)
 
 
-@pytest.mark.parametrize("layout", ["tensor", "asymmetric tensor"])
+@pytest.mark.parametrize("layout", SCALAR)
 def test_a_merge_into_int4_keeps_the_shape_of_the_scale(tmp_path, layout):
-    changes = dict(SCALAR)
-    if layout == "tensor":
-        del changes["weight_zero_point"]
-    dense = made(tmp_path / "x", LAYOUTS[layout], **changes)
+    dense = made(tmp_path / "x", LAYOUTS[layout], **SCALAR[layout])
     deltas = make_adapter(tmp_path / "lora", {NAME: (40, 64)})
     options = [f"--adapter={tmp_path / 'lora'}", "--to=int4"]
     convert("merge", tmp_path / "x", tmp_path / "merged", *options)

@@ -8,15 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from support.conversion import convert, refusal, run, tensors_of
 from support.layouts import Model, quantization
-from support.trained import QWEN3_MOE, SAVED_BY_TODAYS_PEFT, trained
+from support.trained import QWEN3_MOE, WITH_TODAYS_PEFT, trained
 
-pytestmark = [
-    pytest.mark.versions,
-    SAVED_BY_TODAYS_PEFT,
-    pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match"),
-    pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match"),
-    pytest.mark.filterwarnings("ignore:target_modules=.*no module was matched"),
-]
+pytestmark = WITH_TODAYS_PEFT
 
 TOKENS = torch.arange(24).view(2, 12)
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -8,16 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.conversion import convert, refusal, run, tensors_of
-from support.trained import LLAMA, SAVED_BY_TODAYS_PEFT, llama, trained
+from support.trained import LLAMA, WITH_TODAYS_PEFT, llama, trained
 
-pytestmark = [
-    pytest.mark.versions,
-    SAVED_BY_TODAYS_PEFT,
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),
-    pytest.mark.filterwarnings("ignore:ensure_weight_tying=True but the model"),
-    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`"),
-]
+pytestmark = WITH_TODAYS_PEFT
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = torch.arange(24).view(2, 12)

@@ -112,26 +112,27 @@ def test_an_adapter_on_an_aligner_and_a_vision_tower(tmp_path):
     assert_tensors(tmp_path / "merged", model.merged(pairs))
 
 
+def with_experts_in_one_tensor(folder, weight):
+    """Write a Llama with the experts ``weight``, packed into one tensor of three axes."""
+    model = Model().llama()
+    model.stored[f"{weight}_packed"] = torch.zeros(4, 64, 4, dtype=torch.int32)
+    model.stored[f"{weight}_scale"] = torch.ones(4, 64, 1, dtype=torch.bfloat16)
+    model.stored[f"{weight}_shape"] = torch.tensor([4, 64, 32])
+    return model.save(folder, quantization())
+
+
 def test_packed_experts_under_the_names_of_a_loader(tmp_path):
     """transformers#47407: gate_up_proj_packed, which a copy would pass off as a dense tensor."""
-    model = Model().llama()
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    model.stored[f"{name}_packed"] = torch.zeros(4, 64, 4, dtype=torch.int32)
-    model.stored[f"{name}_scale"] = torch.ones(4, 64, 1, dtype=torch.bfloat16)
-    model.stored[f"{name}_shape"] = torch.tensor([4, 64, 32])
-    source = model.save(tmp_path / "source", quantization())
+    source = with_experts_in_one_tensor(tmp_path / "source", name)
     said = refusal("unpack", source, tmp_path / "dense")
     assert f"{name}_packed is I32 beside {name}_scale: quantised in a layout that is not" in said
 
 
 def test_packed_experts_in_one_tensor(tmp_path):
     """llm-compressor#3183, #3200: repacked experts, w2_weight.weight_packed with three axes."""
-    model = Model().llama()
     name = "model.layers.0.mlp.experts.w2_weight"
-    model.stored[f"{name}.weight_packed"] = torch.zeros(4, 64, 4, dtype=torch.int32)
-    model.stored[f"{name}.weight_scale"] = torch.ones(4, 64, 1, dtype=torch.bfloat16)
-    model.stored[f"{name}.weight_shape"] = torch.tensor([4, 64, 32])
-    source = model.save(tmp_path / "source", quantization())
+    source = with_experts_in_one_tensor(tmp_path / "source", f"{name}.weight")
     said = refusal("unpack", source, tmp_path / "dense")
     assert f"{name}: weight_packed must be a matrix, got I32 [4, 64, 4]" in said
 
