@@ -11,7 +11,9 @@ the split weights   the fused one                       A shared, rows of B
 The fused weight has the rows of q, then k, then v; of gate, then up.
 
 Source: ``transformers/models/phi3/modeling_phi3.py``; vLLM's ``QKVParallelLinear`` and
-``MergedColumnParallelLinear``.
+``MergedColumnParallelLinear``; ``MiniMaxLightningAttention`` in
+``transformers/models/minimax/modeling_minimax.py``, and config.json and
+``configuration_minimax_m1.py`` of MiniMax-M1.
 """
 
 from __future__ import annotations
@@ -41,14 +43,21 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
 EQUAL = {"qkv_proj": ("k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+MINIMAX = (  # of lightning attention: in transformers, in the released files, in their own classes
+    "minimax",
+    "minimax_vl_01_text",
+    "minimax_text_01",
+    "minimax_m1",
+    "MiniMaxText01",
+    "MiniMaxM1",
+)
+
 # Weights of these names that are not the rows of one part after the other, by model_type: which of
 # the modules that hold them, and what their rows are.
 OTHER_ORDERS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "qkv_proj": {
         "codegen": ("", "four blocks, each of rows of q, v and k"),
-        "minimax": ("", "rows of q, k and v of one head after the other"),
-        "minimax_m1": ("", "rows of q, k and v of one head after the other"),
-        "minimax_text_01": ("", "rows of q, k and v of one head after the other"),
+        **dict.fromkeys(MINIMAX, ("", "rows of q, k and v of one head after the other")),
     },
     "gate_up_proj": {
         "gpt_oss": ("", "a row of gate, then one of up, and so on"),

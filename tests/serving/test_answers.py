@@ -57,7 +57,11 @@ def test_a_request_is_answered_as_it_is_alone(tiny_models, tiny_adapters, prompt
 
 
 def test_adapters_on_embeddings_and_the_head(tiny_models, prompts, tmp_path):
-    """VLLM's own layers: vLLM <= 0.32's CPU operators treat -1 as the last slot."""
+    """VLLM's own layers: vLLM <= 0.32's CPU operators treat -1 as the last slot.
+
+    The adapter is served as PEFT saved it, and as ``write_adapter`` writes what was read of it.
+    """
+    from int4_lora.integration import read_adapter, write_adapter
     from int4_lora.integration.demo import recipe
 
     folder, targets = tmp_path / "wide", ["q_proj", "embed_tokens", "lm_head"]
@@ -67,7 +71,9 @@ def test_adapters_on_embeddings_and_the_head(tiny_models, prompts, tmp_path):
     model = tiny_models["g128"]
     truth, allowed = truth_and_allowed(model, [folder], prompts)
     assert (truth[1] - truth[0]).abs().amax() > 5 * allowed
-    requests = [None, *requests_of({"wide": folder}).values()]
-    with engine(model, enable_lora=True, max_loras=1, max_lora_rank=8, **COMPILED) as llm:
-        for rows in ([0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]):
+    write_adapter(tmp_path / "written", read_adapter(folder).modules)
+    both = {"wide": folder, "written": tmp_path / "written"}
+    requests, truth = [None, *requests_of(both).values()], truth[[0, 1, 1]]
+    with engine(model, enable_lora=True, max_loras=2, max_lora_rank=8, **COMPILED) as llm:
+        for rows in ([0, 1, 2, 0], [2, 2, 2, 2], [1, 1, 1, 1], [0, 0, 0, 0]):
             assert_served(llm, prompts, requests, rows, truth, allowed)

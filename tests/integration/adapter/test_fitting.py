@@ -429,7 +429,10 @@ def test_a_base_with_some_of_the_parts_is_refused(tmp_path):
             {"self_attn.q_proj": (24, 32)},
             "qkv_proj is four blocks, each of rows of q, v",
         ),
-        ("minimax", {"self_attn.q_proj": (24, 32)}, "qkv_proj is rows of q, k and v of one head"),
+        *(
+            (kind, {"self_attn.q_proj": (24, 32)}, "qkv_proj is rows of q, k and v of one head")
+            for kind in ("minimax", "minimax_m1", "minimax_text_01", "MiniMaxM1")
+        ),
         ("gpt_oss", {"mlp.gate_proj": (18, 32)}, "gate_up_proj is a row of gate, then one of up"),
     ],
 )
