@@ -159,6 +159,11 @@ class InterleavedWeight(PreparedWeight):
         dense = codes.to(self.scale.dtype) * self.scale[start:stop, :, None, None]
         return dense.to(dtype).reshape(stop - start, self.in_features)
 
+    def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the dense weight, with columns in the order of x."""
+        rows = self.rows(start, stop, dtype)
+        return rows if self.order is None else rows[:, torch.argsort(self.order)]
+
 
 def _split(words: Tensor) -> Tensor:
     """Return int32 ``[n, groups]`` as int16 ``[2 n, groups]``, the low half of each word first."""

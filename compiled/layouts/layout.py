@@ -124,6 +124,20 @@ class PreparedWeight(ABC):
             ``[stop - start, in_features]``.
         """
 
+    def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the dense weight as ``rows`` does, with columns in the order of x."""
+        return self.rows(start, stop, dtype)
+
+    def blocks(self, most_rows: int = 1024) -> Iterator[tuple[int, int]]:
+        """Yield where to start and to stop, to go through the dense weight in blocks of rows.
+
+        Args:
+            most_rows: the rows of a block, unless ``tile`` needs more.
+        """
+        step = max(1, most_rows // self.tile) * self.tile
+        for start in range(0, self.out_features, step):
+            yield start, min(start + step, self.out_features)
+
     @cached_property
     def signature(self) -> tuple[object, ...]:
         """What graphs are specialised on: shapes, strides, dtypes, static fields, not values."""

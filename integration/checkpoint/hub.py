@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NEEDED = ["*.json", "*.safetensors"]  # never pickles
 
 
-def local_folder(path: str | os.PathLike[str]) -> Path:
+def local_folder(path: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """Return the folder that ``path`` names; download it if it is a model on the hub.
 
     An existing folder is returned unchanged. Otherwise ``owner/name`` is looked up in the hub's
@@ -28,6 +28,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
 
     Args:
         path: a folder, or ``owner/name``.
+        revision: the branch, tag or commit on the hub; None for its main branch.
 
     Returns:
         The folder, which exists.
@@ -54,13 +55,17 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
             f"{name} is no folder; huggingface_hub is needed to look it up on the hub"
         ) from error
     try:
-        cached = Path(hub.snapshot_download(name, allow_patterns=NEEDED, local_files_only=True))
+        cached = Path(
+            hub.snapshot_download(
+                name, revision=revision, allow_patterns=NEEDED, local_files_only=True
+            )
+        )
         if _is_whole(cached):
             return cached
     except Exception:  # not in the cache
         pass
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=NEEDED))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=NEEDED))
     except Exception as error:  # the network, the hub and its client raise different exceptions
         detail = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise FileNotFoundError(

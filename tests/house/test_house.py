@@ -13,8 +13,12 @@ ALLOWED = {
     "reference": {"torch", "int4_lora.reference"},
     "compiled": {"torch", "int4_lora.reference", "int4_lora.compiled", *GROUND},
 }
-# transformers and PEFT only in the package that exists for them, vLLM nowhere yet
-ROOMS = {"demo": {"transformers", "peft"}, "vllm_plugin": {"vllm"}}
+# transformers and PEFT only in the packages that exist for them, vLLM in its own
+ROOMS = {
+    "demo": {"transformers", "peft"},
+    "huggingface": {"transformers", "peft"},
+    "vllm_plugin": {"vllm"},
+}
 
 
 def parse(file):

@@ -29,9 +29,11 @@ LLAMA = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
+# every linear layer is 256 x 256, so that one compiled graph serves all of them
+SQUARE = {**LLAMA, "num_key_value_heads": 4, "intermediate_size": 256}
 
 
-def make_tiny(folder, variant):
+def make_tiny(folder, variant, llama=LLAMA):
     """Make one variant and return its folder."""
     from int4_lora.integration.demo import recipe
 
@@ -39,7 +41,7 @@ def make_tiny(folder, variant):
     by_hand = settings.get("actorder") == "group" and IGNORES_G_IDX
     if by_hand:
         del settings["actorder"]
-    recipe.make_model(folder, LLAMA, settings)
+    recipe.make_model(folder, llama, settings)
     if by_hand:
         add_g_idx(folder)
     return folder

@@ -55,6 +55,10 @@ class EveryLayout(unittest.TestCase):
                     assert torch.equal(mine, theirs), (layout, field.name)
                 else:
                     assert mine == theirs, (layout, field.name)
+            in_order = torch.cat(
+                [prepared.dense_rows(*block, dense.dtype) for block in prepared.blocks(16)]
+            )
+            assert torch.equal(bits_of(in_order), bits_of(dense)), layout
             order = getattr(prepared, "order", None)
             expected = dense if order is None else dense[:, order]
             for start in range(0, weight.out_features, prepared.tile):

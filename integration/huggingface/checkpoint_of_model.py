@@ -1,0 +1,64 @@
+"""The checkpoint that a model of transformers was loaded from, and its names for the modules.
+
+transformers renames modules when it loads some families, and fuses the experts of others.
+
+Source: ``PreTrainedModel.name_or_path``, and ``config._commit_hash`` for models of the hub.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from int4_lora.integration.checkpoint.hub import local_folder
+from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
+from int4_lora.integration.checkpoint.spellings import spellings
+
+__all__ = ["checkpoint_of", "stored_name"]
+
+WAY_OUT = "name its folder with keep_packed(model, checkpoint=FOLDER)"
+
+
+def checkpoint_of(model: nn.Module, given: str | os.PathLike[str] | None) -> Checkpoint:
+    """Open the checkpoint of a model.
+
+    Args:
+        model: a model of transformers.
+        given: the checkpoint's folder or its name on the hub; None for the place that the model
+            was loaded from.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not there.
+        ValueError: the model does not know where it was loaded from, or the checkpoint cannot be
+            read.
+    """
+    if given is not None:
+        return open_checkpoint(given)
+    name = getattr(model, "name_or_path", "")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the model does not say which checkpoint it was loaded from: {WAY_OUT}")
+    try:
+        return open_checkpoint(_folder(name, getattr(model, "config", None)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the scales are read from the checkpoint, and {error}: {WAY_OUT}"
+        ) from error
+
+
+def _folder(name: str, config: Any) -> Path:
+    """Return the folder of a model, on the hub that of the revision that was loaded."""
+    commit = getattr(config, "_commit_hash", None)
+    return local_folder(name, revision=commit if isinstance(commit, str) else None)
+
+
+def stored_name(checkpoint: Checkpoint, module: str) -> str | None:
+    """Return the checkpoint's name for a module of a model, or None if it has no such module.
+
+    Args:
+        checkpoint: an open checkpoint.
+        module: the module's name in transformers.
+    """
+    return next((name for name in spellings(module) if name in checkpoint.schemes), None)

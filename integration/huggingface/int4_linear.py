@@ -1,0 +1,260 @@
+"""A linear layer whose INT4 weight stays packed, in place of the ``torch.nn.Linear`` of a model.
+
+It holds the checkpoint's tensors once, in the layout of ``int4_lora.compiled.prepare``, as frozen
+buffers. They move between devices and are never cast; ``state_dict`` gives the checkpoint's names
+and tensors, bit for bit.
+
+Source: ``torch.nn.Linear``; ``docs/format.md`` for the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int4_lora.compiled import PreparedWeight, int4_linear, prepare
+from int4_lora.integration.checkpoint.open import PARTS
+from int4_lora.integration.huggingface.dequantised import (
+    READ_ONLY,
+    DequantisedWeight,
+    dense_weight,
+)
+from int4_lora.integration.huggingface.layout_tensors import named_tensors, with_tensors
+from int4_lora.reference import PackedWeight
+
+__all__ = ["Int4Linear"]
+
+FIELDS = {  # the parts that hold a field of PackedWeight
+    "weight_packed": "packed",
+    "weight_scale": "scale",
+    "weight_zero_point": "zero_point",
+    "weight_g_idx": "g_idx",
+}
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of a float
+
+
+class Int4Linear(nn.Linear):
+    """``y = x W^T + bias`` with a packed INT4 weight, which is frozen.
+
+    ``weight`` returns the dense weight as a read-only tensor that is computed where it is used.
+
+    Args:
+        weight: the checkpoint's tensors, on the device that computes.
+        bias: ``[out_features]``, or None. A parameter stays that parameter.
+        dtype: the dtype of ``weight``, such as the dtype of the model; None for the scales' dtype.
+        shape_dtype: the dtype in which the checkpoint stores ``weight_shape``; None if it does not.
+        scalars: whether the checkpoint stores the one scale of a tensor with the shape [].
+
+    Raises:
+        TypeError: ``weight`` is no PackedWeight.
+        ValueError: bias has another shape.
+
+    Example:
+        >>> from int4_lora.reference import quantize
+        >>> layer = Int4Linear(quantize(torch.randn(32, 256), group_size=128))
+        >>> layer(torch.randn(2, 5, 256)).shape
+        torch.Size([2, 5, 32])
+        >>> sorted(layer.state_dict())
+        ['weight_packed', 'weight_scale', 'weight_shape']
+    """
+
+    _layout: PreparedWeight
+    _device_type: str
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        shape_dtype: torch.dtype | None = torch.int64,
+        scalars: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would make a dense weight
+        if not isinstance(weight, PackedWeight):
+            raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
+        self._dtype = dtype or weight.scale.dtype
+        self._shape_dtype, self._scalars = shape_dtype, scalars
+        self._is_hf_initialized = True  # transformers must not initialise it
+        self._hold(weight)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dense weight, read-only: see ``DequantisedWeight``."""
+        if torch.compiler.is_compiling():
+            return dense_weight(self.prepared, self._dtype)
+        return DequantisedWeight(self.prepared, self._dtype)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise RuntimeError(READ_ONLY)
+
+    @property
+    def prepared(self) -> PreparedWeight:
+        """The weight in the layout that computes, made of the current buffers.
+
+        Whoever moves a model may replace its buffers. A layout may suit one kind of device only, so
+        the weight is laid out again after it moved to another.
+        """
+        layout = self._layout
+        for name, tensor in self._names.items():
+            if self._buffers[name] is not tensor:
+                break
+        else:
+            return layout
+        layout = with_tensors(layout, {name: self.get_buffer(name) for name in self._names})
+        if layout.device.type not in (self._device_type, "meta"):
+            self._hold(layout.packed_weight())
+        else:
+            self._take(layout)
+        return self._layout
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the checkpoint's tensors, bit for bit."""
+        return self.prepared.packed_weight()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``x W^T + bias`` of ``[..., in_features]``, with gradients for x and bias.
+
+        The result has the dtype of x, or under autocast that of autocast.
+        """
+        x = input
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        if x.ndim == 2:
+            return int4_linear(x, self.prepared, self.bias)
+        rows = x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
+        return int4_linear(rows, self.prepared, self.bias).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as torch prints it."""
+        layout = type(self._layout).__name__.removesuffix("Weight")
+        return f"{super().extra_repr()}, layout={layout}"
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; refuse one in place of the packed weight."""
+        if name == "weight":
+            raise RuntimeError(READ_ONLY)
+        super().register_parameter(name, param)
+
+    def _hold(self, weight: PackedWeight) -> None:
+        """Lay out a weight for its device and hold it."""
+        self._device_type = weight.packed.device.type
+        for name in getattr(self, "_names", ()):
+            del self._buffers[name]
+        plain = {name: tensor.detach() for name, tensor in named_tensors(weight).items()}
+        layout = prepare(with_tensors(weight, plain))
+        for name, tensor in named_tensors(layout).items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._take(layout)
+
+    def _take(self, layout: PreparedWeight) -> None:
+        """Take a layout, whose tensors are the buffers."""
+        self._layout, self._names = layout, named_tensors(layout)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
+        """Apply ``fn`` as torch does, but move the weight without a cast."""
+        held = {name: self._buffers.pop(name) for name in self._names}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(held)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        for name, tensor in held.items():
+            assert tensor is not None
+            self._buffers[name] = _moved(fn, tensor)
+        _ = self.prepared
+        return self
+
+    def _stored(self, weight: PackedWeight) -> dict[str, Tensor]:
+        """Return the tensors as the checkpoint stores them, by the last part of their names."""
+        found: dict[str, Tensor] = {}
+        for part in PARTS:
+            if part == "weight_shape":
+                if self._shape_dtype is not None:
+                    device = weight.packed.device
+                    found[part] = torch.tensor(weight.shape, dtype=self._shape_dtype, device=device)
+            elif (tensor := getattr(weight, FIELDS[part])) is not None:
+                scalar = self._scalars and part in ("weight_scale", "weight_zero_point")
+                found[part] = tensor.detach().reshape(()) if scalar else tensor.detach()
+        return found
+
+    def _described(self) -> PackedWeight:
+        """Return the checkpoint's tensors with stand-ins for the words, which cost a conversion."""
+        layout = self.prepared
+        words = layout.packed_rows(0, min(layout.tile, self.out_features))
+        return layout.with_words(words[:1].expand(self.out_features, -1))
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Add the checkpoint's tensors under the checkpoint's names."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for part, tensor in self._stored(self.packed_weight()).items():
+            destination[prefix + part] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the checkpoint's tensors under the checkpoint's names: all of them, or none."""
+        held = self._stored(self._described())
+        given = {part: state_dict[prefix + part] for part in held if prefix + part in state_dict}
+        rest = {key: state_dict[key] for key in state_dict if key.removeprefix(prefix) not in held}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing = [prefix + part for part in held if part not in given]
+        wrong = [
+            f"{prefix}{part}: must be {held[part].dtype} {list(held[part].shape)}, got "
+            f"{tensor.dtype} {list(tensor.shape)}"
+            for part, tensor in given.items()
+            if (tensor.dtype, tensor.shape) != (held[part].dtype, held[part].shape)
+        ]
+        missing_keys += missing
+        error_msgs += wrong
+        if missing or wrong:
+            return
+        try:
+            self._hold(self._loaded(given))
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight_packed: {error}")
+
+    def _loaded(self, parts: Mapping[str, Tensor]) -> PackedWeight:
+        """Return the weight of stored tensors, copied to the device of this layer."""
+        held = self._described()
+        shape = parts.get("weight_shape")
+        if shape is not None and tuple(shape.tolist()) != held.shape:
+            raise ValueError(f"weight_shape must be {list(held.shape)}, got {shape.tolist()}")
+        fields = {
+            name: parts[part].detach().to(held.packed.device, copy=True).reshape(like.shape)
+            for part, name in FIELDS.items()
+            if (like := getattr(held, name)) is not None
+        }
+        return dataclasses.replace(held, **fields)
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return ``fn(tensor)`` in the dtype of the tensor, with the same bits."""
+    plain = tensor.view(INTEGERS[tensor.element_size()]) if tensor.is_floating_point() else tensor
+    result = fn(plain)
+    if result is plain:
+        return tensor
+    if result.dtype != plain.dtype:  # Module.type() casts integers, too
+        result = plain.to(result.device)
+    return result.view(tensor.dtype)

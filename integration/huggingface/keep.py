@@ -1,0 +1,186 @@
+"""Keep the INT4 linears of a transformers model packed, and compute them by ``compiled``.
+
+transformers loads them packed, and makes the whole model dense in its first forward. Here each of
+them becomes an ``Int4Linear`` before that. The scales are read from the checkpoint again, because
+transformers casts them to the dtype of the model.
+
+Source: ``ModelCompressor.add_decompress_hook`` of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.safetensors_files import DTYPES
+from int4_lora.integration.huggingface.checkpoint_of_model import checkpoint_of
+from int4_lora.integration.huggingface.int4_linear import Int4Linear
+from int4_lora.integration.huggingface.quantised_modules import (
+    DENSE,
+    Findings,
+    describe,
+    quantised_modules,
+    sort_modules,
+)
+from int4_lora.reference import PackedWeight
+
+__all__ = ["keep_packed"]
+
+Model = TypeVar("Model", bound=nn.Module)
+WHEN = (
+    "call keep_packed after from_pretrained and before the first forward, and load without "
+    "dequantize=True or run_compressed=False"
+)
+HOOKS = (  # torch's dictionaries of hooks, which a new module takes over
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) -> Model:
+    """Replace each INT4 linear of a model by an ``Int4Linear``, which stays packed.
+
+    Call it after ``from_pretrained`` and before the first forward, which makes the model dense. The
+    checkpoint's tensors are held once, frozen; the model's own copies of them are freed. A second
+    call changes nothing.
+
+    A warning names every quantised module that stays as it is, with the reason: layers of another
+    format such as FP8, and experts that transformers fuses.
+
+    Args:
+        model: an INT4 model of transformers; it is changed in place.
+        checkpoint: the folder of its checkpoint, or its name on the hub; None for the place that
+            the model was loaded from.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not there.
+        ValueError: the model has no INT4 layers, or they are dense already, or offloaded; or the
+            checkpoint is not the model's. The model is then unchanged.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM  # doctest: +SKIP
+        >>> model = AutoModelForCausalLM.from_pretrained("my-model-W4A16")  # doctest: +SKIP
+        >>> model = keep_packed(model)  # doctest: +SKIP
+
+    Source:
+        ``CompressedTensorsHfQuantizer`` of transformers.
+    """
+    if any(isinstance(module, Int4Linear) for module in model.modules()):
+        return model
+    found = quantised_modules(model)
+    if not found:
+        raise ValueError("the model has no layer that compressed-tensors quantised")
+    source = checkpoint_of(model, checkpoint)
+    findings = sort_modules(found, source)
+    _check(findings)
+    stored = findings.packed
+    weights = {name: _weight(source, found[name], name, stored[name]) for name in stored}
+    places = _places(model)
+    for name in stored:
+        module = found.pop(name)
+        layer = _linear(source, stored[name], module, weights.pop(name))
+        for parent, attribute in places.pop(module):
+            setattr(parent, attribute, layer)
+    if not any(_is_compressed(module) for module in found.values()):
+        _remove_decompression(model)
+    left = {**findings.left, **dict.fromkeys(findings.dense, DENSE)}
+    if left:
+        warnings.warn(f"these quantised modules stay as they are:\n{describe(left)}", stacklevel=2)
+    return model
+
+
+def _check(findings: Findings) -> None:
+    """Check that there is something to keep, and that all of it can be kept."""
+    if findings.offloaded:
+        names = dict.fromkeys(
+            findings.offloaded, "its tensors are on the meta device: it is offloaded or not loaded"
+        )
+        raise ValueError(
+            f"INT4 layers must be on a device that computes:\n{describe(names)}\nLoad the model "
+            "with its weights, and with a device_map that has no 'cpu' beside a GPU and no 'disk'"
+        )
+    if findings.packed:
+        return
+    if findings.dense:
+        raise ValueError(
+            f"every INT4 layer of the model is dense already ({len(findings.dense)} of "
+            f"{len(findings.dense)}): {WHEN}"
+        )
+    raise ValueError(f"no layer of the model can stay packed:\n{describe(findings.left)}")
+
+
+def _weight(checkpoint: Checkpoint, module: nn.Module, name: str, stored: str) -> PackedWeight:
+    """Return a module's tensors: its own words, and all others from the checkpoint's file.
+
+    Raises:
+        ValueError: the words are not the checkpoint's.
+    """
+    words = module.get_parameter("weight_packed").detach()
+    weight = checkpoint.packed_weight(stored).to(words.device)
+    if not torch.equal(weight.packed, words):
+        file = checkpoint.tensors[f"{stored}.weight_packed"].file
+        raise ValueError(
+            f"{file}: {stored}.weight_packed differs from the model's {name}.weight_packed: the "
+            "model was loaded from another checkpoint"
+        )
+    return dataclasses.replace(weight, packed=words)
+
+
+def _linear(
+    checkpoint: Checkpoint, stored: str, module: nn.Module, weight: PackedWeight
+) -> Int4Linear:
+    """Return the packed layer for a module, with its bias, its mode and its hooks."""
+    shape = checkpoint.tensors.get(f"{stored}.weight_shape")
+    layer = Int4Linear(
+        weight,
+        module._parameters.get("bias"),
+        dtype=module.get_parameter("weight_scale").dtype,
+        shape_dtype=None if shape is None else DTYPES.get(shape.dtype, torch.int64),
+        scalars=not checkpoint.tensors[f"{stored}.weight_scale"].shape,
+    )
+    layer.train(module.training)
+    for name in HOOKS:
+        layer.__dict__[name] = module.__dict__[name]
+    if hasattr(module, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, module._hf_hook)
+    return layer
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Return where each module is: the modules that have it, and their attribute for it."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, attribute))
+    return places
+
+
+def _is_compressed(module: nn.Module) -> bool:
+    """Return whether compressed-tensors still has to decompress a module."""
+    status = getattr(module, "quantization_status", None)
+    return getattr(status, "value", None) == "compressed"
+
+
+def _remove_decompression(model: nn.Module) -> None:
+    """Remove the hook that makes the model dense in its first forward."""
+    for module in model.modules():
+        hook = module.__dict__.pop("ct_decompress_hook", None)
+        if hook is not None:
+            hook.remove()

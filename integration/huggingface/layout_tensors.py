@@ -1,0 +1,55 @@
+"""A prepared weight as named tensors, which a module holds as buffers, and back.
+
+The names are those of the layout's fields, behind a prefix of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from int4_lora.compiled import PreparedWeight
+from int4_lora.reference import PackedWeight
+
+__all__ = ["named_tensors", "with_tensors"]
+
+PREFIX = "int4_"
+Holder = TypeVar("Holder", PreparedWeight, PackedWeight)
+
+
+def named_tensors(weight: PreparedWeight | PackedWeight) -> dict[str, Tensor]:
+    """Return the tensors of a layout by name.
+
+    Example:
+        >>> import torch
+        >>> from int4_lora.compiled import prepare
+        >>> from int4_lora.reference import quantize
+        >>> list(named_tensors(prepare(quantize(torch.ones(2, 6), group_size=3))))
+        ['int4_packed', 'int4_scale']
+    """
+    found: dict[str, Tensor] = {}
+    for field in dataclasses.fields(weight):  # type: ignore[arg-type]
+        value = getattr(weight, field.name)
+        if isinstance(value, Tensor):
+            found[PREFIX + field.name] = value
+        elif isinstance(value, PackedWeight):
+            found |= named_tensors(value)
+    return found
+
+
+def with_tensors(weight: Holder, tensors: Mapping[str, Tensor]) -> Holder:
+    """Return the same weight with other tensors, by the names of ``named_tensors``."""
+    changes: dict[str, object] = {}
+    for field in dataclasses.fields(weight):  # type: ignore[arg-type]
+        value = getattr(weight, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = tensors[PREFIX + field.name]
+        elif isinstance(value, PackedWeight):
+            changes[field.name] = with_tensors(value, tensors)
+    changed = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
+    if isinstance(changed, PackedWeight):  # a meta tensor does not say whether it holds a -1
+        object.__setattr__(changed, "column_order", weight.column_order)  # type: ignore[union-attr]
+    return changed

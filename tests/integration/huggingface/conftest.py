@@ -1,0 +1,40 @@
+"""INT4 models of transformers, whose layers all have one shape."""
+
+import pytest
+import torch
+
+from support.tiny import SQUARE, make_tiny
+from support.upstream_versions import REFUSES_ZERO_POINTS
+
+
+@pytest.fixture(scope="session")
+def square(tmp_path_factory):
+    """Return a function that returns the folder of a variant of support.tiny."""
+    root, made = tmp_path_factory.mktemp("square"), {}
+
+    def folder_of(variant):
+        if REFUSES_ZERO_POINTS and "asym" in variant:
+            pytest.skip("transformers refuses zero-points of compressed-tensors 0.20")
+        if variant not in made:
+            made[variant] = make_tiny(root / variant, variant, SQUARE)
+        return made[variant]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def decompressed(square):
+    """Return a function that returns a variant in float32 as transformers decompresses it."""
+    from transformers import AutoModelForCausalLM
+
+    made = {}
+
+    def model_of(variant):
+        if variant not in made:
+            model = AutoModelForCausalLM.from_pretrained(square(variant), dtype=torch.float32)
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.int64))  # decompresses
+            made[variant] = model
+        return made[variant]
+
+    return model_of

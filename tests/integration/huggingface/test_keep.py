@@ -1,0 +1,281 @@
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from int4_lora.integration import open_checkpoint
+from int4_lora.integration.huggingface import Int4Linear, keep_packed, load_packed
+from support.checkpoints import Q_PROJ, edit_config, edit_tensors
+from support.trained import llama
+from support.upstream_versions import IGNORES_G_IDX
+
+pytestmark = pytest.mark.versions
+TOKENS = torch.arange(1, 25).view(2, 12) * 7 % 512
+KEPT = ("g128", "asym-g32", "actorder-g128", "actorder-weight-g128", "channel", "w8-g128")
+
+
+def load(folder, dtype=torch.float32, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
+
+
+def kept_of(model):
+    return [name for name, one in model.named_modules() if isinstance(one, Int4Linear)]
+
+
+@pytest.mark.parametrize("variant", KEPT)
+def test_logits_are_those_of_the_decompressed_model(square, decompressed, variant):
+    if variant == "actorder-g128" and IGNORES_G_IDX:
+        pytest.skip("compressed-tensors ignores weight_g_idx since 0.19")
+    model = keep_packed(load(square(variant)))
+    assert len(kept_of(model)) == 14
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        expected = decompressed(variant)(TOKENS).logits
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("variant", ["asym-g32", "actorder-g128", "channel"])
+def test_save_pretrained_writes_the_checkpoint_again(square, tmp_path, variant):
+    folder = square(variant)
+    model = load_packed(folder)
+    model.save_pretrained(tmp_path / "saved")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+    old, new = open_checkpoint(folder), open_checkpoint(tmp_path / "saved")
+    assert old.schemes == new.schemes
+    again = load_packed(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS[:1, :3]).logits, model(TOKENS[:1, :3]).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_loaders_dtype_does_not_reach_the_scales(square, dtype):
+    """The loader casts the scales of compressed-tensors: float16 loses small ones."""
+    folder = square("g128")
+    state = keep_packed(load(folder, dtype)).state_dict()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".weight_" in name:
+            assert state[name].dtype == tensor.dtype
+            assert torch.equal(state[name], tensor)
+        else:
+            assert state[name].dtype == dtype
+
+
+def test_tensors_are_held_once_and_the_models_own_are_freed(square):
+    import gc
+    import weakref
+
+    model = load(square("g128"))
+    old = [weakref.ref(one) for name, one in model.named_parameters() if "weight_packed" in name]
+    ids = {id(one) for one in model.parameters()}
+    keep_packed(model)
+    gc.collect()
+    assert len(old) == 14
+    assert not any(one() is not None for one in old)
+    assert {id(one) for one in model.parameters()} < ids  # the rest is as it was
+    held = sum(one.nbytes for one in model.buffers())
+    stored = load_file(square("g128") / "model.safetensors")
+    packed = sum(one.nbytes for name, one in stored.items() if ".weight_" in name)
+    assert held <= 1.12 * packed + 1000  # and the rotary embedding's frequencies
+    assert not model._forward_pre_hooks
+
+
+def test_a_second_call_changes_nothing(square):
+    model = keep_packed(load(square("g128")))
+    layers = [model.get_submodule(name) for name in kept_of(model)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert keep_packed(model) is model
+    assert [model.get_submodule(name) for name in kept_of(model)] == layers
+
+
+def test_a_dense_model_is_refused_and_unchanged(square):
+    model = load(square("g128"))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    with pytest.raises(ValueError, match=r"dense already \(14 of 14\): call keep_packed after"):
+        keep_packed(model)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_a_model_without_quantised_layers_is_refused():
+    with pytest.raises(ValueError, match="no layer that compressed-tensors quantised"):
+        keep_packed(llama())
+
+
+def test_a_model_without_weights_is_refused(square):
+    model = load(square("g128")).to("meta")
+    with pytest.raises(
+        ValueError,
+        match=r"model\.layers\.\*\.self_attn\.q_proj \(2 modules\): .*"
+        "meta device",
+    ):
+        keep_packed(model)
+
+
+def test_another_checkpoint_is_refused_before_anything_changes(square, tmp_path):
+    copied_model = shutil.copytree(square("g32"), tmp_path / "copied")
+    edit_tensors(copied_model, weight_packed=lambda words: words ^ 1)
+    model = load(square("g32"))
+    with pytest.raises(ValueError, match=rf"{Q_PROJ}\.weight_packed differs from the model's"):
+        keep_packed(model, checkpoint=copied_model)
+    assert not kept_of(model)
+    keep_packed(model)
+
+
+def test_a_checkpoint_that_is_gone_is_named_with_the_way_out(square, tmp_path):
+    folder = shutil.copytree(square("g128"), tmp_path / "moved")
+    model = load(folder)
+    folder.rename(tmp_path / "there")
+    with pytest.raises(FileNotFoundError, match=r"moved.*keep_packed\(model, checkpoint=FOLDER\)"):
+        keep_packed(model)
+    assert not kept_of(model)
+    keep_packed(model, checkpoint=tmp_path / "there")
+    assert len(kept_of(model)) == 14
+    model.config._name_or_path = ""
+    model = load(tmp_path / "there")
+    model.config._name_or_path = model.name_or_path = ""
+    with pytest.raises(ValueError, match="does not say which checkpoint"):
+        keep_packed(model)
+
+
+def test_layers_of_another_format_are_left_and_named(square, tmp_path):
+    """FP8 in one layer: transformers decompresses it in the first forward, ours stay packed."""
+    folder = mixed_with_fp8(square("g128"), tmp_path / "mixed")
+    model = load(folder)
+    with pytest.warns(
+        UserWarning, match=r"q_proj: its format is float-quantized \(float, 8 bits\)"
+    ):
+        keep_packed(model)
+    assert len(kept_of(model)) == 13
+    expected = open_checkpoint(square("g128")).packed_weight(Q_PROJ)
+    with torch.no_grad():
+        model(TOKENS)
+    weight = model.get_submodule(Q_PROJ).weight
+    assert torch.equal(weight, torch.ones(expected.shape))
+    assert len(kept_of(model)) == 13
+    assert keep_packed(model) is model
+
+
+def mixed_with_fp8(source, folder):
+    """Return a copy of a checkpoint whose first q_proj is FP8, every weight 1."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("packed", "scale", "shape"):
+        shape = tensors.pop(f"{Q_PROJ}.weight_{part}")
+    tensors[f"{Q_PROJ}.weight"] = torch.ones(shape.tolist()).to(torch.float8_e4m3fn)
+    tensors[f"{Q_PROJ}.weight_scale"] = torch.ones(shape[0], 1, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def change(_, quantization):
+        quantization["config_groups"]["group_0"]["targets"] = [
+            "re:.*(k|v|o|gate|up|down)_proj",
+            "re:.*layers.1.*q_proj",
+        ]
+        quantization["config_groups"]["group_0"]["format"] = "pack-quantized"
+        quantization["config_groups"]["fp8"] = {
+            "targets": [Q_PROJ],
+            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+            "format": "float-quantized",
+        }
+        quantization["format"] = "mixed-precision"
+
+    edit_config(folder, change)
+    return folder
+
+
+def test_hooks_are_carried_over(square):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model = load(square("g128"))
+    counting, seen = Counting(), []
+    add_hook_to_module(model.get_submodule(Q_PROJ), counting)
+    handle = model.get_submodule(Q_PROJ).register_forward_hook(lambda *_: seen.append(1))
+    keep_packed(model)
+    with torch.no_grad():
+        model(TOKENS)
+        handle.remove()
+        model(TOKENS)
+    assert counting.calls == 2
+    assert seen == [1]
+    assert isinstance(model.get_submodule(Q_PROJ), Int4Linear)
+
+
+def test_a_tied_head_is_left_alone(tmp_path):
+    from int4_lora.integration.demo import recipe
+    from support.tiny import SQUARE, VARIANTS
+
+    settings = {"num_bits": 4, "type": "int", "symmetric": True, **VARIANTS["g32"]}
+    recipe.make_model(tmp_path / "tied", {**SQUARE, "tie_word_embeddings": True}, settings)
+    model = load_packed(tmp_path / "tied")
+    assert len(kept_of(model)) == 14
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "saved")
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "tied", tmp_path / "saved")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_biases_stay_the_parameters_that_they_were(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from int4_lora.integration.demo import recipe
+    from support.tiny import SQUARE, VARIANTS
+
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(**SQUARE, attention_bias=True)).to(torch.bfloat16)
+    for name, one in dense.named_parameters():
+        if name.endswith("bias"):
+            one.data.normal_()
+    settings = {"num_bits": 4, "type": "int", "symmetric": True, **VARIANTS["g32"]}
+    recipe.save_quantised(dense, tmp_path / "biased", settings)
+    model = load(tmp_path / "biased")
+    bias = model.get_submodule(Q_PROJ).bias
+    with torch.no_grad():
+        expected = load(tmp_path / "biased")(TOKENS).logits
+        logits = keep_packed(model)(TOKENS).logits
+    assert model.get_submodule(Q_PROJ).bias is bias
+    assert bias.any()
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_load_packed_takes_the_checkpoints_dtype_and_class(square, tmp_path):
+    model = load_packed(square("g128"))
+    assert model.dtype == torch.bfloat16
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert load_packed(square("g128"), dtype=torch.float32).dtype == torch.float32
+    folder = shutil.copytree(square("g128"), tmp_path / "unknown")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Unknown"]}))
+    assert type(load_packed(folder)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_generate(square, dtype):
+    model = load_packed(square("g128"), dtype=dtype)
+    ids = TOKENS[:, :5]
+    made = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert made.shape == (2, 9)
+    with torch.no_grad():
+        for step in range(5, 9):  # the cache of keys and values changes no token
+            assert torch.equal(model(made[:, :step]).logits[:, -1].argmax(-1), made[:, step])
