@@ -25,7 +25,7 @@ MLX = (
 
 
 def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
-    """Check that a config describes plain LoRA on linear layers, with valid options.
+    """Check that a config describes plain LoRA, with valid options.
 
     Args:
         file: adapter_config.json, for the messages.
@@ -52,12 +52,25 @@ def check_plain_lora(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int:
-    """Return the rank of the layer ``name``: that of the first pattern that matches, or ``r``."""
+    """Return the rank of the layer ``name``: that of the first pattern that matches, or ``r``.
+
+    Args:
+        config: the content of adapter_config.json, checked by ``check_plain_lora``.
+        name: the layer's name in PEFT.
+
+    Example:
+        >>> rank_of({"r": 8, "rank_pattern": {"up_proj": 4}}, "model.layers.0.mlp.up_proj")
+        4
+    """
     return int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
 
 
 def scaling_of(config: Mapping[str, Any], name: str) -> float:
     """Return the scaling of the layer ``name``: alpha / rank, or alpha / sqrt(rank) with rslora.
+
+    Args:
+        config: the content of adapter_config.json, checked by ``check_plain_lora``.
+        name: the layer's name in PEFT.
 
     Example:
         >>> scaling_of({"r": 12, "lora_alpha": 8}, "model.layers.0.mlp.up_proj")
@@ -151,10 +164,10 @@ def _check_targets(file: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{file}: layers_to_transform must be an int or ints, got {layers!r}")
 
 
-def _check_pattern(where: str, pattern: str, used: str) -> re.Pattern[str]:
-    """Compile ``used``, the regular expression that PEFT makes from ``pattern``."""
+def _check_pattern(where: str, pattern: str, used: str) -> None:
+    """Check ``used``, the regular expression that PEFT makes from ``pattern``."""
     try:
-        return re.compile(used)
+        re.compile(used)
     except re.error as error:
         raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from error
 

@@ -125,6 +125,10 @@ def check_all_experts(adapter: Adapter, checkpoint: Checkpoint) -> None:
     Their number follows from the rank in the config. A rank that is too large would leave the last
     experts of the base as they are.
 
+    Args:
+        adapter: an adapter, under the names of the base.
+        checkpoint: the base model.
+
     Raises:
         ValueError: the base has more experts; the message names the module and both numbers.
     """
@@ -188,7 +192,8 @@ def _named(
             f"target_parameters names {_candidates(config, owner) or 'none'}"
         )
     if len(pairs) == 1:
-        return {names[0]: (pairs[0], _is_swapped(config, names[0], pairs[0]))}
+        _check_side_of_a(config, names[0], pairs[0])
+        return {names[0]: (pairs[0], False)}
     if names != [DOWN, GATE_UP]:
         raise ValueError(
             f"{where}: target_parameters names {names}, and nothing says which pair is of which: "
@@ -206,8 +211,8 @@ def _named(
     )
 
 
-def _is_swapped(config: Mapping[str, Any], name: str, pair: _Pair) -> bool:
-    """Return whether A belongs to the rows of a weight; refuse where either may be.
+def _check_side_of_a(config: Mapping[str, Any], name: str, pair: _Pair) -> None:
+    """Refuse a pair alone of which A may belong to the rows of the weight or to its columns.
 
     PEFT before 0.19 takes ``[E, out, in]`` for ``[E, in, out]``. If the weight is not square, the
     base's shape shows that later, and the pair is refused.
@@ -221,7 +226,6 @@ def _is_swapped(config: Mapping[str, Any], name: str, pair: _Pair) -> bool:
             f"it as [experts, out, in], and this weight is square ({side}), so that its shape does "
             f"not show it; peft_version in adapter_config.json is {config.get('peft_version')!r}"
         )
-    return False
 
 
 def _experts(pair: _Pair, name: str, rank: int) -> int:

@@ -49,6 +49,9 @@ CONVERT = (
 def adapter_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder of an adapter.
 
+    Args:
+        path: the folder.
+
     Raises:
         FileNotFoundError: the folder does not exist, or has no ``adapter_config.json``; if ``path``
             may be a name on the Hugging Face hub, the message says how to download it.

@@ -117,6 +117,7 @@ def misfit(adapter: Adapter, checkpoint: Checkpoint, rename: Sequence[Rename] = 
 
 
 def _misfit(adapter: Adapter, base: BaseWeights, rename: Sequence[Rename]) -> str:
+    """Return what ``misfit`` returns."""
     unplaced = {*place(_renamed(adapter, adapter.modules, rename), base).unplaced}
     lacking = [name for name in adapter.modules if renamed(name, rename) in unplaced]
     lacking += [
@@ -147,6 +148,10 @@ def _misfit(adapter: Adapter, base: BaseWeights, rename: Sequence[Rename]) -> st
 
 def check_used(rename: Sequence[Rename], adapters: Iterable[Adapter]) -> None:
     """Check that every rule applies to a name of one of the adapters.
+
+    Args:
+        rename: pairs (OLD, NEW), as in ``fit_adapter``.
+        adapters: adapters as they were read.
 
     Raises:
         TypeError: ``rename`` is not of pairs of strings.

@@ -21,7 +21,7 @@ def read_pair(name: str, pair: Mapping[str, KeyedTensor]) -> tuple[Tensor, Tenso
 
     Args:
         name: the module's name, for messages.
-        pair: the matrices under "A" and "B".
+        pair: lora_A and lora_B, or lora_embedding_A and lora_embedding_B, under "A" and "B".
 
     Returns:
         Two float matrices of one dtype: where the stored dtypes differ, the smallest that
@@ -32,20 +32,22 @@ def read_pair(name: str, pair: Mapping[str, KeyedTensor]) -> tuple[Tensor, Tenso
         ValueError: one is missing, is no matrix or is empty, or a file changed.
     """
     where = where_of(name, pair)
+    kind = "lora_embedding" if ".lora_embedding_" in next(iter(pair.values())).key else "lora"
     if set(pair) != {"A", "B"}:
         missing = ({"A", "B"} - set(pair)).pop()
-        raise ValueError(f"{where}: lora_{missing} is missing")
+        raise ValueError(f"{where}: {kind}_{missing} is missing")
     a, b = pair["A"].read(), pair["B"].read()
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
         dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
-        raise TypeError(f"{where}: lora_A and lora_B must be float, got {dtypes}")
-    for matrix, tensor in (("lora_A", a), ("lora_B", b)):
+        raise TypeError(f"{where}: {kind}_A and {kind}_B must be float, got {dtypes}")
+    for matrix, tensor in ((f"{kind}_A", a), (f"{kind}_B", b)):
         if tensor.ndim < 2:
             raise ValueError(f"{where}: {matrix} {_not_gathered(tensor)}")
         check_gathered(f"{where}: {matrix}", tensor)
     if a.ndim != 2 or b.ndim != 2:
         raise ValueError(
-            f"{where}: lora_A and lora_B must be matrices, got {list(a.shape)} and {list(b.shape)}"
+            f"{where}: {kind}_A and {kind}_B must be matrices, got {list(a.shape)} and "
+            f"{list(b.shape)}"
         )
     wide = torch.promote_types(a.dtype, b.dtype)
     return a.to(wide), b.to(wide)

@@ -15,6 +15,12 @@ __all__ = ["check_shape"]
 def check_shape(adapter: Adapter, name: str, out_features: int, in_features: int) -> None:
     """Check that an adapter's pair of matrices fits a weight ``[out_features, in_features]``.
 
+    Args:
+        adapter: an adapter.
+        name: one of its modules.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+
     Raises:
         ValueError: the pair does not fit; the message names both shapes.
     """

@@ -71,6 +71,13 @@ def countings(config: Mapping[str, Any]) -> Sequence[Counting]:
 
     PEFT 0.18 and newer record their version. Without it, or with that of a development version,
     each way is possible.
+
+    Args:
+        config: the content of adapter_config.json.
+
+    Example:
+        >>> [counting.versions for counting in countings({"peft_version": "0.20.1"})]
+        ['0.20']
     """
     version = VERSION.fullmatch(str(config.get("peft_version")))
     if version is None:
@@ -81,6 +88,11 @@ def countings(config: Mapping[str, Any]) -> Sequence[Counting]:
 
 def is_targeted(config: Mapping[str, Any], name: str, counting: Counting = NEWEST) -> bool:
     """Return whether PEFT applies an adapter with this config to the layer ``name``.
+
+    Args:
+        config: the content of adapter_config.json.
+        name: the layer's name in PEFT.
+        counting: how ``layers_to_transform`` counts layers.
 
     Example:
         >>> config = {"target_modules": ["q_proj"], "layers_to_transform": [1]}

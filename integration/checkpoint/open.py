@@ -346,9 +346,10 @@ def open_checkpoint(
     check_no_adapter_within(folder, tensors)
     quantised = _quantised(tensors)
     if not quantised:
-        why = _why_none_is_quantised(config, tensors)
         if unlisted is None and files.unlisted:
             why = f"{files.list_name} lists none; {describe_unlisted(files)}"
+        else:
+            why = _why_none_is_quantised(file, config, tensors)
         raise ValueError(f"{folder}: no tensor named *.weight_packed: {why}")
     _check_compressed(file, config, tensors, quantised)
     schemes = read_schemes(file, config, quantised)
@@ -370,12 +371,19 @@ def _quantised(tensors: Collection[str]) -> dict[str, None]:
     return found
 
 
-def _why_none_is_quantised(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
+def _why_none_is_quantised(
+    file: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> str:
+    """Return why a checkpoint holds no tensor that compressed-tensors would have quantised.
+
+    Raises:
+        ValueError: config.json is of another method, whose tensors have other names.
+    """
     described = next(iter(quantizations(config)), None)
-    floats = any(
-        name.endswith(".weight") and stored.dtype in FLOATS for name, stored in tensors.items()
-    )
-    if described is None or not floats:
+    if described is not None:
+        read_quantization(file, config)
+    matrices = {stored.dtype for stored in tensors.values() if len(stored.shape) > 1}
+    if described is None or not matrices or not matrices <= {*FLOATS}:
         return "not a packed checkpoint"
     return (
         f"config.json has {described}, but the weights are stored as floats, without compression. "

@@ -14,9 +14,19 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["refusing_bad_input", "unusable", "wide_console"]
+__all__ = ["counted", "refusing_bad_input", "unusable", "wide_console"]
 
 COLUMNS = 120
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun in the singular or in the plural.
+
+    Example:
+        >>> counted(1, "other file"), counted(0, "other file")
+        ('1 other file', '0 other files')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def wide_console() -> Console:

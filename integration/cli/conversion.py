@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int4_lora.integration.cli.console import unusable, wide_console
+from int4_lora.integration.cli.console import counted, unusable, wide_console
 
 if TYPE_CHECKING:
     from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings
@@ -139,9 +139,8 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     for name, size in outcome.files.items():
         table.add_row(name, f"{size:,}")
     console.print(table)
-    count = len(outcome.carried)
-    others = f"{count} other {'file' if count == 1 else 'files'}: {', '.join(outcome.carried)}"
-    console.print(others if count else "no other files", markup=False)
+    others = f"{counted(len(outcome.carried), 'other file')}: {', '.join(outcome.carried)}"
+    console.print(others if outcome.carried else "no other files", markup=False)
     for note in outcome.notes:
         console.print(note, markup=False)
     if outcome.left:
@@ -155,7 +154,8 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     else:
         left = ", ".join(outcome.missing) or "none"
         console.print(
-            f"{outcome.target}: wrote {len(outcome.written)} files; left to write: {left}"
+            f"{outcome.target}: wrote {counted(len(outcome.written), 'file')}; "
+            f"left to write: {left}"
         )
         console.print("the same command without --shard writes what is left and joins the files")
     if outcome.report is not None:
@@ -168,6 +168,9 @@ def _print_report(outcome: Outcome) -> None:
 
     assert outcome.report is not None
     console = wide_console()
+    if not outcome.report["modules"]:
+        console.print("no module was quantised again")
+        return
     table = Table("module", "lost, relative", "by min-max", "the adapters' part", "largest error")
     modules = {module["module"]: module for module in outcome.report["modules"]}
     for name in outcome.report["worst"]:
@@ -178,6 +181,6 @@ def _print_report(outcome: Outcome) -> None:
     total = outcome.report["total"]
     console.print(table)
     console.print(
-        f"{len(modules)} modules were quantised again, the worst are shown; in all "
+        f"quantised again: {counted(len(modules), 'module')}, the worst are shown; in all "
         f"{total['relative_error']:.4f} lost, by min-max {total['relative_error_minmax']:.4f}"
     )

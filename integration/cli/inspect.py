@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int4_lora.integration.cli.console import refusing_bad_input, wide_console
+from int4_lora.integration.cli.console import counted, refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, CheckpointPath, RenameOption, as_rename
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def _print(console: Console, report: Inspection, every_module: bool) -> None:
     packed = sum(module.nbytes for module in report.modules)
     dense = sum(module.dense_bytes for module in report.modules)
     console.print(
-        f"{len(report.modules)} quantised modules, {packed / MEBIBYTE:.1f} MiB, "
-        f"{dense / packed:.2f}x smaller than bfloat16; {report.dense_tensors} other tensors, "
-        f"{report.dense_bytes / MEBIBYTE:.1f} MiB"
+        f"{counted(len(report.modules), 'quantised module')}, {packed / MEBIBYTE:.1f} MiB, "
+        f"{dense / packed:.2f}x smaller than bfloat16; "
+        f"{counted(report.dense_tensors, 'other tensor')}, {report.dense_bytes / MEBIBYTE:.1f} MiB"
     )
     targets = ", ".join(report.lora_targets) or "nothing"
     console.print(f"LoRA can target: {targets}", markup=False)
@@ -108,7 +108,7 @@ def _print_adapter(console: Console, adapter: AdapterReport) -> None:
     for note in adapter.notes:
         console.print(f"  {note}", markup=False)
     for name, rows in adapter.replaced.items():
-        what = name if rows is None else f"{rows} {'row' if rows == 1 else 'rows'} of {name}"
+        what = name if rows is None else f"{counted(rows, 'row')} of {name}"
         console.print(f"  replaces {what}", markup=False)
     verdict = "fits" if adapter.fault is None else f"does not fit: {adapter.fault}"
     style = "green" if adapter.fault is None else "red"
@@ -126,8 +126,8 @@ def _print_unlisted(console: Console, file: UnlistedReport, every_tensor: bool) 
         shown = names if every_tensor else names[:MOST_NAMES]
         more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
         if names:
-            count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-            text = f"{count} {what}: {', '.join(shown)}{more}"
+            verb = "is" if len(names) == 1 else "are"
+            text = f"{counted(len(names), 'tensor')} {verb} {what}: {', '.join(shown)}{more}"
             console.print(text, markup=False, style="red")
 
 

@@ -1,7 +1,7 @@
 """Make the dense weights of quantised modules, with or without merged adapters.
 
-w = RN(W + sum over adapters of weight * scaling * B A), rounded once from float64; without
-adapters w = W, as ``int4_lora.reference.dequantize`` defines it.
+w = RN(W + sum over adapters of weight * scaling * B A), rounded once from float64; what replaces W
+or rows of it comes first. Without adapters w = W, as ``int4_lora.reference.dequantize`` defines it.
 
 Source: arXiv:2106.09685, section 4.1; ``docs/format.md``.
 """
@@ -44,7 +44,7 @@ class DenseModule(Task):
         checkpoint: an open checkpoint.
         name: the name of a packed module, whose headers were checked.
         dtype: the dtype of the result; None means the scale's.
-        deltas: what adapters add to the weight.
+        deltas: the steps by which adapters change the weight, in order.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class DenseModule(Task):
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The module's tensors, the dtype of the result, and the adapters."""
+        """The module's tensors, the dtype of the result, and the adapters' steps."""
         return {
             "dense": sources_of_module(self.checkpoint, self.name),
             "as": self.outputs[0].dtype,
@@ -94,7 +94,7 @@ class MergedTensor(Task):
         name: the weight's full name.
         stored: the weight in its file.
         dtype: the dtype of the result; None means the stored weight's.
-        deltas: what adapters add to the weight.
+        deltas: the steps by which adapters change the weight, in order.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class MergedTensor(Task):
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The stored weight, the dtype of the result, and the adapters."""
+        """The stored weight, the dtype of the result, and the adapters' steps."""
         deltas = [delta.source for delta in self.deltas]
         return {"merged": source_of(self.stored), "as": self.outputs[0].dtype, "deltas": deltas}
 
@@ -175,7 +175,7 @@ def _merged(
 
     Args:
         base: the rows.
-        deltas: what adapters add to the weight.
+        deltas: the steps by which adapters change the weight, in order.
         start: the index of the first of these rows in the whole weight.
         dtype: the dtype of the result.
         where: the name of the module in the error.

@@ -1,4 +1,7 @@
-"""Merge adapters into packed modules, and quantise the modules again."""
+"""Merge adapters into packed modules, and quantise the modules again.
+
+Source: ``docs/commands/merge.md``.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class RequantizedModule(Task):
     Args:
         checkpoint: an open checkpoint.
         name: the name of a packed module, whose headers were checked.
-        deltas: what adapters add to the weight.
+        deltas: the steps by which adapters change the weight, in order.
         search: whether to search for scales, or to use min-max scales.
     """
 

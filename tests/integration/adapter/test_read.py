@@ -188,6 +188,13 @@ def test_refuses_tensors(copied, error, message, change):
         read_adapter(copied)
 
 
+def test_a_matrix_of_an_embedding_that_is_missing_is_called_by_its_name(tmp_path):
+    key = "base_model.model.model.embed_tokens.lora_embedding_B"
+    folder = write_folder(tmp_path / "x", {key: torch.ones(8, 2)}, target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match="embed_tokens: lora_embedding_A is missing"):
+        read_adapter(folder)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_links_that_leave_the_folder_are_refused(copied, tmp_path, name):
     (copied / name).rename(tmp_path / "elsewhere")

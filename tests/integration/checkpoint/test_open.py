@@ -133,6 +133,23 @@ def test_floats_alone_under_a_quantization_config_are_called_uncompressed(tmp_pa
     assert "remove quantization_config from config.json" in said
 
 
+def test_the_tensors_of_another_method_are_not_called_uncompressed(tmp_path):
+    made = small()
+    for name in made.quantised:
+        made.stored[f"{name}.qweight"] = made.stored.pop(f"{name}.weight_packed")
+        for part in ("weight_scale", "weight_shape"):
+            del made.stored[f"{name}.{part}"]
+    for method, said in (
+        ("gptq", "must be 'compressed-tensors', got 'gptq': quantise the dense model again with"),
+        ("compressed-tensors", "no tensor named *.weight_packed: not a packed checkpoint"),
+    ):
+        config = {**quantization(), "quant_method": method}
+        folder = made.save(tmp_path / method, {"quantization_config": config})
+        result = run("inspect", folder)
+        assert result.exit_code == 2
+        assert said in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("status", ["frozen", None])
 def test_what_is_packed_is_read_whatever_the_status(tmp_path, status):
     config = {**quantization(), "quantization_status": status}
