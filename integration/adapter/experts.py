@@ -29,7 +29,14 @@ from int4_lora.integration.adapter.pairs import read_pair, where_of
 from int4_lora.integration.adapter.targeting import ALL_LINEAR, is_targeted
 from int4_lora.integration.checkpoint.open import Checkpoint
 
-__all__ = ["check_all_experts", "parameter_modules", "parameter_owners"]
+__all__ = [
+    "DOWN",
+    "GATE_UP",
+    "INNER",
+    "check_all_experts",
+    "parameter_modules",
+    "parameter_owners",
+]
 
 INNER = ".base_layer"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"

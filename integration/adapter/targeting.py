@@ -19,6 +19,7 @@ __all__ = [
     "ALL_LINEAR",
     "COUNTINGS",
     "NEWEST",
+    "SAVED",
     "Counting",
     "check_targeted",
     "countings",

@@ -179,8 +179,9 @@ def _print_report(outcome: Outcome) -> None:
         ratios = (f"{module[key]:.4f}" for key in keys)
         table.add_row(name, *ratios, f"{module['max_error']:.3g}")
     total = outcome.report["total"]
+    shown = ", the worst are shown" if len(outcome.report["worst"]) < len(modules) else ""
     console.print(table)
     console.print(
-        f"quantised again: {counted(len(modules), 'module')}, the worst are shown; in all "
+        f"quantised again: {counted(len(modules), 'module')}{shown}; in all "
         f"{total['relative_error']:.4f} lost, by min-max {total['relative_error_minmax']:.4f}"
     )

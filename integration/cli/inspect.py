@@ -110,9 +110,11 @@ def _print_adapter(console: Console, adapter: AdapterReport) -> None:
     for name, rows in adapter.replaced.items():
         what = name if rows is None else f"{counted(rows, 'row')} of {name}"
         console.print(f"  replaces {what}", markup=False)
-    verdict = "fits" if adapter.fault is None else f"does not fit: {adapter.fault}"
-    style = "green" if adapter.fault is None else "red"
-    console.print(f"  {verdict}", markup=False, style=style)
+    if adapter.fault is None:
+        console.print("  fits", markup=False, style="green")
+    else:
+        why = adapter.fault.removeprefix(f"{adapter.path}: ")
+        console.print(f"  does not fit: {why}", markup=False, style="red")
 
 
 def _print_unlisted(console: Console, file: UnlistedReport, every_tensor: bool) -> None:
