@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["READ", "REFUSED", "UNUSED", "check_initialisation", "check_options"]
+__all__ = ["READ", "REFUSED", "UNUSED", "changes_the_base", "check_initialisation", "check_options"]
 
 # Options that are read, and checked where they are read.
 READ = frozenset(
@@ -143,17 +143,32 @@ def check_initialisation(file: object, config: Mapping[str, Any]) -> None:
     name = way.lower() if isinstance(way, str) else ""  # PEFT ignores the case of some
     if name in PLAIN:
         return
-    started = [method for start, method in CHANGES_THE_BASE.items() if name.startswith(start)]
-    if not started:
+    method = changes_the_base(way)
+    if method is None:
         raise ValueError(
             f"{file}: init_lora_weights must be true, false or one of {', '.join(sorted(PLAIN))}, "
             f"got {way!r}: an unknown initialisation may have changed the base's weights"
         )
     raise ValueError(
         f"{file}: init_lora_weights = {way!r} changes the base's weights at its start "
-        f"({started[0]}), so that the adapter alone does not say what it adds; "
-        f"{_way_out(started[0], config)}; {SAME_BASE}"
+        f"({method}), so that the adapter alone does not say what it adds; "
+        f"{_way_out(method, config)}; {SAME_BASE}"
     )
+
+
+def changes_the_base(way: object) -> str | None:
+    """Return the method's name if an initialisation changes the base's weights, or None.
+
+    Args:
+        way: the option ``init_lora_weights``.
+
+    Example:
+        >>> changes_the_base("pissa_niter_4"), changes_the_base(True)
+        ('PiSSA', None)
+    """
+    name = way.lower() if isinstance(way, str) else ""  # PEFT ignores the case of some
+    found = [method for start, method in CHANGES_THE_BASE.items() if name.startswith(start)]
+    return found[0] if found else None
 
 
 def _way_out(method: str, config: Mapping[str, Any]) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int4_lora.compiled import PreparedWeight, int4_linear, prepare
+from int4_lora.compiled import PreparedLoRA, PreparedWeight, int4_lora_linear, prepare
 from int4_lora.integration.checkpoint.open import PARTS
+from int4_lora.integration.huggingface.dense_record import DenseRecord
 from int4_lora.integration.huggingface.dequantised import (
     READ_ONLY,
     DequantisedWeight,
@@ -61,6 +62,9 @@ class Int4Linear(nn.Linear):
         >>> sorted(layer.state_dict())
         ['weight_packed', 'weight_scale', 'weight_shape']
     """
+
+    name: str | None = None
+    record: DenseRecord | None = None  # of the model; keep_packed sets both
 
     _layout: PreparedWeight
     _device_type: str
@@ -122,18 +126,28 @@ class Int4Linear(nn.Linear):
         return self.prepared.packed_weight()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``x W^T + bias`` of ``[..., in_features]``, with gradients for x and bias.
+        """Return ``x W^T + bias`` of ``[..., in_features]``, with gradients for x and bias."""
+        return self.with_adapters(input)
 
-        The result has the dtype of x, or under autocast that of autocast.
+    def with_adapters(
+        self, x: Tensor, lora: PreparedLoRA | None = None, adapter_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return the layer with an adapter for each token: ``int4_lora_linear`` of its weight.
+
+        Args:
+            x: ``[..., in_features]``.
+            lora: returned by ``prepare_lora``, or None.
+            adapter_ids: int32 or int64, one for each token of x in order, -1 for none; or None.
+
+        Returns:
+            ``[..., out_features]`` in the dtype of x, or under autocast in that of autocast.
         """
-        x = input
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        if x.ndim == 2:
-            return int4_linear(x, self.prepared, self.bias)
-        rows = x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
-        return int4_linear(rows, self.prepared, self.bias).view(*x.shape[:-1], self.out_features)
+        rows = x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0) if x.ndim < 2 else x
+        y = int4_lora_linear(rows, self.prepared, lora, adapter_ids, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Describe the layer as torch prints it."""

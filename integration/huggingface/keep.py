@@ -10,6 +10,7 @@ Source: ``ModelCompressor.add_decompress_hook`` of compressed-tensors.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import warnings
 from typing import TypeVar
@@ -20,6 +21,8 @@ from torch import nn
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES
 from int4_lora.integration.huggingface.checkpoint_of_model import checkpoint_of
+from int4_lora.integration.huggingface.dense_record import DenseRecord
+from int4_lora.integration.huggingface.hooks import carry_hooks
 from int4_lora.integration.huggingface.int4_linear import Int4Linear
 from int4_lora.integration.huggingface.quantised_modules import (
     DENSE,
@@ -36,15 +39,6 @@ Model = TypeVar("Model", bound=nn.Module)
 WHEN = (
     "call keep_packed after from_pretrained and before the first forward, and load without "
     "dequantize=True or run_compressed=False"
-)
-HOOKS = (  # torch's dictionaries of hooks, which a new module takes over
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
 )
 
 
@@ -90,13 +84,16 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     stored = findings.packed
     weights = {name: _weight(source, found[name], name, stored[name]) for name in stored}
     places = _places(model)
+    record = DenseRecord(getattr(model, "config", None), stored, others=len(found) > len(stored))
     for name in stored:
         module = found.pop(name)
         layer = _linear(source, stored[name], module, weights.pop(name))
+        layer.name, layer.record = name, record
         for parent, attribute in places.pop(module):
             setattr(parent, attribute, layer)
     if not any(_is_compressed(module) for module in found.values()):
         _remove_decompression(model)
+    _register_with_peft()
     left = {**findings.left, **dict.fromkeys(findings.dense, DENSE)}
     if left:
         warnings.warn(f"these quantised modules stay as they are:\n{describe(left)}", stacklevel=2)
@@ -153,12 +150,7 @@ def _linear(
         scalars=not checkpoint.tensors[f"{stored}.weight_scale"].shape,
     )
     layer.train(module.training)
-    for name in HOOKS:
-        layer.__dict__[name] = module.__dict__[name]
-    if hasattr(module, "_hf_hook"):
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(layer, module._hf_hook)
+    carry_hooks(module, layer)
     return layer
 
 
@@ -170,6 +162,20 @@ def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
             if child is not None:
                 places.setdefault(child, []).append((parent, attribute))
     return places
+
+
+def _register_with_peft() -> None:
+    """Make PEFT use our LoRA layer, where PEFT is installed."""
+    if importlib.util.find_spec("peft") is None:
+        return
+    try:
+        registration = importlib.import_module(
+            "int4_lora.integration.huggingface.peft_registration"
+        )
+    except ImportError as error:
+        warnings.warn(f"PEFT is installed, but cannot be used here: {error}", stacklevel=3)
+        return
+    registration.register()
 
 
 def _is_compressed(module: nn.Module) -> bool:

@@ -29,7 +29,7 @@ def kept_of(model):
 @pytest.mark.parametrize("variant", KEPT)
 def test_logits_are_those_of_the_decompressed_model(square, decompressed, variant):
     if variant == "actorder-g128" and IGNORES_G_IDX:
-        pytest.skip("compressed-tensors ignores weight_g_idx since 0.19")
+        pytest.skip("compressed-tensors refuses actorder group since 0.19")
     model = keep_packed(load(square(variant)))
     assert len(kept_of(model)) == 14
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
@@ -41,6 +41,8 @@ def test_logits_are_those_of_the_decompressed_model(square, decompressed, varian
 
 @pytest.mark.parametrize("variant", ["asym-g32", "actorder-g128", "channel"])
 def test_save_pretrained_writes_the_checkpoint_again(square, tmp_path, variant):
+    if variant == "actorder-g128" and IGNORES_G_IDX:
+        pytest.skip("compressed-tensors refuses actorder group since 0.19")
     folder = square(variant)
     model = load_packed(folder)
     model.save_pretrained(tmp_path / "saved")

@@ -1,0 +1,53 @@
+"""Keep a model's ``quantization_config`` true when some of its INT4 layers become dense.
+
+Merging adapters makes layers dense. A saved model whose config still calls them INT4 would be
+loaded with random weights in their place. So they are added to ``ignore``; when no quantised layer
+is left, the config loses its ``quantization_config``.
+
+Source: ``ignore`` in compressed-tensors' ``QuantizationConfig``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["DenseRecord"]
+
+BEFORE = "_pre_quantization_dtype"  # transformers 4.57 cannot save it without quantization_config
+
+
+class DenseRecord:
+    """The INT4 layers of a model, and the config that describes them.
+
+    Args:
+        config: the model's config.
+        stored: the checkpoint's name of each packed layer, by its name in the model.
+        others: whether the model has further quantised layers.
+    """
+
+    def __init__(self, config: Any, stored: Mapping[str, str], *, others: bool) -> None:
+        self.config, self.stored, self.others = config, dict(stored), others
+
+    def became_dense(self, name: str) -> None:
+        """Record that a layer is dense now.
+
+        Args:
+            name: the layer's name in the model.
+        """
+        names = [name, self.stored.pop(name, name)]
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is None:
+            return
+        if not self.stored and not self.others:
+            del self.config.quantization_config
+            for config in (self.config, *vars(self.config).values()):  # also the towers' own
+                getattr(config, "__dict__", {}).pop(BEFORE, None)
+            return
+        inner = getattr(quantization, "quantization_config", quantization)
+        listed = inner.get("ignore") if isinstance(inner, dict) else inner.ignore
+        ignore = list(dict.fromkeys([*(listed or ()), *names]))
+        if isinstance(inner, dict):
+            inner["ignore"] = ignore
+        else:
+            inner.ignore = ignore

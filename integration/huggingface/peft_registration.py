@@ -1,0 +1,52 @@
+"""Make PEFT put ``Int4LoraLinear`` on every ``Int4Linear``.
+
+PEFT's hook for layers of other libraries, ``LoraConfig._register_custom_module``, belongs to one
+config, and is not saved with it. So that ``get_peft_model(model, LoraConfig(...))`` and
+``PeftModel.from_pretrained`` need no change, the one function of PEFT that makes LoRA layers is
+wrapped: for an ``Int4Linear`` it first calls that hook on the config. For every other layer it is
+what it was.
+
+Source: ``LoraModel._create_new_module`` in ``peft/tuners/lora/model.py``, PEFT 0.17 to 0.21.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from int4_lora.integration.huggingface.int4_linear import Int4Linear
+from int4_lora.integration.huggingface.peft_layer import Int4LoraLinear
+
+__all__ = ["register"]
+
+MARK = "_int4_lora"
+
+
+def register() -> None:
+    """Register ``Int4LoraLinear`` with PEFT; a second call changes nothing."""
+    create = LoraModel._create_new_module
+    if hasattr(create, MARK):
+        return
+
+    @functools.wraps(create)
+    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, Int4Linear):
+            lora_config._register_custom_module({Int4Linear: Int4LoraLinear})
+            if lora_config.fan_in_fan_out:  # PEFT does the same for a torch.nn.Linear
+                warnings.warn(
+                    "fan_in_fan_out is for layers that store W [in, out]; an INT4 linear does not: "
+                    "it is set to False",
+                    stacklevel=2,
+                )
+                lora_config.fan_in_fan_out = False
+            if "fan_in_fan_out" in kwargs:
+                kwargs["fan_in_fan_out"] = False
+        return create(lora_config, adapter_name, target, **kwargs)
+
+    setattr(create_new_module, MARK, True)
+    LoraModel._create_new_module = staticmethod(create_new_module)
