@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -226,7 +226,7 @@ def rows_of_parts(
         shown = ", ".join(f"{part} {count}" for part, count in given.items())
         raise ValueError(
             f"{name}: the base has {total} rows, which are [{'; '.join(order)}], the adapter has "
-            f"{shown}: that does not add up"
+            f"{shown}: that does not add up{_equal_rows(fused, given)}"
         )
     stops = list(itertools.accumulate(rows[part] for part in order))
     return {
@@ -234,6 +234,14 @@ def rows_of_parts(
         for part, stop in zip(order, stops, strict=True)
         if part in given
     }
+
+
+def _equal_rows(fused: str, given: Collection[str]) -> str:
+    """Return that two parts have as many rows as each other, if the adapter does not say it."""
+    first, second = EQUAL[fused]
+    if fused == "qkv_proj" and {first, second} <= {*given}:
+        return ""
+    return f", for {first} and {second} have as many rows as each other"
 
 
 def _rows_of_all_parts(fused: str, given: Mapping[str, int], total: int) -> dict[str, int] | None:

@@ -369,7 +369,11 @@ def test_different_scalings_ranks_and_dtypes_are_kept_exactly(tmp_path):
             "44 rows, which are [q_proj; k_proj; v_proj], the adapter has q_proj 44: that does not",
         ),
         (FUSED, {"q_proj": (25, 32)}, "the adapter has q_proj 25: that does not add up"),
-        (FUSED, {"q_proj": (24, 32), "v_proj": (12, 32)}, "q_proj 24, v_proj 12: that"),
+        (
+            FUSED,
+            {"q_proj": (24, 32), "v_proj": (12, 32)},
+            "q_proj 24, v_proj 12: that does not add up, for k_proj and v_proj have as many rows",
+        ),
         (FUSED, {"v_proj": (22, 32)}, "the adapter has v_proj 22: that does not add up"),
         (FUSED, {**ROWS, "q_proj": (23, 32)}, "q_proj 23, k_proj 10, v_proj 10: that"),
         (FUSED, {**ROWS, "k_proj": (10, 16)}, "the adapter's parts have [16, 32] in_features"),
