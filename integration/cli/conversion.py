@@ -79,38 +79,10 @@ def as_settings(
 
 def run(plan: Conversion, target: Path, settings: Settings, *, as_json: bool) -> None:
     """Run a conversion with a progress bar and print what it did; end the command if it failed."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    from int4_lora.integration.conversion.convert import convert
     from int4_lora.integration.conversion.merge_report import MergeRefusedError
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
     try:
-        with Progress(
-            *columns, console=console, transient=True, disable=as_json or not console.is_terminal
-        ) as progress:
-            bar = progress.add_task("writing", total=None)
-            with_progress = dataclasses.replace(
-                settings,
-                advance=lambda count: progress.advance(bar, count),
-                begin=lambda total: progress.update(bar, total=total),
-            )
-            outcome = convert(plan, target, with_progress)
+        outcome = _with_progress(plan, target, settings, silent=as_json)
     except MergeRefusedError as error:
         if as_json:
             typer.echo(json.dumps({"finished": False, "report": error.report}, indent=2))
@@ -127,6 +99,40 @@ def run(plan: Conversion, target: Path, settings: Settings, *, as_json: bool) ->
         typer.echo(json.dumps(plain, indent=2))
     else:
         _print(outcome, dry_run=settings.dry_run)
+
+
+def _with_progress(plan: Conversion, target: Path, settings: Settings, *, silent: bool) -> Outcome:
+    """Run a conversion; show how far it is on stderr if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from int4_lora.integration.conversion.convert import convert
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=silent or not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("writing", total=None)
+        with_progress = dataclasses.replace(
+            settings,
+            advance=lambda count: progress.advance(bar, count),
+            begin=lambda total: progress.update(bar, total=total),
+        )
+        return convert(plan, target, with_progress)
 
 
 def _print(outcome: Outcome, *, dry_run: bool) -> None:

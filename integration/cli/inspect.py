@@ -51,7 +51,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and whether adapters fit it.
 
-    Reads headers and scales only. Tensors that are in the files, but not in the index, are listed.
+    Reads headers and scales only. Tensors that are in the files, but not in the index, are listed,
+    and so are float weights that config.json calls quantised.
     Exit code 1 if a scale is NaN or infinite, or an adapter does not fit.
 
     Example: int4-lora inspect ./llama-w4a16 --adapter ./sql-lora
