@@ -23,15 +23,23 @@ EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|\w*embed\w*)")  # the usual names of su
 
 
 class Targets(NamedTuple):
-    """The targets of all groups as (group, pattern of a module's name), in the order to try them.
+    """The targets of all groups, in the order to try them.
 
     Args:
-        names: exact names, then regular expressions in alphabetical order.
-        classes: classes of modules, which are guessed from the names.
+        exact: the group of each name that is a target; a config may list thousands of experts.
+        patterns: (group, regular expression), in alphabetical order of the expressions.
+        classes: (group, pattern of the names) of classes of modules, which are guessed from names.
     """
 
-    names: list[tuple[str, re.Pattern[str]]]
+    exact: Mapping[str, str]
+    patterns: list[tuple[str, re.Pattern[str]]]
     classes: list[tuple[str, re.Pattern[str]]]
+
+    def by_name(self, module: str) -> str | None:
+        """Return the group of the first target that names a module."""
+        if module in self.exact:
+            return self.exact[module]
+        return _first(module, self.patterns)
 
 
 def compile_targets(file: Path, targets: Mapping[str, list[str]]) -> Targets:
@@ -44,7 +52,8 @@ def compile_targets(file: Path, targets: Mapping[str, list[str]]) -> Targets:
     Raises:
         ValueError: a target after "re:" is not a regular expression.
     """
-    by_kind: dict[str, list[tuple[str, str, re.Pattern[str]]]] = {"": [], "re:": [], "class": []}
+    exact: dict[str, str] = {}
+    by_kind: dict[str, list[tuple[str, str, re.Pattern[str]]]] = {"re:": [], "class": []}
     classes = {target for group_targets in targets.values() for target in group_targets} & {
         *CLASS_TARGETS
     }
@@ -63,12 +72,12 @@ def compile_targets(file: Path, targets: Mapping[str, list[str]]) -> Targets:
                 )
                 by_kind["class"].append((target, name, pattern))  # Embedding before Linear
             else:
-                by_kind[""].append((target, name, re.compile(re.escape(target) + r"\Z")))
+                exact.setdefault(target, name)
     ordered = {
         kind: [(name, pattern) for _, name, pattern in sorted(entries, key=lambda entry: entry[0])]
         for kind, entries in by_kind.items()
     }
-    return Targets([*ordered[""], *ordered["re:"]], ordered["class"])
+    return Targets(exact, ordered["re:"], ordered["class"])
 
 
 def group_of(file: Path, module: str, targets: Targets) -> str:
@@ -102,11 +111,11 @@ def groups_by_name(module: str, targets: Targets) -> dict[str, str]:
             count.
         targets: the targets of all groups.
     """
-    own = _first(module, targets.names)
+    own = targets.by_name(module)
     if own is not None:
         return {own: module}
-    others = spellings(module)[1:] if targets.names else ()
-    named = {name: _first(name, targets.names) for name in others}
+    others = spellings(module)[1:] if targets.exact or targets.patterns else ()
+    named = {name: targets.by_name(name) for name in others}
     return {group: name for name, group in reversed(named.items()) if group is not None}
 
 
