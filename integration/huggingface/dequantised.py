@@ -76,11 +76,11 @@ class DequantisedWeight(Tensor):
         """Make a tensor without a storage."""
         shape = weight.shape if dense is None else dense.shape
         strides = None if dense is None else dense.stride()
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=dtype, device=weight.device
         )
         made.weight, made._dense = weight, dense
-        return made  # type: ignore[no-any-return]
+        return made
 
     def dense(self) -> Tensor:
         """Return the values as a plain tensor."""
@@ -88,7 +88,9 @@ class DequantisedWeight(Tensor):
             return self._dense
         return dense_weight(self.weight, self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(  # type: ignore[override]
+        self, *, tensor_contents: Any = None
+    ) -> str:
         """Describe the tensor without dequantising it."""
         return f"DequantisedWeight(shape={list(self.shape)}, dtype={self.dtype})"
 
@@ -109,7 +111,7 @@ class DequantisedWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -130,7 +132,7 @@ class DequantisedWeight(Tensor):
         args, kwargs = tree_map_only(
             DequantisedWeight, DequantisedWeight.dense, (tuple(args), kwargs or {})
         )
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         if not any(one.alias_info is not None for one in func._schema.returns):
             return result
         return tree_map_only(

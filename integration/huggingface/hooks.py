@@ -5,6 +5,8 @@ Source: ``torch.nn.Module``, and ``add_hook_to_module`` of accelerate.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 __all__ = ["carry_hooks"]
@@ -31,7 +33,8 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """
     for name in DICTIONARIES:
         new.__dict__[name] = old.__dict__[name]
-    if hasattr(old, "_hf_hook"):
+    hook: Any = getattr(old, "_hf_hook", None)
+    if hook is not None:
         from accelerate.hooks import add_hook_to_module
 
-        add_hook_to_module(new, old._hf_hook)
+        add_hook_to_module(new, hook)

@@ -88,17 +88,19 @@ class Int4Linear(nn.Linear):
         self._shape_dtype, self._scalars = shape_dtype, scalars
         self._is_hf_initialized = True  # transformers must not initialise it
         self._hold(weight)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The dense weight, read-only: see ``DequantisedWeight``."""
         if torch.compiler.is_compiling():
             return dense_weight(self.prepared, self._dtype)
         return DequantisedWeight(self.prepared, self._dtype)
 
     @weight.setter
-    def weight(self, value: object) -> None:
+    def weight(self, value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise RuntimeError(READ_ONLY)
 
     @property
@@ -179,7 +181,7 @@ class Int4Linear(nn.Linear):
         """Apply ``fn`` as torch does, but move the weight without a cast."""
         held = {name: self._buffers.pop(name) for name in self._names}
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(held)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
@@ -255,7 +257,7 @@ class Int4Linear(nn.Linear):
         shape = parts.get("weight_shape")
         if shape is not None and tuple(shape.tolist()) != held.shape:
             raise ValueError(f"weight_shape must be {list(held.shape)}, got {shape.tolist()}")
-        fields = {
+        fields: dict[str, Any] = {
             name: parts[part].detach().to(held.packed.device, copy=True).reshape(like.shape)
             for part, name in FIELDS.items()
             if (like := getattr(held, name)) is not None

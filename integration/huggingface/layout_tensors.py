@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -42,14 +42,14 @@ def named_tensors(weight: PreparedWeight | PackedWeight) -> dict[str, Tensor]:
 
 def with_tensors(weight: Holder, tensors: Mapping[str, Tensor]) -> Holder:
     """Return the same weight with other tensors, by the names of ``named_tensors``."""
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     for field in dataclasses.fields(weight):  # type: ignore[arg-type]
         value = getattr(weight, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = tensors[PREFIX + field.name]
         elif isinstance(value, PackedWeight):
             changes[field.name] = with_tensors(value, tensors)
-    changed = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
-    if isinstance(changed, PackedWeight):  # a meta tensor does not say whether it holds a -1
-        object.__setattr__(changed, "column_order", weight.column_order)  # type: ignore[union-attr]
+    changed: Holder = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
+    if isinstance(weight, PackedWeight):  # a meta tensor does not say whether it holds a -1
+        object.__setattr__(changed, "column_order", weight.column_order)
     return changed

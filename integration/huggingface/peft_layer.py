@@ -37,7 +37,7 @@ else:
     BACKEND = ForwardOnlyQuantizationBackend("int4_lora")
 
 
-class Int4LoraLinear(lora.Linear):  # type: ignore[misc]
+class Int4LoraLinear(lora.Linear):
     """PEFT's LoRA layer on an ``Int4Linear``.
 
     ``keep_packed`` makes PEFT use it. To do it for one config without ``keep_packed``, call
@@ -50,6 +50,10 @@ class Int4LoraLinear(lora.Linear):  # type: ignore[misc]
     """
 
     quantization_backend = BACKEND
+    base_layer: Any  # PEFT leaves its own attributes untyped
+    lora_A: Any
+    lora_B: Any
+    merged_adapters: list[str]
 
     def update_layer(self, adapter_name: str, *args: Any, **settings: Any) -> None:
         """Add an adapter, unless its start would change the base's weight.
@@ -75,7 +79,8 @@ class Int4LoraLinear(lora.Linear):  # type: ignore[misc]
         if isinstance(self.get_base_layer(), Int4Linear):
             return super().get_delta_weight(adapter)  # type: ignore[no-any-return]
         a, b = self.lora_A[adapter].weight.double(), self.lora_B[adapter].weight.double()
-        return (b @ a) * self.scaling[adapter]
+        delta: Tensor = (b @ a) * self.scaling[adapter]
+        return delta
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -139,7 +144,9 @@ class Int4LoraLinear(lora.Linear):  # type: ignore[misc]
         index = {name: place for place, name in enumerate(names)}
         rows = torch.tensor([index.get(name, -1) for name in adapter_names], device=x.device)
         tokens = x[0].numel() // base.in_features
-        return base.with_adapters(x, self._stack(names), rows.repeat_interleave(tokens))
+        ids = rows.repeat_interleave(tokens)
+        result: Tensor = base.with_adapters(x, self._stack(names), ids)
+        return result
 
     def _is_one_call(self, base: nn.Module, names: Sequence[str]) -> bool:
         """Return whether ``int4_lora_linear`` computes what PEFT's own layer would."""

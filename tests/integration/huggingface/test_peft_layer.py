@@ -219,7 +219,7 @@ def test_a_merged_model_is_saved_so_that_it_loads_again(square, tmp_path):
         merged = filled(model).merge_and_unload()
         merged.save_pretrained(tmp_path / name)
         kind = load_packed if count else AutoModelForCausalLM.from_pretrained
-        again = kind(tmp_path / name)
+        again = kind(tmp_path / name, dtype="auto")
         assert sum(isinstance(one, Int4Linear) for one in again.modules()) == count
         assert torch.equal(logits(again), logits(merged))
 
