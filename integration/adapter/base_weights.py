@@ -46,7 +46,7 @@ class BaseWeights:
         """Every ``model_type`` of config.json, also those of its parts such as ``text_config``."""
         return set(_model_types(self.checkpoint.config))
 
-    def own_name(self, module: str) -> str:
+    def name_in_base(self, module: str) -> str:
         """Return the base's name of a module: that of its head for ``lm_head``, if none is stored.
 
         Args:

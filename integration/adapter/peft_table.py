@@ -140,8 +140,7 @@ def check_initialisation(file: object, config: Mapping[str, Any]) -> None:
     way = config.get("init_lora_weights", True)
     if way is None or type(way) is bool:
         return
-    name = way.lower() if isinstance(way, str) else ""  # PEFT ignores the case of some
-    if name in PLAIN:
+    if _lower(way) in PLAIN:
         return
     method = changes_the_base(way)
     if method is None:
@@ -166,9 +165,15 @@ def changes_the_base(way: object) -> str | None:
         >>> changes_the_base("pissa_niter_4"), changes_the_base(True)
         ('PiSSA', None)
     """
-    name = way.lower() if isinstance(way, str) else ""  # PEFT ignores the case of some
-    found = [method for start, method in CHANGES_THE_BASE.items() if name.startswith(start)]
-    return found[0] if found else None
+    methods = (
+        method for start, method in CHANGES_THE_BASE.items() if _lower(way).startswith(start)
+    )
+    return next(methods, None)
+
+
+def _lower(way: object) -> str:
+    """Return a name in lower case: PEFT ignores the case of some initialisations."""
+    return way.lower() if isinstance(way, str) else ""
 
 
 def _way_out(method: str, config: Mapping[str, Any]) -> str:

@@ -281,7 +281,7 @@ def _adapter(
         fault=fault,
         notes=adapter.notes,
         replaced={
-            name: None if one.rows is None else len(one.rows)
-            for name, one in adapter.replacements.items()
+            name: None if replacement.rows is None else len(replacement.rows)
+            for name, replacement in adapter.replacements.items()
         },
     )

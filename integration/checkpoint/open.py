@@ -42,6 +42,7 @@ from int4_lora.integration.checkpoint.safetensors_files import (
 )
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, read_schemes
+from int4_lora.integration.checkpoint.spellings import spellings
 from int4_lora.reference import PackedWeight
 
 __all__ = ["FLOATS", "PARTS", "Checkpoint", "Unlisted", "open_checkpoint"]
@@ -89,6 +90,14 @@ class Checkpoint:
     def unlisted(self) -> Sequence[UnlistedFile]:
         """The files with tensors that are in the folder, but not listed as the model's."""
         return () if self.files is None else self.files.unlisted
+
+    def spelling_of(self, module: str) -> str | None:
+        """Return the name here of a quantised module that others may spell differently, or None.
+
+        Args:
+            module: the module's name in transformers or vLLM.
+        """
+        return next((name for name in spellings(module) if name in self.schemes), None)
 
     @property
     def left_behind(self) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def _matrix(base: BaseWeights, tensor: str) -> str | None:
     """Return the module whose matrix a tensor is, by its name in the base, or None."""
     if not tensor.endswith(".weight"):
         return None
-    module = base.own_name(tensor.removesuffix(".weight"))
+    module = base.name_in_base(tensor.removesuffix(".weight"))
     return module if base.has_matrix(module) else None
 
 
@@ -111,7 +111,7 @@ def _pairs(base: BaseWeights, adapter: Adapter) -> dict[str, AdapterModule]:
     """Return the pairs of an adapter by the names of their modules in the base, after checks."""
     found: dict[str, AdapterModule] = {}
     for name, pair in adapter.modules.items():
-        where, module = f"{adapter.path}: {name}", base.own_name(name)
+        where, module = f"{adapter.path}: {name}", base.name_in_base(name)
         if module in found:
             raise ValueError(f"{where}: the adapter has another pair of the head {module}")
         _check_shape(where, (pair.b.shape[0], pair.a.shape[1]), base.matrix_shape(module, where))

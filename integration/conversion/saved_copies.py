@@ -63,7 +63,7 @@ def _equals(base: BaseWeights, name: str, saved: Tensor) -> bool:
     if stored is not None and len(stored.shape) != 2:
         whole = read_tensor(stored, name)
         return whole.shape == saved.shape and _same_bits(whole.to(saved.dtype), saved)
-    module = base.stored_name(base.own_name(name.removesuffix(".weight")))
+    module = base.stored_name(base.name_in_base(name.removesuffix(".weight")))
     if not name.endswith(".weight") or not base.has_matrix(module):
         return False
     try:

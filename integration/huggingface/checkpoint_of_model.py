@@ -1,6 +1,4 @@
-"""The checkpoint that a model of transformers was loaded from, and its names for the modules.
-
-transformers renames modules when it loads some families, and fuses the experts of others.
+"""The checkpoint that a model of transformers was loaded from.
 
 Source: ``PreTrainedModel.name_or_path``, and ``config._commit_hash`` for models of the hub.
 """
@@ -15,9 +13,8 @@ from torch import nn
 
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
-from int4_lora.integration.checkpoint.spellings import spellings
 
-__all__ = ["checkpoint_of", "stored_name"]
+__all__ = ["checkpoint_of"]
 
 WAY_OUT = "name its folder with keep_packed(model, checkpoint=FOLDER)"
 
@@ -52,13 +49,3 @@ def _folder(name: str, config: Any) -> Path:
     """Return the folder of a model, on the hub that of the revision that was loaded."""
     commit = getattr(config, "_commit_hash", None)
     return local_folder(name, revision=commit if isinstance(commit, str) else None)
-
-
-def stored_name(checkpoint: Checkpoint, module: str) -> str | None:
-    """Return the checkpoint's name for a module of a model, or None if it has no such module.
-
-    Args:
-        checkpoint: an open checkpoint.
-        module: the module's name in transformers.
-    """
-    return next((name for name in spellings(module) if name in checkpoint.schemes), None)

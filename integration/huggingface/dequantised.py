@@ -119,21 +119,23 @@ class DequantisedWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Dequantise, then call ``func``; its views of the values are read-only, too."""
-        given = dict(zip((one.name for one in func._schema.arguments), args, strict=False))
+        given = dict(
+            zip((argument.name for argument in func._schema.arguments), args, strict=False)
+        )
         given |= kwargs or {}
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and isinstance(given.get(argument.name), DequantisedWeight):
                 raise RuntimeError(READ_ONLY)
         if func is torch.ops.aten.detach.default:
-            one = args[0]
-            return DequantisedWeight(one.weight, one.dtype, one._dense)
-        source = next(one for one in given.values() if isinstance(one, DequantisedWeight))
+            (same,) = args
+            return DequantisedWeight(same.weight, same.dtype, same._dense)
+        source = next(value for value in given.values() if isinstance(value, DequantisedWeight))
         args, kwargs = tree_map_only(
             DequantisedWeight, DequantisedWeight.dense, (tuple(args), kwargs or {})
         )
         result = func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-        if not any(one.alias_info is not None for one in func._schema.returns):
+        if not any(output.alias_info is not None for output in func._schema.returns):
             return result
         return tree_map_only(
             Tensor, lambda view: DequantisedWeight(source.weight, view.dtype, view), result

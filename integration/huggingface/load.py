@@ -33,20 +33,20 @@ def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> A
         ValueError: as in ``keep_packed``.
 
     Example:
-        >>> model = load_packed("my-model-W4A16", device_map="cuda")  # doctest: +SKIP
+        >>> model = load_packed("my-model-W4A16")  # doctest: +SKIP
 
     Source:
         ``AutoModelForCausalLM.from_pretrained``.
     """
     if not {"dtype", "torch_dtype"} & from_pretrained.keys():
         from_pretrained["dtype"] = "auto"
-    name = os.fspath(path_or_id)
+    path = os.fspath(path_or_id)
     shared = {
         key: value
         for key, value in from_pretrained.items()
         if key in ("revision", "cache_dir", "subfolder", "token", "trust_remote_code", "proxies")
     }
-    config = transformers.AutoConfig.from_pretrained(name, **shared)
-    found = [getattr(transformers, one, None) for one in config.architectures or ()]
-    kind = next((one for one in found if one is not None), transformers.AutoModelForCausalLM)
-    return keep_packed(kind.from_pretrained(name, **from_pretrained))
+    config = transformers.AutoConfig.from_pretrained(path, **shared)
+    classes = [getattr(transformers, name, None) for name in config.architectures or ()]
+    kind = next(filter(None, classes), transformers.AutoModelForCausalLM)
+    return keep_packed(kind.from_pretrained(path, **from_pretrained))

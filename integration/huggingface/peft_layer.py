@@ -154,8 +154,8 @@ class Int4LoraLinear(lora.Linear):
             return False
         if hasattr(base, "_hf_hook"):
             return False
-        weights = [one[name].weight for one in (self.lora_A, self.lora_B) for name in names]
-        trains = torch.is_grad_enabled() and any(one.requires_grad for one in weights)
+        weights = [side[name].weight for side in (self.lora_A, self.lora_B) for name in names]
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
         return not trains and all(
             name not in self.lora_variant
             and not self.lora_bias.get(name)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from int4_lora.integration.checkpoint.open import Checkpoint
-from int4_lora.integration.huggingface.checkpoint_of_model import stored_name
 
 __all__ = ["Findings", "describe", "quantised_modules", "sort_modules"]
 
@@ -58,7 +57,7 @@ def sort_modules(found: Mapping[str, nn.Module], checkpoint: Checkpoint) -> Find
     """
     findings, seen = Findings(), set()
     for name, module in found.items():
-        stored = stored_name(checkpoint, name)
+        stored = checkpoint.spelling_of(name)
         if stored is None:
             findings.left[name] = ABSENT
             continue

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
-from int4_lora.integration.checkpoint.spellings import spellings
 from int4_lora.reference import PackedWeight
 
 __all__ = ["dense_weight", "packed_weight_of_checkpoint"]
@@ -78,10 +77,10 @@ def _whole_modules(checkpoint: Checkpoint, layer: Any) -> list[PackedWeight]:
     name, engine = layer.int4_lora.name, layer.int4_lora.engine
     parent, dot, last = name.rpartition(".")
     parts = [f"{parent}{dot}{part}" for part in engine.packed_modules.get(last, [last])]
-    stored = [_stored(checkpoint, part) for part in parts]
+    stored = [checkpoint.spelling_of(part) for part in parts]
     if len(parts) == len(layer.output_partition_sizes) and None not in stored:
         return [checkpoint.packed_weight(module) for module in stored if module is not None]
-    merged = _stored(checkpoint, name)
+    merged = checkpoint.spelling_of(name)
     if merged is None:
         missing = next(part for part, module in zip(parts, stored, strict=True) if module is None)
         raise ValueError(
@@ -95,11 +94,6 @@ def _whole_modules(checkpoint: Checkpoint, layer: Any) -> list[PackedWeight]:
             f"{stops[-1]}"
         )
     return [weight.rows(slice(*rows)) for rows in itertools.pairwise([0, *stops])]
-
-
-def _stored(checkpoint: Checkpoint, module: str) -> str | None:
-    """Return the checkpoint's name of a module that vLLM may call by another of its spellings."""
-    return next((name for name in spellings(module) if name in checkpoint.schemes), None)
 
 
 def _whole_sizes(layer: Any) -> list[int]:
