@@ -80,6 +80,11 @@ def _driver():
     return next(iter(versions.split()), None)
 
 
+def versions(*names):
+    """Return the version of each package, or None for those that are not installed."""
+    return {name: _version(name) for name in names}
+
+
 def _version(*names):
     """Return the version of the first installed package among ``names``, or None."""
     for name in names:

@@ -8,20 +8,19 @@ Source: ``benchmarks/results/README.md``.
 
 import argparse
 import dataclasses
-import json
-import os
+import functools
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.command import cache_folder, finish, say
 from benchmarks.serving.bars import judged, not_judged, ratios
 from benchmarks.serving.files import prepare
 from benchmarks.serving.report import plot, report
 from benchmarks.serving.rounds import BEFORE, ENGINES, OURS, Turns, arguments_of
 from benchmarks.serving.workloads import workloads
 
-RESULTS = Path(__file__).parents[1] / "results"
 BACKENDS = ("auto", "compiled", "stock-base")
 QUICK = {"hidden": 256, "layers": 2, "rounds": 2, "new": 4}
 FULL = {"hidden": 2048, "layers": 4, "rounds": 7, "new": 16}
@@ -67,17 +66,6 @@ def options_of(arguments):
     return options
 
 
-def cache_folder():
-    """Return the default folder of the model and the adapters."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "int4-lora-benchmarks"
-
-
-def say(line):
-    """Print a line of progress."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def measured(options):
     """Return the runs of all workloads, and the facts about each engine."""
     files = prepare(options.cache.resolve(), options.hidden, options.layers)
@@ -120,16 +108,7 @@ def main(arguments=None):
     runs, engines = measured(options)
     whole = record(runs, engines, options)
     tables = report(whole["machine"], runs, engines, options)
-    print(tables)
-    if options.output:
-        (RESULTS / f"{options.output}.json").write_text(json.dumps(whole, indent=1) + "\n")
-        (RESULTS / f"{options.output}.md").write_text(tables + "\n")
-        if find_spec("matplotlib") is None:
-            say("no plot: matplotlib is not installed")
-        else:
-            plot(runs, RESULTS / f"{options.output}.png")
-    missed = [row for row in whole["bars"] if row["reached"] is False]
-    return 1 if missed and whole["not_judged"] is None else 0
+    return finish(options.output, whole, tables, functools.partial(plot, runs))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ Source: ``benchmarks/results/README.md``.
 """
 
 import re
-import statistics
 from dataclasses import dataclass
 
+from benchmarks.limits import Limit, judgement
+from benchmarks.medians import medians, ratio
 from benchmarks.serving.rounds import BEFORE, OURS, STOCK
 
 PREFILL, PREFILL_16 = "prefill, 8 x 64", "prefill, 16 x 32"
@@ -20,33 +21,20 @@ LEAST_FUSED = 0.9  # of the linear layers
 
 
 @dataclass(frozen=True)
-class Bar:
+class Bar(Limit):
     """A limit for one ratio.
 
     Args:
         what: the ratio in words.
         over: engine, shape and mix of the ratio's numerator.
         under: engine, shape and mix of the ratio's denominator.
-        most: the ratio may be at most this, or None.
-        least: the ratio must be at least this, or None.
+        most: as in ``Limit``.
+        least: as in ``Limit``.
     """
 
     what: str
     over: tuple[str, str, str]
     under: tuple[str, str, str]
-    most: float | None = None
-    least: float | None = None
-
-    def reached(self, ratio):
-        """Return whether a ratio reaches the bar; NaN does not."""
-        if self.most is not None:
-            return ratio <= self.most
-        return ratio >= self.least
-
-    @property
-    def limit(self):
-        """The limit, as text for tables."""
-        return f"<= {self.most}" if self.most is not None else f">= {self.least}"
 
 
 def _of_ours(what, shape, most):
@@ -72,16 +60,7 @@ BARS = (
 
 def summary(run):
     """Return each measure's median, and half its interquartile range relative to the median."""
-    names = [name for name, value in run["rounds"][0].items() if value is not None]
-    return {name: _median([measures[name] for measures in run["rounds"]]) for name in names}
-
-
-def _median(values):
-    middle = statistics.median(values)
-    if len(values) < 2:
-        return {"median": middle, "spread": None}
-    low, _, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "spread": (high - low) / 2 / middle}
+    return medians(run["rounds"])
 
 
 def costs(runs):
@@ -111,7 +90,7 @@ def ratios(runs):
                 "shape": shape,
                 "mix": mix,
                 **{
-                    name: _ratio(cost.get(over), cost.get(under))
+                    name: ratio(cost.get(over), cost.get(under))
                     for name, (over, under) in pairs.items()
                 },
             }
@@ -126,29 +105,25 @@ def judged(runs, engines):
         runs: the runs that ``Turns.run`` returned.
         engines: the facts about each engine, by name.
     """
-    cost, rows = costs(runs), []
-    for bar in BARS:
-        ratio = _ratio(cost.get(bar.over), cost.get(bar.under))
-        reached = None if ratio is None else bar.reached(ratio)
-        rows.append({"bar": bar.what, "limit": bar.limit, "ratio": ratio, "reached": reached})
-    first = engines.get(OURS, {}).get("first_requests")
-    ratio = first[0] / first[9] if first else None
+    cost = costs(runs)
+    rows = [
+        judgement(bar.what, bar, ratio(cost.get(bar.over), cost.get(bar.under))) for bar in BARS
+    ]
+    facts = engines.get(OURS, {})
+    first = facts.get("first_requests")
     rows.append(
-        {
-            "bar": "ours, first request over the tenth",
-            "limit": f"<= {FIRST_OVER_TENTH}",
-            "ratio": ratio,
-            "reached": None if ratio is None else ratio <= FIRST_OVER_TENTH,
-        }
+        judgement(
+            "ours, first request over the tenth",
+            Limit(most=FIRST_OVER_TENTH),
+            first[0] / first[9] if first else None,
+        )
     )
-    share = fused(engines.get(OURS, {}).get("log", ()))
     rows.append(
-        {
-            "bar": "ours, share of the linear layers that are fused",
-            "limit": f">= {LEAST_FUSED}",
-            "ratio": share,
-            "reached": None if share is None else share >= LEAST_FUSED,
-        }
+        judgement(
+            "ours, share of the linear layers that are fused",
+            Limit(least=LEAST_FUSED),
+            fused(facts.get("log", ())),
+        )
     )
     return rows
 
@@ -171,7 +146,3 @@ def not_judged(options):
     if options.max_loras != MAX_LORAS:
         return f"they are for {MAX_LORAS} slots"
     return None
-
-
-def _ratio(numerator, denominator):
-    return None if None in (numerator, denominator) else numerator / denominator

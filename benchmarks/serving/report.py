@@ -3,14 +3,16 @@
 Source: ``benchmarks/results/README.md``.
 """
 
+from benchmarks.limits import judgements_table
 from benchmarks.machine import in_a_line
 from benchmarks.serving.bars import judged, not_judged, ratios, summary
 from benchmarks.serving.files import RANK
 from benchmarks.serving.rounds import OURS, STOCK
+from benchmarks.tables import markdown, number, with_spread
+from benchmarks.turns import BUSY
 
 MIB = 2**20
 COLD = 1.5  # a first run longer than this multiple of the median is named in the remarks
-BUSY = 0.01  # the largest share of a processor that an idle engine may use
 MEASURES = {
     "tokens_per_second": ("tokens/s", 1, 1),
     "ttft": ("first token, ms", 1e3, 1),
@@ -50,9 +52,9 @@ def times_table(runs):
         texts = []
         measured = summary(run)
         for name, (_, factor, digits) in MEASURES.items():
-            texts.append(_with_spread(measured.get(name), factor, digits))
+            texts.append(with_spread(measured.get(name), factor, digits))
         rows.append([run["workload"].shape, run["workload"].mix, run["engine"], *texts])
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def ratios_table(runs):
@@ -61,23 +63,13 @@ def ratios_table(runs):
     names = ["ours: over base", "stock: over base", "stock over ours"]
     if any(row["before over ours"] is not None for row in rows):
         names.append("before over ours")
-    texts = [
-        [row["shape"], row["mix"], *(_number(row.get(name)) for name in names)] for row in rows
-    ]
-    return _markdown(["workload", "adapters", *names], texts)
+    texts = [[row["shape"], row["mix"], *(number(row.get(name)) for name in names)] for row in rows]
+    return markdown(["workload", "adapters", *names], texts)
 
 
 def bars_table(runs, engines, options):
     """Return the bars and whether they are reached, as a table."""
-    why = not_judged(options)
-    rows = []
-    for row in judged(runs, engines):
-        verdict = {True: "reached", False: "**missed**", None: "not measured"}[row["reached"]]
-        if why is not None:
-            verdict = "not judged"
-        rows.append([row["bar"], row["limit"], _number(row["ratio"]), verdict])
-    table = _markdown(["bar", "must be", "is", ""], rows)
-    return table if why is None else f"The bars are not judged: {why}.\n\n{table}"
+    return judgements_table(judged(runs, engines), not_judged(options))
 
 
 def engines_table(engines):
@@ -101,7 +93,7 @@ def engines_table(engines):
                 "-" if idle is None else f"{100 * idle:.2f}",
             ]
         )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def remarks(runs, engines, options):
@@ -174,13 +166,13 @@ def plot(runs, file):
     for axis, shape in zip(axes[0], shapes, strict=True):
         panel = [run for run in runs if run["workload"].shape == shape]
         mixes = list(dict.fromkeys(run["workload"].mix for run in panel))
-        for number, name in enumerate(names):
+        for at, name in enumerate(names):
             for run in [run for run in panel if run["engine"] == name]:
-                place = mixes.index(run["workload"].mix) + 0.25 * number
+                place = mixes.index(run["workload"].mix) + 0.25 * at
                 height = summary(run)["tokens_per_second"]["median"]
-                axis.bar(place, height, width=0.23, color=f"C{number}")
-        for number, name in enumerate(names):
-            axis.bar(0, 0, color=f"C{number}", label=name)
+                axis.bar(place, height, width=0.23, color=f"C{at}")
+        for at, name in enumerate(names):
+            axis.bar(0, 0, color=f"C{at}", label=name)
         axis.set(title=shape, ylabel="tokens/s", xticks=[*range(len(mixes))])
         axis.set_xticklabels(mixes, rotation=30)
     axes[0][0].legend(fontsize="x-small")
@@ -190,19 +182,3 @@ def plot(runs, file):
 def _place(runs):
     order = list(dict.fromkeys((run["workload"].shape, run["workload"].mix) for run in runs))
     return lambda run: order.index((run["workload"].shape, run["workload"].mix))
-
-
-def _with_spread(value, factor, digits):
-    if value is None:
-        return "-"
-    spread = "" if value["spread"] is None else f" ±{100 * value['spread']:.0f} %"
-    return f"{factor * value['median']:.{digits}f}{spread}"
-
-
-def _number(value):
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _markdown(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,16 +1,12 @@
 """Run every workload on every engine once per round, in a new random order.
 
-While an engine runs, the other engines are stopped: a waiting engine uses 1 to 3 % of a processor,
-because threads of its communication library poll for work a hundred times a second.
-
 Source: ``benchmarks/results/README.md``.
 """
 
 import os
-import random
-import time
 from pathlib import Path
 
+from benchmarks import turns
 from benchmarks.child import Child
 from benchmarks.serving.workloads import measures
 
@@ -19,7 +15,6 @@ BEFORE = "ours before"  # an earlier version, from a separate environment
 ENGINES = (STOCK, OURS, WITHOUT)
 FIRST_REQUESTS = 10
 FIRST = {"rows": 1, "prompt": 64, "new": 8}  # each request loads another adapter
-SETTLE = 0.05  # seconds between resuming an engine and its run
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for each engine
     "HF_HUB_OFFLINE": "1",
@@ -62,7 +57,7 @@ def environment_of(folder):
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
-class Turns:
+class Turns(turns.Turns):
     """The engines, and the facts about them.
 
     Args:
@@ -71,9 +66,9 @@ class Turns:
     """
 
     def __init__(self, folder, say):
+        super().__init__()
         self._folder, self._say = Path(folder), say
-        self.children, self.engines = {}, {}
-        self._idle = {}  # by engine: CPU seconds while other engines ran, and how long those ran
+        self.engines = {}
 
     def load(self, name, files, arguments, python=None):
         """Start an engine and run its first requests, each with an adapter not yet loaded."""
@@ -113,11 +108,16 @@ class Turns:
             for workload in workloads
             if workload.mix == "base" or self.engines[name]["arguments"].get("enable_lora")
         }
-        order, rng = list(runs), random.Random(seed)
-        for number in range(rounds + 1):
-            rng.shuffle(order)
+        for number, order in turns.shuffled(runs, rounds, seed):
             for name, workload in order:
-                answer = self._answer(name, workload)
+                answer = self.ask(
+                    name,
+                    "run",
+                    rows=workload.rows,
+                    prompt=workload.prompt,
+                    new=workload.new,
+                    adapters=workload.adapters,
+                )
                 measured = measures(workload, answer["times"])
                 run = runs[name, workload]
                 if number:
@@ -133,35 +133,7 @@ class Turns:
             child.resume()
             self.engines[name]["serving_bytes"] = child.ask("memory")
             child.pause()
-            used, passed = self._idle.get(name, (0.0, 0.0))
-            self.engines[name]["idle_share"] = used / passed if passed else None
-
-    def close(self):
-        """End the engines."""
-        for child in self.children.values():
-            child.close()
-
-    def _answer(self, name, workload):
-        self.children[name].resume()
-        time.sleep(SETTLE)
-        idle = {other: child for other, child in self.children.items() if other != name}
-        before = {other: child.cpu_seconds() for other, child in idle.items()}
-        started = time.perf_counter()
-        answer = self.children[name].ask(
-            "run",
-            rows=workload.rows,
-            prompt=workload.prompt,
-            new=workload.new,
-            adapters=workload.adapters,
-        )
-        passed = time.perf_counter() - started
-        self.children[name].pause()
-        for other, start in before.items():
-            if start is not None:
-                used, waited = self._idle.get(other, (0.0, 0.0))
-                now = idle[other].cpu_seconds()
-                self._idle[other] = (used + now - start, waited + passed)
-        return answer
+            self.engines[name]["idle_share"] = self.idle_share(name)
 
 
 def lines_about_us(log):

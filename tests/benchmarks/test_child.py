@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.children import Answers, assert_only_who_runs_goes_on
+
 ROOT = Path(__file__).parents[2]
 ECHO = """
 import sys
@@ -114,41 +116,18 @@ def test_peak_of_memory_starts_again(module):
     assert after["now"] <= after["peak"] <= peak
 
 
-class Answers:
-    """A stand-in for ``Child``: answers at once, and records each command."""
-
-    def __init__(self, name, asked):
-        self.name, self.asked = name, asked
-
-    def ask(self, command, **arguments):
-        self.asked.append((self.name, command, arguments))
-        if command == "memory":
-            return {"now": 1, "peak": 2}
-        times = [[0.1 * (1 + one) for one in range(arguments["new"])]] * arguments["rows"]
-        return {"times": times, "tokens": [[1] * len(row) for row in times]}
-
-    def pause(self):
-        self.asked.append((self.name, "pause", None))
-
-    def resume(self):
-        self.asked.append((self.name, "resume", None))
-
-    def cpu_seconds(self):
-        return 0.25 * len(self.asked)  # as if an engine computed while others run
-
-
-def assert_only_who_runs_goes_on(asked):
-    for start in range(0, len(asked), 3):
-        (name, *_), *others = turn = asked[start : start + 3]
-        assert [command for _, command, _ in turn] == ["resume", "run", "pause"]
-        assert all(other == name for other, *_ in others)
+def answer(command, arguments):
+    if command == "memory":
+        return {"now": 1, "peak": 2}
+    times = [[0.1 * (1 + token) for token in range(arguments["new"])]] * arguments["rows"]
+    return {"times": times, "tokens": [[1] * len(row) for row in times]}
 
 
 def test_rounds_ask_everything_of_everybody_in_another_order(module, monkeypatch):
     rounds, asked = module("serving.rounds"), []
-    monkeypatch.setattr(rounds, "SETTLE", 0)
+    monkeypatch.setattr(module("turns"), "SETTLE", 0)
     turns = rounds.Turns("nowhere", lambda line: None)
-    turns.children = {name: Answers(name, asked) for name in rounds.ENGINES}
+    turns.children = {name: Answers(name, asked, answer) for name in rounds.ENGINES}
     turns.engines = {
         name: {"arguments": {"enable_lora": name != rounds.WITHOUT}} for name in rounds.ENGINES
     }
