@@ -1,0 +1,104 @@
+"""Run fresh processes, one at a time: load, then the first forwards or the first training steps.
+
+Only ours compiles graphs. So each of its runs is two processes: the first begins with an empty
+cache on disk ("cold"), the second with the first's cache ("cached").
+
+Source: ``benchmarks/results/README.md``.
+"""
+
+from pathlib import Path
+
+from benchmarks.child import Child
+from benchmarks.finetune.contender import CONTENDERS, DECOMPRESSED, DENSE, OURS
+from benchmarks.finetune.workloads import STARTS, TIMES, TRAINING
+from benchmarks.turns import shuffled
+
+COLD, CACHED, FRESH = "cold", "cached", "fresh"
+STATES = {OURS: (COLD, CACHED)}
+MODULE = "benchmarks.finetune.contender"
+
+
+def environment_of(caches, threads):
+    """Return the environment variables of a contender.
+
+    Args:
+        caches: the folder in which torch and int4_lora cache.
+        threads: the threads of the process.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "INT4_LORA_CACHE": str(caches / "int4-lora"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def checkpoint_of(name, files):
+    """Return the checkpoint's folder of a contender."""
+    return str(files.dense if name == DENSE else files.int4)
+
+
+def caches_of(folder, number, name, workload):
+    """Return the folder of the caches of a contender's processes for a workload in a round."""
+    return Path(folder) / f"start-{number}-{name}-{STARTS.index(workload)}"
+
+
+def start(child, name, workload, files, sizes):
+    """Run a workload in a fresh process.
+
+    Args:
+        child: the process.
+        name: the contender.
+        workload: one of ``STARTS``.
+        files: the checkpoints.
+        sizes: the sizes of a batch.
+
+    Returns:
+        The answers of the process to the commands ``imports`` and ``load``, and to the workload's,
+        which is run ``TIMES`` times.
+    """
+    facts = {
+        "imports": child.ask("imports", name=name),
+        "load": child.ask("load", folder=checkpoint_of(name, files)),
+    }
+    if workload == TRAINING:
+        facts["adapt"] = child.ask("adapt")
+    command, arguments = sizes.of_start(workload)
+    return {**facts, "times": [child.ask(command, **arguments) for _ in range(TIMES)]}
+
+
+def starts(files, sizes, folder, *, workloads=STARTS, rounds, threads, seed, say):
+    """Run every workload in fresh processes of every contender, in a new random order per round.
+
+    The decompressed contender runs in the first round only: its first forward takes a minute, and
+    no bar depends on it.
+
+    Args:
+        files: the checkpoints.
+        sizes: the sizes of a batch.
+        folder: for logs and caches.
+        workloads: those of ``STARTS`` to run.
+        rounds: the number of rounds.
+        threads: the threads of a process.
+        seed: of the random order.
+        say: called with each line of progress.
+
+    Returns:
+        A list of dicts, one for each process.
+    """
+    results = []
+    keys = [(name, workload) for name in CONTENDERS for workload in workloads]
+    for number, order in shuffled(keys, rounds - 1, seed):
+        for name, workload in order:
+            if number and name == DECOMPRESSED:
+                continue
+            caches = caches_of(folder, number, name, workload)
+            for state in STATES.get(name, (FRESH,)):
+                child = Child(MODULE, f"{caches}-{state}.log", environment_of(caches, threads))
+                try:
+                    facts = start(child, name, workload, files, sizes)
+                finally:
+                    child.close()
+                results.append({"contender": name, "workload": workload, "state": state, **facts})
+        say(f"fresh processes: round {number + 1} of {rounds} done")
+    return results
