@@ -91,6 +91,23 @@ def test_tensors_are_held_once_and_the_models_own_are_freed(square):
     assert not model._forward_pre_hooks
 
 
+def test_a_training_step_leaves_the_weights_packed(square, monkeypatch):
+    """The first forward decompresses nothing, and no dense weight outlives the backward."""
+    from int4_lora.integration.huggingface import dequantised
+
+    model = keep_packed(load(square("g128")))
+    tensors = {id(one): one.nbytes for one in [*model.parameters(), *model.buffers()]}
+    monkeypatch.setattr(dequantised, "dense_weight", None)
+    for _ in range(2):
+        model(TOKENS, labels=TOKENS).loss.backward()
+    assert {id(one): one.nbytes for one in [*model.parameters(), *model.buffers()]} == tensors
+    names = {
+        name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")
+    }
+    assert not names
+    assert len(kept_of(model)) == 14
+
+
 def test_a_second_call_changes_nothing(square):
     model = keep_packed(load(square("g128")))
     layers = [model.get_submodule(name) for name in kept_of(model)]
