@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.vllm_plugin.contract import untested
+from int4_lora.integration.vllm_plugin.contract import too_old
 from int4_lora.reference.conformance.judging.verdict import RMS_FACTOR
 
 __all__ = ["FLOOR", "OURS", "STOCK", "Batch", "Engine", "Served", "serve", "why_not"]
@@ -118,7 +118,7 @@ class Served:
 def why_not() -> str | None:
     """Return why vLLM cannot serve on this machine, or None if it can."""
     if find_spec("vllm") is not None:
-        return untested()
+        return too_old()
     if sys.platform != "linux" or sys.version_info < (3, 11):
         version = ".".join(map(str, sys.version_info[:2]))
         system = f"{platform.system()} {platform.machine()} with Python {version}"

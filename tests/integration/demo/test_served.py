@@ -110,8 +110,8 @@ def test_why_there_is_no_vllm(monkeypatch):
     monkeypatch.setattr(served.sys, "version_info", (3, 10))
     assert "with Python 3.10" in (served.why_not() or "")
     monkeypatch.setattr(served, "find_spec", lambda _: object())
-    monkeypatch.setattr(served, "untested", lambda: "vLLM 0.1 was never run")
-    assert served.why_not() == "vLLM 0.1 was never run"
+    monkeypatch.setattr(served, "too_old", lambda: "vLLM 0.1 is older")
+    assert served.why_not() == "vLLM 0.1 is older"
 
 
 def test_a_run_without_vllm(run, monkeypatch):
