@@ -28,7 +28,7 @@ from int4_lora.compiled.selection.choice import choose
 
 __all__ = ["BoundLayer", "any_tokens", "formulation_for", "int4_linear", "int4_lora_linear"]
 
-MOST_ENTRIES = 64  # per bound layer
+MOST_ENTRIES = 64  # per bound layer; the oldest makes room, and is planned again where it is met
 
 
 def int4_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -194,14 +194,21 @@ class BoundLayer:
             return int4_lora_linear(x, self.weight, self.lora, adapter_ids, self.bias)
         entry = plan(x, self.weight, slices, adapter_ids, self.bias)
         if key == self._key(x, adapter_ids):  # else update() ran meanwhile
-            self._entries[key] = entry
+            self._keep(key, entry)
         return entry(x, adapter_ids)
+
+    def _keep(self, key: Hashable, entry: Entry) -> None:
+        """Keep an entry; another thread may do the same."""
+        entries = self._entries
+        while len(entries) >= MOST_ENTRIES:
+            entries.pop(next(iter(list(entries))), None)
+        entries[key] = entry
 
     def _keeps(self, x: Tensor) -> bool:
         """Return whether the entry of a call may be kept."""
         unusual = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
         copied = in_rows(self.bias) is not self.bias  # later writes would be missed
-        return not (unusual or copied or x.shape[0] == 0 or len(self._entries) >= MOST_ENTRIES)
+        return not (unusual or copied or x.shape[0] == 0)
 
     def _key(self, x: Tensor, adapter_ids: Tensor) -> Hashable:
         """Return the state that an entry is valid for."""

@@ -97,15 +97,19 @@ def prepare_lora(lora: LoRAStack | Sequence[LoRASlice]) -> PreparedLoRA:
     slices = as_slices(lora)
     if not slices:
         raise ValueError("lora must be a LoRAStack or LoRASlices, got none")
-    return PreparedLoRA(
-        tuple(
-            PreparedSlice(
-                a=part.stack.a.clone(memory_format=torch.contiguous_format),
-                bt=part.stack.b.transpose(1, 2).clone(memory_format=torch.contiguous_format),
-                scaling=part.stack.scaling.clone(),
-                start=part.start,
-                finite=bool(part.stack.b.detach().isfinite().all()),
-            )
-            for part in slices
-        )
+    return PreparedLoRA(tuple(map(_prepared, slices)))
+
+
+def _prepared(part: LoRASlice) -> PreparedSlice:
+    """Copy the adapters of one slice."""
+    stack = part.stack
+    prepared = PreparedSlice(
+        a=stack.a.clone(memory_format=torch.contiguous_format),
+        bt=stack.b.transpose(1, 2).clone(memory_format=torch.contiguous_format),
+        scaling=stack.scaling.clone(),
+        start=part.start,
     )
+    finite = stack.b.detach().isfinite().flatten(1).all(1).tolist()
+    for adapter, its_b_is_finite in enumerate(finite):
+        prepared.note_finite(adapter, its_b_is_finite)
+    return prepared

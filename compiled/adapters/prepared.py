@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,16 +18,18 @@ from int4_lora.reference import LoRASlice, LoRAStack
 __all__ = ["PreparedLoRA", "PreparedSlice"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PreparedSlice:
     """The adapters of one slice of a layer's outputs.
+
+    Nothing is replaced but ``finite``, which tells whether another graph is needed.
 
     Args:
         a: ``[adapters, rank, in_features]``.
         bt: ``[adapters, rank, out]``, b transposed, in the dtype of a.
         scaling: float32 or float64 ``[adapters]``.
         start: the first output that the slice writes.
-        finite: whether ``bt`` holds neither NaN nor infinity; ``PreparedLoRA.update`` sets it.
+        finite: whether ``bt`` holds neither NaN nor infinity; ``note_finite`` keeps it true.
     """
 
     a: Tensor
@@ -35,6 +37,7 @@ class PreparedSlice:
     scaling: Tensor
     start: int
     finite: bool = True
+    _not_finite: set[int] = field(default_factory=set, repr=False)
 
     @property
     def adapters(self) -> int:
@@ -74,9 +77,19 @@ class PreparedSlice:
             ),
         )
 
-    def refresh_finite(self) -> None:
-        """Set ``finite`` from ``bt``; call it after writing to ``bt`` without ``update``."""
-        object.__setattr__(self, "finite", bool(self.bt.isfinite().all()))
+    def note_finite(self, adapter: int, finite: bool) -> None:
+        """Note whether an adapter's B holds neither NaN nor infinity.
+
+        Whoever writes to ``bt`` without ``PreparedLoRA.update`` calls it: before the write if the
+        new B is not finite, so that no call reads such a B through the graph for finite ones; else
+        after it.
+
+        Args:
+            adapter: the index of the adapter.
+            finite: whether all of its B is finite.
+        """
+        (self._not_finite.discard if finite else self._not_finite.add)(adapter)
+        self.finite = not self._not_finite
 
     def detach(self) -> PreparedSlice:
         """Return the slice with its tensors detached."""
@@ -141,8 +154,9 @@ class PreparedLoRA:
             if entry is not None:
                 _check_entry(index, one, entry)
         for one, entry in zip(self.slices, given, strict=True):
-            if entry is not None and not bool(entry[1].isfinite().all()):
-                object.__setattr__(one, "finite", False)  # before a call can read such a B
+            finite = entry is None or bool(entry[1].isfinite().all())
+            if not finite:
+                one.note_finite(adapter, False)  # before a call can read such a B
             one.a[adapter].zero_()
             one.bt[adapter].zero_()
             one.scaling[adapter] = 0.0 if entry is None else entry[2]
@@ -150,7 +164,8 @@ class PreparedLoRA:
                 rank = entry[0].shape[0]
                 one.a[adapter, :rank].copy_(entry[0])
                 one.bt[adapter, :rank].copy_(entry[1].T)
-            one.refresh_finite()
+            if finite:
+                one.note_finite(adapter, True)
 
 
 def _check_entry(index: int, one: PreparedSlice, entry: tuple[Tensor, Tensor, float]) -> None:

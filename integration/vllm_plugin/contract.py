@@ -149,6 +149,10 @@ SYMBOLS = (
         )
         for name in LORA_CLASSES
     ),
+    *(
+        Symbol(LORA, f"{name}.set_mapping", ("punica_wrapper",), "overridden, calls super")
+        for name in LORA_CLASSES
+    ),
     Symbol("vllm.lora.utils", "_all_lora_classes", (), "our LoRA layers come first in it"),
     Symbol("vllm.lora.utils", "from_layer", ("layer",), "walks _all_lora_classes"),
     Symbol(

@@ -32,7 +32,11 @@ from vllm.model_executor.layers.linear import (
 from int4_lora.integration.vllm_plugin.contract import LORA_CLASSES
 from int4_lora.integration.vllm_plugin.dense_weight import dense_weight
 from int4_lora.integration.vllm_plugin.scheme import kernel_bias
-from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots
+from int4_lora.integration.vllm_plugin.served_layer import (
+    ServedLayer,
+    adapter_slots,
+    add_eagerly,
+)
 from int4_lora.integration.vllm_plugin.vocabulary import patch_vocabulary_lora
 
 __all__ = ["LAYERS", "Int4LoRALayer", "install_lora_layers"]
@@ -88,14 +92,26 @@ class Int4LoRALayer:
         """Make the slots of the adapters; compile and check everything that will run."""
         super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
         served = self.served
-        served.lora, self.lora_b_stacked = adapter_slots(self.lora_a_stacked, self.lora_b_stacked)
+        served.lora, views = adapter_slots(self.lora_a_stacked, self.lora_b_stacked)
         served.lora_fallback_reason = served.adapters_fault(kernel_bias(self.base_layer))
+        if served.lora_fallback_reason is None:
+            self.lora_b_stacked = views
+        else:  # vLLM's operators on a GPU take its own layout only
+            served.lora = None
+
+    def set_mapping(self, punica_wrapper: Any) -> None:
+        """Take vLLM's operators, which hold the slot of each token."""
+        super().set_mapping(punica_wrapper)  # type: ignore[misc]
+        self.served.operators = punica_wrapper
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter in a slot."""
-        super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
-        self._refresh_finite()
         served = self.served
+        finite = _is_finite(lora_b, self.lora_b_stacked[0].dtype)
+        if not finite:
+            served.note_finite(index, False)
+        super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
+        served.note_finite(index, finite)  # vLLM has emptied the slot before
         last_name = served.name.rpartition(".")[2]
         parts = served.engine.packed_modules.get(last_name, [last_name])
         if isinstance(lora_a, list) and len(lora_a) == len(parts):
@@ -105,7 +121,7 @@ class Int4LoRALayer:
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
         super().reset_lora(index)  # type: ignore[misc]
-        self._refresh_finite()
+        self.served.note_finite(index, True)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer with each token's adapter: x ``[..., in_features]``."""
@@ -121,7 +137,7 @@ class Int4LoRALayer:
             if served.lora_fallback_reason is None:
                 y = served.add_adapters(base, rows, adapter_ids)
             else:  # vLLM <= 0.32's operators for CPUs take -1 for the last slot
-                y = served.add_adapters_eagerly(base, rows, adapter_ids)
+                y = add_eagerly(base, rows, adapter_ids, self.lora_a_stacked, self.lora_b_stacked)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _check_int4_quantization(self) -> bool:
@@ -147,11 +163,18 @@ class Int4LoRALayer:
             )
         return dense_weight(self.base_layer, dtype)
 
-    def _refresh_finite(self) -> None:
-        """Look for NaN and infinities in B, which vLLM has written to."""
-        lora = self.served.lora
-        for slice_ in () if lora is None else lora.slices:
-            slice_.refresh_finite()
+
+def _is_finite(lora_b: Any, dtype: torch.dtype) -> bool:
+    """Return whether an adapter's B, as vLLM gives it, is finite in the dtype of the slots.
+
+    vLLM gives it on the CPU, where looking at it does not wait for a GPU.
+
+    Args:
+        lora_b: a tensor, or for a merged layer a list of tensors and None.
+        dtype: of the slots.
+    """
+    parts = lora_b if isinstance(lora_b, (list, tuple)) else [lora_b]
+    return all(part is None or bool(part.to(dtype).isfinite().all()) for part in parts)
 
 
 def _our_class(name: str) -> type:
@@ -180,7 +203,7 @@ def install_lora_layers() -> None:
         for module in self.modules.values() if ours else ():
             patch_vocabulary_lora(module)
         for module in ours:
-            module.served.engine.log_summary()
+            module.served.engine.complete()
 
     LoRAModelManager._create_lora_modules = create_and_log
     load = WorkerLoRAManager._load_adapter

@@ -5,6 +5,7 @@ Source: ``docs/vllm.md``.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ServedEngine", "logger", "refuse_settings"]
 
+KERNELS = "int4_lora_kernels"  # in vLLM's additional_config
 logger = logging.getLogger("vllm.int4_lora")  # a child of vLLM's logger, whose settings it inherits
 
 Fault = Callable[[int], str | None]
@@ -49,6 +51,8 @@ class ServedEngine:
         dtype: of activations.
         max_tokens: the most tokens in one step.
         lora_enabled: whether the engine serves adapters.
+        device: the kind of device that runs the model.
+        additional_config: vLLM's, which is part of the key of its compile cache.
         forward_context: vLLM's layers by name; the custom operator finds ours there.
         packed_modules: which modules of the checkpoint vLLM merges into a layer, by its last name.
         layers: every linear layer and mixture of experts of the model.
@@ -63,6 +67,8 @@ class ServedEngine:
     dtype: torch.dtype = torch.bfloat16
     max_tokens: int = 1
     lora_enabled: bool = False
+    device: str = "cpu"
+    additional_config: Any = None
     forward_context: dict[str, Any] = field(default_factory=dict)
     packed_modules: Mapping[str, list[str]] = field(default_factory=dict)
     layers: list[ServedLayer] = field(default_factory=list)
@@ -95,6 +101,8 @@ class ServedEngine:
             dtype=vllm_config.model_config.dtype,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             lora_enabled=vllm_config.lora_config is not None,
+            device=vllm_config.device_config.device_type,
+            additional_config=vllm_config.additional_config,
             forward_context=vllm_config.compilation_config.static_forward_context,
             packed_modules=packed_modules,
             cache=UnpackedWeightCache(options.cache_bytes),
@@ -111,10 +119,26 @@ class ServedEngine:
         return local_folder(self.model)
 
     def weight_loaded(self, layer: ServedLayer) -> None:
-        """Record a loaded layer; without adapters, log the summary after the last."""
+        """Record a loaded layer; after the last, the model is complete unless it takes adapters."""
         layer.loaded = True
         if not self.lora_enabled and all(layer.loaded for layer in self.layers if layer.int4):
-            self.log_summary()
+            self.complete()
+
+    def complete(self) -> None:
+        """Log the summary, and let vLLM's compile cache know which kernels run.
+
+        vLLM keeps the graph that it compiled of a model, and takes it again for the same
+        configuration. Which layers run which kernels is decided while the model loads: so that is
+        put into ``additional_config``, of which vLLM makes the cache's key when it compiles.
+        """
+        if isinstance(self.additional_config, dict):
+            kernels = [
+                (layer.name, layer.weight is not None, layer.lora_fallback_reason is None)
+                for layer in self.layers
+            ]
+            of_models = self.additional_config.setdefault(KERNELS, {})
+            of_models[self.model] = hashlib.sha256(repr(kernels).encode()).hexdigest()
+        self.log_summary()
 
     def fault_of_kind(
         self, kind: Hashable, name: str, graph_key: GraphKey, fault: Fault
@@ -192,7 +216,7 @@ class ServedEngine:
             line += f"; {len(fallbacks)} on vLLM's base kernel: {_counted(fallbacks)}"
         if lora_fallbacks:
             line += f"; {len(lora_fallbacks)} with plain, slow LoRA: {_counted(lora_fallbacks)}"
-        if any(layer.weight and layer.weight.device.type != "cpu" for layer in fused):
+        if self.device != "cpu":
             return [line, "on CUDA this backend is experimental: it never ran in vLLM on a GPU"]
         return [line]
 

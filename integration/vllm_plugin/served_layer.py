@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from int4_lora.compiled import PreparedLoRA, PreparedWeight, add_lora, int4_linear
 from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.compiled.linear import BoundLayer, any_tokens
 from int4_lora.integration.vllm_plugin.load_check import (
@@ -29,7 +30,7 @@ from int4_lora.integration.vllm_plugin.load_check import (
     graph_key_of_layer,
 )
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
-from int4_lora.reference import PackedWeight, expand, shrink
+from int4_lora.reference import LoRAStack, PackedWeight, expand, shrink
 from int4_lora.reference.lora import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class ServedLayer:
         lora: the slots of the adapters.
         lora_fallback_reason: why adapters are added eagerly, or None.
         cached: the packed weight whose dense weight the engine's cache keeps.
+        operators: vLLM's punica wrapper, which knows whether any token has an adapter.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ServedLayer:
     lora: PreparedLoRA | None = None
     lora_fallback_reason: str | None = None
     cached: PackedWeight | None = None
+    operators: Any = None
     _bound: BoundLayer | None = None
 
     @property
@@ -98,7 +101,7 @@ class ServedLayer:
         assert self.weight is not None
         if torch.compiler.is_compiling():
             return self._in_graph(self.weight, x, adapter_ids, bias)
-        if adapter_ids is None or _none_active(adapter_ids):
+        if adapter_ids is None or self._none_active(adapter_ids):
             return int4_linear(x, self.weight, bias)
         bound = self._bound
         if (
@@ -123,19 +126,28 @@ class ServedLayer:
     def add_adapters(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
         """Return the output of vLLM's base kernel with the adapters added."""
         assert self.lora is not None
-        if _none_active(adapter_ids):
+        if torch.compiler.is_compiling():
+            return add_terms(base, x, self.lora.slices, adapter_ids, None, any_tokens=True)
+        if self._none_active(adapter_ids):
             return base
         return add_lora(base, x, self.lora, adapter_ids)
 
-    def add_adapters_eagerly(self, base: Tensor, x: Tensor, adapter_ids: Tensor) -> Tensor:
-        """Return what ``add_adapters`` does, by the reference: for layers that failed the check."""
-        assert self.lora is not None
-        ids = torch.where(adapter_ids < self.lora.adapters, adapter_ids, -1)
-        y = base.to(accumulation_dtype(x), copy=True)
-        for slice_ in self.lora.slices:
-            stack = slice_.lora_slice().stack
-            y[:, slice_.start : slice_.stop] += expand(shrink(x, stack, ids), stack, ids)
-        return y.to(base.dtype)
+    def _none_active(self, adapter_ids: Tensor) -> bool:
+        """Return whether no token has an adapter.
+
+        On a GPU, reading the ids would wait for it: vLLM's own flag on the CPU tells. vLLM sets it
+        for each step, and for the CUDA graphs that it captures for steps without adapters.
+        """
+        if adapter_ids.device.type == "cpu":
+            return adapter_ids.numel() == 0 or int(adapter_ids.max()) < 0
+        tokens = getattr(self.operators, "token_mapping_meta", None)
+        flag = getattr(tokens, "no_lora_flag_cpu", None)
+        return flag is not None and bool(flag.item())
+
+    def note_finite(self, slot: int, finite: bool) -> None:
+        """Note whether the B of a slot holds neither NaN nor infinity."""
+        for slice_ in () if self.lora is None else self.lora.slices:
+            slice_.note_finite(slot, finite)
 
     def base_fault(
         self, packed: PackedWeight, weight: PreparedWeight, bias: Tensor | None
@@ -229,8 +241,26 @@ def adapter_slots(
     return PreparedLoRA(tuple(slices)), tuple(views)
 
 
-def _none_active(adapter_ids: Tensor) -> bool:
-    """Return whether no token has an adapter; on a GPU False, since reading the ids would wait."""
-    if torch.compiler.is_compiling() or adapter_ids.device.type != "cpu":
-        return False
-    return adapter_ids.numel() == 0 or int(adapter_ids.max()) < 0
+def add_eagerly(
+    base: Tensor,
+    x: Tensor,
+    adapter_ids: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+) -> Tensor:
+    """Return a base with the adapters added by the reference: for layers that failed the check.
+
+    Args:
+        base: ``[tokens, out_features]``.
+        x: ``[tokens, in_features]``.
+        adapter_ids: int64 ``[tokens]``, an id that is no slot for no adapter.
+        lora_a: for each slice ``[slots, 1, rank, in_features]``.
+        lora_b: for each slice ``[slots, 1, outputs, rank]``; the slices cover all outputs.
+    """
+    y, start = base.to(accumulation_dtype(x), copy=True), 0
+    for a, b in zip(lora_a, lora_b, strict=True):
+        stack = LoRAStack(a[:, 0], b[:, 0], torch.ones(len(a), device=a.device))
+        ids = torch.where(adapter_ids < len(a), adapter_ids, -1)
+        y[:, start : start + b.shape[2]] += expand(shrink(x, stack, ids), stack, ids)
+        start += b.shape[2]
+    return y.to(base.dtype)

@@ -1,8 +1,7 @@
 """Adapters on embeddings and on lm_head, on a CPU.
 
-These layers stay vLLM's own, but call the operators below in place of vLLM's. vLLM <= 0.32's CPU
-operators treat -1, a token without an adapter, as the last slot; and they copy an adapter for every
-token even where no adapter has weights for the layer.
+These layers stay vLLM's own. Where vLLM's CPU operators are wrong, they call the operators below:
+vLLM <= 0.32's treat -1, a token without an adapter, as the last slot.
 
 Source: vLLM's ``PunicaWrapperCPU.add_lora_logits`` and ``add_lora_embedding``.
 """
@@ -15,10 +14,27 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers import LogitsProcessorWithLoRA, LoRAMapping, VocabParallelEmbeddingWithLoRA
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-__all__ = ["VocabularyAdapters", "patch_vocabulary_lora"]
+__all__ = ["VocabularyAdapters", "adds_to_rows_without_an_adapter", "patch_vocabulary_lora"]
+
+
+@functools.cache
+def adds_to_rows_without_an_adapter() -> bool:
+    """Return whether vLLM's CPU operators add an adapter to rows that have none."""
+    mapping = LoRAMapping(index_mapping=(7, 0), prompt_mapping=(7, 0))
+    for mapping.is_prefill in (True, False):
+        operators = PunicaWrapperCPU(2, 2, torch.device("cpu"))
+        operators.update_metadata(mapping, [7], 1, 1)
+        one, y = torch.ones(1, 1, 1, 1), torch.zeros(2, 2)
+        operators.add_lora_embedding(y[:, :1], torch.ones(2, 1), one)
+        operators.add_lora_logits(y[:, 1:], torch.ones(2, 1), one, one, 1.0)
+        if bool(y[1].any()):
+            return True
+    return False
 
 
 class VocabularyAdapters:
@@ -89,7 +105,7 @@ def patch_vocabulary_lora(module: Any) -> None:
         return
     if isinstance(module.punica_wrapper, VocabularyAdapters):
         return
-    if module.lora_b_stacked.device.type != "cpu":
+    if module.lora_b_stacked.device.type != "cpu" or not adds_to_rows_without_an_adapter():
         return
     adapters = VocabularyAdapters(module.punica_wrapper)
     module.punica_wrapper = adapters

@@ -223,3 +223,14 @@ def test_a_token_without_an_adapter_has_the_slot_minus_one():
     mapping = LoRAMapping(index_mapping=(7, 7, 0, 9), prompt_mapping=(7, 0, 9), is_prefill=True)
     punica.update_metadata(mapping, [9, 7], SLOTS, 512)
     assert punica._token_lora_indices[:4].tolist() == [1, 1, -1, 0]
+
+
+def test_the_flag_for_steps_without_adapters_is_on_the_cpu():
+    """Only vLLM's operators for GPUs have it; their class of it needs none."""
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta
+
+    meta = LoRAKernelMeta.make(SLOTS, 4, device="cpu")
+    for ids, none in (([-1, -1], True), ([-1, 1], False)):
+        meta.prepare_tensors(torch.tensor(ids))
+        assert meta.no_lora_flag_cpu.device.type == "cpu"
+        assert bool(meta.no_lora_flag_cpu.item()) == none

@@ -33,3 +33,32 @@ def test_ours_failing_is_a_reason(monkeypatch):
 
     monkeypatch.setattr(stock_trial, "_ratios", fail)
     assert stock_reason(None, torch.device("cpu")) == "ours does not run: RuntimeError: no compiler"
+
+
+KIND = stock_trial.Kind((64,), 128, 128, 32, True, torch.bfloat16, torch.bfloat16)
+
+
+def test_a_default_device_does_not_matter(one_rank, monkeypatch):
+    """VLLM builds a model while the GPU is torch's default device; here another stands for it."""
+    monkeypatch.setattr(stock_trial, "recall", lambda *_: None)
+    monkeypatch.setattr(stock_trial, "remember", lambda *_: None)
+    monkeypatch.setattr(stock_trial, "TOKENS", (1, 4))
+    monkeypatch.setattr(stock_trial, "BUDGET", 0.01)
+    with torch.device("meta"):
+        ratios = stock_trial._ratios(KIND, torch.device("cpu"))
+    assert set(ratios) == {"1", "4"}
+
+
+def test_vllms_layer_is_where_the_weight_is(one_rank, monkeypatch):
+    """After loading, when scales of another dtype are tried, the CPU is the default device."""
+    placed = []
+
+    def stop(scheme, layer):
+        placed.extend(parameter.device.type for parameter in layer.parameters())
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(stock_trial.CompressedTensorsWNA16, "process_weights_after_loading", stop)
+    monkeypatch.setattr(stock_trial, "prepare", lambda weight: weight)
+    with pytest.raises(RuntimeError, match="far enough"):
+        stock_trial._measured(KIND, torch.device("meta"))
+    assert set(placed) == {"meta"}

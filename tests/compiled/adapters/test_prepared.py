@@ -58,6 +58,15 @@ def test_an_adapter_that_is_not_finite_is_noticed():
     assert not prepare_lora(spoiled).slices[0].finite
 
 
+def test_each_adapter_that_is_not_finite_counts():
+    b = STACK.b.clone()
+    b[0, 0, 0], b[2, 1, 0] = torch.nan, torch.inf
+    lora = prepare_lora(LoRAStack(STACK.a, b, STACK.scaling))
+    for adapter, finite in ((1, False), (0, False), (2, True)):
+        lora.update(adapter, [GOOD])
+        assert lora.slices[0].finite == finite
+
+
 GOOD = (torch.ones(1, STACK.in_features), torch.ones(STACK.out_features, 1), 1.0)
 
 

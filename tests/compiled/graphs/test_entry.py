@@ -77,6 +77,17 @@ def test_many_tokens_and_new_numbers_of_them_go_the_usual_way(layer):
                 assert same(layer, random_x(tokens, COLUMNS, torch.bfloat16), ids_of(tokens))
 
 
+def test_after_many_numbers_of_tokens_new_ones_are_still_kept(layer, monkeypatch):
+    monkeypatch.setattr("int4_lora.compiled.linear.MOST_ENTRIES", 3)
+    with torch.inference_mode():
+        for tokens in range(1, 9):
+            assert same(layer, random_x(tokens, COLUMNS, torch.bfloat16), ids_of(tokens))
+            with monkeypatch.context() as patch:
+                patch.setattr("int4_lora.compiled.linear.plan", None)
+                layer(random_x(tokens, COLUMNS, torch.bfloat16), ids_of(tokens))
+            assert len(layer._entries) <= 3
+
+
 def test_what_differs_from_the_call_before_is_seen(layer):
     x, ids = random_x(5, COLUMNS, torch.bfloat16), ids_of(5)
     with torch.no_grad():

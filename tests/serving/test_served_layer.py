@@ -1,0 +1,169 @@
+"""A served layer without an engine: adapters that are broken, absent, or added within a graph."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from int4_lora.integration.vllm_plugin.options import Options
+from int4_lora.integration.vllm_plugin.served_engine import KERNELS, ServedEngine
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots, add_eagerly
+from support.engines import CONFIG
+
+INPUTS, OUTPUTS, SLOTS = 256, 128, 3
+RANK = 80  # of this rank, prefill is `masked` where the number of tokens is known
+MOST_RANK = 16  # of vLLM's slots
+A = torch.randn(SLOTS, 1, RANK, INPUTS, generator=torch.Generator().manual_seed(0)) / 16
+B = torch.randn(SLOTS, 1, OUTPUTS, RANK, generator=torch.Generator().manual_seed(1))
+X = torch.randn(600, INPUTS, generator=torch.Generator().manual_seed(2))
+BASE = torch.randn(600, OUTPUTS, generator=torch.Generator().manual_seed(3))
+IDS = torch.arange(600) % (SLOTS + 1) - 1
+
+
+def expected(ids=IDS, b=B):
+    rows = [
+        base if slot < 0 else base + b[slot, 0].double() @ (A[slot, 0].double() @ x)
+        for slot, x, base in zip(ids.tolist(), X.double(), BASE.double(), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def layer_with_slots():
+    layer = ServedLayer("layer")
+    layer.lora, (view,) = adapter_slots([A], [B])
+    view.copy_(B)
+    return layer
+
+
+def test_adapters_within_a_graph_are_right_for_any_number_of_tokens():
+    """VLLM traces once and drops the guards; later a B that is not finite is loaded."""
+    layer = layer_with_slots()
+    kept = torch.compile(
+        layer.add_adapters,
+        backend="eager",
+        fullgraph=True,
+        options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+    )
+    for tokens in (600, 1, 7):
+        rows = [operand[:tokens].clone() for operand in (BASE, X, IDS)]
+        for operand in rows:
+            torch._dynamo.mark_dynamic(operand, 0)
+        y = kept(*rows)
+        torch.testing.assert_close(y.double(), expected()[:tokens], rtol=1e-5, atol=1e-4)
+    layer.lora.slices[0].bt[1].fill_(torch.nan)
+    y = kept(BASE.clone(), X.clone(), IDS.clone())
+    assert y[IDS == 1].isnan().all()
+    others = IDS != 1
+    torch.testing.assert_close(y[others].double(), expected()[others], rtol=1e-5, atol=1e-4)
+
+
+def test_adapters_by_the_reference():
+    y = add_eagerly(BASE, X, IDS, [A], [B])
+    torch.testing.assert_close(y.double(), expected(), rtol=1e-5, atol=1e-4)
+    ids = torch.where(IDS == 2, 99, IDS)  # no slot
+    torch.testing.assert_close(
+        add_eagerly(BASE, X, ids, [A], [B])[IDS == 2], BASE[IDS == 2], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_on_a_gpu_vllms_flag_tells_whether_a_step_has_adapters(none):
+    """Shown with tensors of the meta device, since no GPU is needed to read the flag."""
+    layer = ServedLayer("layer")
+    ids = IDS.to("meta")
+    assert not layer._none_active(ids)
+    meta = SimpleNamespace(no_lora_flag_cpu=torch.tensor([none]))
+    layer.operators = SimpleNamespace(token_mapping_meta=meta)
+    assert layer._none_active(ids) == none
+
+
+def test_the_key_of_vllms_compile_cache_knows_which_kernels_run():
+    from vllm.config import VllmConfig
+
+    def key(weight, lora_fallback_reason=None):
+        config = VllmConfig()
+        engine = ServedEngine(model="m", additional_config=config.additional_config)
+        layer = ServedLayer("a.b", engine, int4=True, weight=weight)
+        layer.lora_fallback_reason = lora_fallback_reason
+        engine.layers.append(layer)
+        engine.weight_loaded(layer)
+        assert set(config.additional_config) == {KERNELS}
+        return config.compute_hash()
+
+    assert len({key(None), key(object()), key(object(), "not right")}) == 3
+    assert key(None) == key(None)
+
+
+def test_on_a_gpu_the_log_says_experimental_whichever_kernels_run():
+    engine = ServedEngine(device="cuda")
+    engine.layers.append(ServedLayer("a", engine, int4=True, fallback_reason="measured"))
+    assert "experimental" in engine.summary()[1]
+    engine.device = "cpu"
+    assert len(engine.summary()) == 1
+
+
+@pytest.fixture
+def wrapped(one_rank, monkeypatch):
+    """Return a function that makes one of our LoRA layers; its check finds a given fault."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    from int4_lora.integration.vllm_plugin import lora_layers
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+
+    def make(fault=None):
+        monkeypatch.setattr(ServedLayer, "adapters_fault", lambda *_: fault)
+        config = Int4LoRAConfig.from_config(CONFIG)
+        config._engine = ServedEngine(Options(backend="compiled", warm_up=False))
+        base = ColumnParallelLinear(
+            INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, quant_config=config
+        )
+        (ours,) = [
+            cls for cls in lora_layers.LAYERS if cls.__name__ == "Int4ColumnParallelLinearWithLoRA"
+        ]
+        layer = ours(base)
+        settings = LoRAConfig(max_lora_rank=MOST_RANK, max_loras=SLOTS, max_cpu_loras=SLOTS)
+        settings.lora_dtype = torch.bfloat16
+        layer.create_lora_weights(SLOTS, settings, None)
+        return layer
+
+    return make
+
+
+def test_a_layer_that_fails_the_check_keeps_vllms_layout(wrapped):
+    """VLLM's operators for GPUs assert that B is contiguous."""
+    assert not wrapped().lora_b_stacked[0].is_contiguous()
+    failed = wrapped("wrong by 3")
+    assert failed.lora_b_stacked[0].is_contiguous()
+    assert failed.served.lora is None
+    failed.set_lora(
+        1, torch.ones(MOST_RANK, INPUTS).bfloat16(), torch.ones(OUTPUTS, MOST_RANK).bfloat16()
+    )
+    assert failed.lora_b_stacked[0][1].eq(1).all()
+
+
+def test_filling_a_slot_looks_at_its_adapter_alone(wrapped, monkeypatch):
+    layer = wrapped()
+    (slice_,) = layer.served.lora.slices
+    a, good = torch.ones(MOST_RANK, INPUTS).bfloat16(), torch.ones(OUTPUTS, MOST_RANK).bfloat16()
+    spoilt = good.clone()
+    spoilt[3, 2] = torch.inf
+    looked_at, isfinite = [], torch.Tensor.isfinite
+
+    def look(tensor):
+        looked_at.append(tensor.numel())
+        return isfinite(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "isfinite", look)
+    for slot, b, finite in ((0, good, True), (1, spoilt, False), (0, good, False)):
+        layer.set_lora(slot, a, b)
+        assert slice_.finite == finite
+    layer.set_lora(2, a, spoilt)
+    layer.reset_lora(1)
+    assert not slice_.finite
+    layer.set_lora(2, a, good)
+    assert slice_.finite
+    assert looked_at == [OUTPUTS * MOST_RANK] * 5
+    # finite in float32, infinite in the slots
+    layer.set_lora(1, a, torch.full((OUTPUTS, MOST_RANK), 3.4e38))
+    assert not slice_.finite
