@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["DenseRecord"]
+from torch import nn
+
+__all__ = ["DenseRecord", "forget_quantizer"]
 
 BEFORE = "_pre_quantization_dtype"  # transformers 4.57 cannot save it without quantization_config
 
@@ -51,3 +53,24 @@ class DenseRecord:
             inner["ignore"] = ignore
         else:
             inner.ignore = ignore
+
+
+def forget_quantizer(model: nn.Module) -> None:
+    """Make a model whose layers are all dense one that transformers calls not quantised.
+
+    A quantised model cannot be cast by ``half()``, and ``Trainer`` refuses to train it without
+    adapters. A model whose config still has a ``quantization_config`` stays as it is.
+
+    Args:
+        model: a model of transformers.
+
+    Source:
+        ``HfQuantizer.remove_quantization_config`` of transformers.
+    """
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        return
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.is_quantized = False  # type: ignore[assignment]
+    for module in model.modules():
+        getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)

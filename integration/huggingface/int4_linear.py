@@ -2,7 +2,8 @@
 
 It holds the checkpoint's tensors once, in the layout of ``int4_lora.compiled.prepare``, as frozen
 buffers. They move between devices and are never cast; ``state_dict`` gives the checkpoint's names
-and tensors, bit for bit.
+and tensors, bit for bit. Within a layer of PEFT the words are converted to the checkpoint's order
+only if they are used: PEFT saves an adapter by ``state_dict``, of which it takes the adapter.
 
 Source: ``torch.nn.Linear``; ``docs/format.md`` for the names.
 """
@@ -25,6 +26,8 @@ from int4_lora.integration.huggingface.dequantised import (
     dense_weight,
 )
 from int4_lora.integration.huggingface.layout_tensors import named_tensors, with_tensors
+from int4_lora.integration.huggingface.lazy_tensor import LazyTensor
+from int4_lora.integration.huggingface.registration import register
 from int4_lora.reference import PackedWeight
 
 __all__ = ["Int4Linear"]
@@ -35,6 +38,7 @@ FIELDS = {  # the parts that hold a field of PackedWeight
     "weight_zero_point": "zero_point",
     "weight_g_idx": "g_idx",
 }
+PEFT = "base_layer."  # where each layer of PEFT holds the layer that it adapts
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of a float
 
 
@@ -123,6 +127,11 @@ class Int4Linear(nn.Linear):
             self._take(layout)
         return self._layout
 
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        """The names of the buffers that hold the weight."""
+        return tuple(self._names)
+
     def packed_weight(self) -> PackedWeight:
         """Return the checkpoint's tensors, bit for bit."""
         return self.prepared.packed_weight()
@@ -161,6 +170,12 @@ class Int4Linear(nn.Linear):
         if name == "weight":
             raise RuntimeError(READ_ONLY)
         super().register_parameter(name, param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or of a pickle that another process may have written."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.record is not None:  # as keep_packed did
+            register()
 
     def _hold(self, weight: PackedWeight) -> None:
         """Lay out a weight for its device and hold it."""
@@ -210,12 +225,21 @@ class Int4Linear(nn.Linear):
         words = layout.packed_rows(0, min(layout.tile, self.out_features))
         return layout.with_words(words[:1].expand(self.out_features, -1))
 
+    def _lazy_words(self, like: Tensor) -> LazyTensor:
+        """Return the checkpoint's words, converted at their first use."""
+        layout = self.prepared
+        return LazyTensor(lambda: layout.packed_weight().packed, like)
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         """Add the checkpoint's tensors under the checkpoint's names."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for part, tensor in self._stored(self.packed_weight()).items():
+        within_peft = prefix.endswith(PEFT)
+        stored = self._stored(self._described() if within_peft else self.packed_weight())
+        if within_peft:
+            stored["weight_packed"] = self._lazy_words(stored["weight_packed"])
+        for part, tensor in stored.items():
             destination[prefix + part] = tensor
 
     def _load_from_state_dict(

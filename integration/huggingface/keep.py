@@ -10,7 +10,6 @@ Source: ``ModelCompressor.add_decompress_hook`` of compressed-tensors.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import warnings
 from typing import TypeVar
@@ -31,6 +30,7 @@ from int4_lora.integration.huggingface.quantised_modules import (
     quantised_modules,
     sort_modules,
 )
+from int4_lora.integration.huggingface.registration import register
 from int4_lora.reference import PackedWeight
 
 __all__ = ["keep_packed"]
@@ -93,7 +93,7 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
             setattr(parent, attribute, layer)
     if not any(_is_compressed(module) for module in found.values()):
         _remove_decompression(model)
-    _register_with_peft()
+    register()
     left = {**findings.left, **dict.fromkeys(findings.dense, DENSE)}
     if left:
         warnings.warn(f"these quantised modules stay as they are:\n{describe(left)}", stacklevel=2)
@@ -162,20 +162,6 @@ def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
             if child is not None:
                 places.setdefault(child, []).append((parent, attribute))
     return places
-
-
-def _register_with_peft() -> None:
-    """Make PEFT use our LoRA layer, where PEFT is installed."""
-    if importlib.util.find_spec("peft") is None:
-        return
-    try:
-        registration = importlib.import_module(
-            "int4_lora.integration.huggingface.peft_registration"
-        )
-    except ImportError as error:
-        warnings.warn(f"PEFT is installed, but cannot be used here: {error}", stacklevel=3)
-        return
-    registration.register()
 
 
 def _is_compressed(module: nn.Module) -> bool:

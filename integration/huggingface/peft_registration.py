@@ -4,9 +4,11 @@ PEFT's hook for layers of other libraries, ``LoraConfig._register_custom_module`
 config, and is not saved with it. So that ``get_peft_model(model, LoraConfig(...))`` and
 ``PeftModel.from_pretrained`` need no change, the one function of PEFT that makes LoRA layers is
 wrapped: for an ``Int4Linear`` it first calls that hook on the config. For every other layer it is
-what it was.
+what it was. So is the function that removes adapters, after which a model without INT4 linears is
+not a quantised one.
 
-Source: ``LoraModel._create_new_module`` in ``peft/tuners/lora/model.py``, PEFT 0.17 to 0.21.
+Source: ``LoraModel._create_new_module`` and ``LoraModel._unload_and_optionally_merge`` in
+``peft/tuners/lora/model.py`` and ``peft/tuners/tuners_utils.py``, PEFT 0.17 to 0.21.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import Any
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
+from int4_lora.integration.huggingface.dense_record import forget_quantizer
 from int4_lora.integration.huggingface.int4_linear import Int4Linear
 from int4_lora.integration.huggingface.peft_layer import Int4LoraLinear
 
@@ -28,9 +32,15 @@ MARK = "_int4_lora"
 
 def register() -> None:
     """Register ``Int4LoraLinear`` with PEFT; a second call changes nothing."""
-    create = LoraModel._create_new_module
-    if hasattr(create, MARK):
+    if hasattr(LoraModel._create_new_module, MARK):
         return
+    _wrap_creation()
+    _wrap_unloading()
+
+
+def _wrap_creation() -> None:
+    """Make PEFT put ``Int4LoraLinear`` on an ``Int4Linear``."""
+    create = LoraModel._create_new_module
 
     @functools.wraps(create)
     def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
@@ -50,3 +60,23 @@ def register() -> None:
 
     setattr(create_new_module, MARK, True)
     LoraModel._create_new_module = staticmethod(create_new_module)
+
+
+def _wrap_unloading() -> None:
+    """Make a model that is dense after its adapters were merged one that is not quantised."""
+    unload = LoraModel._unload_and_optionally_merge
+
+    @functools.wraps(unload)
+    def unload_and_optionally_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
+        was_packed = _has_int4_linears(self.model)
+        unloaded = unload(self, *args, **kwargs)
+        if was_packed and not _has_int4_linears(self.model):
+            forget_quantizer(self.model)
+        return unloaded
+
+    LoraModel._unload_and_optionally_merge = unload_and_optionally_merge
+
+
+def _has_int4_linears(model: nn.Module) -> bool:
+    """Return whether a model has INT4 linears."""
+    return any(isinstance(module, Int4Linear) for module in model.modules())

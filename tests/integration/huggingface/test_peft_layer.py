@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from int4_lora.integration.huggingface import Int4Linear, keep_packed, load_packed
@@ -101,6 +101,32 @@ def test_an_adapter_of_peft_is_saved_and_loaded(packed, dense, tmp_path):
     saved = [load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[1])
+
+
+def test_saving_an_adapter_converts_no_packed_words(packed, tmp_path, monkeypatch):
+    """PEFT asks for the state_dict of the whole model, and takes the adapter's tensors."""
+    stored = packed.state_dict()
+    model = filled(get_peft_model(packed, config(**PLAIN)))
+    layout = type(layers_of(model)[0].base_layer.prepared)
+    convert, rows = layout.packed_rows, []
+
+    def counted(self, start, stop):
+        rows.append(stop - start)
+        return convert(self, start, stop)
+
+    monkeypatch.setattr(layout, "packed_rows", counted)
+    model.save_pretrained(tmp_path / "adapter")
+    assert sum(rows) <= 14 * layers_of(model)[0].base_layer.prepared.tile < 14 * 256
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 28
+    state = model.state_dict()
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        inner = f"{module}.base_layer.{part}" if "_proj" in module else name
+        assert torch.equal(state[f"base_model.model.{inner}"], tensor)
+    model.load_state_dict(state)
+    save_file(state, tmp_path / "whole.safetensors")
+    saved = load_file(tmp_path / "whole.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
 
 
 def test_several_adapters_and_disabling_them(packed, dense):
@@ -222,6 +248,29 @@ def test_a_merged_model_is_saved_so_that_it_loads_again(square, tmp_path):
         again = kind(tmp_path / name, dtype="auto")
         assert sum(isinstance(one, Int4Linear) for one in again.modules()) == count
         assert torch.equal(logits(again), logits(merged))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # PEFT up to 0.20 leaves it
+def test_a_model_that_became_dense_is_not_quantised(square):
+    """In transformers nobody may cast a quantised model, or train it without adapters."""
+    model = load_packed(square("g128"))
+    marks = ("hf_quantizer", "quantization_method")
+    assert model.is_quantized
+    assert get_peft_model(model, config(**PLAIN)).unload() is model
+    for name, dense in (("patterns", False), ("lora", True)):
+        model = filled(get_peft_model(model, config(**CONFIGS[name]))).merge_and_unload()
+        assert model.is_quantized is not dense
+        assert all(hasattr(model, mark) is not dense for mark in marks)
+    assert not hasattr(model.config, "_is_quantized")
+    assert model.half().dtype == torch.float16
+
+
+def test_a_dense_model_with_other_quantised_layers_stays_quantised(square):
+    model = load_packed(square("g128"))
+    model.get_submodule("model.layers.0.mlp.up_proj").record.others = True
+    merged = filled(get_peft_model(model, config(**PLAIN))).merge_and_unload()
+    assert merged.is_quantized
+    assert merged.config.quantization_config is not None
 
 
 def test_merging_into_int4_is_refused_with_the_command(packed):
