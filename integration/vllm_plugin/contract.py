@@ -133,6 +133,23 @@ SYMBOLS = (
         SCHEMES, "CompressedTensorsWNA16.process_weights_after_loading", ("layer",), "stock base"
     ),
     Symbol(SCHEMES, "CompressedTensorsWNA16.apply_weights", ("layer", "x", "bias"), "stock base"),
+    Symbol(
+        "vllm.model_executor.kernels.linear",
+        "register_linear_kernel",
+        ("kernel_class", "platform", "kernel_type"),
+        "takes the stand-in for shapes that vLLM has no kernel for",
+    ),
+    *(
+        Symbol(
+            "vllm.model_executor.kernels.linear", f"MPLinearKernel.{name}", parameters, "overridden"
+        )
+        for name, parameters in (
+            ("can_implement", ("c",)),
+            ("get_min_capability", ()),
+            ("process_weights_after_loading", ("layer",)),
+            ("apply_weights", ("layer", "x", "bias")),
+        )
+    ),
     *(Symbol(LORA, f"{name}.can_replace_layer", REPLACES, "subclassed") for name in LORA_CLASSES),
     *(Symbol(LORA, f"{name}.apply", ("x", "bias"), "overridden") for name in LORA_CLASSES),
     *(
@@ -255,6 +272,7 @@ ATTRIBUTES = (
         Attribute(LINEAR, "ColumnParallelLinear", name, "the shape of a rank's part")
         for name in ("output_size_per_partition", "input_size_per_partition")
     ),
+    Attribute(SCHEMES, "CompressedTensorsWNA16", "kernel", "whether vLLM has a kernel at all"),
     Attribute(LINEAR, "LinearBase", "skip_bias_add", "whether the kernel adds the bias"),
     Attribute(LINEAR, "LinearBase", "quant_method", "stock base"),
     Attribute(LINEAR, "RowParallelLinear", "tp_rank", "whether the kernel adds the bias"),

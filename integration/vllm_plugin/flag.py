@@ -24,13 +24,10 @@ METHOD = "compressed-tensors"
 
 
 class Int4LoRAFlag(QuantizationConfig):
-    """What vLLM finds under the name ``int4_lora``; ``from_config`` returns the configuration.
+    """The class that vLLM has under the name ``int4_lora``; it has no instances."""
 
-    Raises:
-        ValueError: always: vLLM makes an instance where the model has no ``quantization_config``.
-    """
-
-    def __init__(self) -> None:
+    def __new__(cls) -> Int4LoRAFlag:
+        """Refuse: vLLM makes an instance for a model that is not quantised."""
         raise ValueError(
             f"int4_lora takes {METHOD} checkpoints, and this model has no quantization_config"
         )

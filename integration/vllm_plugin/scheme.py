@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 
 from int4_lora.compiled import PreparedWeight, prepare
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
+from int4_lora.integration.vllm_plugin.stand_in_kernel import StandInKernel, standing_in
 from int4_lora.integration.vllm_plugin.stock_trial import Kind, stock_reason
 from int4_lora.reference import PackedWeight
 
@@ -60,16 +61,17 @@ class Int4Scheme(CompressedTensorsWNA16):
         **kwargs: Any,
     ) -> None:
         """Allocate the checkpoint's tensors; decide whether vLLM's kernel is to compute."""
-        super().create_weights(
-            layer=layer,
-            output_size=output_size,
-            input_size=input_size,
-            output_partition_sizes=output_partition_sizes,
-            input_size_per_partition=input_size_per_partition,
-            params_dtype=params_dtype,
-            weight_loader=_keeping_scale_dtype(weight_loader, self.served.scale_dtypes),
-            **kwargs,
-        )
+        with standing_in():
+            super().create_weights(
+                layer=layer,
+                output_size=output_size,
+                input_size=input_size,
+                output_partition_sizes=output_partition_sizes,
+                input_size_per_partition=input_size_per_partition,
+                params_dtype=params_dtype,
+                weight_loader=_keeping_scale_dtype(weight_loader, self.served.scale_dtypes),
+                **kwargs,
+            )
         self.served.kind = Kind(
             outputs=tuple(output_partition_sizes),
             inputs=input_size_per_partition,
@@ -82,7 +84,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         backend = self.served.engine.options.backend
         if backend == "stock-base":
             self.served.fallback_reason = "as the option backend asks"
-        elif backend == "auto":
+        elif self._may_try_stock():
             self._try_stock(self.served.kind, layer.weight_packed.device)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -91,7 +93,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         assert kind is not None
         if served.fallback_reason is None and len(served.scale_dtypes) > 1:
             served.fallback_reason = f"merged of scales in {sorted(map(str, served.scale_dtypes))}"
-        if served.fallback_reason is None and served.engine.options.backend == "auto":
+        if served.fallback_reason is None and self._may_try_stock():
             scale = layer.weight_scale  # its dtype is known only after loading
             self._try_stock(dataclasses.replace(kind, scale_dtype=scale.dtype), scale.device)
         if served.fallback_reason is None:
@@ -108,6 +110,11 @@ class Int4Scheme(CompressedTensorsWNA16):
             return super().apply_weights(layer, x, bias)
         y = self.served.forward(x.flatten(0, -2), None, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _may_try_stock(self) -> bool:
+        """Return whether vLLM's kernel may be chosen for its speed."""
+        of_vllm = not isinstance(self.kernel, StandInKernel)
+        return of_vllm and self.served.engine.options.backend == "auto"
 
     def _try_stock(self, kind: Kind, device: torch.device) -> None:
         """Set the reason to run a kind of layer on vLLM's kernel, measured once an engine."""
