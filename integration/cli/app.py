@@ -21,6 +21,7 @@ from int4_lora.integration.cli.golden import golden
 from int4_lora.integration.cli.inspect import inspect
 from int4_lora.integration.cli.merge import merge
 from int4_lora.integration.cli.scoreboard import scoreboard
+from int4_lora.integration.cli.train import train
 from int4_lora.integration.cli.tune import tune
 from int4_lora.integration.cli.unpack import unpack
 from int4_lora.integration.cli.verify import verify
@@ -29,7 +30,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="int4-lora",
-    help="Inspect, convert and check INT4 checkpoints with LoRA adapters, and check kernels.",
+    help="Inspect, convert and check INT4 checkpoints, train LoRA adapters, and check kernels.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -53,7 +54,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Inspect, convert and check INT4 checkpoints with LoRA adapters, and check kernels."""
+    """Inspect, convert and check INT4 checkpoints, train LoRA adapters, and check kernels."""
 
 
 for command in (
@@ -62,6 +63,7 @@ for command in (
     unpack,
     merge,
     annotate,
+    train,
     tune,
     doctor,
     demo,

@@ -1,4 +1,4 @@
-"""Make a small INT4 Llama and three adapters with compressed-tensors and PEFT.
+"""Make a small INT4 Llama, its tokenizer and three adapters with compressed-tensors and PEFT.
 
 The files are made once and kept in a cache folder. The weights are random; the file formats are
 those that these tools write for a model of any size.
@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from int4_lora.atomic_files import new_folder
+from int4_lora.integration.demo.tokenizer import save_tokenizer
 
 __all__ = [
     "ADAPTERS",
@@ -39,7 +40,7 @@ __all__ = [
     "save_quantised",
 ]
 
-FOLDER = "demo-llama-w4a16-g128-1"  # increase the last number when the recipe changes
+FOLDER = "demo-llama-w4a16-g128-2"  # increase the last number when the recipe changes
 
 LLAMA = {
     "hidden_size": 512,
@@ -99,6 +100,7 @@ def prepare(cache: Path) -> DemoFiles:
         try:
             with new_folder(folder) as made:
                 make_model(made / "model", LLAMA, WEIGHTS)
+                save_tokenizer(made / "model", length=LLAMA["max_position_embeddings"])
                 for name, settings in ADAPTERS.items():
                     make_adapter(made / name, LLAMA, name, settings)
         except OSError:

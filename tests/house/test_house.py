@@ -17,6 +17,7 @@ ALLOWED = {
 ROOMS = {
     "demo": {"transformers", "peft"},
     "huggingface": {"transformers", "peft"},
+    "training": {"transformers", "peft"},
     "vllm_plugin": {"vllm"},
 }
 

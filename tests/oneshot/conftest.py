@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from int4_lora.integration.demo.tokenizer import save_tokenizer
 from support.tiny import LLAMA
-from support.tokenizer import save_tokenizer
 
 TEXT = Path(__file__).parents[2] / "docs" / "format.md"
 
@@ -28,7 +28,7 @@ def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     config = transformers.LlamaConfig(**LLAMA)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, length=128)
     return folder
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from int4_lora.integration.demo.tokenizer import save_tokenizer
 from support.tiny import LLAMA
-from support.tokenizer import save_tokenizer
 
 REQUESTS = int(os.environ.get("INT4_LORA_SOAK", "200"))
 ADAPTERS, SLOTS, TOKENS = 12, 4, 4
@@ -90,7 +90,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tiny_models, folders, tmp_path_factory):
     folder = shutil.copytree(tiny_models["g128"], tmp_path_factory.mktemp("model") / "g128")
-    save_tokenizer(folder)
+    save_tokenizer(folder, length=128)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

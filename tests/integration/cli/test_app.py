@@ -31,6 +31,7 @@ VALUES = {  # of options whose values are checked by the command itself
 ARGUMENTS = {
     "merge": ["missing", "target", "--adapter=missing"],
     "unpack": ["missing", "target"],
+    "train": ["missing", "data", "--output=target"],
     "golden write": ["folder"],
     "golden check": ["folder", "results"],
     "conform": ["int4_lora.reference"],
@@ -135,6 +136,7 @@ def test_help_and_usage_errors_do_not_wait_for_torch_or_rich():
         "demo --adapter sql",
         "tune missing --tokens 0",
         "tune missing --device nonsense",
+        "train missing data --output target --device nonsense",
     ]
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],

@@ -1,0 +1,129 @@
+"""``int4-lora train``, the page of fine-tuning, and the example with TRL."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from int4_lora.integration.cli.app import app
+from int4_lora.integration.demo.tokenizer import save_tokenizer
+from support.tiny import SQUARE, make_tiny
+
+ROOT = Path(__file__).parents[3]
+SHORT = ["--steps=3", "--length=32", "--eval-split=0.2", "--rank=4", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return the folder of a tiny INT4 model with a tokenizer."""
+    folder = make_tiny(tmp_path_factory.mktemp("train") / "model", "g128", SQUARE)
+    save_tokenizer(folder, length=256)
+    return folder
+
+
+@pytest.fixture
+def desk(made, tmp_path, monkeypatch):
+    """Make a folder with a model and data the working directory."""
+    (tmp_path / "model").symlink_to(made)
+    shutil.copy(ROOT / "docs" / "fine-tuning.md", tmp_path / "notes.txt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(part) for part in arguments])
+
+
+def test_json_is_the_report(desk):
+    result = invoke("train", "model", "notes.txt", "--output=adapter", *SHORT, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    report = json.loads((desk / "adapter" / "training.json").read_text())
+    assert printed["output"] == "adapter"
+    assert printed["seconds"] > 0
+    assert {key: printed[key] for key in report} == report
+    assert report["settings"]["dtype"] == "bfloat16"
+    assert "cut into rows" in result.stderr
+    assert "step" not in result.stderr
+
+
+def test_where_there_is_no_terminal_lines_tell_the_losses(desk):
+    result = invoke("train", "model", "notes.txt", "--output=adapter", *SHORT)
+    assert result.exit_code == 0, result.output
+    report = json.loads((desk / "adapter" / "training.json").read_text())
+    for entry in report["losses"]:
+        assert f"step {entry['step']} of 3: loss {entry['loss']:.4f}\n" in result.stderr
+    for entry in report["evaluations"]:
+        assert f"step {entry['step']} of 3: evaluated loss {entry['loss']:.4f}" in result.stderr
+    assert "adapter: rank 4, alpha 8, on down_proj, gate_proj" in result.stdout
+    again = invoke("train", "model", "notes.txt", "--output=adapter", *SHORT)
+    assert again.exit_code == 2
+    assert "adapter is there: --force replaces it" in again.stderr
+    assert again.stdout == ""
+
+
+def test_a_loss_that_is_not_finite_ends_with_exit_code_1(desk):
+    options = ["--learning-rate=1e37", "--save-every=1", "--steps=3", "--length=32"]
+    result = invoke("train", "model", "notes.txt", "--output=adapter", *options)
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("int4-lora: ")]
+    assert "in step 2; the last good checkpoint is adapter.partial/checkpoint-1" in line
+    assert sorted(path.name for path in desk.iterdir()) == ["adapter.partial", "model", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--learning-rate=-1", "learning_rate must be a finite number above 0, got -1"),
+        ("--alpha=nan", "alpha must be a finite number above 0, got nan"),
+        ("--eval-split=1", r"eval_split must be in \[0, 1\), got 1"),
+        ("--targets=q_proj,", r"targets must be names of modules, got \['q_proj', ''\]"),
+        ("--seed=4294967296", r"seed must be below 2\^32"),
+        ("--length=257", "length must be at most 256, the max_position_embeddings of model"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(desk, option, message):
+    result = invoke("train", "model", "notes.txt", "--output=adapter", option)
+    assert result.exit_code == 2
+    assert re.search(message, result.stderr)
+    assert sorted(path.name for path in desk.iterdir()) == ["model", "notes.txt"]
+
+
+def test_the_page_of_fine_tuning_runs(desk):
+    page = (ROOT / "docs" / "fine-tuning.md").read_text()
+    lines = re.findall(r"^\$ int4-lora (.*)$", page, flags=re.M)
+    assert [line.split()[0] for line in lines] == ["train", "inspect", "merge", "merge"]
+    for line in lines:
+        if find_spec("matplotlib") is None:
+            line = line.removesuffix(" --plot")
+        result = invoke(*line.split())
+        assert result.exit_code == 0, result.output
+    report = json.loads((desk / "notes-lora" / "training.json").read_text())
+    assert report["evaluations"][-1]["loss"] < 0.98 * report["losses"][0]["loss"]
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, {})
+    names = {"model", "notes.txt", "notes-lora", "merged", "merged-w4a16", "python-lora"}
+    assert {path.name for path in desk.iterdir()} == names
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed")
+@pytest.mark.filterwarnings("ignore")  # of a data loader without a GPU, and TRL's of transformers
+def test_the_example_with_trl_runs(desk, monkeypatch):
+    texts = ["the quick brown fox " * (1 + number % 5) for number in range(12)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (desk / "data.jsonl").write_text(lines)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(desk / "datasets"))
+    program = ROOT / "examples" / "finetune_int4.py"
+    assert len(program.read_text().splitlines()) <= 45
+    monkeypatch.setattr(sys, "argv", [str(program), "model", "data.jsonl", "sft-lora"])
+    runpy.run_path(str(program), run_name="__main__")
+    result = invoke("inspect", "model", "--adapter", "sft-lora", "--json")
+    assert result.exit_code == 0, result.output
+    (adapter,) = json.loads(result.stdout)["adapters"]
+    assert adapter["ranks"] == [16]
