@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["batched_product", "has_products", "product"]
+__all__ = ["batched_product", "has_products", "narrow_product", "product"]
 
 HALVES = (torch.float16, torch.bfloat16)
 ONEDNN = {  # functions that return whether oneDNN has products in a dtype on this CPU
@@ -41,6 +41,21 @@ def product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
     if _out_dtype_is_known(left, right, sums):
         return torch.mm(left, right, out_dtype=sums)
     return left.to(sums) @ right.to(sums)
+
+
+def narrow_product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
+    """Return ``left @ right`` of factors of one dtype, which are not widened, summed in ``sums``.
+
+    The result is in ``sums`` where the device has such products, else in the dtype of the factors.
+
+    Args:
+        left: ``[m, k]``.
+        right: ``[k, n]``, in the dtype of ``left``.
+        sums: float32 or float64.
+    """
+    if _out_dtype_is_known(left, right, sums):
+        return torch.mm(left, right, out_dtype=sums)
+    return left @ right
 
 
 def batched_product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ weights that it dequantised. One product of the whole tile would be split by col
 by groups: half of the tile would cross from core to core, which at times made the layer take 1.6
 times as long.
 
-Source: ``c10/util/BFloat16.h`` of PyTorch for rounding to nearest even in integers.
+Source: ``compiled/rounding.py`` for rounding to nearest even in integers.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+from int4_lora.compiled.rounding import UPPER, bfloat16_bits, rounded
 
-__all__ = ["Tile", "base", "halves", "paired", "scales_of"]
+__all__ = ["Tile", "base", "decodes_pairs", "halves", "paired", "scales_of"]
 
-UPPER, LOWER = -(2**16), 2**16 - 1  # the two 16-bit halves of a word
+LOWER = 2**16 - 1  # the lower half of a word
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
     blocks = weight.out_features // weight.block
     whole = blocks * weight.block
     most = max(1, workspace // (x.dtype.itemsize * weight.in_features * weight.block))
-    pairs = x.dtype == weight.scale_dtype == torch.bfloat16 and sys.byteorder == "little"
+    pairs = decodes_pairs(weight, x.dtype)
     part = _of_pairs if pairs else _of_halves
     scales = scales_of(weight, torch.float32 if pairs else weight.scale_dtype)
     tiles = _tiles(blocks, _threads(), most)
@@ -72,6 +73,11 @@ def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
     if whole < weight.out_features:
         found.append(x @ weight.columns(whole, weight.out_features, x.dtype))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def decodes_pairs(weight: Int4PackWeight, dtype: torch.dtype) -> bool:
+    """Return whether ``paired`` decodes the weight for products in a dtype; else ``halves``."""
+    return dtype == weight.scale_dtype == torch.bfloat16 and sys.byteorder == "little"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -115,7 +121,7 @@ def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
         half is followed by the row of the second half that shares its bytes.
     """
     low, high = _codes_and_scales(weight, tile, scales)
-    words = (_rounded(high) & UPPER) | ((_rounded(low) >> 16) & LOWER)
+    words = (bfloat16_bits(high) & UPPER) | ((bfloat16_bits(low) >> 16) & LOWER)
     return words.reshape(tile.parts, weight.in_features, -1).view(torch.bfloat16)
 
 
@@ -133,7 +139,7 @@ def halves(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtyp
     """
     both = _codes_and_scales(weight, tile, scales.float())
     shape = (tile.parts, weight.in_features, -1)
-    return [half.to(weight.scale_dtype).to(dtype).reshape(shape) for half in both]
+    return [rounded(half, weight.scale_dtype).to(dtype).reshape(shape) for half in both]
 
 
 def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,15 +154,6 @@ def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tup
     scale = scales[:, rows].reshape(groups, tile.parts, tile.blocks, 2, half).transpose(0, 1)
     low, high = (words & 15) - 8, (words >> 4) - 8
     return low.float() * scale[:, :, None, :, 0], high.float() * scale[:, :, None, :, 1]
-
-
-def _rounded(values: Tensor) -> Tensor:
-    """Return int32 words whose upper halves are float32 ``values`` rounded to bfloat16.
-
-    A NaN stays a NaN: a NaN from bfloat16 scales has 16 low bits of 0, so that nothing is carried.
-    """
-    bits = values.view(torch.int32)
-    return bits + 0x7FFF + ((bits >> 16) & 1)
 
 
 def _of_pairs(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:

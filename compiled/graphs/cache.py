@@ -8,7 +8,7 @@ Dynamo's guards on plain operands are left out: the key checks the same at less 
 a graph is called without Dynamo, whose guards and wrappers take 0.3 ms with cold processor caches,
 as they are between the layers of a model; an adapter's sums for 8 tokens take 0.1 ms. The function
 that the backend returned is called with the graph's inputs. Those are identified by object
-identity among the example inputs that every backend receives.
+identity among the example inputs that every backend receives; so are the results of the first call.
 
 Source: ``torch._dynamo``'s documentation of ``recompile_limit``, ``mark_dynamic`` and custom
 backends; ``torch._dynamo.pgo``.
@@ -54,15 +54,49 @@ _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2
 class Graph:
     """A compiled function of per-token operands, such as x, and of other operands.
 
+    It returns one tensor, or a tuple of tensors.
+
     Args:
         guarded: returned by torch.compile; it checks guards and recompiles where they fail.
-        direct: returned by the backend; it takes the graph's inputs. None where guards are needed.
+        direct: returned by the backend; it takes the graph's inputs and returns a sequence of all
+            results. None where guards are needed.
         places: the index of each input of the graph in (number of tokens, *operands' tensors).
     """
 
-    guarded: Callable[..., Tensor]
+    guarded: Callable[..., Any]
     direct: Callable[..., Sequence[Tensor]] | None = None
     places: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class _Watched:
+    """A function returned by a backend, whose first results are kept until ``gave``.
+
+    Args:
+        function: takes a graph's inputs and returns a sequence of its results.
+        first: the results of the first call; None before it and after ``gave``.
+        watching: whether the first call is still to come.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    first: Sequence[Tensor] | None = None
+    watching: bool = True
+
+    def __call__(self, *inputs: Any) -> Sequence[Tensor]:
+        results = self.function(*inputs)
+        if self.watching:
+            self.first, self.watching = results, False
+        return results
+
+    def gave(self, returned: Any) -> bool:
+        """Return whether the first results are what the whole function returned; forget them."""
+        first, self.first = self.first, None
+        found = returned if isinstance(returned, tuple) else (returned,)
+        return (
+            first is not None
+            and len(first) == len(found)
+            and all(one is other for one, other in zip(first, found, strict=True))
+        )
 
 
 _graphs: dict[Hashable, Graph] = {}
@@ -177,7 +211,7 @@ def marked(operand: Tensor | None, bucket: tuple[int, int]) -> Tensor | None:
 def compile_graph(
     key: Hashable,
     bucket: tuple[int, int],
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     backend: Any,
     operands: Sequence[Any],
     tensors: Sequence[Tensor | None],
@@ -187,7 +221,7 @@ def compile_graph(
     Args:
         key: describes everything that the graph depends on.
         bucket: the first and the last number of tokens that the graph serves.
-        function: takes ``operands`` and returns one tensor.
+        function: takes ``operands`` and returns one tensor or a tuple of tensors.
         backend: "inductor", or a callable, as torch.compile takes it.
         operands: the operands to compile with; the first has a row for each token.
         tensors: the tensors among the operands and inside them, in the order of ``places``.
@@ -195,7 +229,7 @@ def compile_graph(
     plain = _is_plain(operands)
     bounded = bucket[1] < MOST_TOKENS  # else only guards know the upper end
     under_modes = _C._len_torch_function_stack() + _C._len_torch_dispatch_stack() > 0
-    calls: list[tuple[Any, tuple[int, ...]]] = []
+    calls: list[tuple[_Watched, tuple[int, ...]]] = []
 
     def noting(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
         places = _places(graph, examples, tensors, bucket)
@@ -205,23 +239,25 @@ def compile_graph(
             )
         else:
             compiled = backend(graph, examples)
-        calls.append((compiled, places))
-        return compiled
+        calls.append((_Watched(compiled), places))
+        return calls[-1][0]
 
     with _lock:
         known = _graphs.get(key)
         if known is not None:
             return known
-        guarded: Callable[..., Tensor] = torch.compile(
+        guarded: Callable[..., Any] = torch.compile(
             _own_code(_bounded(bucket, function), key),
             fullgraph=plain,
             backend=noting if plain and bounded and not under_modes else backend,
             options={"guard_filter_fn": _kept_guards} if plain and _GUARDS_CAN_GO else None,
         )
-        guarded(*operands)
-        direct, places = calls[0] if len(calls) == 1 else (None, ())
-        graph = Graph(guarded, direct if places else None, places)
-        return _graphs.setdefault(key, graph)
+        results = guarded(*operands)
+        direct: Callable[..., Sequence[Tensor]] | None = None
+        places: tuple[int, ...] = ()
+        if len(calls) == 1 and calls[0][0].gave(results) and calls[0][1]:
+            direct, places = calls[0][0].function, calls[0][1]
+        return _graphs.setdefault(key, Graph(guarded, direct, places))
 
 
 def _is_plain(operands: Sequence[Any]) -> bool:
@@ -248,9 +284,6 @@ def _places(
     the first graph of a code object. The example's value of that size is checked to confirm it.
     """
     tokens = tensors[0].shape[0] if tensors[0] is not None else None
-    (output,) = graph.graph.find_nodes(op="output")
-    if len(output.args[0]) != 1:
-        return ()
     places: list[int] = []
     for example in examples:
         if isinstance(example, torch.SymInt):
@@ -261,7 +294,7 @@ def _places(
     return tuple(places) if len(places) == len(examples) else ()
 
 
-def _bounded(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _bounded(bucket: tuple[int, int], function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same function with the bucket written into its graph.
 
     Torch stores graphs on disk with the range of tokens that they were compiled for, and looks them
@@ -269,7 +302,7 @@ def _bounded(bucket: tuple[int, int], function: Callable[..., Tensor]) -> Callab
     of its graphs, which fails outside of that graph's range.
     """
 
-    def bounded(*operands: Any) -> Tensor:
+    def bounded(*operands: Any) -> Any:
         tokens = operands[0].shape[0]
         torch._check(tokens >= bucket[0])  # type: ignore[no-untyped-call]
         torch._check(tokens <= bucket[1])  # type: ignore[no-untyped-call]
@@ -283,7 +316,7 @@ def _kept_guards(guards: Sequence[Any]) -> list[bool]:
     return [not guard.name for guard in guards]
 
 
-def _own_code(function: Callable[..., Tensor], key: Hashable) -> Callable[..., Tensor]:
+def _own_code(function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
     """Return the same function with a code object and a name of its own.
 
     Dynamo remembers by file, line and name which sizes have changed, in some set-ups across

@@ -30,9 +30,10 @@ from int4_lora.compiled.graphs.cache import (
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.selection.choice import choose
 
-__all__ = ["Entry", "plan", "plan_terms"]
+__all__ = ["Entry", "TupleEntry", "entry_of", "plan", "plan_terms", "tuple_entry_of"]
 
 Entry = Callable[..., Tensor]
+TupleEntry = Callable[..., tuple[Tensor, ...]]
 Operands = tuple[Tensor | None, ...]
 
 
@@ -62,6 +63,10 @@ class _Direct:
     changing: tuple[list[tuple[int, int]], list[int]]
 
     def __call__(self, *by_tokens: Any) -> Tensor:
+        return self.results(*by_tokens)[0]
+
+    def results(self, *by_tokens: Any) -> Sequence[Tensor]:
+        """Return all results of the graph."""
         inputs = self.inputs.copy()
         of_operands, of_tokens = self.changing
         for place, index in of_operands:
@@ -70,7 +75,15 @@ class _Direct:
             inputs[place] = operand if plain else in_rows(operand)
         for place in of_tokens:
             inputs[place] = by_tokens[0].shape[0]
-        return self.graph(*inputs)[0]
+        return self.graph(*inputs)
+
+
+@dataclass(eq=False)
+class _DirectTuple(_Direct):
+    """The entry of a compiled graph that returns a tuple."""
+
+    def __call__(self, *by_tokens: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(self.results(*by_tokens))
 
 
 @functools.cache
@@ -100,11 +113,11 @@ class _Guarded:
         fixed: the operands that follow those of a call: bias, adapters' slices, weight.
     """
 
-    graph: Callable[..., Tensor]
+    graph: Callable[..., Any]
     bucket: tuple[int, int]
     fixed: tuple[Any, ...]
 
-    def __call__(self, *by_tokens: Tensor | None) -> Tensor:
+    def __call__(self, *by_tokens: Tensor | None) -> Any:
         return self.graph(*(marked(operand, self.bucket) for operand in by_tokens), *self.fixed)
 
 
@@ -148,7 +161,7 @@ def plan(
 
     kind = (formulation.name, weight.signature)
     bias = None if bias is None else in_rows(bias.detach())
-    return _entry(kind, layer, backend, (x, adapter_ids), (bias,), slices, weight)
+    return entry_of(kind, layer, backend, (x, adapter_ids), (bias,), slices, weight)
 
 
 def plan_terms(
@@ -166,14 +179,14 @@ def plan_terms(
         ``entry(base, x, adapter_ids)``, which returns the sum.
     """
     kind = ("terms", base.shape[1])
-    return _entry(kind, _terms, lambda bucket: "inductor", (base, x, adapter_ids), (), slices)
+    return entry_of(kind, _terms, lambda bucket: "inductor", (base, x, adapter_ids), (), slices)
 
 
 def _terms(base: Tensor, x: Tensor, adapter_ids: Tensor, slices: Sequence[PreparedSlice]) -> Tensor:
     return add_terms(base, x, slices, adapter_ids, None)
 
 
-def _entry(
+def entry_of(
     kind: Hashable,
     function: Callable[..., Tensor],
     backend: Callable[[tuple[int, int]], Backend],
@@ -182,7 +195,51 @@ def _entry(
     slices: Sequence[PreparedSlice],
     *weight: PreparedWeight,
 ) -> Entry:
-    """Return the entry of ``function(*by_tokens, *bound, slices, *weight)``."""
+    """Return the entry of a function; the first call with a key compiles its graph.
+
+    Args:
+        kind: the function, and everything else that its graph depends on and the operands do not
+            show: the shapes of ``bound``, the widths of ``by_tokens``.
+        function: ``function(*by_tokens, *bound, slices, *weight)`` returns a tensor.
+        backend: ``backend(bucket)`` returns the backend that compiles it.
+        by_tokens: the operands with a row for each token; the first is not None.
+        bound: operands that stay the same objects.
+        slices: the adapters, by slice of the outputs.
+        weight: the weight, if the function reads it.
+
+    Returns:
+        ``entry(*by_tokens)``, which returns the function's result.
+    """
+    found: Entry = _entry(_Direct, kind, function, backend, by_tokens, bound, slices, *weight)
+    return found
+
+
+def tuple_entry_of(
+    kind: Hashable,
+    function: Callable[..., tuple[Tensor, ...]],
+    backend: Callable[[tuple[int, int]], Backend],
+    by_tokens: Operands,
+    bound: Operands,
+    slices: Sequence[PreparedSlice],
+    *weight: PreparedWeight,
+) -> TupleEntry:
+    """Return the entry of a function that returns a tuple of tensors; else as ``entry_of``."""
+    found: TupleEntry = _entry(
+        _DirectTuple, kind, function, backend, by_tokens, bound, slices, *weight
+    )
+    return found
+
+
+def _entry(
+    direct: type[_Direct],
+    kind: Hashable,
+    function: Callable[..., Any],
+    backend: Callable[[tuple[int, int]], Backend],
+    by_tokens: Operands,
+    bound: Operands,
+    slices: Sequence[PreparedSlice],
+    *weight: PreparedWeight,
+) -> Any:
     first = by_tokens[0]
     assert first is not None
     bucket = bucket_of(first.shape[0], first.device.type)
@@ -205,4 +262,4 @@ def _entry(
             return _Guarded(graph.guarded, bucket, (*bound, *fixed))
     known = (None, *(None for _ in by_tokens), *bound, *tensors)  # x must not be kept alive
     inputs = [known[place] for place in graph.places]
-    return _Direct(graph.direct, inputs, _changing(graph.places, len(by_tokens)))
+    return direct(graph.direct, inputs, _changing(graph.places, len(by_tokens)))

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.layouts.layout import PreparedWeight
-from int4_lora.reference import PackedWeight, dequantize
+from int4_lora.compiled.rounding import scaled
+from int4_lora.reference import PackedWeight
+from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
 
 __all__ = ["CheckpointWeight"]
 
@@ -63,4 +65,5 @@ class CheckpointWeight(PreparedWeight):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight."""
-        return dequantize(self.weight, dtype)[start:stop]
+        codes, scale = centred_codes(self.weight), scale_of_each_weight(self.weight)
+        return scaled(codes, scale).to(dtype)[start:stop]

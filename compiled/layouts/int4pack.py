@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.layouts.layout import PreparedWeight, in_blocks
+from int4_lora.compiled.rounding import scaled
 from int4_lora.reference import PackedWeight, pack, unpack
 
 __all__ = ["Int4PackWeight", "block_rows", "refuses"]
@@ -127,7 +128,7 @@ class Int4PackWeight(PreparedWeight):
     def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight, transposed: ``[in_features, stop - start]``."""
         codes = self._codes(start, stop).view(self.table.shape[0], -1, stop - start)
-        dense = codes.to(self.table.dtype) * self.table[:, None, start:stop, 0]
+        dense = scaled(codes, self.table[:, None, start:stop, 0])
         return dense.to(dtype).reshape(self.in_features, stop - start)
 
     def _codes(self, start: int, stop: int) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.layouts.layout import PreparedWeight, in_blocks
+from int4_lora.compiled.rounding import scaled
 from int4_lora.reference import PackedWeight, pack, unpack
 
 __all__ = ["EXPONENT_OF_ONE", "NIBBLES", "InterleavedWeight", "refuses"]
@@ -156,7 +157,7 @@ class InterleavedWeight(PreparedWeight):
         zeros = self.zeros(start, stop)
         if zeros is not None:
             codes = codes - zeros[:, :, None, None]
-        dense = codes.to(self.scale.dtype) * self.scale[start:stop, :, None, None]
+        dense = scaled(codes, self.scale[start:stop, :, None, None])
         return dense.to(dtype).reshape(stop - start, self.in_features)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

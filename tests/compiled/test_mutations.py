@@ -8,6 +8,8 @@ FORMULATIONS = ["compiled/formulations/test_formulations.py"]
 NAN = [f"{FORMULATIONS[0]}::test_a_nan_stays_with_its_own_tokens"]
 TOKENS = [f"{FORMULATIONS[0]}::test_tokens_and_dtypes"]
 RANKS = [f"{FORMULATIONS[0]}::EveryFormulation"]
+BASE = "compiled/gradients/test_base.py"
+ADAPTER = "compiled/gradients/test_adapter.py"
 WEIGHTS = ["compiled/layouts/test_layouts.py"]
 
 # name: (module, {right: wrong}, tests, one of which must fail)
@@ -65,7 +67,7 @@ MUTANTS = {
         ["compiled/adapters/test_grouping.py"],
     ),
     "ties_rounded_up": (
-        "formulations.int4pack_tiles",
+        "rounding",
         {" + ((bits >> 16) & 1)": " + 1"},
         ["compiled/formulations/test_int4pack_tiles.py"],
     ),
@@ -96,7 +98,45 @@ MUTANTS = {
         "layouts.int4pack", {"[pairs & 15, pairs >> 4]": "[pairs >> 4, pairs & 15]"}, WEIGHTS,
     ),
     "gradient_of_columns_not_arranged": (
-        "gradients", {"weight.order is not None": "False"}, ["compiled/test_gradients.py"],
+        "gradients.base", {"weight.order is not None": "False"},
+        [f"{BASE}::test_every_layout"],
+    ),
+    "gradient_of_rows_in_order": (
+        "gradients.base", {"columns.transpose(2, 3).flatten(1)": "columns.flatten(1)"},
+        [f"{BASE}::test_every_layout"],
+    ),
+    "partial_sums_of_16_bits": (
+        "gradients.base", {"total.to(sums) + part.to(sums)": "total + part"},
+        [f"{BASE}::test_partial_sums_are_kept_in_float32"],
+    ),
+    "rounding_left_to_a_cast": (
+        "rounding", {"or not torch.compiler.is_compiling()": "or True"},
+        ["compiled/test_rounding.py"],
+    ),
+    "rounding_of_small_numbers_forgotten": (
+        "rounding", {"values.abs() < SMALLEST_NORMAL, small": "values.abs() < 0, small"},
+        ["compiled/test_rounding.py"],
+    ),
+    "nan_of_x_reaches_adapters": (
+        "gradients.adapter", {"own_x = torch.where(own, x, 0)": "own_x = x"},
+        [f"{ADAPTER}::test_a_nan_stays_with_its_own_tokens_and_adapter"],
+    ),
+    "delta_of_x_for_every_token": (
+        "gradients.adapter", {"torch.where(own, scaling * (gz @ a.to(sums)), 0)":
+                              "scaling * (gz @ a.to(sums))"},
+        [f"{ADAPTER}::test_a_nan_stays_with_its_own_tokens_and_adapter"],
+    ),
+    "gradient_of_a_unscaled": (
+        "gradients.adapter", {"(scaling * (gz.T @ own_x.to(sums)))": "(gz.T @ own_x.to(sums))"},
+        [f"{ADAPTER}::test_ranks_and_adapters"],
+    ),
+    "second_order_lost": (
+        "gradients.node", {" or torch.is_grad_enabled()\n": "\n"},
+        ["compiled/gradients/test_node.py::test_the_backward_can_be_differentiated"],
+    ),
+    "x_kept_for_nothing": (
+        "gradients.node", {"x if reads_x else None": "x"},
+        ["compiled/gradients/test_node.py::test_x_is_kept_only_where_an_adapter_needs_it"],
     ),
 }  # fmt: skip
 

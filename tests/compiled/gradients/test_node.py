@@ -5,7 +5,9 @@ import weakref
 import pytest
 import torch
 
-from int4_lora.compiled import int4_lora_linear, prepare, prepare_lora
+from int4_lora.compiled import PreparedLoRA, int4_lora_linear, prepare, prepare_lora
+from int4_lora.compiled.adapters.prepared import PreparedSlice
+from int4_lora.compiled.graphs import cache as graphs
 from int4_lora.reference import LoRASlice, LoRAStack
 from int4_lora.reference import int4_lora_linear as reference
 from support.weights import random_stack, random_weight, random_x
@@ -94,6 +96,63 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward():
     node = weakref.ref(y.grad_fn)
     del y
     assert node() is None
+
+
+def test_x_is_kept_only_where_an_adapter_needs_it():
+    weight = prepare(random_weight(**SHAPE))
+    x, a, b, scaling, _ = leaves(torch.float32, 4)
+    ids = torch.tensor([0, 1, 2, -1])
+    frozen = LoRAStack(a.detach(), b.detach(), scaling.detach())
+    for stack, kept_x in ((None, 0), (frozen, 0), (LoRAStack(a, b, scaling), 1)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+            lora = None if stack is None else prepare_lora(stack)
+            int4_lora_linear(x, weight, lora, None if stack is None else ids)
+        assert sum(one.shape == x.shape for one in kept) == kept_x
+
+
+def test_the_backward_can_be_differentiated():
+    weight = random_weight(**SHAPE)
+    ids = torch.arange(20) % 4 - 1
+    found = []
+    for compiled in (True, False):
+        x, a, b, scaling, _ = leaves(torch.float64, 20)
+        if compiled:
+            y = int4_lora_linear(x, prepare(weight), prepare_lora(LoRAStack(a, b, scaling)), ids)
+        else:
+            y = reference(x, weight, LoRAStack(a, b, scaling), ids)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (x, a, b, scaling)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
+@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
+def test_the_backward_becomes_part_of_another_graph(layout):
+    weight = prepare(random_weight(**SHAPE), layout=layout)
+    operands = leaves(torch.float32, 4)
+    ids = torch.tensor([0, 1, 2, -1])
+
+    def layer(x, a, b, scaling, bias):
+        slices = (PreparedSlice(a, b.transpose(1, 2).contiguous(), scaling, 0),)
+        return int4_lora_linear(x.relu(), weight, PreparedLoRA(slices), ids, bias).square()
+
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        found.append(torch.autograd.grad(function(*operands).sum(), operands))
+    for alone, within in zip(*found, strict=True):
+        torch.testing.assert_close(alone, within, rtol=1e-4, atol=1e-4)
+
+
+def test_one_graph_serves_all_numbers_of_tokens_of_a_bucket(monkeypatch):
+    monkeypatch.setattr(graphs, "_graphs", {})
+    weight = prepare(random_weight(**SHAPE))
+    for tokens in (30, 40, 50):
+        x = random_x(tokens, 128).requires_grad_()
+        int4_lora_linear(x, weight).sum().backward()
+    assert sorted(key[0][0] for key in graphs._graphs) == ["gradient", "tiles"]
+    assert all(graph.direct is not None for graph in graphs._graphs.values())
 
 
 def test_no_gradients_where_none_are_wanted():

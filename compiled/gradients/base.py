@@ -1,0 +1,95 @@
+"""The gradient of x through the base: dequantise W again, multiply, discard it.
+
+dx = g W,  g the gradient of y
+
+As in the formulation ``tiles``, W and g keep their dtype where it is the scales' and products in it
+are fast; elsewhere both are widened to the accumulation dtype. A product sums in the accumulation
+dtype; on a CPU it rounds its result to the factors' dtype. All rows of W are decoded at once up to
+``BLOCK_BYTES``, so that the product is rounded once. Above, blocks of rows are summed in the
+accumulation dtype.
+
+Source: the derivative of ``int4_lora.reference.int4_linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from int4_lora.compiled.formulations.int4pack_tiles import (
+    Tile,
+    decodes_pairs,
+    halves,
+    paired,
+    scales_of,
+)
+from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+from int4_lora.compiled.layouts.interleaved import InterleavedWeight
+from int4_lora.compiled.layouts.layout import PreparedWeight
+from int4_lora.compiled.products import has_products, narrow_product
+from int4_lora.reference.lora import accumulation_dtype
+
+__all__ = ["BLOCK_BYTES", "through_base"]
+
+BLOCK_BYTES = 256 * 2**20  # of dequantised rows at a time
+
+
+def through_base(g: Tensor, weight: PreparedWeight, dtype: torch.dtype) -> Tensor:
+    """Return ``g W``, with its columns in the order of x.
+
+    Args:
+        g: ``[tokens, out_features]``, the gradient of y.
+        weight: the weight.
+        dtype: the dtype of the result.
+
+    Returns:
+        ``[tokens, in_features]``.
+    """
+    sums = accumulation_dtype(g)
+    same = g.dtype == weight.scale_dtype and has_products(g)
+    g = g if same else g.to(sums)
+    total = None
+    for some, rows in _factors(g, weight):
+        part = narrow_product(some, rows, sums)
+        total = part if total is None else total.to(sums) + part.to(sums)
+    assert total is not None, "a weight has rows"
+    total = total.to(dtype)
+    if isinstance(weight, InterleavedWeight) and weight.order is not None:
+        return torch.zeros_like(total).index_copy(1, weight.order.to(torch.int64), total)
+    return total
+
+
+def _factors(g: Tensor, weight: PreparedWeight) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield columns of ``g`` and the rows of W that they multiply, until all rows are used."""
+    most_rows = BLOCK_BYTES // (g.dtype.itemsize * weight.in_features)
+    if isinstance(weight, Int4PackWeight):
+        yield from _of_int4pack(g, weight, most_rows)
+        return
+    for start, stop in weight.blocks(most_rows):
+        yield g[:, start:stop], weight.rows(start, stop, g.dtype)
+
+
+def _of_int4pack(
+    g: Tensor, weight: Int4PackWeight, most_rows: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the factors of a weight in torch's layout: columns of g follow the rows as decoded."""
+    block = weight.block
+    blocks = weight.out_features // block
+    in_pairs = decodes_pairs(weight, g.dtype)
+    scales = scales_of(weight, torch.float32 if in_pairs else weight.scale_dtype)
+    each = max(1, most_rows // block)
+    for first in range(0, blocks, each):
+        tile = Tile(first, 1, min(each, blocks - first))
+        columns = g[:, tile.first * block : tile.stop * block]
+        columns = columns.reshape(g.shape[0], tile.blocks, 2, block // 2)
+        if in_pairs:
+            yield columns.transpose(2, 3).flatten(1), paired(weight, tile, scales)[0].T
+        else:
+            both = halves(weight, tile, scales, g.dtype)
+            yield columns[:, :, 0].flatten(1), both[0][0].T
+            yield columns[:, :, 1].flatten(1), both[1][0].T
+    if blocks * block < weight.out_features:
+        rest = slice(blocks * block, weight.out_features)
+        yield g[:, rest], weight.columns(rest.start, rest.stop, g.dtype).T
