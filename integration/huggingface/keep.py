@@ -23,6 +23,7 @@ from int4_lora.integration.huggingface.checkpoint_of_model import checkpoint_of
 from int4_lora.integration.huggingface.dense_record import DenseRecord
 from int4_lora.integration.huggingface.hooks import carry_hooks
 from int4_lora.integration.huggingface.int4_linear import Int4Linear
+from int4_lora.integration.huggingface.mapped_files import MappedFile, is_mapped, mapped_files
 from int4_lora.integration.huggingface.quantised_modules import (
     DENSE,
     Findings,
@@ -82,12 +83,14 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     findings = sort_modules(found, source)
     _check(findings)
     stored = findings.packed
-    weights = {name: _weight(source, found[name], name, stored[name]) for name in stored}
+    files = mapped_files()
+    weights = {name: _weight(source, found[name], name, stored[name], files) for name in stored}
     places = _places(model)
     record = DenseRecord(getattr(model, "config", None), stored, others=len(found) > len(stored))
     for name in stored:
         module = found.pop(name)
-        layer = _linear(source, stored[name], module, weights.pop(name))
+        weight = _read(source, stored[name], weights.pop(name), files)
+        layer = _linear(source, stored[name], module, weight)
         layer.name, layer.record = name, record
         for parent, attribute in places.pop(module):
             setattr(parent, attribute, layer)
@@ -120,7 +123,9 @@ def _check(findings: Findings) -> None:
     raise ValueError(f"no layer of the model can stay packed:\n{describe(findings.left)}")
 
 
-def _weight(checkpoint: Checkpoint, module: nn.Module, name: str, stored: str) -> PackedWeight:
+def _weight(
+    checkpoint: Checkpoint, module: nn.Module, name: str, stored: str, files: list[MappedFile]
+) -> PackedWeight:
     """Return a module's tensors: its own words, and all others from the checkpoint's file.
 
     Raises:
@@ -128,13 +133,27 @@ def _weight(checkpoint: Checkpoint, module: nn.Module, name: str, stored: str) -
     """
     words = module.get_parameter("weight_packed").detach()
     weight = checkpoint.packed_weight(stored).to(words.device)
-    if not torch.equal(weight.packed, words):
-        file = checkpoint.tensors[f"{stored}.weight_packed"].file
+    place = checkpoint.tensors[f"{stored}.weight_packed"]
+    if not is_mapped(words, place, files) and not torch.equal(weight.packed, words):
         raise ValueError(
-            f"{file}: {stored}.weight_packed differs from the model's {name}.weight_packed: the "
-            "model was loaded from another checkpoint"
+            f"{place.file}: {stored}.weight_packed differs from the model's {name}.weight_packed: "
+            "the model was loaded from another checkpoint"
         )
     return dataclasses.replace(weight, packed=words)
+
+
+def _read(
+    checkpoint: Checkpoint, stored: str, weight: PackedWeight, files: list[MappedFile]
+) -> PackedWeight:
+    """Return a weight whose words are in memory of their own.
+
+    Words that are a mapped file's are read from the file: pages of the mapping that are read stay
+    in memory for as long as the model's other tensors are views of it.
+    """
+    name = f"{stored}.weight_packed"
+    if not is_mapped(weight.packed, checkpoint.tensors[name], files):
+        return weight
+    return dataclasses.replace(weight, packed=checkpoint.tensor(name))
 
 
 def _linear(
