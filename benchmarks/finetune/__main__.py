@@ -21,11 +21,18 @@ from benchmarks.finetune.files import prepare, read_once
 from benchmarks.finetune.report import plot, report
 from benchmarks.finetune.rounds import Rounds
 from benchmarks.finetune.starts import starts
-from benchmarks.finetune.workloads import FORWARD, STARTS, TRAINING, Sizes
+from benchmarks.finetune.workloads import (
+    FORWARD,
+    FORWARD_1,
+    GENERATES,
+    STEPS,
+    TRAINING,
+    Sizes,
+)
 
-PARTS = ("starts", "rounds")
-QUICK = {"hidden": 256, "layers": 2, "rounds": 2, "starts": 1}
-FULL = {"hidden": 2048, "layers": 16, "rounds": 5, "starts": 3}
+MEMORY, FORWARDS, GENERATED, STEPPED = PARTS = ("memory", "forwards", "generate", "steps")
+QUICK = {"hidden": 256, "layers": 2, "timed_layers": 2, "rounds": 2, "starts": 1}
+FULL = {"hidden": 2048, "layers": 16, "timed_layers": 4, "rounds": 5, "starts": 3}
 QUICK_SIZES = Sizes(rows=2, length=64, prompt=4, new=8)
 PACKAGES = ("transformers", "peft", "compressed-tensors")
 
@@ -39,12 +46,15 @@ def options_of(arguments):
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
-        help="starts: fresh processes, for memory and first forwards; rounds: speed (both)",
+        help="memory: of training; forwards: the first ones; the speed of generate, of steps (all)",
     )
     parser.add_argument("--hidden", type=int, help="width, a multiple of 256 (2048)")
-    parser.add_argument("--layers", type=int, help="decoder layers (16)")
+    parser.add_argument("--layers", type=int, help="decoder layers for memory and generate (16)")
+    parser.add_argument(
+        "--timed-layers", type=int, help="decoder layers for the times of steps and forwards (4)"
+    )
     parser.add_argument("--rounds", type=int, help="how often each speed is measured (5)")
-    parser.add_argument("--starts", type=int, help="fresh processes of each kind (3)")
+    parser.add_argument("--starts", type=int, help="fresh processes for the first forwards (3)")
     parser.add_argument("--quick", action="store_true", help=f"use the defaults {QUICK}")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(all processors)")
     parser.add_argument("--seed", type=int, default=0, help="of the random order (0)")
@@ -57,42 +67,55 @@ def options_of(arguments):
             setattr(options, name, value)
     if options.hidden < 256 or options.hidden % 256:
         parser.error(f"--hidden: a multiple of 256, got {options.hidden}")
-    for name in ("layers", "rounds", "starts", "threads"):
+    for name in ("layers", "timed_layers", "rounds", "starts", "threads"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name}: 1 or more, got {getattr(options, name)}")
+            shown = name.replace("_", "-")
+            parser.error(f"--{shown}: 1 or more, got {getattr(options, name)}")
     options.sizes = QUICK_SIZES if options.quick else SIZES
-    options.workloads = (FORWARD, TRAINING) if options.quick else STARTS
     return options
 
 
-def measured(options, files):
-    """Return the results of the parts, and the threads of the processes."""
+def measured(options, whole, timed):
+    """Return the results of the parts, and the threads of the processes.
+
+    Args:
+        options: the command's options.
+        whole: the files for memory and ``generate``.
+        timed: the files for the times of steps and forwards.
+    """
     folder = Path(tempfile.mkdtemp(prefix="finetune-"))
-    started, runs, threads, idle = [], [], set(), {}
-    for made in (files.int4, files.dense):
-        read_once(made)
-    if "starts" in options.parts:
-        started = starts(
-            files,
-            options.sizes,
-            folder,
-            workloads=options.workloads,
-            rounds=options.starts,
-            threads=options.threads,
-            seed=options.seed,
-            say=say,
-        )
-        threads |= {run["imports"]["threads"] for run in started}
-    if "rounds" in options.parts:
-        turns = Rounds(folder, options.threads, say)
-        try:
-            threads |= set(turns.load(files).values())
-            runs = turns.run(options.sizes, options.rounds, options.seed)
-            idle = turns.idle_shares()
-        finally:
-            turns.close()
+    results = {"starts": [], "rounds": [], "idle_shares": {}}
+    threads = set()
+    forwards = (FORWARD,) if options.quick else (FORWARD, FORWARD_1)
+    for part, files, workloads, rounds in (
+        (MEMORY, whole, (TRAINING,), 1),
+        (FORWARDS, timed, forwards, options.starts),
+    ):
+        if part in options.parts:
+            started = starts(
+                files,
+                options.sizes,
+                folder,
+                workloads=workloads,
+                rounds=rounds,
+                threads=options.threads,
+                seed=options.seed,
+                say=say,
+            )
+            threads |= {run["imports"]["threads"] for run in started}
+            results["starts"] += started
+    for part, files, workloads in ((GENERATED, whole, GENERATES), (STEPPED, timed, STEPS)):
+        if part in options.parts:
+            turns = Rounds(workloads, folder, options.threads, say)
+            try:
+                threads |= set(turns.load(files).values())
+                results["rounds"] += turns.run(options.sizes, options.rounds, options.seed)
+                idle = turns.idle_shares().items()
+            finally:
+                turns.close()
+            results["idle_shares"] |= {f"{name} ({part})": share for name, share in idle}
     (count,) = threads  # all have --threads
-    return {"starts": started, "rounds": runs, "idle_shares": idle}, count
+    return results, count
 
 
 def record_of(options):
@@ -102,9 +125,14 @@ def record_of(options):
     from benchmarks.machine import machine, versions
 
     torch.set_num_threads(options.threads)  # of the copies that ``machine`` times
-    files = prepare(options.cache.resolve(), options.hidden, options.layers)
-    options.stored = stored(files.int4)
-    results, threads = measured(options, files)
+    whole, timed = (
+        prepare(options.cache.resolve(), options.hidden, layers)
+        for layers in (options.layers, options.timed_layers)
+    )
+    options.stored = stored(whole.int4)
+    for folder in (whole.int4, whole.dense, timed.int4, timed.dense):
+        read_once(folder)
+    results, threads = measured(options, whole, timed)
     return {
         "machine": {**machine("cpu"), "threads": threads},
         "versions": versions(*PACKAGES),

@@ -13,16 +13,7 @@ from benchmarks.finetune.bars import (
     seconds_over,
 )
 from benchmarks.finetune.contender import CONTENDERS, DECOMPRESSED, DENSE, OURS, RANK
-from benchmarks.finetune.workloads import (
-    CHECKPOINTED,
-    GENERATE,
-    GENERATE_ADAPTED,
-    SPEEDS,
-    STARTS,
-    STEP,
-    TIMES,
-    TRAINING,
-)
+from benchmarks.finetune.workloads import FORWARD, FORWARD_1, GENERATES, STEPS, TIMES, TRAINING
 from benchmarks.limits import judgements_table
 from benchmarks.machine import in_a_line
 from benchmarks.tables import markdown, number, with_spread
@@ -51,9 +42,10 @@ def report(record, options):
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     sizes = options.sizes
     parts = [
-        f"{in_a_line(record['machine'])}, {versions}; a Llama of {options.layers} layers, hidden "
-        f"{options.hidden}, INT4 in groups of 128, bfloat16, a tied embedding; an adapter of rank "
-        f"{RANK} on all linear layers, in float32 as PEFT makes it; steps of {sizes.batch}.",
+        f"{in_a_line(record['machine'])}, {versions}; a Llama of hidden {options.hidden} with "
+        f"{options.layers} layers for memory and `generate`, {options.timed_layers} for the times "
+        "of steps and forwards; INT4 in groups of 128, bfloat16, a tied embedding; an adapter of "
+        f"rank {RANK} on all linear layers, in float32 as PEFT makes it; steps of {sizes.batch}.",
         judgements_table(judged(started, runs, options.stored), not_judged(options)),
     ]
     if runs:
@@ -66,7 +58,7 @@ def report(record, options):
         ]
     if started:
         parts += [
-            "Memory in MiB, of fresh processes, above what the imports take:",
+            "Memory of training in MiB, of fresh processes, above what the imports take:",
             memory_table(started),
             "Seconds of fresh processes:",
             starts_table(started),
@@ -78,7 +70,7 @@ def speeds_table(runs):
     """Return the measures of each workload and contender as a table."""
     speeds = of_rounds(runs)
     rows = []
-    for workload in SPEEDS:
+    for workload in (*STEPS, *GENERATES):
         for name in CONTENDERS:
             if (name, workload) in speeds:
                 measures = speeds[name, workload]
@@ -98,7 +90,7 @@ def ratios_table(runs):
     speeds = of_rounds(runs)
     rows = [
         [workload, *(number(seconds_over(speeds, workload, *pair)) for pair in PAIRS)]
-        for workload in SPEEDS
+        for workload in (*STEPS, *GENERATES)
     ]
     return markdown(["workload", *(f"{over} over {under}" for over, under in PAIRS)], rows)
 
@@ -117,7 +109,7 @@ def starts_table(started):
     """Return the seconds to load, and of the first forwards or steps, as a table."""
     rows = []
     figures = of_starts(started)
-    for workload in STARTS:
+    for workload in (FORWARD, FORWARD_1):
         for name, _, state in sorted(key for key in figures if key[1] == workload):
             measures = figures[name, workload, state]
             texts = [
@@ -139,10 +131,11 @@ def remarks(record, options):
     ]
     if started:
         lines += [
-            f"fresh processes: each runs its workload {TIMES} times, training with gradient "
-            "checkpointing; their peaks include the files that are mapped into memory",
+            f"fresh processes: each runs {TIMES[FORWARD]} forwards or {TIMES[TRAINING]} steps with "
+            "gradient checkpointing; peaks include the files that are mapped into memory; "
+            f"processes that train ran once, the others {options.starts} times",
             f"{DECOMPRESSED} trains only after a forward has made it dense, which is part of no "
-            f"step; its fresh processes ran once, those of the others {options.starts} times",
+            "step; its fresh processes ran once",
             "losses of the first steps: "
             + "; ".join(
                 f"{name} {', '.join(f'{loss:.4f}' for loss in values)}"
@@ -175,10 +168,10 @@ def plot(record, file):
     speeds, figures = of_rounds(record["rounds"]), of_starts(record["starts"])
     panels, axes = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for axis, workloads, title in (
-        (axes[0], (STEP, CHECKPOINTED), "a training step, s"),
-        (axes[1], (GENERATE, GENERATE_ADAPTED), "generate, tokens/s"),
+        (axes[0], STEPS, "a training step, s"),
+        (axes[1], GENERATES, "generate, tokens/s"),
     ):
-        measure = "seconds" if workloads[0] == STEP else "tokens_per_second"
+        measure = "seconds" if workloads is STEPS else "tokens_per_second"
         _bars(axis, workloads, title, lambda key, measure=measure: speeds.get(key, {}).get(measure))
     by_contender = {}
     for (name, workload, _), measures in figures.items():

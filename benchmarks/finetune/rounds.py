@@ -1,7 +1,7 @@
 """Run every workload on every contender once per round, in a new random order.
 
 The processes load once. While a process runs, the others are stopped. Their caches on disk are
-those of the first fresh process that trained, if there was such a process.
+those of the first fresh process that trained, where there was such a process.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.child import Child
 from benchmarks.finetune.contender import CONTENDERS
 from benchmarks.finetune.starts import MODULE, caches_of, checkpoint_of, environment_of
-from benchmarks.finetune.workloads import SPEEDS, TRAINING
+from benchmarks.finetune.workloads import TRAINING
 from benchmarks.turns import Turns, shuffled
 
 
@@ -19,13 +19,15 @@ class Rounds(Turns):
     """The contenders' processes.
 
     Args:
+        workloads: steps or ``generate``.
         folder: for logs and caches.
         threads: the threads of a process.
         say: called with each line of progress.
     """
 
-    def __init__(self, folder, threads, say):
+    def __init__(self, workloads, folder, threads, say):
         super().__init__()
+        self._workloads = workloads
         self._folder, self._threads, self._say = Path(folder), threads, say
 
     def load(self, files):
@@ -38,7 +40,7 @@ class Rounds(Turns):
         for name in CONTENDERS:
             caches = caches_of(self._folder, 0, name, TRAINING)
             environment = environment_of(caches, self._threads)
-            log = self._folder / f"rounds-{name}.log"
+            log = self._folder / f"{self._workloads[0]}-{name}.log"
             self.children[name] = Child(MODULE, log, environment)
             threads[name] = self.ask(name, "imports", name=name)["threads"]
             self.ask(name, "load", folder=checkpoint_of(name, files))
@@ -60,7 +62,7 @@ class Rounds(Turns):
         runs = {
             (name, workload): {"contender": name, "workload": workload, "rounds": []}
             for name in self.children
-            for workload in SPEEDS
+            for workload in self._workloads
         }
         for number, order in shuffled(runs, rounds, seed):
             for name, workload in order:
@@ -70,7 +72,7 @@ class Rounds(Turns):
                     runs[name, workload]["rounds"].append(answer)
                 else:
                     runs[name, workload]["cold"] = answer
-            self._say(f"speed: round {number} of {rounds} done")
+            self._say(f"{self._workloads[0]}: round {number} of {rounds} done")
         return list(runs.values())
 
     def idle_shares(self):

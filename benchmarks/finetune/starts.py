@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.child import Child
 from benchmarks.finetune.contender import CONTENDERS, DECOMPRESSED, DENSE, OURS
-from benchmarks.finetune.workloads import STARTS, TIMES, TRAINING
+from benchmarks.finetune.workloads import TIMES, TRAINING
 from benchmarks.turns import shuffled
 
 COLD, CACHED, FRESH = "cold", "cached", "fresh"
@@ -40,7 +40,7 @@ def checkpoint_of(name, files):
 
 def caches_of(folder, number, name, workload):
     """Return the folder of the caches of a contender's processes for a workload in a round."""
-    return Path(folder) / f"start-{number}-{name}-{STARTS.index(workload)}"
+    return Path(folder) / f"start-{number}-{name}-{workload}"
 
 
 def start(child, name, workload, files, sizes):
@@ -49,13 +49,13 @@ def start(child, name, workload, files, sizes):
     Args:
         child: the process.
         name: the contender.
-        workload: one of ``STARTS``.
+        workload: a workload of ``TIMES``.
         files: the checkpoints.
         sizes: the sizes of a batch.
 
     Returns:
-        The answers of the process to the commands ``imports`` and ``load``, and to the workload's,
-        which is run ``TIMES`` times.
+        The answers of the process to the commands ``imports`` and ``load``, and to each of the
+        workload's.
     """
     facts = {
         "imports": child.ask("imports", name=name),
@@ -64,10 +64,10 @@ def start(child, name, workload, files, sizes):
     if workload == TRAINING:
         facts["adapt"] = child.ask("adapt")
     command, arguments = sizes.of_start(workload)
-    return {**facts, "times": [child.ask(command, **arguments) for _ in range(TIMES)]}
+    return {**facts, "times": [child.ask(command, **arguments) for _ in range(TIMES[workload])]}
 
 
-def starts(files, sizes, folder, *, workloads=STARTS, rounds, threads, seed, say):
+def starts(files, sizes, folder, *, workloads, rounds, threads, seed, say):
     """Run every workload in fresh processes of every contender, in a new random order per round.
 
     The decompressed contender runs in the first round only: its first forward takes a minute, and
@@ -77,7 +77,7 @@ def starts(files, sizes, folder, *, workloads=STARTS, rounds, threads, seed, say
         files: the checkpoints.
         sizes: the sizes of a batch.
         folder: for logs and caches.
-        workloads: those of ``STARTS`` to run.
+        workloads: the workloads, of ``TIMES``.
         rounds: the number of rounds.
         threads: the threads of a process.
         seed: of the random order.

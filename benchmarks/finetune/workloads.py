@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 STEP, CHECKPOINTED = "step", "step, checkpointing"
 GENERATE, GENERATE_ADAPTED = "generate", "generate, adapter"
-SPEEDS = (STEP, CHECKPOINTED, GENERATE, GENERATE_ADAPTED)
+STEPS, GENERATES = (STEP, CHECKPOINTED), (GENERATE, GENERATE_ADAPTED)
 FORWARD, FORWARD_1, TRAINING = "forward", "forward, 1 token", "training"
-STARTS = (FORWARD, FORWARD_1, TRAINING)
-TIMES = 3  # forwards or steps of a fresh process
+TIMES = {FORWARD: 3, FORWARD_1: 3, TRAINING: 2}  # how often a fresh process runs it
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,15 @@ class Sizes:
         return f"{self.rows} x {self.length} tokens"
 
     def of_speed(self, workload):
-        """Return the command of a workload of ``SPEEDS`` to a contender, and its arguments."""
-        if workload in (STEP, CHECKPOINTED):
+        """Return the command of a step or of ``generate`` to a contender, and its arguments."""
+        if workload in STEPS:
             checkpointing = workload == CHECKPOINTED
             return "step", {**self._training, "checkpointing": checkpointing}
         adapter = workload == GENERATE_ADAPTED
         return "generate", {"prompt": self.prompt, "new": self.new, "adapter": adapter}
 
     def of_start(self, workload):
-        """Return the command of a workload of ``STARTS`` to a contender, and its arguments."""
+        """Return the command of a fresh process's workload, and its arguments."""
         if workload == TRAINING:
             return self.of_speed(CHECKPOINTED)
         return "forward", {"rows": 1, "length": 1} if workload == FORWARD_1 else self._training

@@ -172,9 +172,11 @@ def reply(command, arguments):
 def test_every_workload_runs_on_every_contender_in_another_order(module, monkeypatch):
     monkeypatch.setattr(module("turns"), "SETTLE", 0)
     rounds, asked = module("finetune.rounds"), []
-    turns = rounds.Rounds("nowhere", 2, lambda line: None)
+    workloads = module("finetune.workloads")
+    every = (*workloads.STEPS, *workloads.GENERATES)
+    turns = rounds.Rounds(every, "nowhere", 2, lambda line: None)
     turns.children = {name: Answers(name, asked, reply) for name in CONTENDERS}
-    sizes = module("finetune.workloads").Sizes(**SIZES)
+    sizes = workloads.Sizes(**SIZES)
     runs = turns.run(sizes, 2, seed=0)
     assert len(runs) == 12
     assert all(len(run["rounds"]) == 2 and run["cold"] for run in runs)
@@ -206,20 +208,21 @@ def test_fresh_processes(module, monkeypatch, tmp_path):
     monkeypatch.setattr(starts, "Child", child)
     sizes = module("finetune.workloads").Sizes(**SIZES)
     files = module("finetune.files").Files(Path("int4"), Path("dense"))
+    workloads = ("forward", "forward, 1 token", "training")
     settings = {"rounds": 2, "threads": 3, "seed": 0, "say": lambda line: None}
-    results = starts.starts(files, sizes, tmp_path, **settings)
+    results = starts.starts(files, sizes, tmp_path, workloads=workloads, **settings)
     counts = {name: 0 for name in CONTENDERS}
     for run in results:
         counts[run["contender"]] += 1
-        assert len(run["times"]) == 3
+        assert len(run["times"]) == (2 if run["workload"] == "training" else 3)
         assert ("adapt" in run) == (run["workload"] == "training")
     assert counts == {"dense": 6, "decompressed": 3, "ours": 12}
     assert {environment["OMP_NUM_THREADS"] for _, environment in made} == {"3"}
     caches = {log: environment["TORCHINDUCTOR_CACHE_DIR"] for log, environment in made}
     assert len(set(caches.values())) == 15  # shared by the cold and the cached process only
-    assert caches["start-1-ours-0-cold"] == caches["start-1-ours-0-cached"]
+    assert caches["start-1-ours-forward-cold"] == caches["start-1-ours-forward-cached"]
     logs = [log for log, _ in made]
-    assert logs.index("start-1-ours-0-cold") + 1 == logs.index("start-1-ours-0-cached")
+    assert logs.index("start-1-ours-forward-cold") + 1 == logs.index("start-1-ours-forward-cached")
     loaded = {name: given["folder"] for name, command, given in asked if command == "load"}
     assert {loaded[name] for name in loaded if "dense" in name} == {"dense"}
     assert {loaded[name] for name in loaded if "dense" not in name} == {"int4"}
@@ -237,8 +240,9 @@ def test_figures_of_a_fresh_process(module):
         "last_peak": 300 * MIB, "process": 700 * MIB,
     }  # fmt: skip
     answers[1]["resets"] = False  # its peak may be that of an earlier step
-    figures = module("finetune.bars").of_process(run)
+    figures = module("finetune.bars").of_process({**run, "times": answers[:2]})
     assert (figures["peak"], figures["last_peak"]) == (None, None)
+    assert (figures["second"], figures["third"], figures["first_over_third"]) == (3.0, None, None)
 
 
 # 1.12 x 100 MiB of INT4 for 400 MiB of bf16 weights, 20 MiB for a layer; dense takes 1000 MiB
@@ -261,7 +265,7 @@ def started(held=122, peak=PEAK, first=3.0):
         load = {**reply("load", {}), "held": held * MIB}
         facts = {"contender": name, "state": state, "imports": reply("imports", {}), "load": load}
         step = {**reply("step", {}), "peak": (100 + step_peak) * MIB}
-        runs.append({**facts, "workload": "training", "times": [step] * 3})
+        runs.append({**facts, "workload": "training", "times": [step] * 2})
         times = [{"seconds": seconds, "graphs": 5} for seconds in (first, 1.5, 1.0)]
         runs.append({**facts, "workload": "forward", "times": times})
     return runs
@@ -323,12 +327,14 @@ def options_of(module, *given):
     [
         ([], None),
         (["--rounds", "9", "--starts", "4"], None),
-        (["--layers", "8"], "they are for hidden 2048 with 16 layers"),
+        (["--layers", "8"], "they are for hidden 2048 with 16 layers, 4 for times"),
+        (["--timed-layers", "3"], "they are for hidden 2048 with 16 layers, 4 for times"),
+        (["--timed-layers", "16"], None),
         (["--rounds", "4"], "they are for 5 rounds or more and 3 fresh processes or more"),
         (["--starts", "2"], "they are for 5 rounds or more and 3 fresh processes or more"),
-        (["--quick"], "they are for hidden 2048 with 16 layers"),
+        (["--quick"], "they are for hidden 2048 with 16 layers, 4 for times"),
         (
-            ["--quick", "--hidden", "2048", "--layers", "16"],
+            ["--quick", "--hidden", "2048", "--layers", "16", "--timed-layers", "4"],
             "they are for steps of 4 x 256 tokens and 64 generated tokens",
         ),
     ],
@@ -353,7 +359,7 @@ MACHINE = {
 def record(seconds=SECONDS, **changes):
     return {
         "machine": MACHINE, "versions": {"transformers": "5.19.0", "peft": "0.21.2"},
-        "starts": started(), "rounds": rounds_of(seconds), "idle_shares": {"ours": 0.0001},
+        "starts": started(), "rounds": rounds_of(seconds), "idle_shares": {"ours (steps)": 0.0001},
         **changes,
     }  # fmt: skip
 
@@ -370,7 +376,7 @@ def test_report(module):
     lines = text.splitlines()
     assert lines[0].startswith(
         "2026-11-30, Xeon, 2 cores, 2 threads, torch 2.13.0, int4-lora 0.1.0, transformers 5.19.0, "
-        "peft 0.21.2; a Llama of 16 layers, hidden 2048"
+        "peft 0.21.2; a Llama of hidden 2048 with 16 layers for memory and `generate`, 4 for the "
     )
     assert "| step: ours over dense | <= 1.2 | 1.30 | **missed** |" in lines
     assert "| generate: tokens/s over dense | >= 2.5 | 2.50 | reached |" in lines
@@ -381,17 +387,17 @@ def test_report(module):
     assert "| ours | cached | 122 | 300 | 769 | 769 | 100 | 869 |" in lines
     assert "| forward | ours | cached | 1.000 | 3.000 | 1.500 | 1.000 | 3.00 |" in lines
     assert "- peak of training, ours over dense: 0.77" in lines
-    assert "- losses of the first steps: dense 2.0000, 2.0000, 2.0000; ours 2.0000" in text
+    assert "- losses of the first steps: dense 2.0000, 2.0000; ours 2.0000, 2.0000" in lines
     assert text.count("**missed**") == 1
     assert "not idle" not in text
     assert "compiled" not in text
 
 
 def test_report_names_a_busy_contender_and_late_graphs(module):
-    entries = record(idle_shares={"dense": 0.5, "ours": None})
+    entries = record(idle_shares={"dense (steps)": 0.5, "ours (steps)": None})
     entries["rounds"][0]["rounds"] = [{**entries["rounds"][0]["cold"], "graphs": 7}] * 5
     text = report_of(module, entries, "--quick")
-    assert "- dense was not idle while others ran: the times are not valid" in text
+    assert "- dense (steps) was not idle while others ran: the times are not valid" in text
     assert "dense compiled 2 graphs" in text
     assert "The bars are not judged: they are for hidden 2048" in text
     assert "**missed**" not in text
@@ -402,14 +408,15 @@ def test_report_of_a_part(module):
     only_starts = report_of(module, record(rounds=[]))
     only_rounds = report_of(module, record(starts=[]))
     assert "medians of 5 rounds" not in only_starts
-    assert "fresh processes, above" not in only_rounds
+    assert "Memory of training" not in only_rounds
     assert only_starts.count("not measured") == 4
     assert only_rounds.count("not measured") == 3
 
 
 def test_the_header_has_the_threads_of_the_processes(module, monkeypatch, tmp_path):
     command = module("finetune.__main__")
-    monkeypatch.setattr(command, "prepare", lambda *given: SimpleNamespace(int4=1, dense=2))
+    files = SimpleNamespace(int4=tmp_path, dense=tmp_path)
+    monkeypatch.setattr(command, "prepare", lambda *given: files)
     stored = module("finetune.accounting").Stored(*STORED)
     monkeypatch.setattr(command, "stored", lambda folder: stored)
     results = {name: record()[name] for name in ("starts", "rounds", "idle_shares")}
