@@ -104,16 +104,19 @@ def measured(options, whole, timed):
             )
             threads |= {run["imports"]["threads"] for run in started}
             results["starts"] += started
+    groups = {}  # the workloads of each model, whose processes load once
     for part, files, workloads in ((GENERATED, whole, GENERATES), (STEPPED, timed, STEPS)):
         if part in options.parts:
-            turns = Rounds(workloads, folder, options.threads, say)
-            try:
-                threads |= set(turns.load(files).values())
-                results["rounds"] += turns.run(options.sizes, options.rounds, options.seed)
-                idle = turns.idle_shares().items()
-            finally:
-                turns.close()
-            results["idle_shares"] |= {f"{name} ({part})": share for name, share in idle}
+            groups[files] = (*groups.get(files, ()), *workloads)
+    for files, workloads in groups.items():
+        turns = Rounds(workloads, folder, options.threads, say)
+        try:
+            threads |= set(turns.load(files).values())
+            results["rounds"] += turns.run(options.sizes, options.rounds, options.seed)
+            idle = turns.idle_shares().items()
+        finally:
+            turns.close()
+        results["idle_shares"] |= {f"{name} ({workloads[0]})": share for name, share in idle}
     (count,) = threads  # all have --threads
     return results, count
 
