@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from int4_lora.compiled import PreparedWeight, prepare
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.integration.vllm_plugin.stand_in_kernel import StandInKernel, standing_in
+from int4_lora.integration.vllm_plugin.stock_arithmetic import (
+    of_the_operator,
+    quantises_activations,
+    sixteen_bit_activations,
+    would_quantise_activations,
+)
 from int4_lora.integration.vllm_plugin.stock_trial import Kind, stock_reason
 from int4_lora.reference import PackedWeight
 
@@ -81,6 +88,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             dtype=params_dtype,
             scale_dtype=params_dtype,
         )
+        self.served.stock_quantises = would_quantise_activations(self.kernel, params_dtype)
         backend = self.served.engine.options.backend
         if backend == "stock-base":
             self.served.fallback_reason = "as the option backend asks"
@@ -101,7 +109,10 @@ class Int4Scheme(CompressedTensorsWNA16):
         if served.fallback_reason is not None:
             scale = layer.weight_scale  # vLLM's kernels take scales in the dtype of x alone
             scale.data = scale.data.to(kind.dtype)
-            super().process_weights_after_loading(layer)
+            as_vllm_does = served.engine.options.backend == "stock-base" or of_the_operator()
+            with nullcontext() if as_vllm_does else sixteen_bit_activations():
+                super().process_weights_after_loading(layer)
+            served.activations_quantised = quantises_activations(layer)
         served.engine.weight_loaded(served)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:

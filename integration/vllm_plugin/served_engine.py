@@ -216,9 +216,21 @@ class ServedEngine:
             line += f"; {len(fallbacks)} on vLLM's base kernel: {_counted(fallbacks)}"
         if lora_fallbacks:
             line += f"; {len(lora_fallbacks)} with plain, slow LoRA: {_counted(lora_fallbacks)}"
+        quantised = sum(layer.activations_quantised for layer in self.layers)
+        lines = [line]
+        if quantised:
+            lines.append(
+                f"{quantised} layers on vLLM's base kernel quantise activations to int8 (W4A8), "
+                "another arithmetic than the checkpoint's: VLLM_CPU_INT4_W4A8=0 turns that off"
+            )
+        elif any(layer.stock_quantises for layer in self.layers):
+            lines.append(
+                "without the flag, vLLM quantises activations to int8 on this machine (W4A8); here "
+                "they have 16 bits, also where vLLM's kernel was measured"
+            )
         if self.device != "cpu":
-            return [line, "on CUDA this backend is experimental: it never ran in vLLM on a GPU"]
-        return [line]
+            lines.append("on CUDA this backend is experimental: it never ran in vLLM on a GPU")
+        return lines
 
 
 def _counted(reasons: Iterable[str | None]) -> str:

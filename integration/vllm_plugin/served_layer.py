@@ -54,6 +54,8 @@ class ServedLayer:
         weight: the base weight, laid out for our kernels; None where vLLM's computes.
         lora: the slots of the adapters.
         lora_fallback_reason: why adapters are added eagerly, or None.
+        stock_quantises: whether vLLM's kernel would quantise activations to int8 here.
+        activations_quantised: whether vLLM's kernel does, in this layer.
         cached: the packed weight whose dense weight the engine's cache keeps.
         operators: vLLM's punica wrapper, which knows whether any token has an adapter.
     """
@@ -68,6 +70,8 @@ class ServedLayer:
     weight: PreparedWeight | None = None
     lora: PreparedLoRA | None = None
     lora_fallback_reason: str | None = None
+    stock_quantises: bool = False
+    activations_quantised: bool = False
     cached: PackedWeight | None = None
     operators: Any = None
     _bound: BoundLayer | None = None

@@ -27,6 +27,7 @@ from int4_lora.compiled.selection.timing import copies_beyond_the_cache, measure
 from int4_lora.disk_cache import recall, remember
 from int4_lora.integration.vllm_plugin.contract import installed_version
 from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
+from int4_lora.integration.vllm_plugin.stock_arithmetic import sixteen_bit_activations
 from int4_lora.reference import PackedWeight
 
 __all__ = ["Kind", "stock_reason"]
@@ -168,7 +169,7 @@ def _random_weight(kind: Kind, device: torch.device, seed: int) -> PackedWeight:
 
 
 def _stock_layer(kind: Kind, weight: PackedWeight) -> tuple[CompressedTensorsWNA16, Any]:
-    """Return vLLM's own scheme, and a layer of it that holds a weight."""
+    """Return vLLM's own scheme, and a layer of it that holds a weight, for 16-bit activations."""
     whole_rows = kind.group_size == -1
     scheme = CompressedTensorsWNA16(
         strategy="channel" if whole_rows else "group",
@@ -191,5 +192,6 @@ def _stock_layer(kind: Kind, weight: PackedWeight) -> tuple[CompressedTensorsWNA
     layer.weight_scale.data.copy_(weight.scale)
     if weight.zero_point is not None:
         layer.weight_zero_point.data.copy_(weight.zero_point)
-    scheme.process_weights_after_loading(layer)
+    with sixteen_bit_activations():
+        scheme.process_weights_after_loading(layer)
     return scheme, layer

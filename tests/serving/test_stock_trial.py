@@ -62,3 +62,63 @@ def test_vllms_layer_is_where_the_weight_is(one_rank, monkeypatch):
     with pytest.raises(RuntimeError, match="far enough"):
         stock_trial._measured(KIND, torch.device("meta"))
     assert set(placed) == {"meta"}
+
+
+@pytest.fixture
+def amx(monkeypatch):
+    """Let vLLM's kernel believe that the CPU has AMX; it lays nothing out."""
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+
+    monkeypatch.delenv("VLLM_CPU_INT4_W4A8", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for name in ("_process_gptq_weights_w4a8", "_process_gptq_weights_w4a16"):
+        monkeypatch.setattr(CPUWNA16LinearKernel, name, lambda *_: None)
+
+
+def test_vllms_kernel_is_measured_with_16_bit_activations(one_rank, amx):
+    from vllm import envs
+
+    from int4_lora.integration.vllm_plugin.stock_arithmetic import quantises_activations
+
+    weight = stock_trial._random_weight(KIND, torch.device("cpu"), 0)
+    scheme, layer = stock_trial._stock_layer(KIND, weight)
+    assert not quantises_activations(layer)
+    assert envs.VLLM_CPU_INT4_W4A8  # as before
+    scheme.process_weights_after_loading(layer)
+    assert quantises_activations(layer)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable", "quantised"),
+    [
+        ("auto", None, False),
+        ("auto", "1", True),
+        ("auto", "0", False),
+        ("stock-base", None, True),
+        ("stock-base", "0", False),
+    ],
+)
+def test_activations_are_quantised_only_as_the_operator_asks(
+    backend, variable, quantised, one_rank, amx, monkeypatch
+):
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from int4_lora.integration.vllm_plugin import scheme
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+    from int4_lora.integration.vllm_plugin.options import Options
+    from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
+    from support.engines import CONFIG
+
+    monkeypatch.setattr(scheme, "stock_reason", lambda *_: "measured")
+    if variable is not None:
+        monkeypatch.setenv("VLLM_CPU_INT4_W4A8", variable)
+    config = Int4LoRAConfig.from_config(CONFIG)
+    engine = config._engine = ServedEngine(Options(backend=backend))
+    layer = ReplicatedLinear(
+        256, 128, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix="a"
+    )
+    layer.scheme.process_weights_after_loading(layer)
+    assert layer.int4_lora.activations_quantised == quantised
+    log = "".join(engine.summary())
+    assert ("VLLM_CPU_INT4_W4A8=0 turns that off" in log) == quantised
+    assert ("here they have 16 bits" in log) == (not quantised and variable != "0")
