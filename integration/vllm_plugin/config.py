@@ -27,6 +27,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from int4_lora.integration.checkpoint.scheme import read_actorder
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
+from int4_lora.integration.vllm_plugin.quantised_vocabulary import (
+    QuantisedEmbedding,
+    give_weight_for_lora,
+)
 from int4_lora.integration.vllm_plugin.scheme import Int4Scheme
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
@@ -93,11 +97,7 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         self.metadata = read_metadata(config, folder if folder.is_dir() else None)
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """Return vLLM's method for a layer; record the layer.
-
-        Raises:
-            ValueError: the layer is a quantised lm_head or embedding, and LoRA is enabled.
-        """
+        """Return vLLM's method for a layer, or ours for a quantised embedding; record the layer."""
         engine = self._engine_of_process()
         if isinstance(layer, LinearBase):
             layer.int4_lora = ServedLayer(prefix, engine)
@@ -106,12 +106,13 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         if isinstance(method, FusedMoEMethodBase):
             experts = ServedLayer(prefix, engine, fallback_reason="a mixture of experts")
             engine.layers.append(experts)
-        vocabulary = isinstance(layer, (ParallelLMHead, VocabParallelEmbedding))
-        if vocabulary and method and engine.lora_enabled:
-            raise ValueError(
-                f"int4_lora: {prefix} is quantised, and vLLM cannot put adapters beside it: add it "
-                "to the ignore list of the recipe, or serve without --enable-lora"
-            )
+        if method is None or not isinstance(layer, VocabParallelEmbedding):
+            return method
+        if engine.lora_enabled:
+            give_weight_for_lora(layer)
+        looked_up = not isinstance(layer, ParallelLMHead)
+        if looked_up and engine.device == "cpu" and getattr(method, "num_bits", None) == 4:
+            return QuantisedEmbedding(method)
         return method
 
     def get_scheme(self, layer: Any, layer_name: str | None = None) -> Any:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from int4_lora.compiled import PreparedWeight, prepare
+from int4_lora.integration.vllm_plugin.loading import keeping_scale_dtype
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.integration.vllm_plugin.stand_in_kernel import StandInKernel, standing_in
 from int4_lora.integration.vllm_plugin.stock_arithmetic import (
@@ -76,7 +77,7 @@ class Int4Scheme(CompressedTensorsWNA16):
                 output_partition_sizes=output_partition_sizes,
                 input_size_per_partition=input_size_per_partition,
                 params_dtype=params_dtype,
-                weight_loader=_keeping_scale_dtype(weight_loader, self.served.scale_dtypes),
+                weight_loader=keeping_scale_dtype(weight_loader, self.served.scale_dtypes),
                 **kwargs,
             )
         self.served.kind = Kind(
@@ -164,26 +165,6 @@ def kernel_bias(layer: Any) -> Tensor | None:
     """Return the bias that the layer's kernel adds on this rank, or None."""
     added_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     return None if layer.skip_bias_add or added_elsewhere else layer.bias
-
-
-def _keeping_scale_dtype(
-    load: Callable[..., Any], scale_dtypes: set[torch.dtype]
-) -> Callable[..., Any]:
-    """Return a loader that keeps the dtype of the checkpoint's scales; vLLM would cast them.
-
-    Args:
-        load: vLLM's loader.
-        scale_dtypes: each dtype that is loaded is added to it.
-    """
-
-    def loader(param: nn.Parameter, loaded: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if loaded.is_floating_point():
-            if loaded.dtype != param.dtype and scale_dtypes <= {loaded.dtype}:
-                param.data = param.data.to(loaded.dtype)
-            scale_dtypes.add(loaded.dtype)
-        return load(param, loaded, *args, **kwargs)
-
-    return loader
 
 
 def _in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:

@@ -106,15 +106,6 @@ def test_settings_that_vllm_itself_refuses_on_a_cpu(change, sentence, monkeypatc
         refuse_settings(settings)
 
 
-def test_a_quantised_head_with_adapters(model):
-    def target(_, quantization):
-        quantization.update(ignore=[])
-        quantization["config_groups"]["group_0"]["targets"] += ["re:.*lm_head"]
-
-    edit_config(model, target)
-    assert "lm_head is quantised, and vLLM cannot put adapters" in refused(model, **LORA, **COLD)
-
-
 def test_experts_are_counted(monkeypatch):
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
