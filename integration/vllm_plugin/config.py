@@ -43,6 +43,7 @@ class Int4LoRAConfig(CompressedTensorsConfig):
 
     metadata = LoRAMetadata()
     _engine: ServedEngine | None = None
+    _ordered_targets: frozenset[str] = frozenset()  # whose weights have a g_idx
 
     @property
     def lora_compatible(self) -> bool | None:
@@ -76,15 +77,13 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         """
         if config.get("transform_config"):
             raise ValueError("int4_lora does not take transforms (transform_config of config.json)")
-        for name, group in config.get("config_groups", {}).items():
-            order = (group.get("weights") or {}).get("actorder")
-            if read_actorder(order) == "group":
-                raise ValueError(
-                    f"int4_lora in vLLM does not take activation order {order!r} ({name}): "
-                    "quantise with actorder static or none"
-                )
-        made = super().from_config(config)
+        groups, ordered = config.get("config_groups", {}), set()
+        for group in groups.values():
+            if read_actorder((group.get("weights") or {}).get("actorder")) == "group":
+                ordered |= set(group.get("targets") or ())
+        made = super().from_config({**config, "config_groups": _without_order(groups)})
         assert isinstance(made, Int4LoRAConfig)
+        made._ordered_targets = frozenset(ordered)
         return made
 
     def maybe_update_config(
@@ -128,7 +127,9 @@ class Int4LoRAConfig(CompressedTensorsConfig):
             served.fallback_reason = f"of {scheme.num_bits} bits"
             return scheme
         served.int4, served.fallback_reason = True, None
-        return Int4Scheme(scheme, served)
+        matched = self.get_scheme_dict(layer, layer_name)
+        ordered = any(self.target_scheme_map[name] is matched for name in self._ordered_targets)
+        return Int4Scheme(scheme, served, ordered=ordered)
 
     def _engine_of_process(self) -> ServedEngine:
         """Return the engine's state, made with the first layer."""
@@ -142,3 +143,13 @@ class Int4LoRAConfig(CompressedTensorsConfig):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the engine's state behind: it belongs to the process that runs the layers."""
         return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+
+
+def _without_order(groups: dict[str, Any]) -> dict[str, Any]:
+    """Return groups of a config without activation order, which vLLM refuses to read."""
+    return {
+        name: {**group, "weights": {**group["weights"], "actorder": None}}
+        if group.get("weights")
+        else group
+        for name, group in groups.items()
+    }

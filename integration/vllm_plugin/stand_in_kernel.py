@@ -1,8 +1,9 @@
 """A stand-in for vLLM's kernel, for layers that none of vLLM's kernels takes.
 
 vLLM chooses a kernel before it allocates a layer's tensors. It refuses layers that no kernel takes:
-on a CPU, those whose in_features or out_features 32 does not divide. This one is asked last, takes
-the layers that our scheme is about to allocate, and never computes.
+on a CPU, those whose in_features or out_features 32 does not divide. This one is asked last, and it
+takes the layers that our scheme is about to allocate. It also stands for vLLM's kernel where the
+weight has an activation order, which vLLM's kernels do not know. It never computes.
 
 Source: vLLM's ``register_linear_kernel`` and ``choose_mp_linear_kernel``.
 """
@@ -70,5 +71,5 @@ def _nothing_computes(layer: Any) -> str:
     shape = [layer.output_size_per_partition, layer.input_size_per_partition]
     return (
         f"int4_lora: {layer.int4_lora.name} of {shape} is left to vLLM ({reason}), which has no "
-        "kernel for this shape"
+        "kernel for its shape or its activation order"
     )

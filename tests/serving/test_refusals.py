@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.checkpoints import edit_config, edit_tensors, weights
+from support.checkpoints import edit_config, edit_tensors
 from support.engines import COLD, FLAG, engine, logprobs, next_logprobs, requests_of
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
@@ -63,7 +63,6 @@ def test_a_wrong_option(given, sentence, model):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (weights(actorder="group"), "does not take activation order 'group' (group_0)"),
         (lambda _, q: q.update(transform_config={"config_groups": {}}), "not take transforms"),
         (lambda config, _: config.update(lora_compatible=3), "must be true or false, got 3"),
         (contradict, "make them the same"),

@@ -167,3 +167,16 @@ def test_filling_a_slot_looks_at_its_adapter_alone(wrapped, monkeypatch):
     # finite in float32, infinite in the slots
     layer.set_lora(1, a, torch.full((OUTPUTS, MOST_RANK), 3.4e38))
     assert not slice_.finite
+
+
+def test_columns_in_an_activation_order_are_not_split(one_rank):
+    from int4_lora.integration.vllm_plugin.scheme import Int4Scheme
+    from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
+    from int4_lora.integration.vllm_plugin.stock_trial import CompressedTensorsWNA16
+
+    stock = CompressedTensorsWNA16("group", 4, 32)
+    scheme = Int4Scheme(stock, ServedLayer("a.down_proj"), ordered=True)
+    with pytest.raises(ValueError, match=r"a\.down_proj has an activation order, and tensor"):
+        scheme.create_weights(
+            torch.nn.Module(), 64, 128, [64], 64, torch.bfloat16, weight_loader=None
+        )

@@ -35,20 +35,24 @@ def engine(model, **settings):
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        str(model),
-        **{
-            "dtype": "bfloat16",
-            "skip_tokenizer_init": True,
-            "max_model_len": 128,
-            "max_num_batched_tokens": 512,
-            "enable_prefix_caching": False,
-            "enforce_eager": True,
-            "max_logprobs": VOCABULARY,
-            "seed": 0,
-            **settings,
-        },
-    )
+    try:
+        llm = LLM(
+            str(model),
+            **{
+                "dtype": "bfloat16",
+                "skip_tokenizer_init": True,
+                "max_model_len": 128,
+                "max_num_batched_tokens": 512,
+                "enable_prefix_caching": False,
+                "enforce_eager": True,
+                "max_logprobs": VOCABULARY,
+                "seed": 0,
+                **settings,
+            },
+        )
+    except Exception:  # a start that is refused late leaves process groups behind
+        cleanup_dist_env_and_memory()
+        raise
     try:
         yield llm
     finally:
