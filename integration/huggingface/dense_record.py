@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from int4_lora.integration.huggingface.dense_experts import without_decompression
+
 __all__ = ["DenseRecord", "forget_quantizer"]
 
 BEFORE = "_pre_quantization_dtype"  # transformers 4.57 cannot save it without quantization_config
@@ -71,6 +73,9 @@ def forget_quantizer(model: nn.Module) -> None:
         return
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model.__dict__["_weight_conversions"] = [without_decompression(one) for one in conversions]
     model.is_quantized = False  # type: ignore[assignment]
     for module in model.modules():
         getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)

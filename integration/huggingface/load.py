@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import transformers
 
 from int4_lora.integration.huggingface.keep import keep_packed
@@ -49,4 +50,31 @@ def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> A
     config = transformers.AutoConfig.from_pretrained(path, **shared)
     classes = [getattr(transformers, name, None) for name in config.architectures or ()]
     kind = next(filter(None, classes), transformers.AutoModelForCausalLM)
-    return keep_packed(kind.from_pretrained(path, **from_pretrained))
+    model = kind.from_pretrained(path, **from_pretrained)
+    asked = from_pretrained.get("dtype", from_pretrained.get("torch_dtype"))
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if isinstance(dtype, torch.dtype):
+        _cast_the_rest(model, dtype)
+    return keep_packed(model)
+
+
+@torch.no_grad()
+def _cast_the_rest(model: Any, dtype: torch.dtype) -> None:
+    """Cast the parameters that transformers left in the checkpoint's dtype.
+
+    In quantised models transformers 5 does that with the experts that it fuses, and 5.19 also with
+    every tensor that it renames; a forward with mixed dtypes then fails. What transformers keeps in
+    float32 on purpose stays so.
+    """
+    wide: set[str] = set()
+    if dtype != torch.float32:
+        wide |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        wide |= set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.is_floating_point()
+            and parameter.element_size() > 1  # FP8
+            and not any(part in name for part in wide)
+        ):
+            parameter.data = parameter.data.to(dtype)

@@ -105,11 +105,11 @@ class Model:
         values = self.random.integers(-64, 64, shape) / 512
         self.put(name, torch.tensor(values, dtype=torch.bfloat16))
 
-    def packed(self, name, rows, columns, *, size=32, bits=4, zero_points=False):
-        """Add a packed linear layer."""
+    def packed(self, name, rows, columns, *, size=32, bits=4, zero_points=False, scales=127):
+        """Add a packed linear layer, whose scales are up to ``scales`` / 1024."""
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
         codes = self.random.integers(low, high, (rows, columns))
-        scale = self.random.integers(1, 128, (rows, columns // size)) / 1024
+        scale = self.random.integers(1, scales + 1, (rows, columns // size)) / 1024
         zero = self.random.integers(low, high, scale.shape) * bool(zero_points)
         values = (codes - zero.repeat(size, 1)) * scale.repeat(size, 1)
         self.dense[f"{name}.weight"] = torch.tensor(values, dtype=torch.bfloat16)

@@ -278,6 +278,21 @@ def test_biases_stay_the_parameters_that_they_were(tmp_path):
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, "bfloat16", torch.float32])
+def test_load_packed_leaves_in_float32_what_transformers_keeps_so(square, monkeypatch, dtype):
+    from transformers import LlamaForCausalLM
+
+    one, strict = "input_layernorm", "post_attention_layernorm"
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", [one])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", [strict])
+    model = load_packed(square("g128"), dtype=dtype)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    wide = {torch.float16: (one, strict), torch.bfloat16: (strict,)}
+    for name, parameter in model.named_parameters():
+        kept = any(part in name for part in wide.get(wanted, ()))
+        assert parameter.dtype == (torch.float32 if kept else wanted), name
+
+
 def test_load_packed_takes_the_checkpoints_dtype_and_class(square, tmp_path):
     model = load_packed(square("g128"))
     assert model.dtype == torch.bfloat16
