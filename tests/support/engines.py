@@ -45,7 +45,7 @@ def engine(model, **settings):
                 "max_num_batched_tokens": 512,
                 "enable_prefix_caching": False,
                 "enforce_eager": True,
-                "max_logprobs": VOCABULARY,
+                "max_logprobs": -1,  # all
                 "seed": 0,
                 **settings,
             },
@@ -106,8 +106,9 @@ def generated(llm, prompts, adapters, tokens=8):
     """Return the tokens of a greedy answer to each prompt, and every log-probability on the way."""
     from vllm import SamplingParams
 
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
     sampling = SamplingParams(
-        max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=VOCABULARY
+        max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=vocabulary
     )
     given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     outputs = llm.generate(given, sampling, lora_request=adapters, use_tqdm=False)
@@ -115,7 +116,7 @@ def generated(llm, prompts, adapters, tokens=8):
     return [
         (
             list(answer.token_ids),
-            [[step[token].logprob for token in range(VOCABULARY)] for step in answer.logprobs],
+            [[step[token].logprob for token in range(vocabulary)] for step in answer.logprobs],
         )
         for answer in answers
     ]
