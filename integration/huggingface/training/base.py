@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from int4_lora.integration.annotation.targets import lora_targets
 from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.checkpoint.safetensors_files import bytes_of, read_tensor
 
 __all__ = ["base_digest", "default_dtype", "default_targets", "read_tokenizer", "size_of"]
 
@@ -40,8 +40,7 @@ def base_digest(checkpoint: Checkpoint) -> str:
     for name, stored in sorted(checkpoint.tensors.items()):
         digest.update(json.dumps([name, stored.dtype, list(stored.shape)]).encode())
         if name.endswith(".weight_scale"):
-            values = checkpoint.tensor(name).reshape(-1).contiguous()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            digest.update(read_tensor(bytes_of(stored, 0, stored.nbytes), name).numpy().tobytes())
     return digest.hexdigest()
 
 

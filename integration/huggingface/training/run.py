@@ -71,6 +71,7 @@ class _Plan:
 
     model: str
     checkpoint: Checkpoint
+    base: str
     settings: Settings
     data: Data
     start: Path | None
@@ -183,7 +184,7 @@ def _plan(
         "start_from (sha256)": None if start is None else _sha256(start / TENSOR_FILE),
         "rows (sha256 of all tokens)": rows.rows_sha256,
     }
-    return _Plan(model, checkpoint, settings, rows, start, description)
+    return _Plan(model, checkpoint, base, settings, rows, start, description)
 
 
 def _filled(settings: Settings, checkpoint: Checkpoint, start: Adapter | None) -> Settings:
@@ -311,7 +312,7 @@ def _report(plan: _Plan, history: list[dict[str, Any]], notes: list[str]) -> dic
         {key: entry[key] for key in keys if key in entry} for entry in history if "loss" in entry
     ]
     return {
-        "base": {"name": plan.model, "digest": plan.description[next(iter(plan.description))]},
+        "base": {"name": plan.model, "digest": plan.base},
         "data": {
             "file": data.file.name,
             "sha256": data.sha256,

@@ -29,7 +29,6 @@ from int4_lora.integration.huggingface.training.run_folder import RunFolder
 from int4_lora.integration.huggingface.training.trainer import arguments
 from int4_lora.integration.huggingface.training.watch import Watch
 
-pytestmark = pytest.mark.versions
 SETTINGS = Settings(
     rank=4,
     length=32,
@@ -75,6 +74,7 @@ def bytes_of(trained):
     return (trained.output / TENSORS).read_bytes()
 
 
+@pytest.mark.versions
 def test_the_losses_are_those_of_trainer_and_peft_on_the_dequantised_model(
     trained, decompressed, tokenizer, lines, tmp_path
 ):
@@ -100,6 +100,7 @@ def test_the_losses_are_those_of_trainer_and_peft_on_the_dequantised_model(
     assert ours[-1] < ours[0]
 
 
+@pytest.mark.versions
 def test_the_first_loss_is_the_mean_over_all_predicted_tokens(model, decompressed, tmp_path):
     """Of rows of different lengths, in batches that a step sums: the token is the unit."""
     file = tmp_path / "two.jsonl"
@@ -138,6 +139,7 @@ def test_the_folder_holds_the_adapter_and_the_report(trained, model, lines):
     assert inspect.inspect(checkpoint, [adapter], []).right
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("stop_after", [1, 5])  # before the first checkpoint, and between two
 def test_a_resumed_run_ends_with_the_same_adapter(trained, model, lines, tmp_path, stop_after):
     output = tmp_path / "adapter"
@@ -149,6 +151,9 @@ def test_a_resumed_run_ends_with_the_same_adapter(trained, model, lines, tmp_pat
         assert not partial.exists()
         return
     assert {path.name for path in partial.iterdir()} >= {"run.json", "checkpoint-3"}
+    begun = partial / "writing" / "checkpoint-6"  # as a kill leaves it while it is written
+    begun.mkdir()
+    (begun / TENSORS).write_bytes(b"cut off")
     recorder = Recorder()
     resumed = train(model, lines, output, SETTINGS, resume=True, watch=recorder)
     assert [step for step, _ in recorder.losses] == [4, 5, 6, 7, 8]
@@ -299,6 +304,12 @@ def test_a_model_without_a_tokenizer_is_refused(square, lines, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_processes_are_refused(model, lines, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="trains in one process"):
+        train(model, lines, tmp_path / "adapter", SETTINGS)
+
+
 def test_two_runs_do_not_write_one_adapter(model, lines, tmp_path):
     class Second(Watch):
         def step(self, step, loss):
@@ -310,6 +321,7 @@ def test_two_runs_do_not_write_one_adapter(model, lines, tmp_path):
         train(model, lines, tmp_path / "adapter", SETTINGS, watch=Second())
 
 
+@pytest.mark.versions
 def test_a_loss_that_is_not_finite_stops_the_run(model, lines, tmp_path):
     settings = replace(SETTINGS, learning_rate=1e37, save_every=1, eval_split=0.0)
     with pytest.raises(DivergedError, match=r"not finite .* in step 2; the last good") as error:
@@ -320,6 +332,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, lines, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.versions
 def test_an_adapter_is_trained_further(trained, model, lines, tmp_path):
     settings = replace(SETTINGS, rank=None, steps=2)
     further = train(model, lines, tmp_path / "adapter", settings, start_from=trained.output)
@@ -372,6 +385,7 @@ def test_the_modules_are_those_that_the_checkpoint_suggests(model, tmp_path, whe
     assert default_targets(open_checkpoint(folder)) == ("k_proj",)
 
 
+@pytest.mark.versions
 def test_checkpointing_computes_the_same_losses(trained, model, lines, tmp_path):
     settings = replace(SETTINGS, checkpointing=True)
     report = train(model, lines, tmp_path / "adapter", settings).report
