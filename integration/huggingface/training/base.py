@@ -62,7 +62,7 @@ def default_targets(checkpoint: Checkpoint) -> tuple[str, ...]:
     for source in (metadata, checkpoint.config):
         for key in SUGGESTIONS:
             names = source.get(key)
-            if isinstance(names, list) and names and all(isinstance(one, str) for one in names):
+            if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
                 return tuple(names)
     targets = lora_targets(checkpoint)
     if not targets.modules:

@@ -251,8 +251,8 @@ def _check_base(start: Path, digest: str) -> None:
     trained = base.get("digest") if isinstance(base, dict) else None
     if trained is not None and trained != digest:
         raise ValueError(
-            f"{file}: the adapter is of another base: it was trained on one with the digest "
-            f"{trained}, and this has {digest}"
+            f"{file}: the adapter is of another base: its base has the digest {trained}, and this "
+            f"model {digest}"
         )
 
 

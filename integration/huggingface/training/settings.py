@@ -88,8 +88,8 @@ class Settings:
             raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {self.dtype}")
         if self.device not in (None, *DEVICES):
             raise ValueError(
-                f"device must be cpu or cuda, got {self.device}; CUDA_VISIBLE_DEVICES chooses one "
-                "of several GPUs"
+                f"device must be cpu or cuda, got {self.device}; of several GPUs, "
+                "CUDA_VISIBLE_DEVICES selects the GPU"
             )
 
 

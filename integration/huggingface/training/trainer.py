@@ -89,7 +89,9 @@ class Keeper(transformers.TrainerCallback):
         Raises:
             DivergedError: a gradient is not finite.
         """
-        gradients = [one.grad for one in model.parameters() if one.grad is not None]
+        gradients = [
+            parameter.grad for parameter in model.parameters() if parameter.grad is not None
+        ]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             raise DivergedError(
