@@ -4,8 +4,8 @@ y[:, rows] = RN_x( x W[rows]^T ),  block of rows by block of rows
 
 Where x has the scales' dtype and products in that dtype are fast, W is rounded to it. Elsewhere
 both factors are widened to the accumulation dtype, which holds every rounded weight exactly. The
-GEMM rounds its result to the factors' dtype: ``base_rounded=True``. torch.compile may leave out the
-rounding of W where it fuses, so ``weight_rounded=False`` is declared.
+GEMM rounds its result to the factors' dtype: ``base_rounded=True``. W is rounded by arithmetic that
+torch.compile cannot omit (``rounding.py``): ``weight_rounded=True``.
 
 Source: ``int4_lora.reference.dequantize``.
 """
@@ -52,5 +52,5 @@ def base(x: Tensor, weight: PreparedWeight) -> Tensor:
 
 
 TILES = Formulation(
-    name="tiles", base=base, layout=PreparedWeight, weight_rounded=False, base_rounded=True
+    name="tiles", base=base, layout=PreparedWeight, weight_rounded=True, base_rounded=True
 )

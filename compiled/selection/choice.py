@@ -39,8 +39,11 @@ __all__ = [
 ]
 
 CACHE = "crossovers"
-FORMAT = 5  # increased when a formulation changes, so that old measurements are ignored
-INT4PACK_TOKENS = 24  # the most tokens for which torch's operator is the default
+FORMAT = 6  # increased when a formulation changes, so that old measurements are ignored
+MOST_TOKENS = {  # for which a formulation is the default
+    INT4PACK.name: 24,
+    DEFINITION.name: 24,  # above, products in 16 bits outweigh its single loop over W
+}
 AS_USUAL = "default"  # stored in place of a formulation's name where the default stays
 Crossovers = list[tuple[int, str]]  # (the most tokens, the formulation), ascending
 
@@ -92,7 +95,7 @@ def default(
         inlined: whether the layer becomes part of another graph.
     """
     for one in (INT4PACK, MAGIC_GEMV, GEMV, DEFINITION):
-        many = one is INT4PACK and tokens > INT4PACK_TOKENS
+        many = one.name in MOST_TOKENS and tokens > MOST_TOKENS[one.name]
         needs_options = inlined and one.backend is not None
         if not many and not needs_options and one.takes(weight, dtype, tokens, slices):
             return one

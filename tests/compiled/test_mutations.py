@@ -109,6 +109,10 @@ MUTANTS = {
         "gradients.base", {"total.to(sums) + part.to(sums)": "total + part"},
         [f"{BASE}::test_partial_sums_are_kept_in_float32"],
     ),
+    "weight_of_a_checkpoint_not_rounded": (
+        "layouts.checkpoint", {"scaled(codes, scale)": "codes.float() * scale.float()"},
+        ["compiled/formulations/test_formulations.py::test_tokens_and_dtypes"],
+    ),
     "rounding_left_to_a_cast": (
         "rounding", {"or not torch.compiler.is_compiling()": "or True"},
         ["compiled/test_rounding.py"],

@@ -107,6 +107,17 @@ def test_each_is_right_and_replays(name, dtype, several):
     assert ran
 
 
+@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
+def test_a_rounded_weight_is_rounded_where_sums_are_wider(layout):
+    """In float32, the rounding of a weight with bfloat16 scales is far above the bound."""
+    weight, _, x, _ = operands(torch.bfloat16, 40, seed=3)
+    (tiles,) = [one for one in FORMULATIONS.values() if one.weight_rounded]
+    x, prepared = x.float(), prepare(weight, layout=layout)
+    y = plan(x, prepared, formulation=tiles)(x, None)
+    exact = int4_lora_linear(x.double(), weight)
+    assert ((y.double() - exact).abs() <= error_bound(x, weight, base_rounded=True)).all()
+
+
 @pytest.mark.parametrize("name", sorted(FORMULATIONS))
 def test_loops_shared_by_two_threads_are_right(name):
     """Use two threads: test processes have one thread each, with which no loop is parallel."""

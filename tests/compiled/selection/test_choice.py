@@ -35,6 +35,13 @@ def test_the_default_when_nothing_was_kept(weight):
     assert names(weight) == ["gemv", "gemv", "tiles", "tiles"]
 
 
+def test_the_default_of_the_layout_checkpoint():
+    weight = prepare(random_weight(rows=48, columns=128), layout="checkpoint")
+    for dtype in (torch.bfloat16, torch.float32):
+        found = [formulation_for(weight, dtype, tokens).name for tokens in (1, 24, 25, 1000)]
+        assert found == ["definition", "definition", "tiles", "tiles"]
+
+
 def test_what_was_kept_is_chosen_in_this_process_and_the_next(weight, monkeypatch):
     choice.keep_crossovers(weight, torch.bfloat16, (), [(1, "gemv"), (MANY, "tiles")])
     assert names(weight) == ["gemv", "tiles", "tiles", "tiles"]
