@@ -60,7 +60,7 @@ class QuantisedEmbedding(QuantizeMethodBase):
         rows = input_.flatten()  # no PackedWeight: vLLM's graph keeps their number symbolic
         scale = layer.weight_scale[rows]
         codes = unpack(layer.weight_packed[rows], layer.hidden_size).to(scale.dtype)
-        dense = codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)
+        dense = codes.view(*scale.shape, -1) * scale.unsqueeze(2)
         return dense.flatten(1).to(self.dtype).view(*input_.shape, layer.hidden_size)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -49,6 +49,8 @@ class Int4Scheme(CompressedTensorsWNA16):
         ordered: whether the checkpoint has a ``weight_g_idx``, which vLLM does not take.
     """
 
+    kernel: Any
+
     def __init__(
         self, stock: CompressedTensorsWNA16, served: ServedLayer, *, ordered: bool = False
     ) -> None:
