@@ -59,3 +59,17 @@ def add_g_idx(folder):
         tensors[f"{module}.weight_g_idx"] = (order // 128).to(torch.int32)
     save_file(tensors, file, metadata={"format": "pt"})
     edit_config(folder, weights(actorder="group"))
+
+
+def shorten_scales(folder):
+    """Leave 3 significant bits to each scale, so that (q - z) s is exact in bfloat16.
+
+    In float32 transformers does not round the product to the scale's dtype. Now no one rounds.
+    """
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            assert tensor.dtype == torch.bfloat16
+            tensors[name] = (tensor.view(torch.int16) & ~0x1F).view(torch.bfloat16)
+    save_file(tensors, file, metadata={"format": "pt"})

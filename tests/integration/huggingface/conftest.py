@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from support.tiny import SQUARE, make_tiny
+from support.tiny import SQUARE, make_tiny, shorten_scales
 from support.upstream_versions import REFUSES_ZERO_POINTS
 
 
@@ -22,20 +21,6 @@ def square(tmp_path_factory):
         return made[variant]
 
     return folder_of
-
-
-def shorten_scales(folder):
-    """Leave 3 significant bits to each scale, so that (q - z) s is exact in bfloat16.
-
-    In float32 transformers does not round the product to the scale's dtype. Now no one rounds.
-    """
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for name, tensor in tensors.items():
-        if name.endswith("weight_scale"):
-            assert tensor.dtype == torch.bfloat16
-            tensors[name] = (tensor.view(torch.int16) & ~0x1F).view(torch.bfloat16)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")
