@@ -1,5 +1,7 @@
 """vLLM's CPU operators and our layer in vLLM, held against the reference."""
 
+import torch
+
 from int4_lora.integration.conformance import load_backend
 from int4_lora.reference.conformance import run, select, settled
 
@@ -16,9 +18,13 @@ def outcomes(name):
 
 def test_base_rows_of_mixed_batches_get_an_adapter_from_vllms_cpu_operators():
     right, wrong = ("passed", ()), ("failed", ("adapter_minus_one_indexed",))
-    assert outcomes("vllm_cpu") == {
-        "int4_linear/group_128/bf16": right,
-        "int4_linear/group_32_asym/bf16": right,
+    found = outcomes("vllm_cpu")
+    base = {found.pop("int4_linear/group_128/bf16"), found.pop("int4_linear/group_32_asym/bf16")}
+    if torch.cpu._is_avx512_bf16_supported():
+        assert base == {right}
+    else:  # without these instructions vLLM's base is less precise
+        assert base <= {right, ("failed", ("low_precision_accumulate",))}
+    assert found == {
         "int4_lora_linear/mixed/bf16": wrong,
         "int4_lora_linear/one_used/bf16": right,
         "int4_lora_linear/slices_qkv/bf16": wrong,

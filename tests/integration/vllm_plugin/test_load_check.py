@@ -17,7 +17,7 @@ from int4_lora.integration.vllm_plugin.load_check import (
 )
 from int4_lora.integration.vllm_plugin.options import Options
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
-from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots
+from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots, add_eagerly
 from int4_lora.reference import quantize
 
 
@@ -184,6 +184,8 @@ def test_plain_adapters_are_those_of_the_compiled_path(weight, lora):
     x = torch.randn(6, 128, generator=generator).bfloat16()
     base = torch.randn(6, 96, generator=generator).bfloat16()
     ids = torch.tensor([0, -1, 2, 1, 9, 0])  # 9 is no slot
-    y = served.add_adapters_eagerly(base, x, ids)
+    lora_a = [slice_.a.unsqueeze(1) for slice_ in lora.slices]
+    lora_b = [slice_.bt.transpose(1, 2).unsqueeze(1) for slice_ in lora.slices]
+    y = add_eagerly(base, x, ids, lora_a, lora_b)
     torch.testing.assert_close(y, served.add_adapters(base, x, ids), rtol=0.01, atol=0.05)
     assert torch.equal(y[[1, 4]], base[[1, 4]])
