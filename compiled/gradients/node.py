@@ -127,7 +127,7 @@ def _adapters(
 
     Each adapter is computed on its own, by the same graph, from its own tokens only.
     """
-    if not any(wanted):
+    if not (wanted.x or wanted.reads_x):
         return None, [None, None, None]
     dx: Tensor | None = None
     found: list[list[Tensor]] = []
@@ -148,5 +148,8 @@ def _adapters(
             delta = gradients.pop(0)
             dx = delta if dx is None else dx + delta
         found.append(gradients)
-    stacked = iter([torch.stack(each) for each in zip(*found, strict=True)])
-    return dx, [next(stacked) if wants else None for wants in wanted[1:]]
+    stacked = [torch.stack(each) for each in zip(*found, strict=True)]
+    of_operands: list[Tensor | None] = []
+    for wants in (wanted.a, wanted.bt, wanted.scaling):  # torch 2.8 cannot trace slices of tuples
+        of_operands.append(stacked.pop(0) if wants else None)
+    return dx, of_operands

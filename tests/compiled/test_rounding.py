@@ -17,9 +17,10 @@ def every_scale(dtype):
 
 
 def same_bits(mine, theirs):
+    """Return whether two tensors have the same bits, but for the signs of zeros and NaN."""
     if not torch.equal(mine.isnan(), theirs.isnan()):
         return False
-    mine, theirs = (torch.where(one.isnan(), 0, one) for one in (mine, theirs))
+    mine, theirs = (torch.where(each.isnan() | (each == 0), 0, each) for each in (mine, theirs))
     return torch.equal(bits_of(mine), bits_of(theirs))
 
 

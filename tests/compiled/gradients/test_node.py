@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from packaging.version import Version
 
 from int4_lora.compiled import PreparedLoRA, int4_lora_linear, prepare, prepare_lora
 from int4_lora.compiled.adapters.prepared import PreparedSlice
@@ -130,6 +131,8 @@ def test_the_backward_can_be_differentiated():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
 @pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
 def test_the_backward_becomes_part_of_another_graph(layout):
+    if layout == "checkpoint" and Version(torch.__version__) < Version("2.9"):
+        pytest.skip("torch 2.8 rebuilds PackedWeight, and gives its constructor one field too many")
     weight = prepare(random_weight(**SHAPE), layout=layout)
     operands = leaves(torch.float32, 4)
     ids = torch.tensor([0, 1, 2, -1])
