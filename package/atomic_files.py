@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["new_folder", "replace_files", "sync_file", "sync_folder", "write_synced"]
+__all__ = ["new_folder", "replace_files", "sync_file", "sync_folder", "sync_tree", "write_synced"]
 
 
 def replace_files(contents: Mapping[Path, bytes], *, like: Path | None = None) -> None:
@@ -71,12 +71,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         made = Path(beside) / folder.name
         made.mkdir()
         yield made
-        for path in made.rglob("*"):
-            if path.is_file():
-                sync_file(path)
-            else:
-                sync_folder(path)
-        sync_folder(made)
+        sync_tree(made)
         made.rename(folder)
     sync_folder(folder.parent)
 
@@ -106,3 +101,13 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and all that is in it to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync_file(path)
+        else:
+            sync_folder(path)
+    sync_folder(folder)

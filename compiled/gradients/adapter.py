@@ -47,15 +47,15 @@ class Wanted(NamedTuple):
 
 
 def through_adapter(
-    g: Tensor, x: Tensor | None, own: Tensor, one: PreparedSlice, wanted: Wanted
+    g: Tensor, x: Tensor | None, uses: Tensor, part: PreparedSlice, wanted: Wanted
 ) -> tuple[Tensor, ...]:
     """Return the wanted gradients, in the order of ``Wanted``.
 
     Args:
         g: ``[tokens, out_features]``, the gradient of y.
         x: ``[tokens, in_features]``; None if ``wanted.reads_x`` is false.
-        own: bool ``[tokens]``, whether a token uses the adapter.
-        one: a slice with a single adapter.
+        uses: bool ``[tokens]``, whether a token uses the adapter.
+        part: a slice with a single adapter.
         wanted: which gradients to compute.
 
     Returns:
@@ -63,25 +63,25 @@ def through_adapter(
         those of a and bt have no dimension of adapters, that of the scaling has none at all.
     """
     sums = accumulation_dtype(g)
-    own = own.unsqueeze(1)
-    own_g = torch.where(own, g[:, one.start : one.stop], 0)
-    a, bt, scaling = one.a[0], one.bt[0], one.scaling[0].to(sums)
-    gz = product(own_g, bt.T, sums)  # [tokens, rank]
-    found = []
+    uses = uses.unsqueeze(1)
+    its_g = torch.where(uses, g[:, part.start : part.stop], 0)
+    a, bt, scaling = part.a[0], part.bt[0], part.scaling[0].to(sums)
+    gz = product(its_g, bt.T, sums)  # [tokens, rank]
+    gradients = []
     if wanted.x:
-        found.append(torch.where(own, scaling * (gz @ a.to(sums)), 0))
+        gradients.append(torch.where(uses, scaling * (gz @ a.to(sums)), 0))
     if x is None:
-        return tuple(found)
-    own_x = torch.where(own, x, 0)
+        return tuple(gradients)
+    its_x = torch.where(uses, x, 0)
     if wanted.a:
-        found.append((scaling * (gz.T @ own_x.to(sums))).to(a.dtype))
+        gradients.append((scaling * (gz.T @ its_x.to(sums))).to(a.dtype))
     if wanted.bt or wanted.scaling:
-        z = product(own_x, a.T, sums)  # [tokens, rank]
+        z = product(its_x, a.T, sums)  # [tokens, rank]
         if wanted.bt:
-            found.append((scaling * (z.T @ own_g.to(sums))).to(bt.dtype))
+            gradients.append((scaling * (z.T @ its_g.to(sums))).to(bt.dtype))
         if wanted.scaling:
-            found.append(_trace(gz.T @ z).to(one.scaling.dtype))
-    return tuple(found)
+            gradients.append(_trace(gz.T @ z).to(part.scaling.dtype))
+    return tuple(gradients)
 
 
 def _trace(square: Tensor) -> Tensor:

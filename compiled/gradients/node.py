@@ -38,7 +38,7 @@ def needs_gradients(x: Tensor, slices: Sequence[PreparedSlice], bias: Tensor | N
     """Return whether autograd is recording and an operand requires a gradient."""
     if not torch.is_grad_enabled():
         return False
-    operands = [x, *(tensor for one in slices for tensor in (one.a, one.bt, one.scaling))]
+    operands = [x, *(tensor for part in slices for tensor in (part.a, part.bt, part.scaling))]
     return any(tensor.requires_grad for tensor in operands) or (
         bias is not None and bias.requires_grad
     )
@@ -53,7 +53,7 @@ def differentiable(
     bias: Tensor | None,
 ) -> Tensor:
     """Return ``forward(x, weight, slices, adapter_ids, bias)`` with gradients."""
-    flat = [tensor for one in slices for tensor in (one.a, one.bt, one.scaling)]
+    flat = [tensor for part in slices for tensor in (part.a, part.bt, part.scaling)]
     apply: Callable[..., Tensor] = _Layer.apply  # untyped in torch
     return apply(forward, weight, slices, x, adapter_ids, bias, *flat)
 
@@ -76,7 +76,7 @@ class _Layer(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         reads_x = any(ctx.needs_input_grad[FLAT:])  # else x need not stay in memory
         ctx.save_for_backward(x if reads_x else None, adapter_ids, *flat)
-        plain = [one.detach() for one in slices]
+        plain = [part.detach() for part in slices]
         return forward(
             x.detach(), weight, plain, adapter_ids, None if bias is None else bias.detach()
         )
@@ -93,12 +93,12 @@ class _Layer(torch.autograd.Function):
         sums = accumulation_dtype(g)
         dx = _base(g, ctx.weight, sums if flat else g.dtype) if wants_x else None
         of_adapters: list[Tensor | None] = []
-        for index, one in enumerate(ctx.slices):
+        for index, part in enumerate(ctx.slices):
             place = slice(PARTS * index, PARTS * (index + 1))
             a, bt, scaling = flat[place]
-            own = dataclasses.replace(one, a=a, bt=bt, scaling=scaling, finite=True)
+            saved = dataclasses.replace(part, a=a, bt=bt, scaling=scaling, finite=True)
             wanted = Wanted(wants_x, *wants[place])
-            delta, gradients = _adapters(g, x, adapter_ids, own, wanted)
+            delta, gradients = _adapters(g, x, adapter_ids, saved, wanted)
             dx = dx if dx is None or delta is None else dx + delta
             of_adapters += gradients
         dx = None if dx is None else dx.to(g.dtype)
@@ -121,34 +121,34 @@ def _base(g: Tensor, weight: PreparedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _adapters(
-    g: Tensor, x: Tensor | None, adapter_ids: Tensor, one: PreparedSlice, wanted: Wanted
+    g: Tensor, x: Tensor | None, adapter_ids: Tensor, part: PreparedSlice, wanted: Wanted
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients through a slice: that of x, and those of a, bt and scaling.
 
-    Each adapter is computed on its own, by the same graph, from its own tokens only.
+    Each adapter is computed alone, by the same graph, from its tokens only.
     """
     if not (wanted.x or wanted.reads_x):
         return None, [None, None, None]
     dx: Tensor | None = None
-    found: list[list[Tensor]] = []
-    for adapter in range(one.adapters):
-        own = adapter_ids == adapter
+    of_adapters: list[list[Tensor]] = []
+    for adapter in range(part.adapters):
+        uses = adapter_ids == adapter
         single = dataclasses.replace(
-            one,
-            a=one.a[adapter : adapter + 1],
-            bt=one.bt[adapter : adapter + 1],
-            scaling=one.scaling[adapter : adapter + 1],
+            part,
+            a=part.a[adapter : adapter + 1],
+            bt=part.bt[adapter : adapter + 1],
+            scaling=part.scaling[adapter : adapter + 1],
         )
         if _is_inlined() or g.shape[0] == 0:
-            gradients = list(through_adapter(g, x, own, single, wanted))
+            gradients = list(through_adapter(g, x, uses, single, wanted))
         else:
-            entry = plan_adapter_gradients(g, x, own, single.detach(), wanted)
-            gradients = list(entry(g, x, own))
+            entry = plan_adapter_gradients(g, x, uses, single.detach(), wanted)
+            gradients = list(entry(g, x, uses))
         if wanted.x:
             delta = gradients.pop(0)
             dx = delta if dx is None else dx + delta
-        found.append(gradients)
-    stacked = [torch.stack(each) for each in zip(*found, strict=True)]
+        of_adapters.append(gradients)
+    stacked = [torch.stack(each) for each in zip(*of_adapters, strict=True)]
     of_operands: list[Tensor | None] = []
     for wants in (wanted.a, wanted.bt, wanted.scaling):  # torch 2.8 cannot trace slices of tuples
         of_operands.append(stacked.pop(0) if wants else None)

@@ -37,25 +37,25 @@ def plan_gradient(g: Tensor, weight: PreparedWeight, dtype: torch.dtype) -> Entr
 
 
 def plan_adapter_gradients(
-    g: Tensor, x: Tensor | None, own: Tensor, one: PreparedSlice, wanted: Wanted
+    g: Tensor, x: Tensor | None, uses: Tensor, part: PreparedSlice, wanted: Wanted
 ) -> TupleEntry:
     """Return the entry of ``through_adapter``.
 
     Args:
         g: ``[tokens, out_features]``, at least one token.
         x: ``[tokens, in_features]``, or None.
-        own: bool ``[tokens]``, whether a token uses the adapter.
-        one: a slice with a single adapter.
+        uses: bool ``[tokens]``, whether a token uses the adapter.
+        part: a slice with a single adapter.
         wanted: which gradients to compute.
 
     Returns:
-        ``entry(g, x, own)``, which returns a tuple of gradients.
+        ``entry(g, x, uses)``, which returns a tuple of gradients.
     """
 
     def gradients(
-        g: Tensor, x: Tensor | None, own: Tensor, slices: tuple[PreparedSlice]
+        g: Tensor, x: Tensor | None, uses: Tensor, slices: tuple[PreparedSlice]
     ) -> tuple[Tensor, ...]:
-        return through_adapter(g, x, own, slices[0], wanted)
+        return through_adapter(g, x, uses, slices[0], wanted)
 
     kind = ("adapter gradients", g.shape[1], wanted)
-    return tuple_entry_of(kind, gradients, lambda bucket: "inductor", (g, x, own), (), (one,))
+    return tuple_entry_of(kind, gradients, lambda bucket: "inductor", (g, x, uses), (), (part,))

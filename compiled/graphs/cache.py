@@ -91,11 +91,11 @@ class _Watched:
     def gave(self, returned: Any) -> bool:
         """Return whether the first results are what the whole function returned; forget them."""
         first, self.first = self.first, None
-        found = returned if isinstance(returned, tuple) else (returned,)
+        whole = returned if isinstance(returned, tuple) else (returned,)
         return (
             first is not None
-            and len(first) == len(found)
-            and all(one is other for one, other in zip(first, found, strict=True))
+            and len(first) == len(whole)
+            and all(mine is other for mine, other in zip(first, whole, strict=True))
         )
 
 

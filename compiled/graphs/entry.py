@@ -210,8 +210,8 @@ def entry_of(
     Returns:
         ``entry(*by_tokens)``, which returns the function's result.
     """
-    found: Entry = _entry(_Direct, kind, function, backend, by_tokens, bound, slices, *weight)
-    return found
+    entry: Entry = _entry(_Direct, kind, function, backend, by_tokens, bound, slices, *weight)
+    return entry
 
 
 def tuple_entry_of(
@@ -224,10 +224,10 @@ def tuple_entry_of(
     *weight: PreparedWeight,
 ) -> TupleEntry:
     """Return the entry of a function that returns a tuple of tensors; else as ``entry_of``."""
-    found: TupleEntry = _entry(
+    entry: TupleEntry = _entry(
         _DirectTuple, kind, function, backend, by_tokens, bound, slices, *weight
     )
-    return found
+    return entry
 
 
 def _entry(

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 __all__ = [
     "ATTRIBUTES",
@@ -371,20 +372,22 @@ def missing() -> list[str]:
     return sentences + [sentence for item in ATTRIBUTES for sentence in _lacks(item)]
 
 
-def _look_up(module: str, name: str) -> object:
-    """Return a symbol; raise ImportError or AttributeError where it is not there."""
-    value: object = importlib.import_module(module)
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def _look_up(module: str, name: str) -> tuple[Any, str | None]:
+    """Return a symbol and None, or None and a sentence that says that it is missing."""
+    try:
+        value: object = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        return None, f"{module}.{name} is missing ({error})"
+    return value, None
 
 
 def _faults(symbol: Symbol) -> Iterator[str]:
     place = f"{symbol.module}.{symbol.name}"
-    try:
-        value = _look_up(symbol.module, symbol.name)
-    except (ImportError, AttributeError) as error:
-        yield f"{place} is missing ({error})"
+    value, missing_symbol = _look_up(symbol.module, symbol.name)
+    if missing_symbol is not None:
+        yield missing_symbol
         return
     if not symbol.parameters:
         return
@@ -400,8 +403,8 @@ def _faults(symbol: Symbol) -> Iterator[str]:
 def _within(function: Callable[..., object]) -> Callable[..., object]:
     """Return the function that a decorator's ``(*args, **kwargs)`` calls.
 
-    vLLM's decorators of ``can_replace_layer`` do not use ``functools.wraps``: the function is found
-    among the variables that the decorator closed over.
+    vLLM's decorators of ``can_replace_layer`` do not use ``functools.wraps``: the function is among
+    the variables that the decorator closed over.
     """
     kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
     if not kinds or kinds - {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
@@ -413,11 +416,9 @@ def _within(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def _lacks(item: Attribute) -> Iterator[str]:
-    place = f"{item.module}.{item.owner}"
-    try:
-        owner = _look_up(item.module, item.owner)
-    except (ImportError, AttributeError) as error:
-        yield f"{place} is missing ({error})"
+    owner, missing_owner = _look_up(item.module, item.owner)
+    if missing_owner is not None:
+        yield missing_owner
         return
     set_by_a_method = re.compile(rf"\bself\.{item.name}\b\s*(:[^=\n]+)?=[^=]")
     classes = inspect.getmro(owner) if inspect.isclass(owner) else ()
@@ -428,4 +429,4 @@ def _lacks(item: Attribute) -> Iterator[str]:
         for each in classes
     )
     if not known:
-        yield f"{place} no longer has {item.name}"
+        yield f"{item.module}.{item.owner} no longer has {item.name}"

@@ -122,16 +122,16 @@ MUTANTS = {
         ["compiled/test_rounding.py"],
     ),
     "nan_of_x_reaches_adapters": (
-        "gradients.adapter", {"own_x = torch.where(own, x, 0)": "own_x = x"},
+        "gradients.adapter", {"its_x = torch.where(uses, x, 0)": "its_x = x"},
         [f"{ADAPTER}::test_a_nan_stays_with_its_own_tokens_and_adapter"],
     ),
     "delta_of_x_for_every_token": (
-        "gradients.adapter", {"torch.where(own, scaling * (gz @ a.to(sums)), 0)":
+        "gradients.adapter", {"torch.where(uses, scaling * (gz @ a.to(sums)), 0)":
                               "scaling * (gz @ a.to(sums))"},
         [f"{ADAPTER}::test_a_nan_stays_with_its_own_tokens_and_adapter"],
     ),
     "gradient_of_a_unscaled": (
-        "gradients.adapter", {"(scaling * (gz.T @ own_x.to(sums)))": "(gz.T @ own_x.to(sums))"},
+        "gradients.adapter", {"(scaling * (gz.T @ its_x.to(sums)))": "(gz.T @ its_x.to(sums))"},
         [f"{ADAPTER}::test_ranks_and_adapters"],
     ),
     "second_order_lost": (

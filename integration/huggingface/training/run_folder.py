@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from int4_lora.atomic_files import replace_files, sync_file, sync_folder
+from int4_lora.atomic_files import replace_files, sync_folder, sync_tree
 from int4_lora.integration.checkpoint.json_files import read_json_object
 
 __all__ = ["RunFolder"]
@@ -142,7 +142,7 @@ class RunFolder:
             step: the step of the checkpoint.
         """
         written, before = self.writing / f"checkpoint-{step}", self.last_checkpoint()
-        _sync(written)
+        sync_tree(written)
         kept = self.partial / written.name
         if before == kept:
             _remove(kept)
@@ -157,23 +157,13 @@ class RunFolder:
         Args:
             adapter: the folder with the whole adapter, inside ``partial``.
         """
-        _sync(adapter)
+        sync_tree(adapter)
         replaced = self.partial / "replaced"
         if os.path.lexists(self.output):
             self.output.rename(replaced)
         adapter.rename(self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(self.partial)
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder and what is in it to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync_file(path)
-        else:
-            sync_folder(path)
-    sync_folder(folder)
 
 
 def _remove(path: Path) -> None:

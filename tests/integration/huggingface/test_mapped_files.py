@@ -19,7 +19,7 @@ SMAPS = """\
 Size:                328 kB
 Anonymous:             0 kB
 AnonHugePages:         4 kB
-00651000-00652000 rw-p 00000000 08:02 173521      /tmp/written
+00651000-00652000 rw-p 00000000 08:02 173521      /data/written
 Anonymous:             4 kB
 01a00000-01a21000 rw-p 00000000 00:00 0           [heap]
 Anonymous:             0 kB
