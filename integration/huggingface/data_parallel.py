@@ -33,7 +33,7 @@ def packed_buffers(module: nn.Module) -> list[str]:
         >>> from int4_lora.reference import quantize
         >>> layer = Int4Linear(quantize(torch.randn(32, 256), group_size=128))
         >>> packed_buffers(nn.Sequential(layer))[0]
-        '0.int4_packed'
+        '0.int4_words'
     """
     return [
         f"{path}.{name}" if path else name
