@@ -10,7 +10,7 @@ from support.tiny import LLAMA
 VARIANTS = [
     "g128",
     pytest.param("g32", marks=pytest.mark.nightly),
-    "asym-g128",
+    pytest.param("asym-g128", marks=pytest.mark.nightly),
     pytest.param("channel", marks=pytest.mark.nightly),
 ]
 

@@ -55,6 +55,7 @@ def test_the_answers_are_the_same(feature, plain, tiny_models, tiny_adapters, pr
     assert (again - plain[0]).abs().max() <= CLOSE
 
 
+@pytest.mark.nightly
 def test_speculative_decoding(plain, tiny_models, tiny_adapters, repeating, tmp_path):
     """In a process of its own: after it, numba does not let vLLM start another engine in one."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
