@@ -77,9 +77,9 @@ class _Layer(torch.autograd.Function):
         reads_x = any(ctx.needs_input_grad[FLAT:])  # else x need not stay in memory
         ctx.save_for_backward(x if reads_x else None, adapter_ids, *flat)
         plain = [part.detach() for part in slices]
-        return forward(
-            x.detach(), weight, plain, adapter_ids, None if bias is None else bias.detach()
-        )
+        y = forward(x.detach(), weight, plain, adapter_ids, None if bias is None else bias.detach())
+        # in a graph, torch 2.11 gives zero gradients if the last cast changed nothing: upstream.md
+        return y.view_as(y) if torch.compiler.is_compiling() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

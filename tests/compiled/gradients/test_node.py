@@ -131,8 +131,8 @@ def test_the_backward_can_be_differentiated():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
 @pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
 def test_the_backward_becomes_part_of_another_graph(layout):
-    if layout == "checkpoint" and Version(torch.__version__) < Version("2.9"):
-        pytest.skip("torch 2.8 rebuilds PackedWeight, and gives its constructor one field too many")
+    if layout == "checkpoint" and Version(torch.__version__) < Version("2.11"):
+        pytest.skip("torch < 2.11 rebuilds PackedWeight with one field too many")
     weight = prepare(random_weight(**SHAPE), layout=layout)
     operands = leaves(torch.float32, 4)
     ids = torch.tensor([0, 1, 2, -1])
