@@ -259,6 +259,12 @@ def refuse_settings(vllm_config: Any) -> None:
             "int4_lora does not take pipeline parallelism, which was never run with it: leave out "
             "--pipeline-parallel-size"
         )
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        raise ValueError(
+            "int4_lora does not take VLLM_BATCH_INVARIANT, because it computes few tokens and many "
+            "by different code, whose sums differ in the last bits: unset the variable, or leave "
+            "out --quantization int4_lora"
+        )
     lora = vllm_config.lora_config
     if lora is not None and lora.fully_sharded_loras:
         raise ValueError(

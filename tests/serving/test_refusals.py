@@ -83,6 +83,8 @@ def test_fully_sharded_lora(model):
     [
         ({}, None),
         ({"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, "unset VLLM_LORA_ENABLE_DUAL_STREAM"),
+        ({"VLLM_BATCH_INVARIANT": "1"}, "take VLLM_BATCH_INVARIANT, .* unset the variable"),
+        ({"VLLM_BATCH_INVARIANT": "0"}, None),
         ({"enable_sleep_mode": True}, "leave out --enable-sleep-mode"),
         ({"pipeline_parallel_size": 2}, "leave out --pipeline-parallel-size"),
     ],
