@@ -51,6 +51,7 @@ def log():
     ("given", "sentence"),
     [
         ({"backand": "auto"}, "did you mean 'backend'"),
+        ({"favour": "speed"}, "must be 'balanced' or 'decode' or 'prefill', got 'speed'"),
         ({"backend": "quick"}, "must be 'auto' or 'compiled' or 'stock-base', got 'quick'"),
         ({"cache_bytes": "1"}, "cache_bytes must be int, got str"),
     ],
