@@ -233,6 +233,18 @@ SYMBOLS = (
         ("y", "x", "lora_b_stacked", "add_inputs"),
         "replaced by ours on a CPU",
     ),
+    Symbol(
+        "vllm.lora.punica_wrapper.punica_base",
+        "PunicaWrapperBase.add_lora_linear",
+        ("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
+        "measured, and run where it is faster",
+    ),
+    Symbol(
+        "vllm.lora.punica_wrapper.punica_selector",
+        "get_punica_wrapper",
+        (),
+        "vLLM's adapters, to measure them",
+    ),
     Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
     Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
     Symbol("vllm.logger", "init_logger", ("name",), "the log"),
@@ -306,6 +318,8 @@ ATTRIBUTES = (
             ("ParallelConfig", "pipeline_parallel_size"),
             ("SchedulerConfig", "max_num_batched_tokens"),
             ("LoRAConfig", "fully_sharded_loras"),
+            ("LoRAConfig", "max_loras"),
+            ("LoRAConfig", "max_lora_rank"),
         )
     ),
 )

@@ -36,8 +36,9 @@ def dense_weight(layer: Any, dtype: torch.dtype | None) -> Tensor:
     served, engine = layer.int4_lora, layer.int4_lora.engine
     with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
         packed = served.cached
-        if packed is None and served.weight is not None:
-            packed = served.weight.packed_weight()
+        readable = served.shared if served.weight is None else served.weight
+        if packed is None and readable is not None:
+            packed = readable.packed_weight()
         elif packed is None:  # vLLM's kernel has destroyed the layout
             packed = packed_weight_of_checkpoint(layer).to(layer.weight_packed.device)
         dense: Tensor = engine.cache.get(packed, dtype)

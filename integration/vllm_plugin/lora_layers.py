@@ -92,6 +92,8 @@ class Int4LoRALayer:
         """Make the slots of the adapters; compile and check everything that will run."""
         super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
         served = self.served
+        if served.has_stock_adapters:
+            return  # the slots keep vLLM's layout
         served.lora, views = adapter_slots(self.lora_a_stacked, self.lora_b_stacked)
         served.lora_fallback_reason = served.adapters_fault(kernel_bias(self.base_layer))
         if served.lora_fallback_reason is None:
@@ -126,7 +128,8 @@ class Int4LoRALayer:
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer with each token's adapter: x ``[..., in_features]``."""
         served = self.served
-        if served.lora_fallback_reason is not None and x.device.type != "cpu":
+        failed_on_gpu = served.lora_fallback_reason is not None and x.device.type != "cpu"
+        if failed_on_gpu or served.has_stock_adapters:
             return super().apply(x, bias)  # type: ignore[misc]
         rows = x.flatten(0, -2)
         adapter_ids = self.punica_wrapper._token_lora_indices[: rows.shape[0]]

@@ -20,6 +20,7 @@ KEY = "int4_lora"
 CHOICES = {
     "backend": ("auto", "compiled", "stock-base"),
     "in_graph": ("custom-op", "inlined"),
+    "favour": ("balanced", "decode", "prefill"),
 }
 
 
@@ -28,18 +29,22 @@ class Options:
     """The options of one engine.
 
     Args:
-        backend: ``auto`` measures each layer shape at load and takes vLLM's own kernel for the base
-            where that is faster; ``compiled`` takes ours everywhere, ``stock-base`` vLLM's.
+        backend: ``auto`` measures each layer shape at load and takes vLLM's own code for the base
+            or the adapters where that is faster; ``compiled`` takes ours everywhere,
+            ``stock-base`` vLLM's kernel for the base.
         in_graph: within vLLM's own torch.compile, ``custom-op`` chooses our compiled function by
             the number of tokens at run time, ``inlined`` makes the layer part of vLLM's graph.
         cache_bytes: the most bytes of dense weights that ``get_unpacked_weights`` keeps.
         warm_up: whether everything is compiled at load, so that no request waits for it.
+        favour: the steps by whose times ``auto`` chooses: those that ``decode`` (up to 32 tokens),
+            those that ``prefill`` (more), or ``balanced``, all.
     """
 
     backend: str = "auto"
     in_graph: str = "custom-op"
     cache_bytes: int = 0
     warm_up: bool = True
+    favour: str = "balanced"
 
 
 def read_options(additional_config: object) -> Options:

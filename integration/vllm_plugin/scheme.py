@@ -9,6 +9,7 @@ kernel is faster or ours is wrong.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from int4_lora.compiled import PreparedWeight, prepare
+from int4_lora.integration.vllm_plugin.base_choice import VLLM
 from int4_lora.integration.vllm_plugin.loading import keeping_scale_dtype
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.integration.vllm_plugin.stand_in_kernel import StandInKernel, standing_in
@@ -31,7 +33,8 @@ from int4_lora.integration.vllm_plugin.stock_arithmetic import (
     sixteen_bit_activations,
     would_quantise_activations,
 )
-from int4_lora.integration.vllm_plugin.stock_trial import Kind, stock_reason
+from int4_lora.integration.vllm_plugin.stock_layout import shared_weight
+from int4_lora.integration.vllm_plugin.stock_trial import Kind, choice_of
 from int4_lora.reference import PackedWeight
 
 __all__ = ["Int4Scheme", "kernel_bias"]
@@ -107,6 +110,8 @@ class Int4Scheme(CompressedTensorsWNA16):
             symmetric=bool(self.symmetric),
             dtype=params_dtype,
             scale_dtype=params_dtype,
+            slots=self.served.engine.slots,
+            rank=self.served.engine.rank,
         )
         self.served.stock_quantises = would_quantise_activations(self.kernel, params_dtype)
         backend = self.served.engine.options.backend
@@ -135,17 +140,32 @@ class Int4Scheme(CompressedTensorsWNA16):
         if served.fallback_reason is None:
             served.fallback_reason = self._take_weight(layer)
         if served.fallback_reason is not None:
-            scale = layer.weight_scale  # vLLM's kernels take scales in the dtype of x alone
-            scale.data = scale.data.to(kind.dtype)
-            as_vllm_does = served.engine.options.backend == "stock-base" or of_the_operator()
-            with nullcontext() if as_vllm_does else sixteen_bit_activations():
-                super().process_weights_after_loading(layer)
-            served.activations_quantised = quantises_activations(layer)
+            self._leave_to_stock(layer, kind.dtype)
         served.engine.weight_loaded(served)
+
+    def _leave_to_stock(self, layer: Any, dtype: torch.dtype) -> None:
+        """Let vLLM's kernel lay the weight out; let ours compute many tokens if so chosen."""
+        served = self.served
+        choice = served.choice
+        ours_from = None if choice is None else choice.plan.ours_from
+        packed = None if ours_from is None else self._packed_weight(layer)
+        scale = layer.weight_scale  # vLLM's kernels take scales in the dtype of x alone
+        scale.data = scale.data.to(dtype)
+        as_vllm_does = served.engine.options.backend == "stock-base" or of_the_operator()
+        with nullcontext() if as_vllm_does else sixteen_bit_activations():
+            super().process_weights_after_loading(layer)
+        served.activations_quantised = quantises_activations(layer)
+        if packed is None or ours_from is None:
+            return
+        shared = shared_weight(layer, packed)
+        if shared is None:
+            return
+        if served.base_fault(packed, shared, kernel_bias(layer), ours_from) is None:
+            served.share(shared, functools.partial(super().apply_weights, layer))
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the base layer: x ``[..., in_features]``."""
-        if self.served.weight is None:
+        if self.served.weight is None and self.served.shared is None:
             return super().apply_weights(layer, x, bias)
         y = self.served.forward(x.flatten(0, -2), None, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -156,22 +176,20 @@ class Int4Scheme(CompressedTensorsWNA16):
         return of_vllm and self.served.engine.options.backend == "auto"
 
     def _try_stock(self, kind: Kind, device: torch.device) -> None:
-        """Set the reason to run a kind of layer on vLLM's kernel, measured once an engine."""
-        trials = self.served.engine.trials
-        if kind not in trials:
-            trials[kind] = stock_reason(kind, device)
-        self.served.fallback_reason = trials[kind]
+        """Choose whose code computes a kind of layer, measured once an engine."""
+        engine = self.served.engine
+        if kind not in engine.trials:
+            # within a graph of vLLM's, the choice by the number of tokens is an operator's
+            may_share = engine.options.in_graph == "custom-op" and kind.scale_dtype == kind.dtype
+            engine.trials[kind] = choice_of(
+                kind, device, engine.options.favour, may_share=may_share
+            )
+        choice = self.served.choice = engine.trials[kind]
+        self.served.fallback_reason = choice.reason if choice.plan.base == VLLM else None
 
     def _take_weight(self, layer: Any) -> str | None:
         """Make our layout the layer's only copy; return why that is impossible, or None."""
-        zero_point = getattr(layer, "weight_zero_point", None)
-        packed = PackedWeight(
-            packed=layer.weight_packed.data,
-            scale=layer.weight_scale.data,
-            shape=(layer.output_size_per_partition, layer.input_size_per_partition),
-            zero_point=None if zero_point is None else zero_point.data,
-            g_idx=layer.weight_g_idx.data if self.ordered else None,
-        )
+        packed = self._packed_weight(layer)
         with torch.inference_mode(False), torch.no_grad():
             prepared = prepare(packed)
         fault = self.served.base_fault(packed, prepared, kernel_bias(layer))
@@ -187,6 +205,17 @@ class Int4Scheme(CompressedTensorsWNA16):
         placeholder = torch.empty(0, dtype=torch.int32, device=prepared.device)
         layer.weight_packed = nn.Parameter(placeholder, requires_grad=False)
         return None
+
+    def _packed_weight(self, layer: Any) -> PackedWeight:
+        """Return the loaded tensors as the checkpoint has them."""
+        zero_point = getattr(layer, "weight_zero_point", None)
+        return PackedWeight(
+            packed=layer.weight_packed.data,
+            scale=layer.weight_scale.data,
+            shape=(layer.output_size_per_partition, layer.input_size_per_partition),
+            zero_point=None if zero_point is None else zero_point.data,
+            g_idx=layer.weight_g_idx.data if self.ordered else None,
+        )
 
 
 def kernel_bias(layer: Any) -> Tensor | None:

@@ -19,6 +19,7 @@ import torch
 from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.vllm_plugin.adapter_names import unmatched_warning
+from int4_lora.integration.vllm_plugin.base_choice import Choice
 from int4_lora.integration.vllm_plugin.load_check import tokens_of_each_graph
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, outside_targets
 from int4_lora.integration.vllm_plugin.options import Options, read_options
@@ -51,6 +52,8 @@ class ServedEngine:
         dtype: of activations.
         max_tokens: the most tokens in one step.
         lora_enabled: whether the engine serves adapters.
+        slots: how many adapters are served at a time, 0 for none.
+        rank: the rank that adapters are padded to.
         device: the kind of device that runs the model.
         additional_config: vLLM's, which is part of the key of its compile cache.
         forward_context: vLLM's layers by name; the custom operator finds ours there.
@@ -58,7 +61,7 @@ class ServedEngine:
         layers: every linear layer and mixture of experts of the model.
         cache: the dense weights that ``get_unpacked_weights`` keeps.
         checked: the fault of each kind of layer that was checked, None for a correct one.
-        trials: the reason to run each kind of layer on vLLM's kernel, None to run ours.
+        trials: whose code computes what in each kind of layer that was measured.
     """
 
     options: Options = field(default_factory=Options)
@@ -67,6 +70,8 @@ class ServedEngine:
     dtype: torch.dtype = torch.bfloat16
     max_tokens: int = 1
     lora_enabled: bool = False
+    slots: int = 0
+    rank: int = 0
     device: str = "cpu"
     additional_config: Any = None
     forward_context: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +79,7 @@ class ServedEngine:
     layers: list[ServedLayer] = field(default_factory=list)
     cache: UnpackedWeightCache = field(default_factory=lambda: UnpackedWeightCache(0))
     checked: dict[Hashable, str | None] = field(default_factory=dict)
-    trials: dict[Kind, str | None] = field(default_factory=dict)
+    trials: dict[Kind, Choice] = field(default_factory=dict)
     _warned: set[tuple[str, ...]] = field(default_factory=set)
     _summary_logged: bool = False
 
@@ -93,14 +98,16 @@ class ServedEngine:
             TypeError: an option of the wrong type.
             ValueError: an option that does not exist, or a setting of vLLM that is refused.
         """
-        options = read_options(vllm_config.additional_config)
+        options, lora = read_options(vllm_config.additional_config), vllm_config.lora_config
         engine = cls(
             options=options,
             metadata=metadata,
             model=vllm_config.model_config.model,
             dtype=vllm_config.model_config.dtype,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            lora_enabled=vllm_config.lora_config is not None,
+            lora_enabled=lora is not None,
+            slots=0 if lora is None else lora.max_loras,
+            rank=0 if lora is None else lora.max_lora_rank,
             device=vllm_config.device_config.device_type,
             additional_config=vllm_config.additional_config,
             forward_context=vllm_config.compilation_config.static_forward_context,
@@ -133,7 +140,13 @@ class ServedEngine:
         """
         if isinstance(self.additional_config, dict):
             kernels = [
-                (layer.name, layer.weight is not None, layer.lora_fallback_reason is None)
+                (
+                    layer.name,
+                    layer.weight is not None,
+                    layer.ours_from,
+                    layer.has_stock_adapters,
+                    layer.lora_fallback_reason is None,
+                )
                 for layer in self.layers
             ]
             of_models = self.additional_config.setdefault(KERNELS, {})
@@ -203,8 +216,10 @@ class ServedEngine:
             logger.info("int4_lora: %s", line)
 
     def summary(self) -> list[str]:
-        """Return the lines of the summary: the counts, and on a GPU a warning."""
-        fused = [layer for layer in self.layers if layer.weight is not None]
+        """Return the lines of the summary: the counts, each choice, and on a GPU a warning."""
+        ours = [layer for layer in self.layers if layer.weight is not None]
+        fused = [layer for layer in ours if not layer.has_stock_adapters]
+        stock_adapters = sum(layer.has_stock_adapters for layer in self.layers)
         fallbacks = [layer.fallback_reason for layer in self.layers if layer.weight is None]
         lora_fallbacks = [
             layer.lora_fallback_reason
@@ -214,10 +229,12 @@ class ServedEngine:
         line = f"{len(fused)} of {len(self.layers)} linear layers fused (INT4 base, adapters)"
         if fallbacks:
             line += f"; {len(fallbacks)} on vLLM's base kernel: {_counted(fallbacks)}"
+        if stock_adapters:
+            line += f"; {stock_adapters} with vLLM's adapters, measured faster"
         if lora_fallbacks:
             line += f"; {len(lora_fallbacks)} with plain, slow LoRA: {_counted(lora_fallbacks)}"
         quantised = sum(layer.activations_quantised for layer in self.layers)
-        lines = [line]
+        lines = [line, *self._choices()]
         if quantised:
             lines.append(
                 f"{quantised} layers on vLLM's base kernel quantise activations to int8 (W4A8), "
@@ -231,6 +248,19 @@ class ServedEngine:
         if self.device != "cpu":
             lines.append("on CUDA this backend is experimental: it never ran in vLLM on a GPU")
         return lines
+
+    def _choices(self) -> list[str]:
+        """Return a line for each measured kind of layer: what was chosen, and what it is worth."""
+        names: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            if layer.choice is not None and layer.kind is not None and layer.follows_choice:
+                shape = f"{sum(layer.kind.outputs)} x {layer.kind.inputs}"
+                chosen = shape, layer.choice.description(self.slots)
+                names.setdefault(chosen, []).append(layer.name.rpartition(".")[2])
+        return [
+            f"{len(same)} x {', '.join(sorted(set(same)))} ({shape}): {description}"
+            for (shape, description), same in names.items()
+        ]
 
 
 def _counted(reasons: Iterable[str | None]) -> str:
@@ -258,6 +288,12 @@ def refuse_settings(vllm_config: Any) -> None:
         raise ValueError(
             "int4_lora does not take pipeline parallelism, which was never run with it: leave out "
             "--pipeline-parallel-size"
+        )
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        raise ValueError(
+            "int4_lora does not take VLLM_BATCH_INVARIANT, because it computes few tokens and many "
+            "by different code, whose sums differ in the last bits: unset the variable, or leave "
+            "out --quantization int4_lora"
         )
     lora = vllm_config.lora_config
     if lora is not None and lora.fully_sharded_loras:

@@ -12,7 +12,7 @@ an operator that finds its layer by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.compiled.linear import BoundLayer, any_tokens
+from int4_lora.integration.vllm_plugin.base_choice import OURS, VLLM, Choice
 from int4_lora.integration.vllm_plugin.load_check import (
     fault_of_addition,
     fault_of_layer,
@@ -51,7 +52,9 @@ class ServedLayer:
         kind: what the time of the base depends on; only of INT4 layers.
         scale_dtypes: of the checkpoint's scales, as they were loaded.
         loaded: whether the weight has been loaded.
+        choice: whose code computes what, if it was measured.
         weight: the base weight, laid out for our kernels; None where vLLM's computes.
+        shared: the weight in vLLM's layout, where our code computes many tokens on it.
         lora: the slots of the adapters.
         lora_fallback_reason: why adapters are added eagerly, or None.
         stock_quantises: whether vLLM's kernel would quantise activations to int8 here.
@@ -67,7 +70,9 @@ class ServedLayer:
     kind: Kind | None = None
     scale_dtypes: set[torch.dtype] = field(default_factory=set)
     loaded: bool = False
+    choice: Choice | None = None
     weight: PreparedWeight | None = None
+    shared: PreparedWeight | None = None
     lora: PreparedLoRA | None = None
     lora_fallback_reason: str | None = None
     stock_quantises: bool = False
@@ -75,6 +80,26 @@ class ServedLayer:
     cached: PackedWeight | None = None
     operators: Any = None
     _bound: BoundLayer | None = None
+    _stock_base: Callable[[Tensor, Tensor | None], Tensor] | None = None
+
+    @property
+    def ours_from(self) -> int | None:
+        """The number of tokens from which our code computes on vLLM's layout, or None for none."""
+        return None if self.choice is None or self.shared is None else self.choice.plan.ours_from
+
+    @property
+    def follows_choice(self) -> bool:
+        """Whether the layer runs as was chosen; not if a check has failed."""
+        plan = None if self.choice is None else self.choice.plan
+        ours = self.weight is not None
+        return plan is not None and (
+            (plan.base == OURS) == ours and plan.ours_from == self.ours_from
+        )
+
+    @property
+    def has_stock_adapters(self) -> bool:
+        """Whether vLLM's operators add the adapters, because they were measured faster."""
+        return self.choice is not None and self.choice.plan.adapters == VLLM
 
     @property
     def name_in_graph(self) -> str:
@@ -86,23 +111,56 @@ class ServedLayer:
 
         Where weights are reloaded, captured CUDA graphs go on reading the first one's tensors.
         """
+        self.weight = self._kept(self.weight, weight)
+
+    def share(
+        self, weight: PreparedWeight, stock_base: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> None:
+        """Take a weight in vLLM's layout, for our code to compute many tokens on it.
+
+        Args:
+            weight: the tensors that vLLM's kernel reads.
+            stock_base: ``stock_base(x, bias)`` runs vLLM's kernel.
+        """
+        self.shared, self._stock_base = self._kept(self.shared, weight), stock_base
+
+    def _kept(self, held: PreparedWeight | None, given: PreparedWeight) -> PreparedWeight:
+        """Return the weight to keep: the held one with the given one's values, if it is alike."""
         self.cached = None
         self.engine.forward_context[self.name_in_graph] = self
-        if self.weight is None or self.weight.signature != weight.signature:
-            self.weight = weight
-            return
-        for held, given in zip(self.weight.tensors, weight.tensors, strict=True):
-            held.copy_(given)
+        if held is None or held.signature != given.signature:
+            return given
+        for old, new in zip(held.tensors, given.tensors, strict=True):
+            old.copy_(new)
+        return held
+
+    def base_by_tokens(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the base, by vLLM's kernel or ours as the number of tokens asks.
+
+        Args:
+            x: ``[tokens, in_features]``.
+            bias: ``[out_features]`` or None.
+        """
+        assert self.shared is not None
+        assert self._stock_base is not None
+        assert self.ours_from is not None
+        if torch.compiler.is_compiling():
+            return linear(x, None, bias, self.name_in_graph, self.shared.out_features)
+        if x.shape[0] >= self.ours_from:
+            return int4_linear(x, self.shared, bias)
+        return self._stock_base(x, bias)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return the layer, by our weight.
+        """Return the layer by our weight, or its base by the weight that vLLM's kernel shares.
 
         Args:
             x: ``[tokens, in_features]``.
             adapter_ids: int64 ``[tokens]``, an id that is no slot for no adapter; or None for none.
             bias: ``[out_features]`` or None.
         """
-        assert self.weight is not None
+        if self.weight is None:
+            assert adapter_ids is None
+            return self.base_by_tokens(x, bias)
         if torch.compiler.is_compiling():
             return self._in_graph(self.weight, x, adapter_ids, bias)
         if adapter_ids is None or self._none_active(adapter_ids):
@@ -154,14 +212,19 @@ class ServedLayer:
             slice_.note_finite(slot, finite)
 
     def base_fault(
-        self, packed: PackedWeight, weight: PreparedWeight, bias: Tensor | None
+        self,
+        packed: PackedWeight,
+        weight: PreparedWeight,
+        bias: Tensor | None,
+        least: int = 1,
     ) -> str | None:
-        """Return what is wrong with a weight in our layout, or None.
+        """Return what is wrong with a weight that our code computes on, or None.
 
         Args:
             packed: the checkpoint's tensors.
             weight: the same, laid out.
             bias: ``[out_features]`` or None.
+            least: the fewest tokens that it computes.
         """
         if not weight.holds(packed):
             return "its layout does not give the checkpoint's bits back"
@@ -169,8 +232,8 @@ class ServedLayer:
         return self.engine.fault_of_kind(
             ("base", weight.signature, bias is None),
             self.name,
-            lambda tokens: graph_key_of_layer(weight, dtype, tokens),
-            lambda tokens: fault_of_layer(packed, weight, dtype, tokens, None, bias),
+            lambda tokens: graph_key_of_layer(weight, dtype, max(tokens, least)),
+            lambda tokens: fault_of_layer(packed, weight, dtype, max(tokens, least), None, bias),
         )
 
     def adapters_fault(self, bias: Tensor | None) -> str | None:

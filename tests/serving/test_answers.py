@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from support.engines import COMPILED, engine, logprobs, next_logprobs, requests_of
+from int4_lora.integration.checkpoint.open import open_checkpoint
+from int4_lora.reference import dequantize
+from support.engines import (
+    COMPILED,
+    FLAG,
+    engine,
+    layers_of,
+    logprobs,
+    next_logprobs,
+    requests_of,
+)
 from support.served_truth import truth_and_allowed
 from support.tiny import LLAMA
 
@@ -33,6 +43,34 @@ def test_base_one_adapter_and_mixed_rows(variant, tiny_models, tiny_adapters, pr
     with engine(model, enable_lora=True, max_loras=3, max_lora_rank=16, **COMPILED) as llm:
         for rows in ([0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 2, 3]):
             assert_served(llm, prompts, requests, rows, truth, allowed)
+
+
+def test_our_adapters_on_a_base_by_vllms_kernel_and_ours(
+    tiny_models, tiny_adapters, prompts, monkeypatch
+):
+    """Few tokens by vLLM's kernel, many by ours on the same copy of an asymmetric weight."""
+    from int4_lora.integration.vllm_plugin import scheme
+    from int4_lora.integration.vllm_plugin.base_choice import VLLM, Choice, Plan
+    from int4_lora.integration.vllm_plugin.lora_layers import Int4LoRALayer
+
+    choice = Choice(Plan(VLLM, ours_from=25), "measured", "1.20 x")
+    monkeypatch.setattr(scheme, "choice_of", lambda *_, **__: choice)
+    model, folders = tiny_models["asym-g128"], list(tiny_adapters.values())
+    truth, allowed = truth_and_allowed(model, folders, prompts)
+    requests = [None, *requests_of(tiny_adapters).values()]
+    with engine(model, enable_lora=True, max_loras=3, max_lora_rank=16, **FLAG) as llm:
+        for rows in ([0, 1, 2, 3], [0, 0, 0, 0]):
+            assert_served(llm, prompts, requests, rows, truth, allowed)
+        layers = [layer for layer in layers_of(llm).values() if isinstance(layer, Int4LoRALayer)]
+        assert all(layer.served.ours_from == 25 for layer in layers)
+        checkpoint = open_checkpoint(model)
+        down = next(layer for layer in layers if layer.served.name.endswith("1.mlp.down_proj"))
+        dense = dequantize(checkpoint.packed_weight("model.layers.1.mlp.down_proj"))
+        assert torch.equal(down.get_unpacked_weights(), dense)
+        fused, *each = layers[0].served.engine.summary()
+    assert fused.endswith("8 on vLLM's base kernel: 8 measured")
+    assert sum(int(line.split()[0]) for line in each) == 8
+    assert "by int4_lora above, from one copy, adapters by int4_lora: 1.20 x" in each[0]
 
 
 @pytest.mark.versions

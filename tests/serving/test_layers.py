@@ -107,14 +107,17 @@ def test_without_the_flag_nothing_changes(tiny_models, tiny_adapters, prompts, m
 def test_scales_of_another_dtype_are_tried_as_they_are(tiny_models, monkeypatch):
     """With ``auto`` a layer is measured with the scales' dtype that it is served with."""
     from int4_lora.integration.vllm_plugin import scheme
+    from int4_lora.integration.vllm_plugin.base_choice import VLLM, Choice, Plan
 
     kinds = []
 
-    def trial(kind, device):
+    def trial(kind, device, favour, may_share):
         kinds.append(kind)
-        return "measured slower" if kind.scale_dtype != kind.dtype else None
+        assert may_share == (kind.scale_dtype == kind.dtype)  # vLLM's kernel casts the scales
+        slower = kind.scale_dtype != kind.dtype
+        return Choice(Plan(VLLM), "measured slower") if slower else Choice()
 
-    monkeypatch.setattr(scheme, "stock_reason", trial)
+    monkeypatch.setattr(scheme, "choice_of", trial)
     settings = {"quantization": "int4_lora", "dtype": "float16"}
     settings["additional_config"] = {"int4_lora": {"backend": "auto", "warm_up": False}}
     with engine(tiny_models["g128"], **settings) as llm:

@@ -51,6 +51,7 @@ def log():
     ("given", "sentence"),
     [
         ({"backand": "auto"}, "did you mean 'backend'"),
+        ({"favour": "speed"}, "must be 'balanced' or 'decode' or 'prefill', got 'speed'"),
         ({"backend": "quick"}, "must be 'auto' or 'compiled' or 'stock-base', got 'quick'"),
         ({"cache_bytes": "1"}, "cache_bytes must be int, got str"),
     ],
@@ -83,6 +84,8 @@ def test_fully_sharded_lora(model):
     [
         ({}, None),
         ({"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, "unset VLLM_LORA_ENABLE_DUAL_STREAM"),
+        ({"VLLM_BATCH_INVARIANT": "1"}, "take VLLM_BATCH_INVARIANT, .* unset the variable"),
+        ({"VLLM_BATCH_INVARIANT": "0"}, None),
         ({"enable_sleep_mode": True}, "leave out --enable-sleep-mode"),
         ({"pipeline_parallel_size": 2}, "leave out --pipeline-parallel-size"),
     ],

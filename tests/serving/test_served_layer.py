@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from int4_lora.integration.vllm_plugin.base_choice import VLLM, Choice, Plan
 from int4_lora.integration.vllm_plugin.options import Options
 from int4_lora.integration.vllm_plugin.served_engine import KERNELS, ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots, add_eagerly
@@ -80,17 +81,27 @@ def test_on_a_gpu_vllms_flag_tells_whether_a_step_has_adapters(none):
 def test_the_key_of_vllms_compile_cache_knows_which_kernels_run():
     from vllm.config import VllmConfig
 
-    def key(weight, lora_fallback_reason=None):
+    def key(weight, lora_fallback_reason=None, plan=None):
         config = VllmConfig()
         engine = ServedEngine(model="m", additional_config=config.additional_config)
         layer = ServedLayer("a.b", engine, int4=True, weight=weight)
         layer.lora_fallback_reason = lora_fallback_reason
+        if plan is not None:
+            layer.choice, layer.shared = Choice(plan), object()
         engine.layers.append(layer)
         engine.weight_loaded(layer)
         assert set(config.additional_config) == {KERNELS}
         return config.compute_hash()
 
-    assert len({key(None), key(object()), key(object(), "not right")}) == 3
+    keys = [
+        key(None),
+        key(object()),
+        key(object(), "not right"),
+        key(object(), plan=Plan(adapters=VLLM)),
+        key(None, plan=Plan(VLLM, ours_from=25)),
+        key(None, plan=Plan(VLLM, ours_from=33)),
+    ]
+    assert len(set(keys)) == len(keys)
     assert key(None) == key(None)
 
 
@@ -111,13 +122,14 @@ def wrapped(one_rank, monkeypatch):
     from int4_lora.integration.vllm_plugin import lora_layers
     from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
 
-    def make(fault=None):
+    def make(fault=None, choice=None):
         monkeypatch.setattr(ServedLayer, "adapters_fault", lambda *_: fault)
         config = Int4LoRAConfig.from_config(CONFIG)
         config._engine = ServedEngine(Options(backend="compiled", warm_up=False))
         base = ColumnParallelLinear(
             INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, quant_config=config
         )
+        base.int4_lora.choice = choice
         (ours,) = [
             cls for cls in lora_layers.LAYERS if cls.__name__ == "Int4ColumnParallelLinearWithLoRA"
         ]
@@ -140,6 +152,29 @@ def test_a_layer_that_fails_the_check_keeps_vllms_layout(wrapped):
         1, torch.ones(MOST_RANK, INPUTS).bfloat16(), torch.ones(OUTPUTS, MOST_RANK).bfloat16()
     )
     assert failed.lora_b_stacked[0][1].eq(1).all()
+
+
+def test_a_layer_with_vllms_adapters_keeps_its_layout_and_calls_its_operators(wrapped, monkeypatch):
+    layer = wrapped(choice=Choice(Plan(adapters=VLLM)))
+    assert layer.lora_b_stacked[0].is_contiguous()
+    assert layer.served.lora is None
+    calls = []
+
+    class Operators:
+        def __getattr__(self, name):
+            return lambda *operands, **_: calls.append((name, operands[0], operands[3]))
+
+    layer.punica_wrapper = Operators()
+    layer.set_lora(
+        1, torch.ones(MOST_RANK, INPUTS).bfloat16(), torch.ones(OUTPUTS, MOST_RANK).bfloat16()
+    )
+    monkeypatch.setattr(layer.base_layer.quant_method, "apply", lambda *_: BASE.bfloat16())
+    y = layer.apply(X.bfloat16())
+    ((name, base, b),) = calls
+    assert name == "add_lora_linear"
+    assert base.data_ptr() == y.data_ptr()
+    assert b[0] is layer.lora_b_stacked[0]
+    assert b[0][1].eq(1).all()
 
 
 def test_filling_a_slot_looks_at_its_adapter_alone(wrapped, monkeypatch):

@@ -14,20 +14,28 @@ from int4_lora.integration.vllm_plugin.options import Options, read_options
 
 @pytest.mark.parametrize("given", [None, {}, {"other": {"backend": 3}}, {"int4_lora": {}}])
 def test_nothing_given_means_the_defaults(given):
-    assert read_options(given) == Options("auto", "custom-op", 0, True)
+    assert read_options(given) == Options("auto", "custom-op", 0, True, "balanced")
 
 
 def test_every_option():
     given = {"backend": "stock-base", "in_graph": "inlined", "cache_bytes": 7, "warm_up": False}
-    assert read_options({"int4_lora": given}) == Options("stock-base", "inlined", 7, False)
+    options = Options("stock-base", "inlined", 7, False, "decode")
+    assert read_options({"int4_lora": {**given, "favour": "decode"}}) == options
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
         ({"backand": "auto"}, ValueError, "no option 'backand': did you mean 'backend'"),
-        ({"speed": 1}, ValueError, "there are backend, in_graph, cache_bytes, warm_up"),
+        ({"speed": 1}, ValueError, "are backend, in_graph, cache_bytes, warm_up, favour"),
         ({"backend": "fast"}, ValueError, "must be 'auto' or 'compiled' or 'stock-base', got 'fas"),
+        (
+            {"favour": "both"},
+            ValueError,
+            "favour must be 'balanced' or 'decode' or 'prefill', got 'both'",
+        ),
+        ({"favour": ["decode"]}, TypeError, "favour must be str, got list"),
+        ({"favor": "decode"}, ValueError, "no option 'favor': did you mean 'favour'"),
         ({"backend": None}, TypeError, "backend must be str, got NoneType"),
         ({"cache_bytes": "1 GB"}, TypeError, "cache_bytes must be int, got str"),
         ({"cache_bytes": True}, TypeError, "cache_bytes must be int, got bool"),
