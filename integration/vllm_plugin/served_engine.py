@@ -19,6 +19,7 @@ import torch
 from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.vllm_plugin.adapter_names import unmatched_warning
+from int4_lora.integration.vllm_plugin.finite_weights import FiniteWeights
 from int4_lora.integration.vllm_plugin.load_check import tokens_of_each_graph
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, outside_targets
 from int4_lora.integration.vllm_plugin.options import Options, read_options
@@ -59,6 +60,7 @@ class ServedEngine:
         cache: the dense weights that ``get_unpacked_weights`` keeps.
         checked: the fault of each kind of layer that was checked, None for a correct one.
         trials: the reason to run each kind of layer on vLLM's kernel, None to run ours.
+        finite: which weights of adapters are finite.
     """
 
     options: Options = field(default_factory=Options)
@@ -75,6 +77,7 @@ class ServedEngine:
     cache: UnpackedWeightCache = field(default_factory=lambda: UnpackedWeightCache(0))
     checked: dict[Hashable, str | None] = field(default_factory=dict)
     trials: dict[Kind, str | None] = field(default_factory=dict)
+    finite: FiniteWeights = field(default_factory=FiniteWeights)
     _warned: set[tuple[str, ...]] = field(default_factory=set)
     _summary_logged: bool = False
 
@@ -149,7 +152,7 @@ class ServedEngine:
 
         Args:
             kind: what layers share that need only one check.
-            name: the first layer of the kind, for the log.
+            name: the first layer of the kind, and how it is checked, for the log.
             graph_key: the key of its graph at a number of tokens.
             fault: runs the check at a number of tokens.
 
@@ -162,7 +165,11 @@ class ServedEngine:
             faults = (_fault_or_error(fault, tokens) for tokens in counts)
             self.checked[kind] = next(filter(None, faults), None)
             if self.checked[kind] is not None:
-                logger.warning("int4_lora: %s is left to vLLM: %s", name, self.checked[kind])
+                logger.warning(
+                    "int4_lora: %s fails the check against the reference and is not used: %s",
+                    name,
+                    self.checked[kind],
+                )
         return self.checked[kind]
 
     def warn_outside_targets(self, layer: ServedLayer, parts: tuple[str, ...]) -> None:

@@ -30,6 +30,7 @@ from int4_lora.integration.vllm_plugin.load_check import (
     graph_key_of_layer,
 )
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
+from int4_lora.integration.vllm_plugin.slot_ranks import SlotRanks, at_rank, narrower_ranks
 from int4_lora.reference import LoRAStack, PackedWeight, expand, shrink
 from int4_lora.reference.lora import accumulation_dtype
 
@@ -52,7 +53,8 @@ class ServedLayer:
         scale_dtypes: of the checkpoint's scales, as they were loaded.
         loaded: whether the weight has been loaded.
         weight: the base weight, laid out for our kernels; None where vLLM's computes.
-        lora: the slots of the adapters.
+        lora: the slots of the adapters, at their whole rank.
+        slot_ranks: the rank of the adapter in each slot, and the slots at several ranks.
         lora_fallback_reason: why adapters are added eagerly, or None.
         stock_quantises: whether vLLM's kernel would quantise activations to int8 here.
         activations_quantised: whether vLLM's kernel does, in this layer.
@@ -69,12 +71,13 @@ class ServedLayer:
     loaded: bool = False
     weight: PreparedWeight | None = None
     lora: PreparedLoRA | None = None
+    slot_ranks: SlotRanks | None = None
     lora_fallback_reason: str | None = None
     stock_quantises: bool = False
     activations_quantised: bool = False
     cached: PackedWeight | None = None
     operators: Any = None
-    _bound: BoundLayer | None = None
+    _bound: dict[int, BoundLayer] = field(default_factory=dict)  # by rank
 
     @property
     def name_in_graph(self) -> str:
@@ -105,17 +108,18 @@ class ServedLayer:
         assert self.weight is not None
         if torch.compiler.is_compiling():
             return self._in_graph(self.weight, x, adapter_ids, bias)
-        if adapter_ids is None or self._none_active(adapter_ids):
+        lora = None if adapter_ids is None else self._adapters_of(adapter_ids)
+        if adapter_ids is None or lora is None:
             return int4_linear(x, self.weight, bias)
-        bound = self._bound
+        rank = lora.slices[0].rank
+        bound = self._bound.get(rank)
         if (
             bound is None
             or bound.weight is not self.weight
-            or bound.lora is not self.lora
+            or bound.lora is not lora
             or bound.bias is not bias
         ):
-            assert self.lora is not None
-            bound = self._bound = BoundLayer(self.weight, self.lora, bias)
+            bound = self._bound[rank] = BoundLayer(self.weight, lora, bias)
         return bound(x, adapter_ids)
 
     def _in_graph(
@@ -132,9 +136,14 @@ class ServedLayer:
         assert self.lora is not None
         if torch.compiler.is_compiling():
             return add_terms(base, x, self.lora.slices, adapter_ids, None, any_tokens=True)
-        if self._none_active(adapter_ids):
-            return base
-        return add_lora(base, x, self.lora, adapter_ids)
+        lora = self._adapters_of(adapter_ids)
+        return base if lora is None else add_lora(base, x, lora, adapter_ids)
+
+    def _adapters_of(self, adapter_ids: Tensor) -> PreparedLoRA | None:
+        """Return the slots at the rank that a batch needs, or None if no token has an adapter."""
+        if self.slot_ranks is not None and adapter_ids.is_cpu:
+            return self.slot_ranks.of_batch(adapter_ids)
+        return None if self._none_active(adapter_ids) else self.lora
 
     def _none_active(self, adapter_ids: Tensor) -> bool:
         """Return whether no token has an adapter.
@@ -147,11 +156,6 @@ class ServedLayer:
         tokens = getattr(self.operators, "token_mapping_meta", None)
         flag = getattr(tokens, "no_lora_flag_cpu", None)
         return flag is not None and bool(flag.item())
-
-    def note_finite(self, slot: int, finite: bool) -> None:
-        """Note whether the B of a slot holds neither NaN nor infinity."""
-        for slice_ in () if self.lora is None else self.lora.slices:
-            slice_.note_finite(slot, finite)
 
     def base_fault(
         self, packed: PackedWeight, weight: PreparedWeight, bias: Tensor | None
@@ -173,15 +177,37 @@ class ServedLayer:
             lambda tokens: fault_of_layer(packed, weight, dtype, tokens, None, bias),
         )
 
-    def adapters_fault(self, bias: Tensor | None) -> str | None:
-        """Return what is wrong with the layer's adapters, or None."""
-        lora, weight, dtype = self.lora, self.weight, self.engine.dtype
-        assert lora is not None
-        shapes = tuple((slice_.a.shape, slice_.start, slice_.stop) for slice_ in lora.slices)
+    def read_at_ranks(self, bias: Tensor | None) -> None:
+        """Read the slots at the ranks of each batch's adapters, as far as these are right.
+
+        Without warm-up, only whole slots are read: their graphs are all that requests may wait for.
+
+        Args:
+            bias: ``[out_features]`` or None.
+        """
+        whole = self.lora
+        assert whole is not None
+        several = self.engine.options.warm_up and whole.slices[0].a.is_cpu
+        ranks = narrower_ranks(whole.slices[0].rank) if several else []
+        narrower = [at_rank(whole, rank) for rank in ranks]
+        self.slot_ranks = SlotRanks(
+            whole, [lora for lora in narrower if self.adapters_fault(lora, bias) is None]
+        )
+
+    def adapters_fault(self, lora: PreparedLoRA, bias: Tensor | None) -> str | None:
+        """Return what is wrong with the layer's adapters, or None.
+
+        Args:
+            lora: the slots, at the rank at which they are read.
+            bias: ``[out_features]`` or None.
+        """
+        weight, dtype = self.weight, self.engine.dtype
+        signatures = tuple(part.signature for part in lora.slices)
+        rank = lora.slices[0].rank
         if weight is not None:
             return self.engine.fault_of_kind(
-                ("adapters", weight.signature, shapes, bias is None),
-                self.name,
+                ("adapters", weight.signature, signatures, bias is None),
+                f"{self.name} with adapters of rank {rank}",
                 lambda tokens: graph_key_of_layer(weight, dtype, tokens, lora),
                 lambda tokens: fault_of_layer(
                     weight.packed_weight(), weight, dtype, tokens, lora, bias
@@ -189,8 +215,8 @@ class ServedLayer:
             )
         outputs, device = lora.slices[-1].stop, lora.slices[0].a.device.type
         return self.engine.fault_of_kind(
-            ("added", outputs, shapes),
-            self.name,
+            ("added", outputs, signatures),
+            f"adapters of rank {rank} on {self.name}",
             lambda tokens: bucket_of(tokens, device),
             lambda tokens: fault_of_addition(lora, outputs, dtype, tokens),
         )
