@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["ServedEngine", "logger", "refuse_settings"]
 
 KERNELS = "int4_lora_kernels"  # in vLLM's additional_config
+QUIET_SECONDS = 5  # between two lines of progress while layers are compiled
 logger = logging.getLogger("vllm.int4_lora")  # a child of vLLM's logger, whose settings it inherits
 
 Fault = Callable[[int], str | None]
@@ -39,6 +41,43 @@ Fault = Callable[[int], str | None]
 
 GraphKey = Callable[[int], Hashable]
 """A number of tokens -> the key of the graph that serves it."""
+
+
+@dataclass(eq=False)
+class Progress:
+    """The graphs that have been compiled and checked, logged every few seconds.
+
+    Args:
+        graphs: how many so far.
+        seconds: how long they took together.
+        logged: the seconds at the last line of progress.
+    """
+
+    graphs: int = 0
+    seconds: float = 0.0
+    logged: float = 0.0
+
+    def through(self, counts: Iterable[int], name: str) -> Iterator[int]:
+        """Yield numbers of tokens, each of which stands for a graph; log what is done and next.
+
+        Args:
+            counts: the numbers of tokens.
+            name: the first layer of the kind that is checked with them.
+        """
+        for tokens in counts:
+            if self.seconds - self.logged >= QUIET_SECONDS:
+                self.logged = self.seconds
+                logger.info(
+                    "int4_lora: %d graphs compiled and checked in %.0f s; next is %s, %d tokens",
+                    self.graphs,
+                    self.seconds,
+                    name,
+                    tokens,
+                )
+            start = time.monotonic()
+            yield tokens
+            self.graphs += 1
+            self.seconds += time.monotonic() - start
 
 
 @dataclass(eq=False)
@@ -60,6 +99,7 @@ class ServedEngine:
         cache: the dense weights that ``get_unpacked_weights`` keeps.
         checked: the fault of each kind of layer that was checked, None for a correct one.
         trials: the reason to run each kind of layer on vLLM's kernel, None to run ours.
+        progress: what the check at load has done, and when it last logged that.
         finite: which weights of adapters are finite.
     """
 
@@ -77,6 +117,7 @@ class ServedEngine:
     cache: UnpackedWeightCache = field(default_factory=lambda: UnpackedWeightCache(0))
     checked: dict[Hashable, str | None] = field(default_factory=dict)
     trials: dict[Kind, str | None] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
     finite: FiniteWeights = field(default_factory=FiniteWeights)
     _warned: set[tuple[str, ...]] = field(default_factory=set)
     _summary_logged: bool = False
@@ -162,7 +203,8 @@ class ServedEngine:
         if kind not in self.checked:
             max_tokens = self.max_tokens if self.options.warm_up else 1
             counts = tokens_of_each_graph(max_tokens, graph_key)
-            faults = (_fault_or_error(fault, tokens) for tokens in counts)
+            checks = self.progress.through(counts, name)
+            faults = (_fault_or_error(fault, tokens) for tokens in checks)
             self.checked[kind] = next(filter(None, faults), None)
             if self.checked[kind] is not None:
                 logger.warning(
@@ -208,6 +250,12 @@ class ServedEngine:
         self._summary_logged = True
         for line in self.summary():
             logger.info("int4_lora: %s", line)
+        done = self.progress
+        logger.info(
+            "int4_lora: %d graphs compiled or loaded, and checked against the reference, in %.0f s",
+            done.graphs,
+            done.seconds,
+        )
 
     def summary(self) -> list[str]:
         """Return the lines of the summary: the counts, and on a GPU a warning."""

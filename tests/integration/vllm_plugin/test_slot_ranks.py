@@ -1,10 +1,13 @@
 """Slots read at the ranks of a batch's adapters."""
 
+import logging
+
 import pytest
 import torch
 
 from int4_lora.compiled import prepare
 from int4_lora.compiled.graphs import cache
+from int4_lora.integration.vllm_plugin import served_engine
 from int4_lora.integration.vllm_plugin.options import Options
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots
@@ -156,3 +159,21 @@ def test_layers_of_a_shape_share_their_graphs_and_their_check():
         for each in (layer, other):
             each.forward(torch.randn(5, INPUTS).bfloat16(), ids, None)
     assert set(cache._graphs) == graphs
+
+
+def test_progress_is_logged_while_graphs_are_compiled(monkeypatch, caplog):
+    seconds = iter(range(0, 100, 2))  # 2 s in each check
+    monkeypatch.setattr(served_engine.time, "monotonic", lambda: next(seconds))
+    engine = ServedEngine(max_tokens=8)
+    with caplog.at_level(logging.INFO, logger="vllm.int4_lora"):
+        for kind in ("a", "b"):
+            engine.fault_of_kind(kind, f"layer {kind}", lambda tokens: tokens, lambda tokens: None)
+        engine.log_summary()
+    assert [line for line in caplog.messages if "graphs" in line] == [
+        "int4_lora: 3 graphs compiled and checked in 6 s; next is layer a, 4 tokens",
+        "int4_lora: 6 graphs compiled and checked in 12 s; next is layer a, 7 tokens",
+        "int4_lora: 9 graphs compiled and checked in 18 s; next is layer b, 2 tokens",
+        "int4_lora: 12 graphs compiled and checked in 24 s; next is layer b, 5 tokens",
+        "int4_lora: 15 graphs compiled and checked in 30 s; next is layer b, 8 tokens",
+        "int4_lora: 16 graphs compiled or loaded, and checked against the reference, in 32 s",
+    ]
