@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
 from int4_lora.integration.checkpoint.hub import local_folder
@@ -38,6 +39,9 @@ logger = logging.getLogger("vllm.int4_lora")  # a child of vLLM's logger, whose 
 
 Fault = Callable[[int], str | None]
 """A number of tokens -> what is wrong with a layer there, or None."""
+
+Operator = Callable[["ServedLayer", Tensor, Tensor | None, Tensor | None], Tensor]
+"""A layer, x, the tokens' adapter ids or None, the bias or None -> the layer's output."""
 
 GraphKey = Callable[[int], Hashable]
 """A number of tokens -> the key of the graph that serves it."""
@@ -93,7 +97,8 @@ class ServedEngine:
         lora_enabled: whether the engine serves adapters.
         device: the kind of device that runs the model.
         additional_config: vLLM's, which is part of the key of its compile cache.
-        forward_context: vLLM's layers by name; the custom operator finds ours there.
+        forward_context: vLLM's layers by name; ``operator`` finds ours there.
+        operator: runs a layer as a single operator within vLLM's torch.compile.
         packed_modules: which modules of the checkpoint vLLM merges into a layer, by its last name.
         layers: every linear layer and mixture of experts of the model.
         cache: the dense weights that ``get_unpacked_weights`` keeps.
@@ -112,6 +117,7 @@ class ServedEngine:
     device: str = "cpu"
     additional_config: Any = None
     forward_context: dict[str, Any] = field(default_factory=dict)
+    operator: Operator | None = None
     packed_modules: Mapping[str, list[str]] = field(default_factory=dict)
     layers: list[ServedLayer] = field(default_factory=list)
     cache: UnpackedWeightCache = field(default_factory=lambda: UnpackedWeightCache(0))
@@ -137,6 +143,8 @@ class ServedEngine:
             TypeError: an option of the wrong type.
             ValueError: an option that does not exist, or a setting of vLLM that is refused.
         """
+        from int4_lora.integration.vllm_plugin.layer_operator import run_by_name
+
         options = read_options(vllm_config.additional_config)
         engine = cls(
             options=options,
@@ -148,6 +156,7 @@ class ServedEngine:
             device=vllm_config.device_config.device_type,
             additional_config=vllm_config.additional_config,
             forward_context=vllm_config.compilation_config.static_forward_context,
+            operator=run_by_name,
             packed_modules=packed_modules,
             cache=UnpackedWeightCache(options.cache_bytes),
         )

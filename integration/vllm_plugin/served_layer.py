@@ -4,8 +4,7 @@ vLLM's layer holds it as ``layer.int4_lora``. The base is computed by ``int4_lor
 vLLM's own kernel for a reason that is kept; the adapters by ``int4_lora.compiled`` in either case,
 fused with the base or added to it.
 
-Source: vLLM's ``BaseLinearLayerWithLoRA`` for the layout of the adapters, ``lora_linear_async`` for
-an operator that finds its layer by name.
+Source: vLLM's ``BaseLinearLayerWithLoRA`` for the layout of the adapters.
 """
 
 # pyright: reportMissingImports=false
@@ -81,7 +80,7 @@ class ServedLayer:
 
     @property
     def name_in_graph(self) -> str:
-        """The name that the custom operator finds it by, beside vLLM's own layers."""
+        """The name by which the operator of ``layer_operator`` finds it, beside vLLM's layers."""
         return f"{self.name}.int4_lora"
 
     def hold(self, weight: PreparedWeight) -> None:
@@ -127,7 +126,8 @@ class ServedLayer:
     ) -> Tensor:
         """Return the layer within vLLM's own torch.compile."""
         if self.engine.options.in_graph == "custom-op":
-            return linear(x, adapter_ids, bias, self.name_in_graph, weight.out_features)
+            assert self.engine.operator is not None
+            return self.engine.operator(self, x, adapter_ids, bias)
         lora = None if adapter_ids is None else self.lora
         return any_tokens(x, weight, lora, adapter_ids, bias)
 
@@ -220,29 +220,6 @@ class ServedLayer:
             lambda tokens: bucket_of(tokens, device),
             lambda tokens: fault_of_addition(lora, outputs, dtype, tokens),
         )
-
-
-@torch.library.custom_op("int4_lora::linear", mutates_args=())
-def linear(
-    x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None, layer: str, out_features: int
-) -> Tensor:
-    """Run a layer by its name: x ``[tokens, in_features]`` to ``[tokens, out_features]``.
-
-    vLLM compiles one graph for any number of tokens, in which a choice by that number would be made
-    once. An operator chooses each time it runs, and a CUDA graph captures the choice for its size.
-    """
-    from vllm.forward_context import get_forward_context
-
-    served = get_forward_context().no_compile_layers[layer]
-    assert isinstance(served, ServedLayer)
-    return served.forward(x, adapter_ids, bias)
-
-
-@linear.register_fake
-def _(
-    x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None, layer: str, out_features: int
-) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
 
 
 def adapter_slots(
