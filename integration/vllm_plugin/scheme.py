@@ -159,7 +159,8 @@ class Int4Scheme(CompressedTensorsWNA16):
         """Set the reason to run a kind of layer on vLLM's kernel, measured once an engine."""
         trials = self.served.engine.trials
         if kind not in trials:
-            trials[kind] = stock_reason(kind, device)
+            with self.served.engine.compiling():
+                trials[kind] = stock_reason(kind, device)
         self.served.fallback_reason = trials[kind]
 
     def _take_weight(self, layer: Any) -> str | None:

@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.vllm_plugin.adapter_names import unmatched_warning
 from int4_lora.integration.vllm_plugin.finite_weights import FiniteWeights
+from int4_lora.integration.vllm_plugin.kept_graphs import KeptGraphs, can_keep_graphs
 from int4_lora.integration.vllm_plugin.load_check import tokens_of_each_graph
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, outside_targets
 from int4_lora.integration.vllm_plugin.options import Options, read_options
@@ -106,6 +108,7 @@ class ServedEngine:
         trials: the reason to run each kind of layer on vLLM's kernel, None to run ours.
         progress: what the check at load has done, and when it last logged that.
         finite: which weights of adapters are finite.
+        kept: the model's graphs on disk, or None where they are not kept.
     """
 
     options: Options = field(default_factory=Options)
@@ -125,6 +128,7 @@ class ServedEngine:
     trials: dict[Kind, str | None] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     finite: FiniteWeights = field(default_factory=FiniteWeights)
+    kept: KeptGraphs | None = None
     _warned: set[tuple[str, ...]] = field(default_factory=set)
     _summary_logged: bool = False
 
@@ -161,6 +165,9 @@ class ServedEngine:
             cache=UnpackedWeightCache(options.cache_bytes),
         )
         refuse_settings(vllm_config)
+        if engine.device == "cpu" and options.warm_up and can_keep_graphs():
+            engine.kept = KeptGraphs(engine.model)
+            logger.info("int4_lora: %d graphs loaded from %s", engine.kept.load(), engine.kept.file)
         if engine.lora_enabled and metadata.compatible is False:
             logger.warning(
                 "int4_lora: %s says lora_compatible: false, and LoRA is enabled", engine.model
@@ -178,7 +185,7 @@ class ServedEngine:
             self.complete()
 
     def complete(self) -> None:
-        """Log the summary, and let vLLM's compile cache know which kernels run.
+        """Log the summary, keep the graphs, and let vLLM's compile cache know which kernels run.
 
         vLLM keeps the graph that it compiled of a model, and takes it again for the same
         configuration. Which layers run which kernels is decided while the model loads: so that is
@@ -191,6 +198,8 @@ class ServedEngine:
             ]
             of_models = self.additional_config.setdefault(KERNELS, {})
             of_models[self.model] = hashlib.sha256(repr(kernels).encode()).hexdigest()
+        if self.kept is not None:
+            self.kept.keep()
         self.log_summary()
 
     def fault_of_kind(
@@ -212,9 +221,11 @@ class ServedEngine:
         if kind not in self.checked:
             max_tokens = self.max_tokens if self.options.warm_up else 1
             counts = tokens_of_each_graph(max_tokens, graph_key)
-            checks = self.progress.through(counts, name)
-            faults = (_fault_or_error(fault, tokens) for tokens in checks)
-            self.checked[kind] = next(filter(None, faults), None)
+            first = self._first_fault(counts, name, fault)
+            if first is not None and self.kept is not None and self.kept.discard():
+                logger.warning("int4_lora: graphs on disk are wrong, and compiled again: %s", first)
+                first = self._first_fault(counts, name, fault)
+            self.checked[kind] = first
             if self.checked[kind] is not None:
                 logger.warning(
                     "int4_lora: %s fails the check against the reference and is not used: %s",
@@ -222,6 +233,16 @@ class ServedEngine:
                     self.checked[kind],
                 )
         return self.checked[kind]
+
+    def _first_fault(self, counts: Iterable[int], name: str, fault: Fault) -> str | None:
+        """Return the first fault at some numbers of tokens, or None."""
+        checks = self.progress.through(counts, name)
+        with self.compiling():
+            return next(filter(None, (_fault_or_error(fault, tokens) for tokens in checks)), None)
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """Compile graphs in such a way that they can be kept, if they are."""
+        return nullcontext() if self.kept is None else self.kept.compiling()
 
     def warn_outside_targets(self, layer: ServedLayer, parts: tuple[str, ...]) -> None:
         """Warn, once, of an adapter on modules that ``lora_target_modules`` does not name."""
