@@ -247,6 +247,20 @@ SYMBOLS = (
     ),
     Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
     Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
+    Symbol(
+        "vllm.utils.torch_utils",
+        "direct_register_custom_op",
+        ("op_name", "op_func", "fake_impl", "target_lib"),
+        "registers the operator of layer_operator",
+    ),
+    *(
+        Symbol("vllm.utils.torch_utils", name, parameters, "makes a name an input of vLLM's graph")
+        for name, parameters in (
+            ("LayerNameType", ()),
+            ("_encode_layer_name", ("layer_name",)),
+            ("_resolve_layer_name", ("layer_name",)),
+        )
+    ),
     Symbol("vllm.logger", "init_logger", ("name",), "the log"),
     *(
         Symbol(LINEAR, name, (), "the kinds of layers that are served")

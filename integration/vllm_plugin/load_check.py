@@ -153,17 +153,21 @@ def _slices_of(adapters: PreparedLoRA, outputs: Tensor) -> list[LoRASlice]:
 
 
 def _random_adapters(lora: PreparedLoRA, generator: torch.Generator) -> PreparedLoRA:
-    """Return random adapters in the shapes of given slots."""
+    """Return random adapters in the shapes and strides of given slots."""
     with torch.inference_mode(False):  # as the slots themselves are made
         slices = []
         for slot in lora.slices:
-            a, bt = (
-                torch.randn(tensor.shape, generator=generator).to(tensor)
-                for tensor in (slot.a, slot.bt)
-            )
-            scaling = torch.ones_like(slot.scaling)
-            slices.append(PreparedSlice(a / a.shape[2] ** 0.5, bt, scaling, slot.start))
+            a, bt = _random_like(slot.a, generator), _random_like(slot.bt, generator)
+            a /= a.shape[2] ** 0.5
+            slices.append(PreparedSlice(a, bt, torch.ones_like(slot.scaling), slot.start))
         return PreparedLoRA(tuple(slices))
+
+
+def _random_like(slots: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random tensor of the same strides; NaN lies between its elements."""
+    last = sum((size - 1) * step for size, step in zip(slots.shape, slots.stride(), strict=True))
+    room = slots.new_full((last + 1,), torch.nan).as_strided(slots.shape, slots.stride())
+    return room.copy_(torch.randn(slots.shape, generator=generator))
 
 
 def _random_ids(lora: PreparedLoRA, tokens: int, generator: torch.Generator) -> Tensor:

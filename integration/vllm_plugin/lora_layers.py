@@ -37,6 +37,7 @@ from int4_lora.integration.vllm_plugin.served_layer import (
     adapter_slots,
     add_eagerly,
 )
+from int4_lora.integration.vllm_plugin.slot_ranks import SlotRanks
 from int4_lora.integration.vllm_plugin.vocabulary import patch_vocabulary_lora
 
 __all__ = ["LAYERS", "Int4LoRALayer", "install_lora_layers"]
@@ -95,9 +96,11 @@ class Int4LoRALayer:
         if served.has_stock_adapters:
             return  # the slots keep vLLM's layout
         served.lora, views = adapter_slots(self.lora_a_stacked, self.lora_b_stacked)
-        served.lora_fallback_reason = served.adapters_fault(kernel_bias(self.base_layer))
+        bias = kernel_bias(self.base_layer)
+        served.lora_fallback_reason = served.adapters_fault(served.lora, bias)
         if served.lora_fallback_reason is None:
             self.lora_b_stacked = views
+            served.read_at_ranks(bias)
         else:  # vLLM's operators on a GPU take its own layout only
             served.lora = None
 
@@ -109,21 +112,43 @@ class Int4LoRALayer:
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter in a slot."""
         served = self.served
-        finite = _is_finite(lora_b, self.lora_b_stacked[0].dtype)
-        if not finite:
-            served.note_finite(index, False)
-        super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
-        served.note_finite(index, finite)  # vLLM has emptied the slot before
+        if served.slot_ranks is None:
+            super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
+        else:
+            self._fill(served.slot_ranks, index, lora_a, lora_b)
         last_name = served.name.rpartition(".")[2]
         parts = served.engine.packed_modules.get(last_name, [last_name])
         if isinstance(lora_a, list) and len(lora_a) == len(parts):
             parts = [part for part, a in zip(parts, lora_a, strict=True) if a is not None]
         served.engine.warn_outside_targets(served, tuple(parts))
 
+    def _fill(self, ranks: SlotRanks, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Let vLLM fill a slot, which it empties before, and note what is in it."""
+        finite = self.served.engine.finite.of(_parts(lora_b), self.lora_b_stacked[0].dtype)
+        if not finite:
+            ranks.note_finite(index, False)
+        try:
+            super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
+        except BaseException:
+            ranks.note_unknown(index)
+            raise
+        of_a = (a.shape[0] for a in _parts(lora_a))
+        of_b = (b.shape[1] for b in _parts(lora_b))
+        ranks.note(index, max((*of_a, *of_b), default=0))
+        ranks.note_finite(index, finite)
+
     def reset_lora(self, index: int) -> None:
-        """Empty a slot."""
-        super().reset_lora(index)  # type: ignore[misc]
-        self.served.note_finite(index, True)
+        """Empty a slot: as much of it as its adapter fills."""
+        ranks = self.served.slot_ranks
+        if ranks is None:
+            super().reset_lora(index)  # type: ignore[misc]
+            return
+        rank = ranks.rank(index)
+        for a, b in zip(self.lora_a_stacked, self.lora_b_stacked, strict=True):
+            a[index, 0, :rank] = 0
+            b[index, 0, :, :rank] = 0
+        ranks.note(index, 0)
+        ranks.note_finite(index, True)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer with each token's adapter: x ``[..., in_features]``."""
@@ -167,17 +192,10 @@ class Int4LoRALayer:
         return dense_weight(self.base_layer, dtype)
 
 
-def _is_finite(lora_b: Any, dtype: torch.dtype) -> bool:
-    """Return whether an adapter's B, as vLLM gives it, is finite in the dtype of the slots.
-
-    vLLM gives it on the CPU, where looking at it does not wait for a GPU.
-
-    Args:
-        lora_b: a tensor, or for a merged layer a list of tensors and None.
-        dtype: of the slots.
-    """
-    parts = lora_b if isinstance(lora_b, (list, tuple)) else [lora_b]
-    return all(part is None or bool(part.to(dtype).isfinite().all()) for part in parts)
+def _parts(lora: Any) -> list[Tensor]:
+    """Return the tensors of an adapter's A or B, which of a merged layer is a list with None."""
+    parts = lora if isinstance(lora, (list, tuple)) else [lora]
+    return [part for part in parts if part is not None]
 
 
 def _our_class(name: str) -> type:
@@ -213,7 +231,8 @@ def install_lora_layers() -> None:
 
     @functools.wraps(load)
     def load_and_compare(self: Any, lora_request: Any) -> Any:
-        adapter = load(self, lora_request)
+        with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
+            adapter = load(self, lora_request)
         manager = self._adapter_manager
         ours = (layer for layer in manager.modules.values() if isinstance(layer, Int4LoRALayer))
         for layer in itertools.islice(ours, 1):

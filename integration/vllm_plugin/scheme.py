@@ -181,9 +181,10 @@ class Int4Scheme(CompressedTensorsWNA16):
         if kind not in engine.trials:
             # within a graph of vLLM's, the choice by the number of tokens is an operator's
             may_share = engine.options.in_graph == "custom-op" and kind.scale_dtype == kind.dtype
-            engine.trials[kind] = choice_of(
-                kind, device, engine.options.favour, may_share=may_share
-            )
+            with engine.compiling():
+                engine.trials[kind] = choice_of(
+                    kind, device, engine.options.favour, may_share=may_share
+                )
         choice = self.served.choice = engine.trials[kind]
         self.served.fallback_reason = choice.reason if choice.plan.base == VLLM else None
 

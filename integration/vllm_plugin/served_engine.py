@@ -8,18 +8,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from int4_lora.integration.checkpoint.cache import UnpackedWeightCache
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.vllm_plugin.adapter_names import unmatched_warning
 from int4_lora.integration.vllm_plugin.base_choice import Choice
+from int4_lora.integration.vllm_plugin.finite_weights import FiniteWeights
+from int4_lora.integration.vllm_plugin.kept_graphs import KeptGraphs, can_keep_graphs
 from int4_lora.integration.vllm_plugin.load_check import tokens_of_each_graph
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, outside_targets
 from int4_lora.integration.vllm_plugin.options import Options, read_options
@@ -32,13 +37,54 @@ if TYPE_CHECKING:
 __all__ = ["ServedEngine", "logger", "refuse_settings"]
 
 KERNELS = "int4_lora_kernels"  # in vLLM's additional_config
+QUIET_SECONDS = 5  # between two lines of progress while layers are compiled
 logger = logging.getLogger("vllm.int4_lora")  # a child of vLLM's logger, whose settings it inherits
 
 Fault = Callable[[int], str | None]
 """A number of tokens -> what is wrong with a layer there, or None."""
 
+Operator = Callable[["ServedLayer", Tensor, Tensor | None, Tensor | None], Tensor]
+"""A layer, x, the tokens' adapter ids or None, the bias or None -> the layer's output."""
+
 GraphKey = Callable[[int], Hashable]
 """A number of tokens -> the key of the graph that serves it."""
+
+
+@dataclass(eq=False)
+class Progress:
+    """The graphs that have been compiled and checked, logged every few seconds.
+
+    Args:
+        graphs: how many so far.
+        seconds: how long they took together.
+        logged: the seconds at the last line of progress.
+    """
+
+    graphs: int = 0
+    seconds: float = 0.0
+    logged: float = 0.0
+
+    def through(self, counts: Iterable[int], name: str) -> Iterator[int]:
+        """Yield numbers of tokens, each of which stands for a graph; log what is done and next.
+
+        Args:
+            counts: the numbers of tokens.
+            name: the first layer of the kind that is checked with them.
+        """
+        for tokens in counts:
+            if self.seconds - self.logged >= QUIET_SECONDS:
+                self.logged = self.seconds
+                logger.info(
+                    "int4_lora: %d graphs compiled and checked in %.0f s; next is %s, %d tokens",
+                    self.graphs,
+                    self.seconds,
+                    name,
+                    tokens,
+                )
+            start = time.monotonic()
+            yield tokens
+            self.graphs += 1
+            self.seconds += time.monotonic() - start
 
 
 @dataclass(eq=False)
@@ -56,12 +102,16 @@ class ServedEngine:
         rank: the rank that adapters are padded to.
         device: the kind of device that runs the model.
         additional_config: vLLM's, which is part of the key of its compile cache.
-        forward_context: vLLM's layers by name; the custom operator finds ours there.
+        forward_context: vLLM's layers by name; ``operator`` finds ours there.
+        operator: runs a layer as a single operator within vLLM's torch.compile.
         packed_modules: which modules of the checkpoint vLLM merges into a layer, by its last name.
         layers: every linear layer and mixture of experts of the model.
         cache: the dense weights that ``get_unpacked_weights`` keeps.
         checked: the fault of each kind of layer that was checked, None for a correct one.
         trials: whose code computes what in each kind of layer that was measured.
+        progress: what the check at load has done, and when it last logged that.
+        finite: which weights of adapters are finite.
+        kept: the model's graphs on disk, or None where they are not kept.
     """
 
     options: Options = field(default_factory=Options)
@@ -75,11 +125,15 @@ class ServedEngine:
     device: str = "cpu"
     additional_config: Any = None
     forward_context: dict[str, Any] = field(default_factory=dict)
+    operator: Operator | None = None
     packed_modules: Mapping[str, list[str]] = field(default_factory=dict)
     layers: list[ServedLayer] = field(default_factory=list)
     cache: UnpackedWeightCache = field(default_factory=lambda: UnpackedWeightCache(0))
     checked: dict[Hashable, str | None] = field(default_factory=dict)
     trials: dict[Kind, Choice] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+    finite: FiniteWeights = field(default_factory=FiniteWeights)
+    kept: KeptGraphs | None = None
     _warned: set[tuple[str, ...]] = field(default_factory=set)
     _summary_logged: bool = False
 
@@ -98,6 +152,8 @@ class ServedEngine:
             TypeError: an option of the wrong type.
             ValueError: an option that does not exist, or a setting of vLLM that is refused.
         """
+        from int4_lora.integration.vllm_plugin.layer_operator import run_by_name
+
         options, lora = read_options(vllm_config.additional_config), vllm_config.lora_config
         engine = cls(
             options=options,
@@ -111,10 +167,14 @@ class ServedEngine:
             device=vllm_config.device_config.device_type,
             additional_config=vllm_config.additional_config,
             forward_context=vllm_config.compilation_config.static_forward_context,
+            operator=run_by_name,
             packed_modules=packed_modules,
             cache=UnpackedWeightCache(options.cache_bytes),
         )
         refuse_settings(vllm_config)
+        if engine.device == "cpu" and options.warm_up and can_keep_graphs():
+            engine.kept = KeptGraphs(engine.model)
+            logger.info("int4_lora: %d graphs loaded from %s", engine.kept.load(), engine.kept.file)
         if engine.lora_enabled and metadata.compatible is False:
             logger.warning(
                 "int4_lora: %s says lora_compatible: false, and LoRA is enabled", engine.model
@@ -132,7 +192,7 @@ class ServedEngine:
             self.complete()
 
     def complete(self) -> None:
-        """Log the summary, and let vLLM's compile cache know which kernels run.
+        """Log the summary, keep the graphs, and let vLLM's compile cache know which kernels run.
 
         vLLM keeps the graph that it compiled of a model, and takes it again for the same
         configuration. Which layers run which kernels is decided while the model loads: so that is
@@ -151,6 +211,8 @@ class ServedEngine:
             ]
             of_models = self.additional_config.setdefault(KERNELS, {})
             of_models[self.model] = hashlib.sha256(repr(kernels).encode()).hexdigest()
+        if self.kept is not None:
+            self.kept.keep()
         self.log_summary()
 
     def fault_of_kind(
@@ -162,7 +224,7 @@ class ServedEngine:
 
         Args:
             kind: what layers share that need only one check.
-            name: the first layer of the kind, for the log.
+            name: the first layer of the kind, and how it is checked, for the log.
             graph_key: the key of its graph at a number of tokens.
             fault: runs the check at a number of tokens.
 
@@ -172,11 +234,28 @@ class ServedEngine:
         if kind not in self.checked:
             max_tokens = self.max_tokens if self.options.warm_up else 1
             counts = tokens_of_each_graph(max_tokens, graph_key)
-            faults = (_fault_or_error(fault, tokens) for tokens in counts)
-            self.checked[kind] = next(filter(None, faults), None)
+            first = self._first_fault(counts, name, fault)
+            if first is not None and self.kept is not None and self.kept.discard():
+                logger.warning("int4_lora: graphs on disk are wrong, and compiled again: %s", first)
+                first = self._first_fault(counts, name, fault)
+            self.checked[kind] = first
             if self.checked[kind] is not None:
-                logger.warning("int4_lora: %s is left to vLLM: %s", name, self.checked[kind])
+                logger.warning(
+                    "int4_lora: %s fails the check against the reference and is not used: %s",
+                    name,
+                    self.checked[kind],
+                )
         return self.checked[kind]
+
+    def _first_fault(self, counts: Iterable[int], name: str, fault: Fault) -> str | None:
+        """Return the first fault at some numbers of tokens, or None."""
+        checks = self.progress.through(counts, name)
+        with self.compiling():
+            return next(filter(None, (_fault_or_error(fault, tokens) for tokens in checks)), None)
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """Compile graphs in such a way that they can be kept, if they are."""
+        return nullcontext() if self.kept is None else self.kept.compiling()
 
     def warn_outside_targets(self, layer: ServedLayer, parts: tuple[str, ...]) -> None:
         """Warn, once, of an adapter on modules that ``lora_target_modules`` does not name."""
@@ -214,6 +293,12 @@ class ServedEngine:
         self._summary_logged = True
         for line in self.summary():
             logger.info("int4_lora: %s", line)
+        done = self.progress
+        logger.info(
+            "int4_lora: %d graphs compiled or loaded, and checked against the reference, in %.0f s",
+            done.graphs,
+            done.seconds,
+        )
 
     def summary(self) -> list[str]:
         """Return the lines of the summary: the counts, each choice, and on a GPU a warning."""

@@ -4,8 +4,7 @@ vLLM's layer holds it as ``layer.int4_lora``. The base is computed by ``int4_lor
 vLLM's own kernel for a reason that is kept; the adapters by ``int4_lora.compiled`` in either case,
 fused with the base or added to it.
 
-Source: vLLM's ``BaseLinearLayerWithLoRA`` for the layout of the adapters, ``lora_linear_async`` for
-an operator that finds its layer by name.
+Source: vLLM's ``BaseLinearLayerWithLoRA`` for the layout of the adapters.
 """
 
 # pyright: reportMissingImports=false
@@ -31,6 +30,7 @@ from int4_lora.integration.vllm_plugin.load_check import (
     graph_key_of_layer,
 )
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
+from int4_lora.integration.vllm_plugin.slot_ranks import SlotRanks, at_rank, narrower_ranks
 from int4_lora.reference import LoRAStack, PackedWeight, expand, shrink
 from int4_lora.reference.lora import accumulation_dtype
 
@@ -55,7 +55,8 @@ class ServedLayer:
         choice: whose code computes what, if it was measured.
         weight: the base weight, laid out for our kernels; None where vLLM's computes.
         shared: the weight in vLLM's layout, where our code computes many tokens on it.
-        lora: the slots of the adapters.
+        lora: the slots of the adapters, at their whole rank.
+        slot_ranks: the rank of the adapter in each slot, and the slots at several ranks.
         lora_fallback_reason: why adapters are added eagerly, or None.
         stock_quantises: whether vLLM's kernel would quantise activations to int8 here.
         activations_quantised: whether vLLM's kernel does, in this layer.
@@ -74,12 +75,13 @@ class ServedLayer:
     weight: PreparedWeight | None = None
     shared: PreparedWeight | None = None
     lora: PreparedLoRA | None = None
+    slot_ranks: SlotRanks | None = None
     lora_fallback_reason: str | None = None
     stock_quantises: bool = False
     activations_quantised: bool = False
     cached: PackedWeight | None = None
     operators: Any = None
-    _bound: BoundLayer | None = None
+    _bound: dict[int, BoundLayer] = field(default_factory=dict)  # by rank
     _stock_base: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     @property
@@ -103,7 +105,7 @@ class ServedLayer:
 
     @property
     def name_in_graph(self) -> str:
-        """The name that the custom operator finds it by, beside vLLM's own layers."""
+        """The name by which the operator of ``layer_operator`` finds it, beside vLLM's layers."""
         return f"{self.name}.int4_lora"
 
     def hold(self, weight: PreparedWeight) -> None:
@@ -145,7 +147,8 @@ class ServedLayer:
         assert self._stock_base is not None
         assert self.ours_from is not None
         if torch.compiler.is_compiling():
-            return linear(x, None, bias, self.name_in_graph, self.shared.out_features)
+            assert self.engine.operator is not None
+            return self.engine.operator(self, x, None, bias)
         if x.shape[0] >= self.ours_from:
             return int4_linear(x, self.shared, bias)
         return self._stock_base(x, bias)
@@ -163,17 +166,18 @@ class ServedLayer:
             return self.base_by_tokens(x, bias)
         if torch.compiler.is_compiling():
             return self._in_graph(self.weight, x, adapter_ids, bias)
-        if adapter_ids is None or self._none_active(adapter_ids):
+        lora = None if adapter_ids is None else self._adapters_of(adapter_ids)
+        if adapter_ids is None or lora is None:
             return int4_linear(x, self.weight, bias)
-        bound = self._bound
+        rank = lora.slices[0].rank
+        bound = self._bound.get(rank)
         if (
             bound is None
             or bound.weight is not self.weight
-            or bound.lora is not self.lora
+            or bound.lora is not lora
             or bound.bias is not bias
         ):
-            assert self.lora is not None
-            bound = self._bound = BoundLayer(self.weight, self.lora, bias)
+            bound = self._bound[rank] = BoundLayer(self.weight, lora, bias)
         return bound(x, adapter_ids)
 
     def _in_graph(
@@ -181,7 +185,8 @@ class ServedLayer:
     ) -> Tensor:
         """Return the layer within vLLM's own torch.compile."""
         if self.engine.options.in_graph == "custom-op":
-            return linear(x, adapter_ids, bias, self.name_in_graph, weight.out_features)
+            assert self.engine.operator is not None
+            return self.engine.operator(self, x, adapter_ids, bias)
         lora = None if adapter_ids is None else self.lora
         return any_tokens(x, weight, lora, adapter_ids, bias)
 
@@ -190,9 +195,14 @@ class ServedLayer:
         assert self.lora is not None
         if torch.compiler.is_compiling():
             return add_terms(base, x, self.lora.slices, adapter_ids, None, any_tokens=True)
-        if self._none_active(adapter_ids):
-            return base
-        return add_lora(base, x, self.lora, adapter_ids)
+        lora = self._adapters_of(adapter_ids)
+        return base if lora is None else add_lora(base, x, lora, adapter_ids)
+
+    def _adapters_of(self, adapter_ids: Tensor) -> PreparedLoRA | None:
+        """Return the slots at the rank that a batch needs, or None if no token has an adapter."""
+        if self.slot_ranks is not None and adapter_ids.is_cpu:
+            return self.slot_ranks.of_batch(adapter_ids)
+        return None if self._none_active(adapter_ids) else self.lora
 
     def _none_active(self, adapter_ids: Tensor) -> bool:
         """Return whether no token has an adapter.
@@ -205,11 +215,6 @@ class ServedLayer:
         tokens = getattr(self.operators, "token_mapping_meta", None)
         flag = getattr(tokens, "no_lora_flag_cpu", None)
         return flag is not None and bool(flag.item())
-
-    def note_finite(self, slot: int, finite: bool) -> None:
-        """Note whether the B of a slot holds neither NaN nor infinity."""
-        for slice_ in () if self.lora is None else self.lora.slices:
-            slice_.note_finite(slot, finite)
 
     def base_fault(
         self,
@@ -236,15 +241,37 @@ class ServedLayer:
             lambda tokens: fault_of_layer(packed, weight, dtype, max(tokens, least), None, bias),
         )
 
-    def adapters_fault(self, bias: Tensor | None) -> str | None:
-        """Return what is wrong with the layer's adapters, or None."""
-        lora, weight, dtype = self.lora, self.weight, self.engine.dtype
-        assert lora is not None
-        shapes = tuple((slice_.a.shape, slice_.start, slice_.stop) for slice_ in lora.slices)
+    def read_at_ranks(self, bias: Tensor | None) -> None:
+        """Read the slots at the ranks of each batch's adapters, as far as these are right.
+
+        Without warm-up, only whole slots are read: their graphs are all that requests may wait for.
+
+        Args:
+            bias: ``[out_features]`` or None.
+        """
+        whole = self.lora
+        assert whole is not None
+        several = self.engine.options.warm_up and whole.slices[0].a.is_cpu
+        ranks = narrower_ranks(whole.slices[0].rank) if several else []
+        narrower = [at_rank(whole, rank) for rank in ranks]
+        self.slot_ranks = SlotRanks(
+            whole, [lora for lora in narrower if self.adapters_fault(lora, bias) is None]
+        )
+
+    def adapters_fault(self, lora: PreparedLoRA, bias: Tensor | None) -> str | None:
+        """Return what is wrong with the layer's adapters, or None.
+
+        Args:
+            lora: the slots, at the rank at which they are read.
+            bias: ``[out_features]`` or None.
+        """
+        weight, dtype = self.weight, self.engine.dtype
+        signatures = tuple(part.signature for part in lora.slices)
+        rank = lora.slices[0].rank
         if weight is not None:
             return self.engine.fault_of_kind(
-                ("adapters", weight.signature, shapes, bias is None),
-                self.name,
+                ("adapters", weight.signature, signatures, bias is None),
+                f"{self.name} with adapters of rank {rank}",
                 lambda tokens: graph_key_of_layer(weight, dtype, tokens, lora),
                 lambda tokens: fault_of_layer(
                     weight.packed_weight(), weight, dtype, tokens, lora, bias
@@ -252,34 +279,11 @@ class ServedLayer:
             )
         outputs, device = lora.slices[-1].stop, lora.slices[0].a.device.type
         return self.engine.fault_of_kind(
-            ("added", outputs, shapes),
-            self.name,
+            ("added", outputs, signatures),
+            f"adapters of rank {rank} on {self.name}",
             lambda tokens: bucket_of(tokens, device),
             lambda tokens: fault_of_addition(lora, outputs, dtype, tokens),
         )
-
-
-@torch.library.custom_op("int4_lora::linear", mutates_args=())
-def linear(
-    x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None, layer: str, out_features: int
-) -> Tensor:
-    """Run a layer by its name: x ``[tokens, in_features]`` to ``[tokens, out_features]``.
-
-    vLLM compiles one graph for any number of tokens, in which a choice by that number would be made
-    once. An operator chooses each time it runs, and a CUDA graph captures the choice for its size.
-    """
-    from vllm.forward_context import get_forward_context
-
-    served = get_forward_context().no_compile_layers[layer]
-    assert isinstance(served, ServedLayer)
-    return served.forward(x, adapter_ids, bias)
-
-
-@linear.register_fake
-def _(
-    x: Tensor, adapter_ids: Tensor | None, bias: Tensor | None, layer: str, out_features: int
-) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
 
 
 def adapter_slots(

@@ -1,9 +1,11 @@
 """A served layer without an engine: adapters that are broken, absent, or added within a graph."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from int4_lora.integration.vllm_plugin.base_choice import VLLM, Choice, Plan
 from int4_lora.integration.vllm_plugin.options import Options
@@ -177,19 +179,96 @@ def test_a_layer_with_vllms_adapters_keeps_its_layout_and_calls_its_operators(wr
     assert b[0][1].eq(1).all()
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the elements of slots and adapters that operators read and write.
+
+    Args:
+        storages: the name of each storage to watch, by its address.
+    """
+
+    def __init__(self, storages):
+        super().__init__()
+        self.storages, self.read, self.written = storages, Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for argument, given in zip(function._schema.arguments, args, strict=False):
+            if isinstance(given, torch.Tensor):
+                self._note(function, argument, given)
+        return function(*args, **(kwargs or {}))
+
+    def _note(self, function, argument, given):
+        name = self.storages.get(given.untyped_storage().data_ptr())
+        if name is None or function.is_view:
+            return
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        (self.written if written else self.read)[name] += given.numel()
+
+
+def adapter_of(rank, value=1.0):
+    return tuple(torch.full(shape, value).bfloat16() for shape in ((rank, INPUTS), (OUTPUTS, rank)))
+
+
+def test_activating_an_adapter_costs_one_copy_of_it(wrapped):
+    """In elements: each of the adapter's is read once, and no more of the slot is written."""
+    layer = wrapped()
+    (slice_,) = layer.served.lora.slices
+    a, b = adapter_of(4)
+    layer.set_lora(0, *adapter_of(MOST_RANK))
+    layer.set_lora(1, a, b)  # also looks for NaN in B
+    layer.set_lora(1, *adapter_of(2))
+    names = {"a": a, "b": b, "slots of a": slice_.a, "slots of b": slice_.bt}
+    watched = {tensor.untyped_storage().data_ptr(): name for name, tensor in names.items()}
+    with Traffic(watched) as traffic:
+        layer.set_lora(1, a, b)
+    assert traffic.read == {"a": a.numel(), "b": b.numel()}
+    assert traffic.written == {  # the adapter, and the ranks of the one before it are emptied
+        "slots of a": 4 * INPUTS + 2 * INPUTS,
+        "slots of b": 4 * OUTPUTS + 2 * OUTPUTS,
+    }
+    assert slice_.a[:, :, 0].tolist() == [[1.0] * 16, [1.0] * 4 + [0.0] * 12, [0.0] * 16]
+    assert slice_.bt[:, :, 0].tolist() == slice_.a[:, :, 0].tolist()
+
+
+def test_a_slot_is_empty_beyond_its_adapter(wrapped):
+    layer = wrapped()
+    (slice_,) = layer.served.lora.slices
+    ranks = layer.served.slot_ranks
+    for rank in (16, 3, 9, 0):
+        if rank:
+            layer.set_lora(1, *adapter_of(rank))
+        else:
+            layer.reset_lora(1)
+        assert ranks.rank(1) == rank
+        for slots in (slice_.a, slice_.bt):
+            assert slots[1, :rank].eq(1).all()
+            assert not slots[1, rank:].any()
+            assert not slots[[0, 2]].any()
+
+
+def test_a_slot_that_could_not_be_filled_is_emptied_before_its_next_adapter(wrapped):
+    layer = wrapped()
+    (slice_,) = layer.served.lora.slices
+    a, _ = adapter_of(16)
+    with pytest.raises(RuntimeError):
+        layer.set_lora(1, a, torch.ones(OUTPUTS + 1, 16).bfloat16())  # A is there, B does not fit
+    assert slice_.a[1].any()
+    layer.set_lora(1, *adapter_of(2))
+    assert not slice_.a[1, 2:].any()
+
+
 def test_filling_a_slot_looks_at_its_adapter_alone(wrapped, monkeypatch):
     layer = wrapped()
     (slice_,) = layer.served.lora.slices
-    a, good = torch.ones(MOST_RANK, INPUTS).bfloat16(), torch.ones(OUTPUTS, MOST_RANK).bfloat16()
+    a, good = adapter_of(MOST_RANK)
     spoilt = good.clone()
     spoilt[3, 2] = torch.inf
-    looked_at, isfinite = [], torch.Tensor.isfinite
+    looked_at, aminmax = [], torch.Tensor.aminmax
 
     def look(tensor):
         looked_at.append(tensor.numel())
-        return isfinite(tensor)
+        return aminmax(tensor)
 
-    monkeypatch.setattr(torch.Tensor, "isfinite", look)
+    monkeypatch.setattr(torch.Tensor, "aminmax", look)
     for slot, b, finite in ((0, good, True), (1, spoilt, False), (0, good, False)):
         layer.set_lora(slot, a, b)
         assert slice_.finite == finite
@@ -198,7 +277,7 @@ def test_filling_a_slot_looks_at_its_adapter_alone(wrapped, monkeypatch):
     assert not slice_.finite
     layer.set_lora(2, a, good)
     assert slice_.finite
-    assert looked_at == [OUTPUTS * MOST_RANK] * 5
+    assert looked_at == [OUTPUTS * MOST_RANK] * 2  # each B once, however often it is activated
     # finite in float32, infinite in the slots
     layer.set_lora(1, a, torch.full((OUTPUTS, MOST_RANK), 3.4e38))
     assert not slice_.finite
