@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class FiniteWeights:
     """
 
     def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()  # to (version, dtype, finite)
+        self._known: Any = WeakTensorKeyDictionary()  # to (version, dtype, finite)
 
     def of(self, weights: Iterable[Tensor], dtype: torch.dtype) -> bool:
         """Return whether all weights are finite after a cast.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import pickle
 import platform
 from collections.abc import Hashable, Iterator
@@ -33,11 +34,12 @@ from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
 __all__ = ["KeptGraphs", "can_keep_graphs"]
 
 FORMAT = 1  # to be raised when the file's form changes
+_functorch: Any = importlib.import_module("torch._functorch.config")
 
 
 def can_keep_graphs() -> bool:
     """Return whether the installed torch can make bytes of a compiled graph."""
-    return hasattr(torch._functorch.config, "bundled_autograd_cache")
+    return hasattr(_functorch, "bundled_autograd_cache")
 
 
 class KeptGraphs:
@@ -83,7 +85,7 @@ class KeptGraphs:
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """Compile graphs in such a way that they can be kept."""
-        with torch._functorch.config.patch(bundled_autograd_cache=True):
+        with _functorch.patch(bundled_autograd_cache=True):
             yield
 
     def keep(self) -> bool:

@@ -23,10 +23,15 @@ from vllm.utils import torch_utils
 if TYPE_CHECKING:
     from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 
+    LayerName = str
+else:
+    LayerName = torch_utils.LayerNameType
+
 __all__ = ["run_by_name"]
 
-NAMESPACE = torch.library.Library("int4_lora", "FRAGMENT")  # the operator lives as long as it
-LayerName = torch_utils.LayerNameType
+NAMESPACE = torch.library.Library(  # the operator lives as long as it
+    "int4_lora", "FRAGMENT"
+)  # type: ignore[no-untyped-call]
 
 
 def run_by_name(

@@ -43,8 +43,8 @@ logger = logging.getLogger("vllm.int4_lora")  # a child of vLLM's logger, whose 
 Fault = Callable[[int], str | None]
 """A number of tokens -> what is wrong with a layer there, or None."""
 
-Operator = Callable[["ServedLayer", Tensor, Tensor | None, Tensor | None], Tensor]
-"""A layer, x, the tokens' adapter ids or None, the bias or None -> the layer's output."""
+Operator = Callable[..., Tensor]
+"""A ``ServedLayer``, x, the tokens' adapter ids or None, the bias or None -> the layer's output."""
 
 GraphKey = Callable[[int], Hashable]
 """A number of tokens -> the key of the graph that serves it."""
