@@ -192,7 +192,7 @@ class ServedEngine:
             self.complete()
 
     def complete(self) -> None:
-        """Log the summary, keep the graphs, and let vLLM's compile cache know which kernels run.
+        """Log the summary, and let vLLM's compile cache know which kernels run.
 
         vLLM keeps the graph that it compiled of a model, and takes it again for the same
         configuration. Which layers run which kernels is decided while the model loads: so that is
@@ -211,8 +211,6 @@ class ServedEngine:
             ]
             of_models = self.additional_config.setdefault(KERNELS, {})
             of_models[self.model] = hashlib.sha256(repr(kernels).encode()).hexdigest()
-        if self.kept is not None:
-            self.kept.keep()
         self.log_summary()
 
     def fault_of_kind(
@@ -245,6 +243,8 @@ class ServedEngine:
                     name,
                     self.checked[kind],
                 )
+            elif self.kept is not None:  # now, so that a start that is killed is not for nothing
+                self.kept.keep()
         return self.checked[kind]
 
     def _first_fault(self, counts: Iterable[int], name: str, fault: Fault) -> str | None:

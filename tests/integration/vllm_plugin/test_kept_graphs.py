@@ -41,7 +41,6 @@ def started():
     a, b = torch.zeros(2, 1, RANK, 64).bfloat16(), torch.zeros(2, 1, 32, RANK).bfloat16()
     layer.lora, _ = adapter_slots([a], [b])
     assert layer.adapters_fault(layer.lora, None) is None
-    engine.complete()
     return layer, loaded
 
 
