@@ -366,6 +366,7 @@ ATTRIBUTES = (
             ("SchedulerConfig", "max_num_batched_tokens"),
             ("DeviceConfig", "device_type"),
             ("CompilationConfig", "mode"),
+            ("SpeculativeConfig", "target_model_config"),
             ("SpeculativeConfig", "draft_model_config"),
             ("LoRAConfig", "fully_sharded_loras"),
         )

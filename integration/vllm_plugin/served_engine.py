@@ -100,7 +100,7 @@ class ServedEngine:
             model=vllm_config.model_config.model,
             dtype=vllm_config.model_config.dtype,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            lora_enabled=vllm_config.lora_config is not None,
+            lora_enabled=vllm_config.lora_config is not None and not _is_draft(vllm_config),
             device=vllm_config.device_config.device_type,
             additional_config=vllm_config.additional_config,
             forward_context=vllm_config.compilation_config.static_forward_context,
@@ -246,6 +246,18 @@ def _fault_or_error(fault: Fault, tokens: int) -> str | None:
         return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
+def _is_draft(vllm_config: Any) -> bool:
+    """Return whether a configuration is of a draft model, on which vLLM puts no adapters.
+
+    It has the LoRA settings of the model that is served. Without a draft model (``ngram``), vLLM
+    names the served model itself as the draft.
+    """
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    if speculative is None or model is speculative.target_model_config:
+        return False
+    return model is speculative.draft_model_config
+
+
 def refuse_settings(vllm_config: Any) -> None:
     """Refuse settings of vLLM with which answers would be wrong, or that never ran.
 
@@ -254,11 +266,7 @@ def refuse_settings(vllm_config: Any) -> None:
     """
     if vllm_config.model_config.enable_sleep_mode:
         raise ValueError("int4_lora does not take sleep mode: leave out --enable-sleep-mode")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError(
-            "int4_lora does not take pipeline parallelism, which was never run with it: leave out "
-            "--pipeline-parallel-size"
-        )
+    _refuse_stages(vllm_config)
     lora = vllm_config.lora_config
     if lora is not None and lora.fully_sharded_loras:
         raise ValueError(
@@ -266,5 +274,26 @@ def refuse_settings(vllm_config: Any) -> None:
         )
     if lora is not None and os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
         raise ValueError(
-            "int4_lora does not take LoRA on a second stream: unset VLLM_LORA_ENABLE_DUAL_STREAM"
+            "int4_lora computes a layer and its adapters in one function, on one stream: unset "
+            "VLLM_LORA_ENABLE_DUAL_STREAM"
         )
+
+
+def _refuse_stages(vllm_config: Any) -> None:
+    """Refuse pipeline stages where vLLM's engine ends at the first request.
+
+    On a CPU, vLLM allocates the tensors that go from stage to stage in the run that compiles the
+    model. Without its own compile, which LoRA turns off there, it has none.
+
+    Raises:
+        ValueError: the engine has several stages, on a CPU, and vLLM does not compile the model.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    compiles = vllm_config.compilation_config.mode != 0  # CompilationMode.NONE
+    if stages == 1 or compiles or vllm_config.device_config.device_type != "cpu":
+        return
+    option = "--enforce-eager" if vllm_config.lora_config is None else "--enable-lora"
+    raise ValueError(
+        f"int4_lora: on a CPU, vLLM serves no request in pipeline stages with {option}: leave out "
+        f"{option}, or --pipeline-parallel-size and use --tensor-parallel-size"
+    )

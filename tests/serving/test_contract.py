@@ -231,6 +231,14 @@ def test_a_token_without_an_adapter_has_the_slot_minus_one():
     assert punica._token_lora_indices[:4].tolist() == [1, 1, -1, 0]
 
 
+def test_operators_for_cpus_add_to_rows_without_an_adapter_up_to_032():
+    """Only there are those of embeddings and lm_head replaced."""
+    from int4_lora.integration.vllm_plugin.vocabulary import adds_to_rows_without_an_adapter
+
+    minor = tuple(int(part) for part in installed_version().split(".")[:2])
+    assert adds_to_rows_without_an_adapter() == (minor <= (0, 32))
+
+
 def test_the_flag_for_steps_without_adapters_is_on_the_cpu():
     """Only vLLM's operators for GPUs have it; their class of it needs none."""
     from vllm.lora.ops.triton_ops import LoRAKernelMeta
