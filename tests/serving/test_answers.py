@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.engines import COMPILED, engine, logprobs, next_logprobs, requests_of
+from support.engines import COLD, COMPILED, engine, logprobs, next_logprobs, requests_of
 from support.served_truth import truth_and_allowed
 from support.tiny import LLAMA
 
@@ -33,6 +33,24 @@ def test_base_one_adapter_and_mixed_rows(variant, tiny_models, tiny_adapters, pr
     with engine(model, enable_lora=True, max_loras=3, max_lora_rank=16, **COMPILED) as llm:
         for rows in ([0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 2, 3]):
             assert_served(llm, prompts, requests, rows, truth, allowed)
+
+
+@pytest.mark.nightly
+def test_ranks_that_the_list_of_vllm_lacks(tiny_models, prompts, tmp_path):
+    """They are padded to the rank of the slots."""
+    from int4_lora.integration.demo import recipe
+
+    model, folders = tiny_models["g128"], {}
+    for rank in (12, 24, 48):
+        settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+        folders[f"r{rank}"] = tmp_path / f"r{rank}"
+        recipe.make_adapter(folders[f"r{rank}"], LLAMA, f"r{rank}", settings)
+    truth, allowed = truth_and_allowed(model, list(folders.values()), prompts)
+    assert ((truth[1:] - truth[:1]).abs().amax((1, 2)) > 5 * allowed).all()
+    requests = [None, *requests_of(folders).values()]
+    with engine(model, enable_lora=True, max_loras=3, max_lora_rank=64, **COLD) as llm:
+        assert_served(llm, prompts, requests, [0, 1, 2, 3], truth, allowed)
+        assert_served(llm, prompts, requests, [3, 2, 1, 0], truth, allowed)
 
 
 @pytest.mark.versions
