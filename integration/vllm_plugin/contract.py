@@ -245,6 +245,26 @@ SYMBOLS = (
         (),
         "vLLM's adapters, to measure them",
     ),
+    Symbol(
+        "vllm.lora.layers",
+        "LoRAMapping",
+        ("index_mapping", "prompt_mapping", "is_prefill"),
+        "asks whether the operators for CPUs mistake rows without an adapter",
+    ),
+    Symbol(
+        "vllm.model_executor.layers.quantization.base_config",
+        "QuantizeMethodBase.create_weights",
+        ("layer",),
+        "base class of QuantisedEmbedding",
+    ),
+    Symbol(
+        "vllm.model_executor.layers.quantization.base_config",
+        "QuantizeMethodBase.embedding",
+        ("layer",),
+        "overridden",
+    ),
+    Symbol("vllm.envs", "VLLM_CPU_INT4_W4A8", (), "activations of 16 bits in vLLM's kernel"),
+    Symbol("vllm.platforms", "current_platform._enum", (), "where the stand-in is registered"),
     Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
     Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
     Symbol(
@@ -319,6 +339,37 @@ ATTRIBUTES = (
     Attribute(LINEAR, "LinearBase", "skip_bias_add", "whether the kernel adds the bias"),
     Attribute(LINEAR, "LinearBase", "quant_method", "stock base"),
     Attribute(LINEAR, "RowParallelLinear", "tp_rank", "whether the kernel adds the bias"),
+    Attribute(LINEAR, "LinearBase", "tp_size", "which part of a weight is on this rank"),
+    Attribute(LINEAR, "ColumnParallelLinear", "output_partition_sizes", "the merged modules"),
+    Attribute(LINEAR, "QKVParallelLinear", "num_kv_head_replicas", "ranks that share a head"),
+    Attribute(
+        "vllm.model_executor.kernels.linear", "MPLinearKernel", "config", "given to the stand-in"
+    ),
+    Attribute(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbedding",
+        "embedding_dim",
+        "the columns of a quantised embedding",
+    ),
+    *(
+        Attribute("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA", name, "the slots")
+        for name in ("lora_a_stacked", "lora_b_stacked")
+    ),
+    *(
+        Attribute(LORA, owner, "lora_b_stacked", "the device of the slots")
+        for owner in ("LogitsProcessorWithLoRA", "VocabParallelEmbeddingWithLoRA")
+    ),
+    Attribute(
+        LORA, "BaseLayerWithLoRA", "punica_wrapper", "the operators that know each token's slot"
+    ),
+    Attribute(
+        "vllm.lora.worker_manager", "WorkerLoRAManager", "_adapter_manager", "the model's layers"
+    ),
+    Attribute("vllm.lora.lora_model", "LoRAModel", "loras", "names of adapters' modules"),
+    *(
+        Attribute("vllm.lora.request", "LoRARequest", name, "the name and folder, for a warning")
+        for name in ("lora_name", "lora_path")
+    ),
     *(
         Attribute("vllm.lora.model_manager", "LoRAModelManager", name, "names of adapters' modules")
         for name in ("modules", "packed_modules", "is_pooling_model")
@@ -328,9 +379,21 @@ ATTRIBUTES = (
         for owner, name in (
             ("VllmConfig", "additional_config"),
             ("VllmConfig", "lora_config"),
+            ("VllmConfig", "model_config"),
+            ("VllmConfig", "parallel_config"),
+            ("VllmConfig", "scheduler_config"),
+            ("VllmConfig", "device_config"),
+            ("VllmConfig", "compilation_config"),
+            ("VllmConfig", "speculative_config"),
+            ("ModelConfig", "model"),
+            ("ModelConfig", "dtype"),
             ("ModelConfig", "enable_sleep_mode"),
             ("ParallelConfig", "pipeline_parallel_size"),
             ("SchedulerConfig", "max_num_batched_tokens"),
+            ("DeviceConfig", "device_type"),
+            ("CompilationConfig", "mode"),
+            ("SpeculativeConfig", "target_model_config"),
+            ("SpeculativeConfig", "draft_model_config"),
             ("LoRAConfig", "fully_sharded_loras"),
             ("LoRAConfig", "max_loras"),
             ("LoRAConfig", "max_lora_rank"),

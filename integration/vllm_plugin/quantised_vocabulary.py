@@ -59,9 +59,9 @@ class QuantisedEmbedding(QuantizeMethodBase):
         """
         rows = input_.flatten()  # no PackedWeight: vLLM's graph keeps their number symbolic
         scale = layer.weight_scale[rows]
-        codes = unpack(layer.weight_packed[rows], layer.hidden_size).to(scale.dtype)
+        codes = unpack(layer.weight_packed[rows], layer.embedding_dim).to(scale.dtype)
         dense = codes.view(*scale.shape, -1) * scale.unsqueeze(2)
-        return dense.flatten(1).to(self.dtype).view(*input_.shape, layer.hidden_size)
+        return dense.flatten(1).to(self.dtype).view(*input_.shape, layer.embedding_dim)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Refuse: an embedding multiplies nothing.

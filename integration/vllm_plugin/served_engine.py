@@ -154,7 +154,8 @@ class ServedEngine:
         """
         from int4_lora.integration.vllm_plugin.layer_operator import run_by_name
 
-        options, lora = read_options(vllm_config.additional_config), vllm_config.lora_config
+        options = read_options(vllm_config.additional_config)
+        lora = None if _is_draft(vllm_config) else vllm_config.lora_config
         engine = cls(
             options=options,
             metadata=metadata,
@@ -361,6 +362,18 @@ def _fault_or_error(fault: Fault, tokens: int) -> str | None:
         return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
+def _is_draft(vllm_config: Any) -> bool:
+    """Return whether a configuration is of a draft model, on which vLLM puts no adapters.
+
+    It has the LoRA settings of the model that is served. Without a draft model (``ngram``), vLLM
+    names the served model itself as the draft.
+    """
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    if speculative is None or model is speculative.target_model_config:
+        return False
+    return model is speculative.draft_model_config
+
+
 def refuse_settings(vllm_config: Any) -> None:
     """Refuse settings of vLLM with which answers would be wrong, or that never ran.
 
@@ -369,11 +382,7 @@ def refuse_settings(vllm_config: Any) -> None:
     """
     if vllm_config.model_config.enable_sleep_mode:
         raise ValueError("int4_lora does not take sleep mode: leave out --enable-sleep-mode")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError(
-            "int4_lora does not take pipeline parallelism, which was never run with it: leave out "
-            "--pipeline-parallel-size"
-        )
+    _refuse_stages(vllm_config)
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         raise ValueError(
             "int4_lora does not take VLLM_BATCH_INVARIANT, because it computes few tokens and many "
@@ -387,5 +396,26 @@ def refuse_settings(vllm_config: Any) -> None:
         )
     if lora is not None and os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
         raise ValueError(
-            "int4_lora does not take LoRA on a second stream: unset VLLM_LORA_ENABLE_DUAL_STREAM"
+            "int4_lora computes a layer and its adapters in one function, on one stream: unset "
+            "VLLM_LORA_ENABLE_DUAL_STREAM"
         )
+
+
+def _refuse_stages(vllm_config: Any) -> None:
+    """Refuse pipeline stages where vLLM's engine ends at the first request.
+
+    On a CPU, vLLM allocates the tensors that go from stage to stage in the run that compiles the
+    model. Without its own compile, which LoRA turns off there, it has none.
+
+    Raises:
+        ValueError: the engine has several stages, on a CPU, and vLLM does not compile the model.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    compiles = vllm_config.compilation_config.mode != 0  # CompilationMode.NONE
+    if stages == 1 or compiles or vllm_config.device_config.device_type != "cpu":
+        return
+    option = "--enforce-eager" if vllm_config.lora_config is None else "--enable-lora"
+    raise ValueError(
+        f"int4_lora: on a CPU, vLLM serves no request in pipeline stages with {option}: leave out "
+        f"{option}, or --pipeline-parallel-size and use --tensor-parallel-size"
+    )

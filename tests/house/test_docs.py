@@ -1,6 +1,7 @@
 """The documentation: what it names exists, what it shows runs, what it lists is complete."""
 
 import configparser
+import itertools
 import os
 import re
 import subprocess
@@ -56,6 +57,17 @@ def test_everything_that_is_read_or_refused_of_an_adapter_has_a_test_that_exists
     rows = re.findall(r"^\| (.+) \|$", (DOCS / "adapters.md").read_text(), flags=re.M)
     rows = [row for row in rows if "`" in row and not row.endswith(" | test")]
     assert len(rows) > 25
+    assert_cites_tests(rows)
+
+
+def test_everything_that_the_vllm_backend_does_or_refuses_has_a_test_that_exists():
+    lines = (DOCS / "vllm.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    headers = [above for above, line in itertools.pairwise(lines) if line.startswith("|---")]
+    assert len(headers) == 5
+    assert all(header.endswith(" | test |") for header in headers)
+    rows = [row.rpartition(" | ")[2] for row in rows if row not in headers]
+    assert len(rows) > 35
     assert_cites_tests(rows)
 
 

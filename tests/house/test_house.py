@@ -59,3 +59,21 @@ def test_every_public_module_of_the_reference_says_what_is_public():
     for file in (ROOT / "reference").glob("*.py"):
         names = [node.targets[0].id for node in parse(file).body if isinstance(node, ast.Assign)]
         assert "__all__" in names, file
+
+
+def test_everything_imported_from_vllm_is_in_the_contract():
+    """So that a vLLM that lacks it stops the start with its name, and not with an ImportError."""
+    from int4_lora.integration.vllm_plugin.contract import ATTRIBUTES, SYMBOLS
+
+    known = {(symbol.module, symbol.name.split(".")[0]) for symbol in SYMBOLS}
+    known |= {(attribute.module, attribute.owner) for attribute in ATTRIBUTES}
+    modules = {module for module, _ in known}
+    for file in (ROOT / "integration" / "vllm_plugin").glob("*.py"):
+        for node in ast.walk(parse(file)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "vllm":
+                for alias in node.names:
+                    known_module = f"{node.module}.{alias.name}" in modules
+                    assert known_module or (node.module, alias.name) in known, (file, alias.name)
+            elif isinstance(node, ast.Import):
+                imported = {alias.name for alias in node.names if alias.name.startswith("vllm")}
+                assert imported <= modules, file

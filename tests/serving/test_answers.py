@@ -6,6 +6,7 @@ import torch
 from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.reference import dequantize
 from support.engines import (
+    COLD,
     COMPILED,
     FLAG,
     engine,
@@ -71,6 +72,24 @@ def test_our_adapters_on_a_base_by_vllms_kernel_and_ours(
     assert fused.endswith("8 on vLLM's base kernel: 8 measured")
     assert sum(int(line.split()[0]) for line in each) == 8
     assert "by int4_lora above, from one copy, adapters by int4_lora: 1.20 x" in each[0]
+
+
+@pytest.mark.nightly
+def test_ranks_that_the_list_of_vllm_lacks(tiny_models, prompts, tmp_path):
+    """They are padded to the rank of the slots."""
+    from int4_lora.integration.demo import recipe
+
+    model, folders = tiny_models["g128"], {}
+    for rank in (12, 24, 48):
+        settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+        folders[f"r{rank}"] = tmp_path / f"r{rank}"
+        recipe.make_adapter(folders[f"r{rank}"], LLAMA, f"r{rank}", settings)
+    truth, allowed = truth_and_allowed(model, list(folders.values()), prompts)
+    assert ((truth[1:] - truth[:1]).abs().amax((1, 2)) > 5 * allowed).all()
+    requests = [None, *requests_of(folders).values()]
+    with engine(model, enable_lora=True, max_loras=3, max_lora_rank=64, **COLD) as llm:
+        assert_served(llm, prompts, requests, [0, 1, 2, 3], truth, allowed)
+        assert_served(llm, prompts, requests, [3, 2, 1, 0], truth, allowed)
 
 
 @pytest.mark.versions

@@ -3,8 +3,11 @@
 ``tox run -e vllm`` runs it, and ``vllm-contract`` on a vLLM whose engine does not start on a CPU.
 """
 
+import inspect
 import logging
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,9 @@ pytestmark = pytest.mark.versions
 
 INPUTS, OUTPUTS, RANK, SLOTS = 256, 128, 8, 2
 PREFIX = "model.layers.0.mlp.up_proj"
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "vllm-maintainers.md"
 
 
 def test_every_symbol_is_there():
@@ -225,6 +231,14 @@ def test_a_token_without_an_adapter_has_the_slot_minus_one():
     assert punica._token_lora_indices[:4].tolist() == [1, 1, -1, 0]
 
 
+def test_operators_for_cpus_add_to_rows_without_an_adapter_up_to_032():
+    """Only there are those of embeddings and lm_head replaced."""
+    from int4_lora.integration.vllm_plugin.vocabulary import adds_to_rows_without_an_adapter
+
+    minor = tuple(int(part) for part in installed_version().split(".")[:2])
+    assert adds_to_rows_without_an_adapter() == (minor <= (0, 32))
+
+
 def test_the_flag_for_steps_without_adapters_is_on_the_cpu():
     """Only vLLM's operators for GPUs have it; their class of it needs none."""
     from vllm.lora.ops.triton_ops import LoRAKernelMeta
@@ -234,3 +248,29 @@ def test_the_flag_for_steps_without_adapters_is_on_the_cpu():
         meta.prepare_tensors(torch.tensor(ids))
         assert meta.no_lora_flag_cpu.device.type == "cpu"
         assert bool(meta.no_lora_flag_cpu.item()) == none
+
+
+def test_what_is_changed_in_vllms_modules_is_listed():
+    from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
+
+    install_lora_layers()
+    changed = set()
+    for module in [each for name, each in sys.modules.items() if name.split(".")[0] == "vllm"]:
+        for name, value in list(vars(module).items()):
+            if _is_of_the_plugin(value):
+                changed.add(name)
+            elif inspect.isclass(value) and value.__module__.startswith("vllm"):
+                methods = [name for name, each in vars(value).items() if _is_of_the_plugin(each)]
+                changed |= {f"{value.__name__}.{name}" for name in methods}
+    table = PAGE.read_text().partition("In vLLM's modules")[2].partition("In the objects")[0]
+    listed = set(re.findall(r"^\| `([\w.]+)`", table, flags=re.M))
+    assert changed == listed - {"VLLM_CPU_INT4_W4A8"}  # which is changed for moments
+
+
+def _is_of_the_plugin(value):
+    """Return whether a function or a class is the plug-in's, or a tuple has one of its."""
+    if isinstance(value, tuple):
+        return any(map(_is_of_the_plugin, value))
+    if inspect.isfunction(value):  # functools.wraps changes its __module__
+        return "vllm_plugin" in Path(value.__code__.co_filename).parts
+    return inspect.isclass(value) and value.__module__.startswith("int4_lora.")

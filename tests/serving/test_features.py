@@ -55,15 +55,30 @@ def test_the_answers_are_the_same(feature, plain, tiny_models, tiny_adapters, pr
     assert (again - plain[0]).abs().max() <= CLOSE
 
 
+DRAFT = {"method": "draft_model", "num_speculative_tokens": 3, "quantization": "int4_lora"}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+
+
 @pytest.mark.nightly
-def test_speculative_decoding(plain, tiny_models, tiny_adapters, repeating, tmp_path):
+@pytest.mark.parametrize(
+    ("speculative", "models"),
+    [
+        pytest.param(NGRAM, 1, id="ngram"),
+        pytest.param(DRAFT, 2, id="draft-model"),
+    ],
+)
+def test_speculative_decoding(
+    speculative, models, plain, tiny_models, tiny_adapters, repeating, tmp_path
+):
     """In a process of its own: after it, numba does not let vLLM start another engine in one."""
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    if models == 2:
+        speculative = {**speculative, "model": str(tiny_models["g32"])}
     settings = {**SETTINGS, "speculative_config": speculative, "max_num_seqs": 8}
     guessed, output = run_in_process(
         tmp_path, tiny_models["g128"], tiny_adapters, repeating, settings, "generated"
     )
     assert guessed is not None, output
+    assert output.count("8 of 8 linear layers fused") == models
     for (tokens, each), (others, others_each) in zip(plain[1], guessed, strict=True):
         for token, other, step, other_step in zip(tokens, others, each, others_each, strict=True):
             assert abs(step[token] - other_step[token]) <= CLOSE

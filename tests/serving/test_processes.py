@@ -1,8 +1,10 @@
-"""Engines in processes of their own: the multiprocess default, and two ranks."""
+"""Engines in processes of their own: the multiprocess default, two ranks, two stages."""
 
 import pytest
+import torch
 
 from support.engines import COLD, run_in_process
+from support.served_truth import truth_and_allowed
 
 SETTINGS = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 16, **COLD}
 
@@ -50,3 +52,19 @@ def test_two_ranks_give_the_answers_of_one(
     assert answers is not None, output
     assert "8 of 8 linear layers fused" in output
     assert furthest(answers, in_one_process) <= 0.1  # sums of halves, rounded in another order
+
+
+def test_two_stages_give_right_answers(tiny_models, short, tmp_path):
+    """Without LoRA, within vLLM's own compile: a CPU has them there alone."""
+    model = tiny_models["asym-g128"]
+    truth, allowed = truth_and_allowed(model, [], short)
+    settings = {**COLD, "enforce_eager": False, "pipeline_parallel_size": 2}
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),  # so that both stages do compile
+    }
+    answers, output = run_in_process(tmp_path, model, {}, short, settings, **env)
+    assert answers is not None, output
+    assert output.count("4 of 4 linear layers fused") == 2
+    assert (torch.tensor(answers, dtype=torch.float64) - truth[0]).abs().amax() <= allowed

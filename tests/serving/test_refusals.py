@@ -25,9 +25,9 @@ def model(tiny_models, tmp_path):
     return shutil.copytree(tiny_models["g128"], tmp_path / "copied")
 
 
-def refused(model, **settings):
+def refused(model, **given):
     """Return what a start that does not succeed says."""
-    with pytest.raises(Exception) as caught, engine(model, **settings):  # noqa: PT011
+    with pytest.raises(Exception) as caught, engine(model, **given):  # noqa: PT011
         pass
     return str(caught.value)
 
@@ -74,38 +74,96 @@ def test_a_checkpoint_that_is_not_taken(change, sentence, model):
     assert sentence in refused(model, **FLAG)
 
 
-def test_fully_sharded_lora(model):
-    refusal = refused(model, **LORA, **COLD, fully_sharded_loras=True)
-    assert "leave out --fully-sharded-loras" in refusal
+def settings(**changes):
+    """Return what the plug-in reads of vLLM's configuration: of a CPU that compiles the model."""
+    read = {
+        "fully_sharded_loras": False,
+        "enable_sleep_mode": False,
+        "pipeline_parallel_size": 1,
+        "device_type": "cpu",
+        "mode": 2,
+        **changes,
+    }
+    part = SimpleNamespace(**read)
+    names = ("model", "parallel", "lora", "device", "compilation")
+    return SimpleNamespace(**{f"{name}_config": part for name in names})
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({}, None),
+        ({"VLLM_LORA_ENABLE_DUAL_STREAM": "0"}, None),
         ({"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, "unset VLLM_LORA_ENABLE_DUAL_STREAM"),
         ({"VLLM_BATCH_INVARIANT": "1"}, "take VLLM_BATCH_INVARIANT, .* unset the variable"),
         ({"VLLM_BATCH_INVARIANT": "0"}, None),
+        ({"fully_sharded_loras": True}, "leave out --fully-sharded-loras"),
         ({"enable_sleep_mode": True}, "leave out --enable-sleep-mode"),
-        ({"pipeline_parallel_size": 2}, "leave out --pipeline-parallel-size"),
     ],
 )
-def test_settings_that_vllm_itself_refuses_on_a_cpu(change, sentence, monkeypatch):
+def test_settings_that_are_refused(change, sentence, monkeypatch):
     from int4_lora.integration.vllm_plugin.served_engine import refuse_settings
 
-    settings = SimpleNamespace(
-        lora_config=SimpleNamespace(fully_sharded_loras=False),
-        model_config=SimpleNamespace(enable_sleep_mode=False),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-    )
-    for name, value in change.items():
-        for part in (settings.model_config, settings.parallel_config):
-            if hasattr(part, name):
-                setattr(part, name, value)
-        if name.startswith("VLLM"):
-            monkeypatch.setenv(name, value)
+    for name in [name for name in change if name.startswith("VLLM")]:
+        monkeypatch.setenv(name, change[name])
     with pytest.raises(ValueError, match=sentence) if sentence else contextlib.nullcontext():
-        refuse_settings(settings)
+        refuse_settings(settings(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),  # vLLM compiles the model
+        ({"device_type": "cuda", "mode": 0}, None),
+        ({"mode": 0}, "with --enable-lora: leave out --enable-lora, or --pipeline"),
+        ({"mode": 0, "lora": False}, "with --enforce-eager: leave out --enforce-eager, or --pipe"),
+    ],
+)
+def test_pipeline_stages_on_a_cpu(change, sentence):
+    from int4_lora.integration.vllm_plugin.served_engine import refuse_settings
+
+    lora = change.pop("lora", True)
+    for stages in (1, 2):
+        given = settings(pipeline_parallel_size=stages, **change)
+        if not lora:
+            given.lora_config = None
+        stops = sentence is not None and stages == 2
+        with pytest.raises(ValueError, match=sentence) if stops else contextlib.nullcontext():
+            refuse_settings(given)
+
+
+@pytest.mark.parametrize(
+    ("rank", "most", "refused"),
+    [
+        (12, 16, False),
+        (24, 32, False),
+        (48, 64, False),
+        (300, 320, False),
+        (24, 16, True),
+        (640, 512, True),
+    ],
+)
+def test_ranks_that_vllm_takes(rank, most, refused):
+    """VLLM's list is for the slots; adapters may have any rank up to theirs."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    adapter = PEFTHelper(r=rank, lora_alpha=8, target_modules=["q_proj"])
+    sentence = f"rank {rank} is greater than max_lora_rank"
+    with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():
+        adapter.validate_legal(LoRAConfig(max_lora_rank=most))
+    with pytest.raises(ValueError, match="max_lora_rank"):
+        LoRAConfig(max_lora_rank=rank)
+
+
+@pytest.mark.parametrize(("option", "sentence"), [("use_dora", "DoRA"), ("lora_bias", "LoRA bias")])
+def test_adapters_that_are_not_plain_lora(option, sentence):
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], option: True}
+    with pytest.raises(ValueError, match=sentence):
+        PEFTHelper.from_dict(config).validate_legal(LoRAConfig())
 
 
 def test_experts_are_counted(monkeypatch):
@@ -136,13 +194,14 @@ def test_an_adapter_that_vllm_does_not_take(model, prompts, tmp_path):
 
     sampling = SamplingParams(max_tokens=1, detokenize=False)
     with engine(model, **LORA, **COLD) as llm:
-        for number, (settings, sentence) in enumerate(
+        for number, (variant, sentence) in enumerate(
             [
                 ({"use_dora": True}, "does not yet support DoRA"),
-                ({"r": 32}, "greater than max_lora_rank"),
+                ({"lora_bias": True}, "lora_bias|lora_B.bias"),
+                ({"r": 24}, "greater than max_lora_rank"),
             ]
         ):
-            given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **settings}
+            given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **variant}
             folder = tmp_path / f"bad{number}"
             recipe.make_adapter(folder, LLAMA, "bad", given)
             bad = LoRARequest(folder.name, number + 1, str(folder))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.integration.vllm_plugin.base_choice import VLLM, Choice, Plan
 from int4_lora.integration.vllm_plugin.options import Options
 from int4_lora.integration.vllm_plugin.served_engine import KERNELS, ServedEngine
@@ -115,6 +116,75 @@ def test_on_a_gpu_the_log_says_experimental_whichever_kernels_run():
     assert len(engine.summary()) == 1
 
 
+def test_the_log_counts_how_layers_run():
+    engine = ServedEngine()
+    for reason, lora_reason in (
+        (None, None),
+        ("measured 1.12 x faster", None),
+        ("measured 1.12 x faster", "not right: 3 bounds away"),
+        ("no INT4 weights", None),
+    ):
+        layer = ServedLayer("a", engine, int4=True, fallback_reason=reason)
+        layer.weight = object() if reason is None else None
+        layer.lora_fallback_reason = lora_reason
+        engine.layers.append(layer)
+    assert engine.summary() == [
+        "1 of 4 linear layers fused (INT4 base, adapters); 3 on vLLM's base kernel: 2 measured "
+        "1.12 x faster; 1 no INT4 weights; 1 with plain, slow LoRA: 1 not right: 3 bounds away"
+    ]
+
+
+@pytest.mark.parametrize(("warm_up", "tokens"), [(True, [1, 3, 26]), (False, [1])])
+def test_without_warm_up_a_single_token_is_checked(warm_up, tokens):
+    engine, checked = ServedEngine(Options(warm_up=warm_up), max_tokens=512), []
+    for name in ("a", "b"):  # of one kind: the second is not checked
+        engine.fault_of_kind("kind", name, bucket_of, checked.append)
+    assert checked == tokens
+
+
+@pytest.mark.parametrize("ngram", [True, False])
+def test_a_draft_model_has_no_adapters(ngram):
+    """So its summary is logged after its last weight, not after LoRA layers that never come."""
+    from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata
+
+    target, draft = (
+        SimpleNamespace(model=name, dtype=torch.bfloat16, enable_sleep_mode=False)
+        for name in ("target", "draft")
+    )
+    config = SimpleNamespace(
+        additional_config={},
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        device_config=SimpleNamespace(device_type="cpu"),
+        compilation_config=SimpleNamespace(static_forward_context={}, mode=0),
+        lora_config=SimpleNamespace(fully_sharded_loras=False, max_loras=2, max_lora_rank=8),
+        speculative_config=SimpleNamespace(
+            target_model_config=target, draft_model_config=target if ngram else draft
+        ),
+    )
+    for config.model_config in (target, draft):
+        engine = ServedEngine.from_vllm(config, LoRAMetadata(), {})
+        assert engine.lora_enabled == (ngram or config.model_config is target)
+
+
+@pytest.mark.parametrize(
+    ("said", "int4", "compatible"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+def test_the_configuration_says_what_the_checkpoint_says(said, int4, compatible):
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+    from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata
+
+    config = Int4LoRAConfig.from_config(CONFIG)
+    assert config.is_lora_compatible()  # it has a group of INT4 weights
+    config.metadata = LoRAMetadata(said, ("q_proj",))
+    config._engine = ServedEngine()
+    config._engine.layers.append(ServedLayer("a", config._engine, int4=int4))
+    assert config.is_lora_compatible() == compatible
+    assert config.lora_compatible == said
+    assert config.lora_target_modules == ("q_proj",)
+
+
 @pytest.fixture
 def wrapped(one_rank, monkeypatch):
     """Return a function that makes one of our LoRA layers; its check finds a given fault."""
@@ -124,12 +194,17 @@ def wrapped(one_rank, monkeypatch):
     from int4_lora.integration.vllm_plugin import lora_layers
     from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
 
-    def make(fault=None, choice=None):
+    def make(fault=None, choice=None, ignore=(), prefix=""):
         monkeypatch.setattr(ServedLayer, "adapters_fault", lambda *_: fault)
-        config = Int4LoRAConfig.from_config(CONFIG)
+        config = Int4LoRAConfig.from_config({**CONFIG, "ignore": list(ignore)})
         config._engine = ServedEngine(Options(backend="compiled", warm_up=False))
         base = ColumnParallelLinear(
-            INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, quant_config=config
+            INPUTS,
+            OUTPUTS,
+            bias=False,
+            params_dtype=torch.bfloat16,
+            quant_config=config,
+            prefix=prefix,
         )
         base.int4_lora.choice = choice
         (ours,) = [
@@ -281,6 +356,62 @@ def test_filling_a_slot_looks_at_its_adapter_alone(wrapped, monkeypatch):
     # finite in float32, infinite in the slots
     layer.set_lora(1, a, torch.full((OUTPUTS, MOST_RANK), 3.4e38))
     assert not slice_.finite
+
+
+@pytest.mark.parametrize("rank", [12, 5, MOST_RANK])
+def test_an_adapter_of_a_smaller_rank_is_padded(wrapped, rank):
+    """VLLM's list of ranks is for the slots; a slot's other rows stay zero, whatever was there."""
+    layer = wrapped()
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank, INPUTS, generator=generator).bfloat16() / 16
+    b = torch.randn(OUTPUTS, rank, generator=generator).bfloat16()
+    full = torch.ones(MOST_RANK, INPUTS).bfloat16(), torch.ones(OUTPUTS, MOST_RANK).bfloat16()
+    layer.set_lora(1, *full)
+    layer.set_lora(1, a, b)
+    x, base, ids = X[:6].bfloat16(), BASE[:6].bfloat16(), torch.tensor([1, -1, 1, 0, 1, -1])
+    y = layer.served.add_adapters(base, x, ids)
+    right = base.double() + (ids == 1)[:, None] * (x.double() @ a.double().T @ b.double().T)
+    torch.testing.assert_close(y.double(), right, rtol=2**-7, atol=2**-6)
+
+
+def test_scales_of_two_dtypes_are_left_to_vllm(one_rank, monkeypatch):
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+
+    config = Int4LoRAConfig.from_config(CONFIG)
+    config._engine = ServedEngine(Options(backend="compiled", warm_up=False))
+    layer = MergedColumnParallelLinear(
+        INPUTS, [OUTPUTS] * 2, bias=False, params_dtype=torch.bfloat16, quant_config=config
+    )
+    layer.weight_packed.data.zero_()
+    for part, dtype in enumerate((torch.bfloat16, torch.float16)):
+        scale = torch.ones(OUTPUTS, INPUTS // 128, dtype=dtype)
+        layer.weight_scale.weight_loader(layer.weight_scale, scale, part)
+    layer.scheme.process_weights_after_loading(layer)
+    assert layer.int4_lora.weight is None
+    reason = layer.int4_lora.fallback_reason
+    assert reason == "merged of scales in ['torch.bfloat16', 'torch.float16']"
+
+
+def test_layers_that_are_not_quantised_have_our_adapters(one_rank, wrapped):
+    layer = wrapped(ignore=["model.dense"], prefix="model.dense")
+    linear = layer.base_layer
+    linear.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    linear.quant_method.process_weights_after_loading(linear)
+    layer.served.operators = layer.punica_wrapper = SimpleNamespace(
+        _token_lora_indices=torch.tensor([1, -1, 7])
+    )
+    a = torch.ones(2, INPUTS).bfloat16() / 64
+    b = torch.arange(OUTPUTS * 2).view(OUTPUTS, 2).bfloat16() / 64
+    layer.set_lora(1, a, b)
+    x = X[:2].bfloat16()
+    y = layer.apply(x)
+    base = linear.quant_method.apply(linear, x, None)
+    assert layer.served.fallback_reason == "no INT4 weights"
+    assert torch.equal(y[1], base[1])
+    right = base[0].double() + b.double() @ (a.double() @ x[0].double())
+    torch.testing.assert_close(y[0].double(), right, rtol=2**-7, atol=2**-6)
 
 
 def test_columns_in_an_activation_order_are_not_split(one_rank):

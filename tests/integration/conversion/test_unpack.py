@@ -15,7 +15,7 @@ from int4_lora.integration.conversion.convert import Settings
 from int4_lora.reference import dequantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors, shard, weights
 from support.conversion import bytes_of, convert, refusal, run, tensors_of
-from support.tiny import VARIANTS
+from support.tiny import LLAMA, VARIANTS
 from support.upstream_versions import REFUSES_ZERO_POINTS
 
 pytestmark = pytest.mark.versions
@@ -173,3 +173,25 @@ def test_jobs_change_no_byte(tiny_models, tmp_path):
         unpack_checkpoint(tiny_models["asym-g128"], target, settings=Settings(jobs=jobs))
         found.append(bytes_of(target))
     assert found[0] == found[1]
+
+
+def test_peft_merges_dora_into_what_is_unpacked(tiny_models, tmp_path):
+    """The way that docs/vllm.md names for adapters that vLLM and ``int4-lora merge`` refuse."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from int4_lora.integration.demo import recipe
+
+    settings = {"r": 3, "lora_alpha": 6, "use_dora": True, "target_modules": "all-linear"}
+    recipe.make_adapter(tmp_path / "dora", LLAMA, "dora", settings)
+    convert("unpack", tiny_models["g128"], tmp_path / "dense")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    tokens = torch.arange(1, 21).view(2, 10) * 7 % 512
+    with torch.no_grad():
+        plain = base(tokens).logits
+        model = PeftModel.from_pretrained(base, tmp_path / "dora").eval()
+        right = model(tokens).logits
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        off = (merged(tokens).logits - right).abs().max()
+    assert off <= 1e-3 * (right - plain).abs().max()
