@@ -64,7 +64,7 @@ def _cast_the_rest(model: Any, dtype: torch.dtype) -> None:
 
     In quantised models transformers 5 does that with the experts that it fuses, and 5.19 also with
     every tensor that it renames; a forward with mixed dtypes then fails. What transformers keeps in
-    float32 on purpose stays so.
+    float32 on purpose stays so, and so do NVFP4's global scales, which are float32 in any model.
     """
     wide: set[str] = set()
     if dtype != torch.float32:
@@ -75,6 +75,7 @@ def _cast_the_rest(model: Any, dtype: torch.dtype) -> None:
         if (
             parameter.is_floating_point()
             and parameter.element_size() > 1  # FP8
+            and not name.endswith("_global_scale")
             and not any(part in name for part in wide)
         ):
             parameter.data = parameter.data.to(dtype)

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -118,6 +119,33 @@ def test_a_second_call_changes_nothing(square):
     assert [model.get_submodule(name) for name in kept_of(model)] == layers
 
 
+def test_a_call_that_was_interrupted_is_completed_by_another(square, tmp_path, monkeypatch):
+    """Ctrl-C in a notebook; else the first forward would make the rest dense in silence."""
+    model, whole, calls = load(square("g128")), keep_packed(load(square("g128"))), []
+    keep = sys.modules["int4_lora.integration.huggingface.keep"]
+    read = keep._read
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    monkeypatch.setattr(keep, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        keep_packed(model)
+    assert len(kept_of(model)) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert keep_packed(model) is model
+    assert kept_of(model) == kept_of(whole)
+    assert not model._forward_pre_hooks
+    records = {id(model.get_submodule(name).record) for name in kept_of(model)}
+    assert len(records) == 1
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, whole(TOKENS).logits)
+
+
 def test_a_dense_model_is_refused_and_unchanged(square):
     model = load(square("g128"))
     with torch.no_grad():
@@ -207,6 +235,53 @@ def mixed_with_fp8(source, folder):
             "targets": [Q_PROJ],
             "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
             "format": "float-quantized",
+        }
+        quantization["format"] = "mixed-precision"
+
+    edit_config(folder, change)
+    return folder
+
+
+def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
+    """NVFP4's global scale is float32 in a bfloat16 model, too."""
+    folder = mixed_with_nvfp4(square("g128"), tmp_path / "mixed")
+    stock = load(folder, torch.bfloat16).get_submodule(Q_PROJ)
+    with pytest.warns(UserWarning, match="its format is nvfp4-pack-quantized"):
+        ours = load_packed(folder, dtype=torch.bfloat16).get_submodule(Q_PROJ)
+    expected = dict(stock.named_parameters())
+    assert expected["weight_global_scale"].item() == 1234.5
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == expected[name].dtype, name
+        assert torch.equal(parameter.float(), expected[name].float()), name
+
+
+def mixed_with_nvfp4(source, folder):
+    """Return a copy of a checkpoint whose first q_proj is NVFP4, every weight 0."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("packed", "scale", "shape"):
+        del tensors[f"{Q_PROJ}.weight_{part}"]
+    tensors[f"{Q_PROJ}.weight_packed"] = torch.zeros(256, 128, dtype=torch.uint8)
+    tensors[f"{Q_PROJ}.weight_scale"] = torch.ones(256, 16).to(torch.float8_e4m3fn)
+    tensors[f"{Q_PROJ}.weight_global_scale"] = torch.tensor([1234.5])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def change(_, quantization):
+        quantization["config_groups"]["group_0"]["targets"] = [
+            "re:.*(k|v|o|gate|up|down)_proj",
+            "re:.*layers.1.*q_proj",
+        ]
+        quantization["config_groups"]["group_0"]["format"] = "pack-quantized"
+        quantization["config_groups"]["nvfp4"] = {
+            "targets": [Q_PROJ],
+            "weights": {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "tensor_group",
+                "group_size": 16,
+            },
+            "format": "nvfp4-pack-quantized",
         }
         quantization["format"] = "mixed-precision"
 
