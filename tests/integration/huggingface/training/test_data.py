@@ -139,6 +139,18 @@ REFUSED = {
     "an empty completion": ('{"prompt": "a", "completion": ""}', "completion is empty"),
     "chat as a prompt": ('{"prompt": [], "completion": "a"}', "prompt must be a string, got list"),
     "no messages": ('{"messages": []}', "messages must be a list of objects"),
+    "messages of another format": (
+        '{"messages": [{"from": "human", "value": "a"}]}',
+        "line 1: a message must have a role, got from, value",
+    ),
+    "messages without content": (
+        '{"messages": [{"role": "user", "text": "a"}]}',
+        "line 1: a message must have content, got role, text",
+    ),
+    "half a surrogate pair": (
+        '{"text": "a"}\n{"text": "a\\ud800b"}',
+        "line 2: text holds half of a surrogate pair",
+    ),
 }
 
 
