@@ -121,7 +121,7 @@ def train(
         settings = Settings(
             rank=rank,
             alpha=alpha,
-            targets=None if targets is None else tuple(targets.split(",")),
+            targets=None if targets is None else tuple(map(str.strip, targets.split(","))),
             length=length,
             steps=steps,
             batch=batch,

@@ -21,14 +21,16 @@ from int4_lora.integration.checkpoint.safetensors_files import bytes_of, read_te
 __all__ = ["base_digest", "default_dtype", "default_targets", "read_tokenizer", "size_of"]
 
 METADATA = "lora_metadata.json"
+SAMPLE = 4096  # bytes
 SUGGESTIONS = ("suggested_lora_targets", "lora_target_modules")
 
 
 def base_digest(checkpoint: Checkpoint) -> str:
     """Return a digest that differs between models, without reading every weight.
 
-    It covers the name, dtype and shape of every tensor, and the values of every scale: models that
-    were trained or quantised differently differ in their scales.
+    It covers the name, dtype and shape of every tensor, the values of every scale, and the first
+    and the last ``SAMPLE`` bytes of every other tensor: GPTQ and rounding to nearest may choose the
+    same scales, and differ in the codes; a dense layer may have been trained further.
 
     Args:
         checkpoint: the base model.
@@ -39,8 +41,12 @@ def base_digest(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name, stored in sorted(checkpoint.tensors.items()):
         digest.update(json.dumps([name, stored.dtype, list(stored.shape)]).encode())
-        if name.endswith(".weight_scale"):
-            digest.update(read_tensor(bytes_of(stored, 0, stored.nbytes), name).numpy().tobytes())
+        if name.endswith(".weight_scale") or stored.nbytes <= 2 * SAMPLE:
+            parts = [(0, stored.nbytes)]
+        else:
+            parts = [(0, SAMPLE), (stored.nbytes - SAMPLE, stored.nbytes)]
+        for start, stop in parts:
+            digest.update(read_tensor(bytes_of(stored, start, stop), name).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -178,7 +178,7 @@ def _plan(
         seed=settings.seed,
     )
     description = {
-        "base (digest of config and scales)": base,
+        "base (digest of its tensors)": base,
         "data (sha256)": rows.sha256,
         **json.loads(json.dumps(dataclasses.asdict(settings))),
         "start_from (sha256)": None if start is None else _sha256(start / TENSOR_FILE),
@@ -269,12 +269,31 @@ def _adapted(plan: _Plan) -> tuple[Any, list[str]]:
         model.config.use_cache = False
         transformers.set_seed(settings.seed)
         if plan.start is None:
+            _check_targets(settings.targets or (), model, plan.checkpoint)
             adapted: Any = peft.get_peft_model(model, _config(settings))
         else:
             adapted = peft.PeftModel.from_pretrained(model, plan.start, is_trainable=True)
     config = adapted.peft_config[adapted.active_adapter]
     config.base_model_name_or_path = plan.model
     return adapted, list(dict.fromkeys(str(warning.message) for warning in warned))
+
+
+def _check_targets(targets: Sequence[str], model: Any, checkpoint: Checkpoint) -> None:
+    """Check that each target names a module; PEFT requires that of one of them only.
+
+    The checkpoint's names are those of experts, too, which transformers 5 fuses.
+    """
+    if targets == ("all-linear",):
+        return
+    names = [*(name for name, _ in model.named_modules()), *checkpoint.modules()]
+    absent = [
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if absent:
+        alone = "; all-linear stands alone" if "all-linear" in absent else ""
+        raise ValueError(f"targets: the model has no module named {', '.join(absent)}{alone}")
 
 
 def _config(settings: Settings) -> peft.LoraConfig:

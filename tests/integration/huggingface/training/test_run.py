@@ -23,7 +23,7 @@ from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.huggingface import load_packed
 from int4_lora.integration.huggingface.training import DivergedError, Settings, train
 from int4_lora.integration.huggingface.training import run as training
-from int4_lora.integration.huggingface.training.base import default_targets
+from int4_lora.integration.huggingface.training.base import base_digest, default_targets
 from int4_lora.integration.huggingface.training.data import collate, read_data
 from int4_lora.integration.huggingface.training.run_folder import RunFolder
 from int4_lora.integration.huggingface.training.trainer import arguments
@@ -264,7 +264,17 @@ REFUSED = {
     "nothing to resume": ({"resume": True}, OSError, "holds no unfinished run to resume"),
     "an output inside the model": ({"output": "model/adapter"}, ValueError, "must be apart from"),
     "data inside the output": ({"output": "."}, ValueError, "must be apart from"),
-    "modules that are not there": ({"targets": ("w7",)}, ValueError, "[Tt]arget modules"),
+    "modules that are not there": ({"targets": ("w7",)}, ValueError, "no module named w7"),
+    "a module of several that is not there": (
+        {"targets": ("q_proj", "v_prj", "w7")},
+        ValueError,
+        "the model has no module named v_prj, w7",
+    ),
+    "all-linear beside others": (
+        {"targets": ("all-linear", "lm_head")},
+        ValueError,
+        "no module named all-linear; all-linear stands alone",
+    ),
     "an adapter to start from that is not there": (
         {"start_from": "nowhere"},
         OSError,
@@ -371,6 +381,20 @@ def test_warnings_of_the_model_are_notes_told_once(model, lines, tmp_path, monke
     told = [note for note in recorder.notes if "stay as they are" in note]
     assert len(told) == 1
     assert told[0] in report["notes"]
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.mlp.up_proj.weight_packed", "embed_tokens.weight", "norm.weight"]
+)
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_base_that_differs_elsewhere_than_in_scales_is_another(model, tmp_path, name, place):
+    """As GPTQ's codes differ from rounding to nearest with the same scales."""
+    folder = shutil.copytree(model, tmp_path / "other")
+    assert base_digest(open_checkpoint(folder)) == base_digest(open_checkpoint(model))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.{name}"].view(-1)[place] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert base_digest(open_checkpoint(folder)) != base_digest(open_checkpoint(model))
 
 
 @pytest.mark.parametrize("where", ["lora_metadata.json", "config.json"])
