@@ -206,6 +206,7 @@ def test_layers_of_another_format_are_left_and_named(square, tmp_path):
     ):
         keep_packed(model)
     assert len(kept_of(model)) == 13
+    assert all(model.get_submodule(name).record.others for name in kept_of(model))
     expected = open_checkpoint(square("g128")).packed_weight(Q_PROJ)
     with torch.no_grad():
         model(TOKENS)

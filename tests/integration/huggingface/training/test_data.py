@@ -52,6 +52,22 @@ def test_an_empty_prompt_is_no_prompt(read):
     assert plain(data.train) == [([A, B, END], [-100, B, END])]
 
 
+class Joining:
+    """A tokenizer with one more token, "ab"."""
+
+    eos_token_id, chat_template = END, None
+
+    def __call__(self, text, **_):
+        parts = text.replace("ab", "+")
+        return {"input_ids": [9 if part == "+" else A + ord(part) - ord("a") for part in parts]}
+
+
+def test_no_token_spans_the_end_of_a_prompt(read):
+    """What the model continues when it is asked is the prompt's own tokens."""
+    data = read([{"prompt": "a", "completion": "bab"}], using=Joining())
+    assert plain(data.train) == [([A, B, 9, END], [-100, B, 9, END])]
+
+
 def test_blank_lines_and_a_byte_order_mark_are_ignored(read):
     data = read(b'\xef\xbb\xbf\n{"text": "ab"}\r\n\n  \n{"text": "c"}\n')
     assert [tokens for tokens, _ in plain(data.train)] == [[A, B, END], [C, END]]

@@ -26,7 +26,7 @@ from int4_lora.integration.huggingface.training import run as training
 from int4_lora.integration.huggingface.training.base import base_digest, default_targets
 from int4_lora.integration.huggingface.training.data import collate, read_data
 from int4_lora.integration.huggingface.training.run_folder import RunFolder
-from int4_lora.integration.huggingface.training.trainer import arguments
+from int4_lora.integration.huggingface.training.trainer import Keeper, arguments
 from int4_lora.integration.huggingface.training.watch import Watch
 
 SETTINGS = Settings(
@@ -340,6 +340,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, lines, tmp_path):
     assert error.value.checkpoint == tmp_path / "adapter.partial" / "checkpoint-1"
     assert error.value.checkpoint.is_dir()
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite_stop_the_run(tmp_path, value):
+    """Also where the loss is finite: the step would spoil the adapter."""
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.grad = torch.tensor([[1.0, value]])
+    keeper = Keeper(RunFolder(tmp_path / "adapter"), Watch())
+    state = transformers.TrainerState(global_step=4)
+    with pytest.raises(DivergedError, match=r"gradients are not finite .* in step 5; none was"):
+        keeper.on_pre_optimizer_step(None, state, None, model=layer)
+    layer.weight.grad.fill_(1)
+    keeper.on_pre_optimizer_step(None, state, None, model=layer)
 
 
 @pytest.mark.versions
