@@ -26,11 +26,14 @@ SUGGESTIONS = ("suggested_lora_targets", "lora_target_modules")
 
 
 def base_digest(checkpoint: Checkpoint) -> str:
-    """Return a digest that differs between models, without reading every weight.
+    """Return a digest that tells a model from others of its shapes, without reading every weight.
 
-    It covers the name, dtype and shape of every tensor, the values of every scale, and the first
-    and the last ``SAMPLE`` bytes of every other tensor: GPTQ and rounding to nearest may choose the
-    same scales, and differ in the codes; a dense layer may have been trained further.
+    It covers the name, dtype and shape of every tensor, all bytes of every scale and of every
+    tensor up to ``2 * SAMPLE`` bytes, and the first and the last ``SAMPLE`` bytes of every other
+    tensor. Models that differ only in the bytes between have the same digest. The samples are
+    taken because GPTQ and rounding to nearest may choose the same scales and other codes, and
+    because a dense layer may have been trained further. Scales are a thirtieth of an INT4
+    checkpoint at group size 128.
 
     Args:
         checkpoint: the base model.

@@ -285,18 +285,18 @@ def _document(line: str, where: str) -> Mapping[str, Any]:
         elif not value and key != "prompt":
             raise ValueError(f"{where}: {key} is empty")
         if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-            raise ValueError(f"{where}: {key} holds half of a surrogate pair, no character")
+            raise ValueError(f"{where}: {key} holds half of a surrogate pair: no character")
     return kept
 
 
 def _check_messages(messages: object, where: str) -> None:
-    """Check that messages are a conversation: templates write what they miss as nothing."""
+    """Check that messages are a conversation; templates write a missing value as no text."""
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
         raise ValueError(f"{where}: messages must be a list of objects")
     for message in messages:
         if not isinstance(message.get("role"), str):
             raise ValueError(f"{where}: a message must have a role, got {', '.join(message)}")
-        if not {"content", "tool_calls"} & message.keys():
+        if message.get("content") is None and not message.get("tool_calls"):
             raise ValueError(f"{where}: a message must have content, got {', '.join(message)}")
 
 

@@ -63,7 +63,7 @@ class Joining:
 
 
 def test_no_token_spans_the_end_of_a_prompt(read):
-    """What the model continues when it is asked is the prompt's own tokens."""
+    """Asked for a completion, the model continues the tokens of the prompt alone."""
     data = read([{"prompt": "a", "completion": "bab"}], using=Joining())
     assert plain(data.train) == [([A, B, 9, END], [-100, B, 9, END])]
 
@@ -162,6 +162,10 @@ REFUSED = {
     "messages without content": (
         '{"messages": [{"role": "user", "text": "a"}]}',
         "line 1: a message must have content, got role, text",
+    ),
+    "messages whose content is null": (
+        '{"messages": [{"role": "user", "content": null}]}',
+        "line 1: a message must have content, got role, content",
     ),
     "half a surrogate pair": (
         '{"text": "a"}\n{"text": "a\\ud800b"}',
