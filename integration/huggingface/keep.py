@@ -85,6 +85,7 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     source = checkpoint_of(model, checkpoint)
     findings = sort_modules(found, source)
     if kept and not findings.packed:
+        _finish(model, found)
         return model
     _check(findings)
     stored = findings.packed

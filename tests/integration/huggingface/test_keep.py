@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.huggingface import Int4Linear, keep_packed, load_packed
+from int4_lora.reference import quantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors
 from support.tiny import shorten_scales
 from support.trained import llama
@@ -144,6 +145,26 @@ def test_a_call_that_was_interrupted_is_completed_by_another(square, tmp_path, m
     assert len(records) == 1
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, whole(TOKENS).logits)
+
+
+def test_a_call_that_was_interrupted_after_its_last_layer_is_completed(
+    square, tmp_path, monkeypatch
+):
+    """Layers of another format stay compressed beside those that are kept."""
+    model = load(mixed_with_nvfp4(square("g128"), tmp_path / "mixed"))
+    keep, calls = sys.modules["int4_lora.integration.huggingface.keep"], []
+
+    def register():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(keep, "register", register)
+    with pytest.raises(KeyboardInterrupt):
+        keep_packed(model)
+    assert len(kept_of(model)) == 13
+    keep_packed(model)
+    assert len(calls) == 2
 
 
 def test_a_dense_model_is_refused_and_unchanged(square):
@@ -380,3 +401,33 @@ def test_load_packed_takes_the_checkpoints_dtype_and_class(square, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Unknown"]}))
     assert type(load_packed(folder)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("rows", [520, 504])
+def test_a_resized_head_is_dense_and_the_model_loads_again(square, tmp_path, rows):
+    model = load_packed(with_int4_head(square("g128"), tmp_path / "model"))
+    assert len(kept_of(model)) == 15
+    model.resize_token_embeddings(512)  # as many rows as it has
+    assert len(kept_of(model)) == 15
+    with pytest.warns(UserWarning, match="lm_head was INT4; resized, it is dense, in torch.bfloat"):
+        model.resize_token_embeddings(rows)
+    assert len(kept_of(model)) == 14
+    model.save_pretrained(tmp_path / "saved")
+    again = load_packed(tmp_path / "saved")
+    assert kept_of(again) == kept_of(model)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert len(again.lm_head.weight) == rows
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS % rows).logits, model(TOKENS % rows).logits)
+
+
+def with_int4_head(source, folder):
+    """Return a copy of a checkpoint whose head is INT4, too."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = quantize(tensors.pop("lm_head.weight"), group_size=128, scale_dtype=torch.bfloat16)
+    tensors["lm_head.weight_packed"], tensors["lm_head.weight_scale"] = head.packed, head.scale
+    tensors["lm_head.weight_shape"] = torch.tensor(head.shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, lambda _, quantization: quantization.update(ignore=[]))
+    return folder

@@ -326,6 +326,39 @@ def test_an_initialisation_that_changes_the_base_is_refused(packed, way, method)
     assert torch.equal(logits(packed), before)
 
 
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["v_proj"], r"layers\.0\.self_attn\.v_proj is INT4"),
+        (["lm_head", "mlp"], r"layers\.0\.mlp\.gate_proj is INT4"),
+        (["layers.1.self_attn.q_proj"], r"layers\.1\.self_attn\.q_proj is INT4"),
+    ],
+)
+def test_a_copy_of_an_int4_linear_is_not_trained(packed, names, named):
+    """Its weight is frozen: without a refusal the copy would never change."""
+    settings = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": names,
+        "task_type": "CAUSAL_LM",
+    }
+    for kind in (LoraConfig, peft.LoHaConfig):
+        with pytest.raises(ValueError, match=rf"modules_to_save: .*{named}.* in target_modules"):
+            get_peft_model(packed, kind(**settings))
+    assert not layers_of(packed)
+    model = get_peft_model(packed, LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match=named):
+        model.add_adapter("second", LoraConfig(**settings))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=:UserWarning")
+def test_a_copy_of_a_dense_layer_is_trained(packed):
+    model = get_peft_model(packed, config(**PLAIN, modules_to_save=["lm_head", "norm"]))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    copied = [one for name, one in model.named_parameters() if ".modules_to_save." in name]
+    assert len(copied) == 6
+    assert all(one.grad.any() for one in copied)
+
+
 def test_the_weights_of_other_methods_of_peft_cannot_be_merged_in_silence(packed):
     """MiSS, like LoRA before its registration, adds to ``weight.data``."""
     model = get_peft_model(
