@@ -148,12 +148,13 @@ def train(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         report = _report(plan, trainer.state.log_history, notes)
         made = folder.partial / "adapter"
-        adapted.save_pretrained(str(made), save_embedding_layers=False)
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        (made / REPORT).write_text(text, encoding="utf-8")
-        if plot:
-            plot_losses(report, made / PLOT)
-        folder.place(made)
+        with folder.naming_failures():
+            adapted.save_pretrained(str(made), save_embedding_layers=False)
+            text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+            (made / REPORT).write_text(text, encoding="utf-8")
+            if plot:
+                plot_losses(report, made / PLOT)
+            folder.place(made)
     return Trained(folder.output, report)
 
 

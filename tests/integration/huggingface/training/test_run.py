@@ -1,6 +1,7 @@
 """Training runs: their losses are those of Trainer and PEFT, and a kill changes nothing."""
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -152,7 +153,7 @@ def test_a_resumed_run_ends_with_the_same_adapter(trained, model, lines, tmp_pat
         return
     assert {path.name for path in partial.iterdir()} >= {"run.json", "checkpoint-3"}
     begun = partial / "writing" / "checkpoint-6"  # as a kill leaves it while it is written
-    begun.mkdir()
+    begun.mkdir(parents=True)
     (begun / TENSORS).write_bytes(b"cut off")
     recorder = Recorder()
     resumed = train(model, lines, output, SETTINGS, resume=True, watch=recorder)
@@ -340,6 +341,75 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, lines, tmp_path):
     assert error.value.checkpoint == tmp_path / "adapter.partial" / "checkpoint-1"
     assert error.value.checkpoint.is_dir()
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("share", "error"),
+    [(0.5, "SafetensorError"), (1.5, "RuntimeError"), (None, "OSError")],
+    ids=["in the adapter", "in the optimizer's state", "in fsync"],
+)
+def test_a_full_disk_is_named_and_leaves_the_last_whole_checkpoint(
+    trained, model, lines, tmp_path, monkeypatch, share, error
+):
+    """A limit on the size of files fails a write as a full disk does."""
+    resource = pytest.importorskip("resource")
+    output, limits = tmp_path / "adapter", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Filling(Watch):
+        def step(self, step, loss):
+            if step != 5:
+                return
+            if share is None:
+                monkeypatch.setattr("int4_lora.atomic_files.os.fsync", no_space)
+            else:
+                size = int(share * len(bytes_of(trained)))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    def no_space(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    try:
+        with pytest.raises(
+            OSError, match=r"adapter.partial cannot be written: .*; --resume continues checkpoint-3"
+        ) as raised:
+            train(model, lines, output, SETTINGS, watch=Filling())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+    assert type(raised.value.__cause__).__name__ == error
+    kept = {path.name for path in (tmp_path / "adapter.partial").iterdir()}
+    assert kept - {"lock"} == {"run.json", "checkpoint-3"}
+    assert bytes_of(train(model, lines, output, SETTINGS, resume=True)) == bytes_of(trained)
+
+
+def test_at_each_moment_a_whole_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """Each call that changes names or removes files is a moment at which a kill may come."""
+    folder, seen = RunFolder(tmp_path / "adapter"), []
+
+    def watched(change):
+        def called(*args, **settings):
+            last = folder.last_checkpoint()
+            seen.append(last is not None and len(list(last.iterdir())) == 2)
+            return change(*args, **settings)
+
+        return called
+
+    def keep(step):
+        written = folder.writing / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        for name in ("adapter", "state"):
+            (written / name).write_text("whole")
+        folder.keep(step)
+
+    keep(3)
+    for name in ("rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    keep(3)
+    keep(6)
+    assert len(seen) > 4
+    assert all(seen)
+    assert folder.last_checkpoint().name == "checkpoint-6"
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
