@@ -431,3 +431,38 @@ def with_int4_head(source, folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     edit_config(folder, lambda _, quantization: quantization.update(ignore=[]))
     return folder
+
+
+def test_load_packed_reads_the_checkpoint_in_a_subfolder(square, tmp_path):
+    """The scales are those of the checkpoint that transformers loaded."""
+    shutil.copytree(square("g32"), tmp_path / "root")
+    shutil.copytree(square("g128"), tmp_path / "root" / "sub")
+    model = load_packed(tmp_path / "root", subfolder="sub")
+    assert_holds(model, square("g128"))
+
+
+def test_load_packed_reads_the_checkpoint_in_the_cache_that_is_given(square, tmp_path):
+    made, commit = tmp_path / "cache" / "models--made--tiny", "1" * 40
+    shutil.copytree(square("g128"), made / "snapshots" / commit)
+    shutil.copytree(square("g128"), made / "snapshots" / commit / "sub")
+    (made / "refs").mkdir()
+    (made / "refs" / "main").write_text(commit)
+    place = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for settings in (place, {**place, "subfolder": "sub"}):
+        assert_holds(load_packed("made/tiny", **settings), square("g128"))
+
+
+def assert_holds(model, folder):
+    stored = open_checkpoint(folder)
+    assert len(kept_of(model)) == 14
+    for name in kept_of(model):
+        held, expected = model.get_submodule(name).packed_weight(), stored.packed_weight(name)
+        assert torch.equal(held.packed, expected.packed)
+        assert torch.equal(held.scale, expected.scale)
+
+
+def test_load_packed_returns_what_transformers_tells_of_the_loading(square):
+    model, told = load_packed(square("g128"), output_loading_info=True)
+    _, expected = load(square("g128"), output_loading_info=True)
+    assert len(kept_of(model)) == 14
+    assert told == expected
