@@ -11,14 +11,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch import nn
 
 from int4_lora.integration.annotation.targets import lora_targets
 from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import bytes_of, read_tensor
+from int4_lora.integration.huggingface.load import model_class
 
-__all__ = ["base_digest", "default_dtype", "default_targets", "read_tokenizer", "size_of"]
+__all__ = [
+    "base_digest",
+    "default_dtype",
+    "default_targets",
+    "model_without_weights",
+    "read_tokenizer",
+    "size_of",
+]
 
 METADATA = "lora_metadata.json"
 SAMPLE = 4096  # bytes
@@ -51,6 +61,19 @@ def base_digest(checkpoint: Checkpoint) -> str:
         for start, stop in parts:
             digest.update(read_tensor(bytes_of(stored, start, stop), name).numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_without_weights(checkpoint: Checkpoint) -> nn.Module:
+    """Return the model that transformers would load, all of its tensors on the meta device.
+
+    Args:
+        checkpoint: the base model.
+    """
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    kind = model_class(config)
+    with torch.device("meta"):
+        model: nn.Module = getattr(kind, "from_config", kind)(config)
+    return model
 
 
 def default_targets(checkpoint: Checkpoint) -> tuple[str, ...]:

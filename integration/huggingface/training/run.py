@@ -35,6 +35,7 @@ from int4_lora.integration.huggingface.training.base import (
     base_digest,
     default_dtype,
     default_targets,
+    model_without_weights,
     read_tokenizer,
     size_of,
 )
@@ -202,8 +203,9 @@ def _filled(settings: Settings, checkpoint: Checkpoint, start: Adapter | None) -
         )
     if start is None:
         rank = settings.rank or RANK
-        alpha = 2.0 * rank if settings.alpha is None else settings.alpha
         targets = settings.targets or default_targets(checkpoint)
+        _check_adapter(rank, targets, checkpoint)
+        alpha = 2.0 * rank if settings.alpha is None else settings.alpha
     else:
         for name in ("rank", "alpha", "targets"):
             if getattr(settings, name) is not None:
@@ -270,7 +272,6 @@ def _adapted(plan: _Plan) -> tuple[Any, list[str]]:
         model.config.use_cache = False
         transformers.set_seed(settings.seed)
         if plan.start is None:
-            _check_targets(settings.targets or (), model, plan.checkpoint)
             adapted: Any = peft.get_peft_model(model, _config(settings))
         else:
             adapted = peft.PeftModel.from_pretrained(model, plan.start, is_trainable=True)
@@ -279,11 +280,20 @@ def _adapted(plan: _Plan) -> tuple[Any, list[str]]:
     return adapted, list(dict.fromkeys(str(warning.message) for warning in warned))
 
 
-def _check_targets(targets: Sequence[str], model: Any, checkpoint: Checkpoint) -> None:
-    """Check that each target names a module; PEFT requires that of one of them only.
+def _check_adapter(rank: int, targets: Sequence[str], checkpoint: Checkpoint) -> None:
+    """Check the rank and the targets of a new adapter, before the model's weights are loaded.
 
-    The checkpoint's names are those of experts, too, which transformers 5 fuses.
+    PEFT is content if a single target names a module. The checkpoint's names are those of experts,
+    too, which transformers 5 fuses.
     """
+    model = model_without_weights(checkpoint)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    most = max((min(one.in_features, one.out_features) for one in linears), default=rank)
+    if rank > most:
+        raise ValueError(
+            f"rank must be at most {most}, the highest that a linear layer of the model can have, "
+            f"got {rank}"
+        )
     if targets == ("all-linear",):
         return
     names = [*(name for name, _ in model.named_modules()), *checkpoint.modules()]

@@ -99,6 +99,8 @@ def test_a_full_disk_ends_with_exit_code_2_and_a_line(desk, monkeypatch):
         ("--eval-split=1", r"eval_split must be in \[0, 1\), got 1"),
         ("--targets=q_proj,", r"targets must be names of modules, got \['q_proj', ''\]"),
         ("--seed=4294967296", r"seed must be below 2\^32"),
+        ("--rank=1000000000000", "rank must be at most 256, .* got 1000000000000"),
+        ("--targets=q_proj,v_prj", "the model has no module named v_prj"),
         ("--output=/", "the output must be a folder that can be made, got /"),
         ("--length=257", "length must be at most 256, the max_position_embeddings of model"),
     ],

@@ -271,6 +271,17 @@ REFUSED = {
         ValueError,
         "the model has no module named v_prj, w7",
     ),
+    "a rank above those of the layers": (
+        {"rank": 257},
+        ValueError,
+        "rank must be at most 256, the highest that a linear layer of the model can have, got 257",
+    ),
+    "a rank above any float": ({"rank": 10**400}, ValueError, "rank must be at most 256"),
+    "an adapter in place of the model": (
+        {"model": "an adapter"},
+        OSError,
+        "the folder holds an adapter, which .* takes, and --start-from of train",
+    ),
     "all-linear beside others": (
         {"targets": ("all-linear", "lm_head")},
         ValueError,
@@ -295,8 +306,12 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(model, tmp_path, 
     (desk / "empty").mkdir()
     (desk / "data.txt").write_text("the quick fox")
     monkeypatch.chdir(desk)
+    (desk / "an adapter").mkdir()
+    (desk / "an adapter" / "adapter_config.json").write_text("{}")
     before = sorted(desk.iterdir())
-    settings = {key: given[key] for key in ("length", "device", "targets") if key in given}
+    names = ("length", "device", "targets", "rank")
+    settings = {key: given[key] for key in names if key in given}
+    monkeypatch.setattr(training, "load_packed", None)  # nothing is loaded
     with pytest.raises(kind, match=message):
         train(
             given.get("model", "model"),
