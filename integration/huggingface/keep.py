@@ -104,9 +104,9 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
         for parent, attribute in places.pop(module):
             setattr(parent, attribute, layer)
     _finish(model, found)
-    if kept:  # their modules are gone from the model's quantised ones
-        return model
-    left = {**findings.left, **dict.fromkeys(findings.dense, DENSE)}
+    packed = set(record.stored.values())  # also those that an interrupted call replaced
+    left = {name: reason for name, reason in findings.left.items() if name not in packed}
+    left |= dict.fromkeys(findings.dense, DENSE)
     if left:
         warnings.warn(f"these quantised modules stay as they are:\n{describe(left)}", stacklevel=2)
     return model

@@ -120,11 +120,11 @@ def test_a_second_call_changes_nothing(square):
     assert [model.get_submodule(name) for name in kept_of(model)] == layers
 
 
-def test_a_call_that_was_interrupted_is_completed_by_another(square, tmp_path, monkeypatch):
-    """Ctrl-C in a notebook; else the first forward would make the rest dense in silence."""
-    model, whole, calls = load(square("g128")), keep_packed(load(square("g128"))), []
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Return a function that keeps four layers of a model packed, as Ctrl-C in a notebook may."""
     keep = sys.modules["int4_lora.integration.huggingface.keep"]
-    read = keep._read
+    read, calls = keep._read, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -132,10 +132,19 @@ def test_a_call_that_was_interrupted_is_completed_by_another(square, tmp_path, m
             raise KeyboardInterrupt
         return read(*arguments)
 
-    monkeypatch.setattr(keep, "_read", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        keep_packed(model)
-    assert len(kept_of(model)) == 4
+    def call(model):
+        monkeypatch.setattr(keep, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keep_packed(model)
+        assert len(kept_of(model)) == 4
+        return model
+
+    return call
+
+
+def test_a_call_that_was_interrupted_is_completed_by_another(square, interrupt):
+    """Else the first forward would make the rest dense in silence."""
+    whole, model = keep_packed(load(square("g128"))), interrupt(load(square("g128")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert keep_packed(model) is model
@@ -145,6 +154,18 @@ def test_a_call_that_was_interrupted_is_completed_by_another(square, tmp_path, m
     assert len(records) == 1
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, whole(TOKENS).logits)
+
+
+def test_after_an_interruption_the_layers_that_stay_as_they_are_are_named(
+    square, tmp_path, interrupt
+):
+    model = interrupt(load(mixed_with_nvfp4(square("g128"), tmp_path / "mixed")))
+    with pytest.warns(UserWarning, match="stay as they are") as warned:
+        keep_packed(model)
+    (message,) = [str(one.message) for one in warned]
+    assert message.splitlines()[1:] == [
+        f"  {Q_PROJ}: its format is nvfp4-pack-quantized (float, 4 bits)"
+    ]
 
 
 def test_a_call_that_was_interrupted_after_its_last_layer_is_completed(

@@ -251,7 +251,7 @@ def test_merge_and_unload_rounds_once(square, decompressed, name, dtype):
 
 
 def test_a_merged_weight_is_not_rounded_to_float32_first():
-    """1 + 2^-8 + 2^-30 is above the middle of two bfloat16 numbers, and in float32 the middle."""
+    """1 + 2^-8 + 2^-30 is above the middle of two bfloat16 numbers; in float32 it is the middle."""
     register()
     words = torch.tensor([[0x99999999 - 2**32]], dtype=torch.int32)  # eight codes of 1
     weight = PackedWeight(words, torch.ones(1, 1, dtype=torch.bfloat16), shape=(1, 8))
