@@ -78,16 +78,16 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     kept = [module for module in model.modules() if isinstance(module, Int4Linear)]
     found = quantised_modules(model)
     if kept and not any("weight_packed" in module._parameters for module in found.values()):
-        _finish(model, found)
+        _remove_decompression(model, found)
         return model
     if not found:
         raise ValueError("the model has no layer that compressed-tensors quantised")
     source = checkpoint_of(model, checkpoint)
     findings = sort_modules(found, source)
     if kept and not findings.packed:
-        _finish(model, found)
         return model
     _check(findings)
+    register()
     stored = findings.packed
     files = mapped_files()
     weights = {name: _weight(source, found[name], name, stored[name], files) for name in stored}
@@ -103,7 +103,7 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
         layer.name, layer.record = name, record
         for parent, attribute in places.pop(module):
             setattr(parent, attribute, layer)
-    _finish(model, found)
+    _remove_decompression(model, found)
     packed = set(record.stored.values())  # also those that an interrupted call replaced
     left = {name: reason for name, reason in findings.left.items() if name not in packed}
     left |= dict.fromkeys(findings.dense, DENSE)
@@ -192,21 +192,16 @@ def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _finish(model: nn.Module, others: Mapping[str, nn.Module]) -> None:
-    """Make the model and its libraries leave packed layers packed."""
-    if not any(_is_compressed(module) for module in others.values()):
-        _remove_decompression(model)
-    register()
-
-
 def _is_compressed(module: nn.Module) -> bool:
     """Return whether compressed-tensors still has to decompress a module."""
     status = getattr(module, "quantization_status", None)
     return getattr(status, "value", None) == "compressed"
 
 
-def _remove_decompression(model: nn.Module) -> None:
-    """Remove the hook that makes the model dense in its first forward."""
+def _remove_decompression(model: nn.Module, others: Mapping[str, nn.Module]) -> None:
+    """Remove the hook that makes the model dense in its first forward, unless others need it."""
+    if any(_is_compressed(module) for module in others.values()):
+        return
     for module in model.modules():
         hook = module.__dict__.pop("ct_decompress_hook", None)
         if hook is not None:

@@ -168,24 +168,28 @@ def test_after_an_interruption_the_layers_that_stay_as_they_are_are_named(
     ]
 
 
-def test_a_call_that_was_interrupted_after_its_last_layer_is_completed(
-    square, tmp_path, monkeypatch
+@pytest.mark.parametrize(("step", "count"), [("register", 0), ("_remove_decompression", 14)])
+def test_a_call_that_was_interrupted_around_its_layers_is_completed(
+    square, monkeypatch, step, count
 ):
-    """Layers of another format stay compressed beside those that are kept."""
-    model = load(mixed_with_nvfp4(square("g128"), tmp_path / "mixed"))
+    model = load(square("g128"))
     keep, calls = sys.modules["int4_lora.integration.huggingface.keep"], []
+    before = getattr(keep, step)
 
-    def register():
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
+        return before(*arguments)
 
-    monkeypatch.setattr(keep, "register", register)
+    monkeypatch.setattr(keep, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         keep_packed(model)
-    assert len(kept_of(model)) == 13
+    assert len(kept_of(model)) == count
     keep_packed(model)
     assert len(calls) == 2
+    assert len(kept_of(model)) == 14
+    assert not model._forward_pre_hooks
 
 
 def test_a_dense_model_is_refused_and_unchanged(square):
