@@ -19,7 +19,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NEEDED = ["*.json", "*.safetensors"]  # never pickles
 
 
-def local_folder(path: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+def local_folder(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    subfolder: str = "",
+) -> Path:
     """Return the folder that ``path`` names; download it if it is a model on the hub.
 
     An existing folder is returned unchanged. Otherwise ``owner/name`` is looked up in the hub's
@@ -29,13 +35,15 @@ def local_folder(path: str | os.PathLike[str], *, revision: str | None = None) -
     Args:
         path: a folder, or ``owner/name``.
         revision: the branch, tag or commit on the hub; None for its main branch.
+        cache_dir: the hub's cache; None for ``HF_HUB_CACHE``.
+        subfolder: the folder of the checkpoint in that of the model.
 
     Returns:
         The folder, which exists.
 
     Raises:
         FileNotFoundError: ``path`` is not a folder, and the model is neither in the cache nor can
-            it be downloaded.
+            it be downloaded; or it has no such ``subfolder``.
         ImportError: ``path`` is a hub name, and huggingface_hub is not installed.
 
     Example:
@@ -44,7 +52,7 @@ def local_folder(path: str | os.PathLike[str], *, revision: str | None = None) -
     """
     folder = Path(path)
     if folder.is_dir():
-        return folder
+        return _inner(folder, subfolder)
     name = os.fspath(path)
     if folder.exists() or not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"{folder} is not a folder with a checkpoint")
@@ -57,20 +65,35 @@ def local_folder(path: str | os.PathLike[str], *, revision: str | None = None) -
     try:
         cached = Path(
             hub.snapshot_download(
-                name, revision=revision, allow_patterns=NEEDED, local_files_only=True
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=NEEDED,
+                local_files_only=True,
             )
         )
-        if _is_whole(cached):
-            return cached
+        if _is_whole(cached / subfolder):
+            return cached / subfolder
     except Exception:  # not in the cache
         pass
     try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        loaded = hub.snapshot_download(
+            name, revision=revision, cache_dir=cache_dir, allow_patterns=NEEDED
+        )
     except Exception as error:  # the network, the hub and its client raise different exceptions
         detail = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise FileNotFoundError(
             f"{name} is no folder, not in the hub's cache, and cannot be downloaded: {detail}"
         ) from error
+    return _inner(Path(loaded), subfolder)
+
+
+def _inner(folder: Path, subfolder: str) -> Path:
+    """Return a folder's subfolder, which must exist."""
+    inner = folder / subfolder
+    if not inner.is_dir():
+        raise FileNotFoundError(f"{inner} is not a folder with a checkpoint")
+    return inner
 
 
 def _is_whole(folder: Path) -> bool:

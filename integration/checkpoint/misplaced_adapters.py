@@ -25,7 +25,8 @@ def check_is_no_adapter(folder: Path) -> None:
     """
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise FileNotFoundError(
-            f"{folder / CONFIG} is not there: the folder holds an adapter, which --adapter takes"
+            f"{folder / CONFIG} is not there: the folder holds an adapter, which --adapter of "
+            "inspect and merge takes, and --start-from of train"
         )
 
 

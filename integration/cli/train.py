@@ -106,9 +106,9 @@ def train(
 ) -> None:
     """Train a LoRA adapter on an INT4 checkpoint, whose weights stay packed.
 
-    A killed run continues with --resume. Exit code 1 if the loss is not finite, 2 if the input
-    cannot be used; then nothing is written. This command needs the extras "checkpoints", "hf" and
-    "train".
+    A killed run continues with --resume. Exit code 1 if the loss is not finite; 2 if the input
+    cannot be used, and then nothing is written, or if the disk is full. This command needs the
+    extras "checkpoints", "hf" and "train".
 
     Example: int4-lora train ./llama-w4a16 notes.txt --output ./notes-lora
     """
@@ -121,7 +121,7 @@ def train(
         settings = Settings(
             rank=rank,
             alpha=alpha,
-            targets=None if targets is None else tuple(targets.split(",")),
+            targets=None if targets is None else tuple(map(str.strip, targets.split(","))),
             length=length,
             steps=steps,
             batch=batch,

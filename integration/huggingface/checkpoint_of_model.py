@@ -14,7 +14,7 @@ from torch import nn
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.checkpoint.open import Checkpoint, open_checkpoint
 
-__all__ = ["checkpoint_of"]
+__all__ = ["checkpoint_of", "folder_of"]
 
 WAY_OUT = "name its folder with keep_packed(model, checkpoint=FOLDER)"
 
@@ -38,14 +38,31 @@ def checkpoint_of(model: nn.Module, given: str | os.PathLike[str] | None) -> Che
     if not isinstance(name, str) or not name:
         raise ValueError(f"the model does not say which checkpoint it was loaded from: {WAY_OUT}")
     try:
-        return open_checkpoint(_folder(name, getattr(model, "config", None)))
+        return open_checkpoint(folder_of(name, getattr(model, "config", None)))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the scales are read from the checkpoint, and {error}: {WAY_OUT}"
         ) from error
 
 
-def _folder(name: str, config: Any) -> Path:
-    """Return the folder of a model, on the hub that of the revision that was loaded."""
+def folder_of(
+    name: str,
+    config: Any,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    subfolder: str = "",
+) -> Path:
+    """Return the folder of a model, on the hub that of the revision that was loaded.
+
+    Args:
+        name: the model's folder, or its name on the hub.
+        config: the config of the model that was loaded.
+        cache_dir: the hub's cache from which it was loaded; None for ``HF_HUB_CACHE``.
+        subfolder: the folder of the checkpoint in that of the model.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+    """
     commit = getattr(config, "_commit_hash", None)
-    return local_folder(name, revision=commit if isinstance(commit, str) else None)
+    revision = commit if isinstance(commit, str) else None
+    return local_folder(name, revision=revision, cache_dir=cache_dir, subfolder=subfolder)

@@ -1,8 +1,8 @@
 """Keep a model's ``quantization_config`` true when some of its INT4 layers become dense.
 
-Merging adapters makes layers dense. A saved model whose config still calls them INT4 would be
-loaded with random weights in their place. So they are added to ``ignore``; when no quantised layer
-is left, the config loses its ``quantization_config``.
+Merging adapters makes layers dense, and so does resizing a head. A saved model whose config still
+calls them INT4 would be loaded with random weights in their place. So they are added to ``ignore``;
+when no quantised layer is left, the config loses its ``quantization_config``.
 
 Source: ``ignore`` in compressed-tensors' ``QuantizationConfig``.
 """

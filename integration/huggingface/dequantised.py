@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from int4_lora.compiled import PreparedWeight
 
@@ -30,7 +30,7 @@ READ_ONLY = (
 _T: Any = torch.Tensor
 SETTERS = frozenset({_T.data.__set__})
 OF_VALUES = frozenset(  # they need a storage, which this tensor does not have
-    {_T.numpy, _T.tolist, _T.__array__, _T.__deepcopy__, _T.__reduce_ex__}
+    {_T.numpy, _T.tolist, _T.__array__, _T.__deepcopy__, _T.__reduce_ex__, _T.__format__}
 )
 
 
@@ -125,12 +125,12 @@ class DequantisedWeight(Tensor):
         given |= kwargs or {}
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(given.get(argument.name), DequantisedWeight):
+            if written and _weights_in(given.get(argument.name)):
                 raise RuntimeError(READ_ONLY)
         if func is torch.ops.aten.detach.default:
             (same,) = args
             return DequantisedWeight(same.weight, same.dtype, same._dense)
-        source = next(value for value in given.values() if isinstance(value, DequantisedWeight))
+        source = _weights_in(given)[0]
         args, kwargs = tree_map_only(
             DequantisedWeight, DequantisedWeight.dense, (tuple(args), kwargs or {})
         )
@@ -140,3 +140,8 @@ class DequantisedWeight(Tensor):
         return tree_map_only(
             Tensor, lambda view: DequantisedWeight(source.weight, view.dtype, view), result
         )
+
+
+def _weights_in(values: Any) -> list[DequantisedWeight]:
+    """Return the weights among the arguments of an operation, those in lists as well."""
+    return [value for value in tree_leaves(values) if isinstance(value, DequantisedWeight)]

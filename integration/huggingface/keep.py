@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -48,7 +49,7 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
 
     Call it after ``from_pretrained`` and before the first forward, which makes the model dense. The
     checkpoint's tensors are held once, frozen; the model's own copies of them are freed. A second
-    call changes nothing.
+    call changes nothing; after a call that was interrupted it replaces the rest.
 
     A warning names every quantised module that stays as it is, with the reason: layers of another
     format such as FP8, and experts that transformers fuses.
@@ -74,19 +75,27 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     Source:
         ``CompressedTensorsHfQuantizer`` of transformers.
     """
-    if any(isinstance(module, Int4Linear) for module in model.modules()):
-        return model
+    kept = [module for module in model.modules() if isinstance(module, Int4Linear)]
     found = quantised_modules(model)
+    if kept and not any("weight_packed" in module._parameters for module in found.values()):
+        _remove_decompression(model, found)
+        return model
     if not found:
         raise ValueError("the model has no layer that compressed-tensors quantised")
     source = checkpoint_of(model, checkpoint)
     findings = sort_modules(found, source)
+    if kept and not findings.packed:
+        return model
     _check(findings)
+    register()
     stored = findings.packed
     files = mapped_files()
     weights = {name: _weight(source, found[name], name, stored[name], files) for name in stored}
     places = _places(model)
-    record = DenseRecord(getattr(model, "config", None), stored, others=len(found) > len(stored))
+    record = next((layer.record for layer in kept if layer.record is not None), None)
+    if record is None:
+        config, others = getattr(model, "config", None), len(found) > len(stored)
+        record = DenseRecord(config, stored, others=others)
     for name in stored:
         module = found.pop(name)
         weight = _read(source, stored[name], weights.pop(name), files)
@@ -94,10 +103,10 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
         layer.name, layer.record = name, record
         for parent, attribute in places.pop(module):
             setattr(parent, attribute, layer)
-    if not any(_is_compressed(module) for module in found.values()):
-        _remove_decompression(model)
-    register()
-    left = {**findings.left, **dict.fromkeys(findings.dense, DENSE)}
+    _remove_decompression(model, found)
+    packed = set(record.stored.values())  # also those that an interrupted call replaced
+    left = {name: reason for name, reason in findings.left.items() if name not in packed}
+    left |= dict.fromkeys(findings.dense, DENSE)
     if left:
         warnings.warn(f"these quantised modules stay as they are:\n{describe(left)}", stacklevel=2)
     return model
@@ -189,8 +198,10 @@ def _is_compressed(module: nn.Module) -> bool:
     return getattr(status, "value", None) == "compressed"
 
 
-def _remove_decompression(model: nn.Module) -> None:
-    """Remove the hook that makes the model dense in its first forward."""
+def _remove_decompression(model: nn.Module, others: Mapping[str, nn.Module]) -> None:
+    """Remove the hook that makes the model dense in its first forward, unless others need it."""
+    if any(_is_compressed(module) for module in others.values()):
+        return
     for module in model.modules():
         hook = module.__dict__.pop("ct_decompress_hook", None)
         if hook is not None:

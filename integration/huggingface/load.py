@@ -11,9 +11,21 @@ from typing import Any
 import torch
 import transformers
 
+from int4_lora.integration.huggingface.checkpoint_of_model import folder_of
 from int4_lora.integration.huggingface.keep import keep_packed
 
-__all__ = ["load_packed"]
+__all__ = ["load_packed", "model_class"]
+
+PLACE = ("cache_dir", "subfolder")  # where the checkpoint is: the model does not say
+SHARED = (  # the arguments that the config is loaded with, too
+    "cache_dir",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> Any:
@@ -27,7 +39,8 @@ def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> A
         from_pretrained: the other arguments of transformers' ``from_pretrained``.
 
     Returns:
-        The model, as ``keep_packed`` returns it.
+        The model, as ``keep_packed`` returns it; with ``output_loading_info=True`` a pair of it and
+        what transformers tells of the loading.
 
     Raises:
         OSError: the checkpoint is not there.
@@ -42,20 +55,27 @@ def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> A
     if not {"dtype", "torch_dtype"} & from_pretrained.keys():
         from_pretrained["dtype"] = "auto"
     path = os.fspath(path_or_id)
-    shared = {
-        key: value
-        for key, value in from_pretrained.items()
-        if key in ("revision", "cache_dir", "subfolder", "token", "trust_remote_code", "proxies")
-    }
+    shared = {key: from_pretrained[key] for key in SHARED if key in from_pretrained}
     config = transformers.AutoConfig.from_pretrained(path, **shared)
-    classes = [getattr(transformers, name, None) for name in config.architectures or ()]
-    kind = next(filter(None, classes), transformers.AutoModelForCausalLM)
-    model = kind.from_pretrained(path, **from_pretrained)
+    loaded = model_class(config).from_pretrained(path, **from_pretrained)
+    model, *told = loaded if from_pretrained.get("output_loading_info") else (loaded,)
     asked = from_pretrained.get("dtype", from_pretrained.get("torch_dtype"))
     dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
     if isinstance(dtype, torch.dtype):
         _cast_the_rest(model, dtype)
-    return keep_packed(model)
+    place = {key: from_pretrained[key] for key in PLACE if from_pretrained.get(key)}
+    kept = keep_packed(model, folder_of(path, model.config, **place) if place else None)
+    return (kept, *told) if told else kept
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers for a model: that of its config, or the automatic class.
+
+    Args:
+        config: the model's config.
+    """
+    classes = [getattr(transformers, name, None) for name in config.architectures or ()]
+    return next(filter(None, classes), transformers.AutoModelForCausalLM)
 
 
 @torch.no_grad()
@@ -64,7 +84,7 @@ def _cast_the_rest(model: Any, dtype: torch.dtype) -> None:
 
     In quantised models transformers 5 does that with the experts that it fuses, and 5.19 also with
     every tensor that it renames; a forward with mixed dtypes then fails. What transformers keeps in
-    float32 on purpose stays so.
+    float32 on purpose stays so, and so do NVFP4's global scales, which it does not cast.
     """
     wide: set[str] = set()
     if dtype != torch.float32:
@@ -75,6 +95,7 @@ def _cast_the_rest(model: Any, dtype: torch.dtype) -> None:
         if (
             parameter.is_floating_point()
             and parameter.element_size() > 1  # FP8
+            and not name.endswith("_global_scale")
             and not any(part in name for part in wide)
         ):
             parameter.data = parameter.data.to(dtype)

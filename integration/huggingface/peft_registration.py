@@ -5,20 +5,23 @@ config, and is not saved with it. So that ``get_peft_model(model, LoraConfig(...
 ``PeftModel.from_pretrained`` need no change, the one function of PEFT that makes LoRA layers is
 wrapped: for an ``Int4Linear`` it first calls that hook on the config. For every other layer it is
 what it was. So is the function that removes adapters, after which a model without INT4 linears is
-not a quantised one.
+not a quantised one. The function that puts an adapter on a model first refuses ``modules_to_save``
+with INT4 linears in them: PEFT would train copies, in which nothing can be trained.
 
 Source: ``LoraModel._create_new_module`` and ``LoraModel._unload_and_optionally_merge`` in
-``peft/tuners/lora/model.py`` and ``peft/tuners/tuners_utils.py``, PEFT 0.17 to 0.21.
+``peft/tuners/lora/model.py`` and ``peft/tuners/tuners_utils.py``, ``BaseTuner.inject_adapter`` in
+the latter, and ``_set_trainable`` in ``peft/utils/other.py``, PEFT 0.17 to 0.21.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from int4_lora.integration.huggingface.dense_record import forget_quantizer
@@ -36,6 +39,7 @@ def register() -> None:
         return
     _wrap_creation()
     _wrap_unloading()
+    _wrap_injection()
 
 
 def _wrap_creation() -> None:
@@ -75,6 +79,36 @@ def _wrap_unloading() -> None:
         return unloaded
 
     LoraModel._unload_and_optionally_merge = unload_and_optionally_merge
+
+
+def _wrap_injection() -> None:
+    """Make PEFT refuse to train a copy of an ``Int4Linear``."""
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(
+        self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        names = getattr(self.peft_config[adapter_name], "modules_to_save", None)
+        _check_modules_to_save(model, names or ())
+        return inject(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_adapter
+
+
+def _check_modules_to_save(model: nn.Module, endings: Iterable[str]) -> None:
+    """Check that no module whose name has one of these endings is or holds an INT4 linear."""
+    endings = tuple(endings)
+    for name, module in model.named_modules():
+        if not name.endswith(endings):
+            continue
+        for inner, layer in module.named_modules(prefix=name):
+            if isinstance(layer, Int4Linear):
+                raise ValueError(
+                    f"modules_to_save: {inner.removesuffix('.base_layer')} is INT4, and its weight "
+                    "cannot be trained: name it in target_modules, which gives it an adapter, or "
+                    "load the dense model"
+                )
 
 
 def _has_int4_linears(model: nn.Module) -> bool:

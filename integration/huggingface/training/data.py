@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,13 +279,25 @@ def _document(line: str, where: str) -> Mapping[str, Any]:
         raise ValueError(f"{where}: {WANTED}, got {got}")
     for key, value in kept.items():
         if key == "messages":
-            if not (isinstance(value, list) and value and all(isinstance(m, dict) for m in value)):
-                raise ValueError(f"{where}: messages must be a list of objects")
+            _check_messages(value, where)
         elif not isinstance(value, str):
             raise ValueError(f"{where}: {key} must be a string, got {type(value).__name__}")
         elif not value and key != "prompt":
             raise ValueError(f"{where}: {key} is empty")
+        if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+            raise ValueError(f"{where}: {key} holds half of a surrogate pair: no character")
     return kept
+
+
+def _check_messages(messages: object, where: str) -> None:
+    """Check that messages are a conversation; templates write a missing value as no text."""
+    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+        raise ValueError(f"{where}: messages must be a list of objects")
+    for message in messages:
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{where}: a message must have a role, got {', '.join(message)}")
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise ValueError(f"{where}: a message must have content, got {', '.join(message)}")
 
 
 def _split(

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -35,6 +35,7 @@ from int4_lora.integration.huggingface.training.base import (
     base_digest,
     default_dtype,
     default_targets,
+    model_without_weights,
     read_tokenizer,
     size_of,
 )
@@ -148,12 +149,13 @@ def train(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         report = _report(plan, trainer.state.log_history, notes)
         made = folder.partial / "adapter"
-        adapted.save_pretrained(str(made), save_embedding_layers=False)
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        (made / REPORT).write_text(text, encoding="utf-8")
-        if plot:
-            plot_losses(report, made / PLOT)
-        folder.place(made)
+        with folder.naming_failures():
+            adapted.save_pretrained(str(made), save_embedding_layers=False)
+            text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+            (made / REPORT).write_text(text, encoding="utf-8")
+            if plot:
+                plot_losses(report, made / PLOT)
+            folder.place(made)
     return Trained(folder.output, report)
 
 
@@ -178,7 +180,7 @@ def _plan(
         seed=settings.seed,
     )
     description = {
-        "base (digest of config and scales)": base,
+        "base (digest of its tensors)": base,
         "data (sha256)": rows.sha256,
         **json.loads(json.dumps(dataclasses.asdict(settings))),
         "start_from (sha256)": None if start is None else _sha256(start / TENSOR_FILE),
@@ -201,8 +203,9 @@ def _filled(settings: Settings, checkpoint: Checkpoint, start: Adapter | None) -
         )
     if start is None:
         rank = settings.rank or RANK
-        alpha = 2.0 * rank if settings.alpha is None else settings.alpha
         targets = settings.targets or default_targets(checkpoint)
+        _check_adapter(rank, targets, checkpoint)
+        alpha = 2.0 * rank if settings.alpha is None else settings.alpha
     else:
         for name in ("rank", "alpha", "targets"):
             if getattr(settings, name) is not None:
@@ -275,6 +278,33 @@ def _adapted(plan: _Plan) -> tuple[Any, list[str]]:
     config = adapted.peft_config[adapted.active_adapter]
     config.base_model_name_or_path = plan.model
     return adapted, list(dict.fromkeys(str(warning.message) for warning in warned))
+
+
+def _check_adapter(rank: int, targets: Sequence[str], checkpoint: Checkpoint) -> None:
+    """Check the rank and the targets of a new adapter, before the model's weights are loaded.
+
+    PEFT is content if a single target names a module. The checkpoint's names are those of experts,
+    too, which transformers 5 fuses.
+    """
+    model = model_without_weights(checkpoint)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    most = max((min(one.in_features, one.out_features) for one in linears), default=rank)
+    if rank > most:
+        raise ValueError(
+            f"rank must be at most {most}, the highest that a linear layer of the model can have, "
+            f"got {rank}"
+        )
+    if targets == ("all-linear",):
+        return
+    names = [*(name for name, _ in model.named_modules()), *checkpoint.modules()]
+    absent = [
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if absent:
+        alone = "; all-linear stands alone" if "all-linear" in absent else ""
+        raise ValueError(f"targets: the model has no module named {', '.join(absent)}{alone}")
 
 
 def _config(settings: Settings) -> peft.LoraConfig:

@@ -18,6 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from int4_lora.atomic_files import replace_files, sync_folder, sync_tree
 from int4_lora.integration.checkpoint.json_files import read_json_object
 
@@ -32,10 +35,15 @@ class RunFolder:
 
     Args:
         output: the folder that the adapter gets.
+
+    Raises:
+        ValueError: the output is the root of the filesystem.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output = output.resolve() if output.name in ("", "..") else output
+        if not output.name:
+            raise ValueError(f"the output must be a folder that can be made, got {output}")
         self.partial = output.with_name(f"{output.name}.partial")
         self.writing = self.partial / "writing"
 
@@ -94,7 +102,8 @@ class RunFolder:
     def opened(self, description: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
         """Make or open the folder while no other run writes there.
 
-        If the body raises before the first checkpoint, the folder is removed.
+        If the body raises, what Trainer was writing is removed, and before the first checkpoint the
+        whole folder.
 
         Args:
             description: what the run is told, as JSON types.
@@ -112,14 +121,16 @@ class RunFolder:
         except Timeout:
             raise FileExistsError(f"{self.partial}: another run writes there") from None
         try:
-            for path in self.partial.iterdir():
+            for path in sorted(self.partial.iterdir(), key=lambda path: path.name != RUN_FILE):
                 if path.name != "lock" and (path == self.writing or not resume):
                     _remove(path)
             if not resume:
                 text = json.dumps(description, indent=2) + "\n"
-                replace_files({self.partial / RUN_FILE: text.encode()})
+                with self.naming_failures():
+                    replace_files({self.partial / RUN_FILE: text.encode()})
             yield
         except BaseException:
+            shutil.rmtree(self.writing, ignore_errors=True)
             if self.last_checkpoint() is None:
                 shutil.rmtree(self.partial, ignore_errors=True)
             raise
@@ -136,20 +147,43 @@ class RunFolder:
         return steps[max(steps)] if steps else None
 
     def keep(self, step: int) -> None:
-        """Keep the checkpoint that Trainer has written, in place of the one before.
+        """Keep the checkpoint that Trainer has written, and remove the checkpoint before it.
+
+        At each moment a whole checkpoint has its name. A checkpoint of the same step is the state
+        of the same run, so the kept checkpoint stays.
 
         Args:
             step: the step of the checkpoint.
         """
         written, before = self.writing / f"checkpoint-{step}", self.last_checkpoint()
-        sync_tree(written)
         kept = self.partial / written.name
         if before == kept:
-            _remove(kept)
+            _remove(written)
+            return
+        sync_tree(written)
         written.rename(kept)
         sync_folder(self.partial)
-        if before is not None and before != kept:
+        if before is not None:
             _remove(before)
+
+    @contextlib.contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Raise an OSError that names the folder if the body, which writes there, fails.
+
+        On a full disk safetensors raises a SafetensorError, torch a RuntimeError, and ``fsync`` an
+        OSError without a file.
+
+        Raises:
+            OSError: the body cannot write.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last, reason = self.last_checkpoint(), str(error).partition("\n")[0]
+            kept = "no checkpoint was saved" if last is None else f"--resume continues {last.name}"
+            raise OSError(f"{self.partial} cannot be written: {reason}; {kept}") from error
 
     def place(self, adapter: Path) -> None:
         """Give the adapter its name, and remove the checkpoints.

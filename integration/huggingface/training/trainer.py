@@ -41,6 +41,8 @@ class DivergedError(RuntimeError):
 class CheckedTrainer(transformers.Trainer):
     """Trainer, which stops at a loss that is not finite, before the step that would use it.
 
+    A checkpoint that cannot be written, on a full disk for example, is an OSError.
+
     Args:
         folder: the run's folder, with its last checkpoint.
         settings: Trainer's arguments.
@@ -64,6 +66,15 @@ class CheckedTrainer(transformers.Trainer):
                 self.folder.last_checkpoint(),
             )
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: it cannot be written; the message names the run's folder.
+        """
+        with self.folder.naming_failures():
+            super()._save_checkpoint(*args, **kwargs)
 
 
 class Keeper(transformers.TrainerCallback):
@@ -124,7 +135,8 @@ class Keeper(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Keep the checkpoint that was written."""
-        self.folder.keep(state.global_step)
+        with self.folder.naming_failures():
+            self.folder.keep(state.global_step)
 
 
 def arguments(settings: Settings, folder: RunFolder, *, evaluates: bool) -> Any:

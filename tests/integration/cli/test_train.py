@@ -1,6 +1,8 @@
 """``int4-lora train``, the page of fine-tuning, and the example with TRL."""
 
+import errno
 import json
+import os
 import re
 import runpy
 import shutil
@@ -77,6 +79,18 @@ def test_a_loss_that_is_not_finite_ends_with_exit_code_1(desk):
     assert sorted(path.name for path in desk.iterdir()) == ["adapter.partial", "model", "notes.txt"]
 
 
+def test_a_full_disk_ends_with_exit_code_2_and_a_line(desk, monkeypatch):
+    def no_space(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("int4_lora.atomic_files.os.fsync", no_space)
+    result = invoke("train", "model", "notes.txt", "--output=adapter", *SHORT)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("int4-lora: ")]
+    assert "adapter.partial cannot be written: [Errno 28] No space left on device" in line
+    assert sorted(path.name for path in desk.iterdir()) == ["model", "notes.txt"]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -85,6 +99,9 @@ def test_a_loss_that_is_not_finite_ends_with_exit_code_1(desk):
         ("--eval-split=1", r"eval_split must be in \[0, 1\), got 1"),
         ("--targets=q_proj,", r"targets must be names of modules, got \['q_proj', ''\]"),
         ("--seed=4294967296", r"seed must be below 2\^32"),
+        ("--rank=1000000000000", "rank must be at most 256, .* got 1000000000000"),
+        ("--targets=q_proj,v_prj", "the model has no module named v_prj"),
+        ("--output=/", "the output must be a folder that can be made, got /"),
         ("--length=257", "length must be at most 256, the max_position_embeddings of model"),
     ],
 )

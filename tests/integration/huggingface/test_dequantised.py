@@ -31,6 +31,7 @@ WRITES = {
     "out": lambda weight: torch.add(VALUES, VALUES, out=weight),
     "set_": lambda weight: weight.set_(VALUES),
     "init": lambda weight: torch.nn.init.zeros_(weight),
+    "in a list": lambda weight: torch._foreach_add_([VALUES.clone(), weight], 1),
 }
 
 
@@ -47,6 +48,14 @@ def test_the_values_are_those_worked_by_hand(weight):
     assert weight.tolist() == VALUES.tolist()
     assert torch.equal(torch.from_numpy(weight.numpy()), VALUES)
     assert weight[1, 0] == -24
+    assert f"{weight[1, 0]:.1f}" == "-24.0"
+
+
+def test_operations_that_take_a_list(weight):
+    assert torch.equal(torch.cat([weight, weight]), torch.cat([VALUES, VALUES]))
+    assert torch.equal(torch.stack([VALUES, weight], 2), torch.stack([VALUES, VALUES], 2))
+    assert torch.equal(torch.block_diag(weight, weight), torch.block_diag(VALUES, VALUES))
+    assert torch.equal(torch._foreach_add([weight], 1)[0], VALUES + 1)
 
 
 def test_results_are_plain_tensors(weight):

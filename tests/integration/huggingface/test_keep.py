@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.huggingface import Int4Linear, keep_packed, load_packed
+from int4_lora.reference import quantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors
 from support.tiny import shorten_scales
 from support.trained import llama
@@ -118,6 +120,78 @@ def test_a_second_call_changes_nothing(square):
     assert [model.get_submodule(name) for name in kept_of(model)] == layers
 
 
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Return a function that keeps four layers of a model packed, as Ctrl-C in a notebook may."""
+    keep = sys.modules["int4_lora.integration.huggingface.keep"]
+    read, calls = keep._read, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    def call(model):
+        monkeypatch.setattr(keep, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keep_packed(model)
+        assert len(kept_of(model)) == 4
+        return model
+
+    return call
+
+
+def test_a_call_that_was_interrupted_is_completed_by_another(square, interrupt):
+    """Else the first forward would make the rest dense in silence."""
+    whole, model = keep_packed(load(square("g128"))), interrupt(load(square("g128")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert keep_packed(model) is model
+    assert kept_of(model) == kept_of(whole)
+    assert not model._forward_pre_hooks
+    records = {id(model.get_submodule(name).record) for name in kept_of(model)}
+    assert len(records) == 1
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, whole(TOKENS).logits)
+
+
+def test_after_an_interruption_the_layers_that_stay_as_they_are_are_named(
+    square, tmp_path, interrupt
+):
+    model = interrupt(load(mixed_with_nvfp4(square("g128"), tmp_path / "mixed")))
+    with pytest.warns(UserWarning, match="stay as they are") as warned:
+        keep_packed(model)
+    (message,) = [str(one.message) for one in warned]
+    assert message.splitlines()[1:] == [
+        f"  {Q_PROJ}: its format is nvfp4-pack-quantized (float, 4 bits)"
+    ]
+
+
+@pytest.mark.parametrize(("step", "count"), [("register", 0), ("_remove_decompression", 14)])
+def test_a_call_that_was_interrupted_around_its_layers_is_completed(
+    square, monkeypatch, step, count
+):
+    model = load(square("g128"))
+    keep, calls = sys.modules["int4_lora.integration.huggingface.keep"], []
+    before = getattr(keep, step)
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return before(*arguments)
+
+    monkeypatch.setattr(keep, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        keep_packed(model)
+    assert len(kept_of(model)) == count
+    keep_packed(model)
+    assert len(calls) == 2
+    assert len(kept_of(model)) == 14
+    assert not model._forward_pre_hooks
+
+
 def test_a_dense_model_is_refused_and_unchanged(square):
     model = load(square("g128"))
     with torch.no_grad():
@@ -178,6 +252,7 @@ def test_layers_of_another_format_are_left_and_named(square, tmp_path):
     ):
         keep_packed(model)
     assert len(kept_of(model)) == 13
+    assert all(model.get_submodule(name).record.others for name in kept_of(model))
     expected = open_checkpoint(square("g128")).packed_weight(Q_PROJ)
     with torch.no_grad():
         model(TOKENS)
@@ -207,6 +282,53 @@ def mixed_with_fp8(source, folder):
             "targets": [Q_PROJ],
             "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
             "format": "float-quantized",
+        }
+        quantization["format"] = "mixed-precision"
+
+    edit_config(folder, change)
+    return folder
+
+
+def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
+    """transformers 5 leaves NVFP4's global scale in float32; 4.57 casts it with the model."""
+    folder = mixed_with_nvfp4(square("g128"), tmp_path / "mixed")
+    stock = load(folder, torch.bfloat16).get_submodule(Q_PROJ)
+    with pytest.warns(UserWarning, match="its format is nvfp4-pack-quantized"):
+        ours = load_packed(folder, dtype=torch.bfloat16).get_submodule(Q_PROJ)
+    expected = dict(stock.named_parameters())
+    assert "weight_global_scale" in expected
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == expected[name].dtype, name
+        assert torch.equal(parameter.float(), expected[name].float()), name
+
+
+def mixed_with_nvfp4(source, folder):
+    """Return a copy of a checkpoint whose first q_proj is NVFP4, every weight 0."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("packed", "scale", "shape"):
+        del tensors[f"{Q_PROJ}.weight_{part}"]
+    tensors[f"{Q_PROJ}.weight_packed"] = torch.zeros(256, 128, dtype=torch.uint8)
+    tensors[f"{Q_PROJ}.weight_scale"] = torch.ones(256, 16).to(torch.float8_e4m3fn)
+    tensors[f"{Q_PROJ}.weight_global_scale"] = torch.tensor([1234.5])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def change(_, quantization):
+        quantization["config_groups"]["group_0"]["targets"] = [
+            "re:.*(k|v|o|gate|up|down)_proj",
+            "re:.*layers.1.*q_proj",
+        ]
+        quantization["config_groups"]["group_0"]["format"] = "pack-quantized"
+        quantization["config_groups"]["nvfp4"] = {
+            "targets": [Q_PROJ],
+            "weights": {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "tensor_group",
+                "group_size": 16,
+            },
+            "format": "nvfp4-pack-quantized",
         }
         quantization["format"] = "mixed-precision"
 
@@ -304,3 +426,68 @@ def test_load_packed_takes_the_checkpoints_dtype_and_class(square, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Unknown"]}))
     assert type(load_packed(folder)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("rows", [520, 504])
+def test_a_resized_head_is_dense_and_the_model_loads_again(square, tmp_path, rows):
+    model = load_packed(with_int4_head(square("g128"), tmp_path / "model"))
+    assert len(kept_of(model)) == 15
+    model.resize_token_embeddings(512)  # as many rows as it has
+    assert len(kept_of(model)) == 15
+    with pytest.warns(UserWarning, match="lm_head was INT4; resized, it is dense, in torch.bfloat"):
+        model.resize_token_embeddings(rows)
+    assert len(kept_of(model)) == 14
+    model.save_pretrained(tmp_path / "saved")
+    again = load_packed(tmp_path / "saved")
+    assert kept_of(again) == kept_of(model)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert len(again.lm_head.weight) == rows
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS % rows).logits, model(TOKENS % rows).logits)
+
+
+def with_int4_head(source, folder):
+    """Return a copy of a checkpoint whose head is INT4, too."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = quantize(tensors.pop("lm_head.weight"), group_size=128, scale_dtype=torch.bfloat16)
+    tensors["lm_head.weight_packed"], tensors["lm_head.weight_scale"] = head.packed, head.scale
+    tensors["lm_head.weight_shape"] = torch.tensor(head.shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, lambda _, quantization: quantization.update(ignore=[]))
+    return folder
+
+
+def test_load_packed_reads_the_checkpoint_in_a_subfolder(square, tmp_path):
+    """The scales are those of the checkpoint that transformers loaded."""
+    shutil.copytree(square("g32"), tmp_path / "root")
+    shutil.copytree(square("g128"), tmp_path / "root" / "sub")
+    model = load_packed(tmp_path / "root", subfolder="sub")
+    assert_holds(model, square("g128"))
+
+
+def test_load_packed_reads_the_checkpoint_in_the_cache_that_is_given(square, tmp_path):
+    made, commit = tmp_path / "cache" / "models--made--tiny", "1" * 40
+    shutil.copytree(square("g128"), made / "snapshots" / commit)
+    shutil.copytree(square("g128"), made / "snapshots" / commit / "sub")
+    (made / "refs").mkdir()
+    (made / "refs" / "main").write_text(commit)
+    place = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for settings in (place, {**place, "subfolder": "sub"}):
+        assert_holds(load_packed("made/tiny", **settings), square("g128"))
+
+
+def assert_holds(model, folder):
+    stored = open_checkpoint(folder)
+    assert len(kept_of(model)) == 14
+    for name in kept_of(model):
+        held, expected = model.get_submodule(name).packed_weight(), stored.packed_weight(name)
+        assert torch.equal(held.packed, expected.packed)
+        assert torch.equal(held.scale, expected.scale)
+
+
+def test_load_packed_returns_what_transformers_tells_of_the_loading(square):
+    model, told = load_packed(square("g128"), output_loading_info=True)
+    _, expected = load(square("g128"), output_loading_info=True)
+    assert len(kept_of(model)) == 14
+    assert told == expected

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from int4_lora.integration.huggingface import Int4Linear, keep_packed, load_packed
 from int4_lora.integration.huggingface.peft_layer import BACKEND, Int4LoraLinear
+from int4_lora.integration.huggingface.registration import register
+from int4_lora.reference import PackedWeight
 from support.tiny import SQUARE
 
 pytestmark = pytest.mark.versions
@@ -193,6 +195,15 @@ def test_a_mixed_batch_is_one_call_a_layer(packed, dense, monkeypatch):
     assert torch.equal(made, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_a_mixed_batch_with_a_bias_of_b_is_left_to_peft(packed, dense):
+    settings = config(**{**PLAIN, "target_modules": ["v_proj"]}, lora_bias=True)
+    ours, theirs = (filled(get_peft_model(one, settings)) for one in (packed, dense))
+    names = ["default", "__base__", "default", "default"]
+    assert layers_of(ours)[0].lora_B["default"].bias.any()
+    assert_close(logits(ours, adapter_names=names), logits(theirs, adapter_names=names))
+
+
 def test_a_mixed_batch_in_training_is_left_to_peft(packed, dense):
     settings = {**PLAIN, "lora_dropout": 0.0}
     ours, theirs = (filled(get_peft_model(one, config(**settings))) for one in (packed, dense))
@@ -237,6 +248,20 @@ def test_merge_and_unload_rounds_once(square, decompressed, name, dtype):
         else:
             rounded = total.float().to(dtype)  # double rounding differs from one in 1 of 2^16
             assert (linear.weight != rounded).sum() <= 2
+
+
+def test_a_merged_weight_is_not_rounded_to_float32_first():
+    """1 + 2^-8 + 2^-30 is above the middle of two bfloat16 numbers; in float32 it is the middle."""
+    register()
+    words = torch.tensor([[0x99999999 - 2**32]], dtype=torch.int32)  # eight codes of 1
+    weight = PackedWeight(words, torch.ones(1, 1, dtype=torch.bfloat16), shape=(1, 8))
+    model = torch.nn.ModuleDict({"proj": Int4Linear(weight), "dense": torch.nn.Linear(1, 1)})
+    model = get_peft_model(model, LoraConfig(r=1, lora_alpha=1, target_modules=["proj"]))
+    (layer,) = layers_of(model)
+    layer.lora_A["default"].weight.data.copy_(torch.eye(1, 8))
+    layer.lora_B["default"].weight.data.fill_(2**-8 + 2**-30)
+    merged = model.merge_and_unload()["proj"].weight
+    assert merged.tolist() == [[1 + 2**-7, *[1.0] * 7]]
 
 
 def test_a_merged_model_is_saved_so_that_it_loads_again(square, tmp_path):
@@ -299,6 +324,39 @@ def test_an_initialisation_that_changes_the_base_is_refused(packed, way, method)
     with pytest.raises(ValueError, match=rf"init_lora_weights = '{way}' changes .*\({method}\)"):
         get_peft_model(packed, settings)
     assert torch.equal(logits(packed), before)
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["v_proj"], r"layers\.0\.self_attn\.v_proj is INT4"),
+        (["lm_head", "mlp"], r"layers\.0\.mlp\.gate_proj is INT4"),
+        (["layers.1.self_attn.q_proj"], r"layers\.1\.self_attn\.q_proj is INT4"),
+    ],
+)
+def test_a_copy_of_an_int4_linear_is_not_trained(packed, names, named):
+    """Its weight is frozen: without a refusal the copy would never change."""
+    settings = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": names,
+        "task_type": "CAUSAL_LM",
+    }
+    for kind in (LoraConfig, peft.LoHaConfig):
+        with pytest.raises(ValueError, match=rf"modules_to_save: .*{named}.* in target_modules"):
+            get_peft_model(packed, kind(**settings))
+    assert not layers_of(packed)
+    model = get_peft_model(packed, LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match=named):
+        model.add_adapter("second", LoraConfig(**settings))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=:UserWarning")
+def test_a_copy_of_a_dense_layer_is_trained(packed):
+    model = get_peft_model(packed, config(**PLAIN, modules_to_save=["lm_head", "norm"]))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    copied = [one for name, one in model.named_parameters() if ".modules_to_save." in name]
+    assert len(copied) == 6
+    assert all(one.grad.any() for one in copied)
 
 
 def test_the_weights_of_other_methods_of_peft_cannot_be_merged_in_silence(packed):

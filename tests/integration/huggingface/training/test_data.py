@@ -52,6 +52,22 @@ def test_an_empty_prompt_is_no_prompt(read):
     assert plain(data.train) == [([A, B, END], [-100, B, END])]
 
 
+class Joining:
+    """A tokenizer with one more token, "ab"."""
+
+    eos_token_id, chat_template = END, None
+
+    def __call__(self, text, **_):
+        parts = text.replace("ab", "+")
+        return {"input_ids": [9 if part == "+" else A + ord(part) - ord("a") for part in parts]}
+
+
+def test_no_token_spans_the_end_of_a_prompt(read):
+    """Asked for a completion, the model continues the tokens of the prompt alone."""
+    data = read([{"prompt": "a", "completion": "bab"}], using=Joining())
+    assert plain(data.train) == [([A, B, 9, END], [-100, B, 9, END])]
+
+
 def test_blank_lines_and_a_byte_order_mark_are_ignored(read):
     data = read(b'\xef\xbb\xbf\n{"text": "ab"}\r\n\n  \n{"text": "c"}\n')
     assert [tokens for tokens, _ in plain(data.train)] == [[A, B, END], [C, END]]
@@ -139,6 +155,22 @@ REFUSED = {
     "an empty completion": ('{"prompt": "a", "completion": ""}', "completion is empty"),
     "chat as a prompt": ('{"prompt": [], "completion": "a"}', "prompt must be a string, got list"),
     "no messages": ('{"messages": []}', "messages must be a list of objects"),
+    "messages of another format": (
+        '{"messages": [{"from": "human", "value": "a"}]}',
+        "line 1: a message must have a role, got from, value",
+    ),
+    "messages without content": (
+        '{"messages": [{"role": "user", "text": "a"}]}',
+        "line 1: a message must have content, got role, text",
+    ),
+    "messages whose content is null": (
+        '{"messages": [{"role": "user", "content": null}]}',
+        "line 1: a message must have content, got role, content",
+    ),
+    "half a surrogate pair": (
+        '{"text": "a"}\n{"text": "a\\ud800b"}',
+        "line 2: text holds half of a surrogate pair",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Training runs: their losses are those of Trainer and PEFT, and a kill changes nothing."""
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -23,10 +24,10 @@ from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.huggingface import load_packed
 from int4_lora.integration.huggingface.training import DivergedError, Settings, train
 from int4_lora.integration.huggingface.training import run as training
-from int4_lora.integration.huggingface.training.base import default_targets
+from int4_lora.integration.huggingface.training.base import base_digest, default_targets
 from int4_lora.integration.huggingface.training.data import collate, read_data
 from int4_lora.integration.huggingface.training.run_folder import RunFolder
-from int4_lora.integration.huggingface.training.trainer import arguments
+from int4_lora.integration.huggingface.training.trainer import Keeper, arguments
 from int4_lora.integration.huggingface.training.watch import Watch
 
 SETTINGS = Settings(
@@ -152,7 +153,7 @@ def test_a_resumed_run_ends_with_the_same_adapter(trained, model, lines, tmp_pat
         return
     assert {path.name for path in partial.iterdir()} >= {"run.json", "checkpoint-3"}
     begun = partial / "writing" / "checkpoint-6"  # as a kill leaves it while it is written
-    begun.mkdir()
+    begun.mkdir(parents=True)
     (begun / TENSORS).write_bytes(b"cut off")
     recorder = Recorder()
     resumed = train(model, lines, output, SETTINGS, resume=True, watch=recorder)
@@ -264,7 +265,28 @@ REFUSED = {
     "nothing to resume": ({"resume": True}, OSError, "holds no unfinished run to resume"),
     "an output inside the model": ({"output": "model/adapter"}, ValueError, "must be apart from"),
     "data inside the output": ({"output": "."}, ValueError, "must be apart from"),
-    "modules that are not there": ({"targets": ("w7",)}, ValueError, "[Tt]arget modules"),
+    "modules that are not there": ({"targets": ("w7",)}, ValueError, "no module named w7"),
+    "a module of several that is not there": (
+        {"targets": ("q_proj", "v_prj", "w7")},
+        ValueError,
+        "the model has no module named v_prj, w7",
+    ),
+    "a rank above those of the layers": (
+        {"rank": 257},
+        ValueError,
+        "rank must be at most 256, the highest that a linear layer of the model can have, got 257",
+    ),
+    "a rank above any float": ({"rank": 10**400}, ValueError, "rank must be at most 256"),
+    "an adapter in place of the model": (
+        {"model": "an adapter"},
+        OSError,
+        "the folder holds an adapter, which .* takes, and --start-from of train",
+    ),
+    "all-linear beside others": (
+        {"targets": ("all-linear", "lm_head")},
+        ValueError,
+        "no module named all-linear; all-linear stands alone",
+    ),
     "an adapter to start from that is not there": (
         {"start_from": "nowhere"},
         OSError,
@@ -284,8 +306,12 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(model, tmp_path, 
     (desk / "empty").mkdir()
     (desk / "data.txt").write_text("the quick fox")
     monkeypatch.chdir(desk)
+    (desk / "an adapter").mkdir()
+    (desk / "an adapter" / "adapter_config.json").write_text("{}")
     before = sorted(desk.iterdir())
-    settings = {key: given[key] for key in ("length", "device", "targets") if key in given}
+    names = ("length", "device", "targets", "rank")
+    settings = {key: given[key] for key in names if key in given}
+    monkeypatch.setattr(training, "load_packed", None)  # nothing is loaded
     with pytest.raises(kind, match=message):
         train(
             given.get("model", "model"),
@@ -333,6 +359,88 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, lines, tmp_path):
 
 
 @pytest.mark.versions
+@pytest.mark.parametrize(
+    ("share", "error"),
+    [(0.5, "SafetensorError"), (1.5, "RuntimeError"), (None, "OSError")],
+    ids=["in the adapter", "in the optimizer's state", "in fsync"],
+)
+def test_a_full_disk_is_named_and_leaves_the_last_whole_checkpoint(
+    trained, model, lines, tmp_path, monkeypatch, share, error
+):
+    """A limit on the size of files fails a write as a full disk does."""
+    resource = pytest.importorskip("resource")
+    output, limits = tmp_path / "adapter", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Filling(Watch):
+        def step(self, step, loss):
+            if step != 5:
+                return
+            if share is None:
+                monkeypatch.setattr("int4_lora.atomic_files.os.fsync", no_space)
+            else:
+                size = int(share * len(bytes_of(trained)))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    def no_space(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    try:
+        with pytest.raises(
+            OSError, match=r"adapter.partial cannot be written: .*; --resume continues checkpoint-3"
+        ) as raised:
+            train(model, lines, output, SETTINGS, watch=Filling())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+    assert type(raised.value.__cause__).__name__ == error
+    kept = {path.name for path in (tmp_path / "adapter.partial").iterdir()}
+    assert kept - {"lock"} == {"run.json", "checkpoint-3"}
+    assert bytes_of(train(model, lines, output, SETTINGS, resume=True)) == bytes_of(trained)
+
+
+def test_at_each_moment_a_whole_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """Each call that changes names or removes files is a moment at which a kill may come."""
+    folder, seen = RunFolder(tmp_path / "adapter"), []
+
+    def watched(change):
+        def called(*args, **settings):
+            last = folder.last_checkpoint()
+            seen.append(last is not None and len(list(last.iterdir())) == 2)
+            return change(*args, **settings)
+
+        return called
+
+    def keep(step):
+        written = folder.writing / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        for name in ("adapter", "state"):
+            (written / name).write_text("whole")
+        folder.keep(step)
+
+    keep(3)
+    for name in ("rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    keep(3)
+    keep(6)
+    assert len(seen) > 4
+    assert all(seen)
+    assert folder.last_checkpoint().name == "checkpoint-6"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite_stop_the_run(tmp_path, value):
+    """Also where the loss is finite: the step would spoil the adapter."""
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.grad = torch.tensor([[1.0, value]])
+    keeper = Keeper(RunFolder(tmp_path / "adapter"), Watch())
+    state = transformers.TrainerState(global_step=4)
+    with pytest.raises(DivergedError, match=r"gradients are not finite .* in step 5; none was"):
+        keeper.on_pre_optimizer_step(None, state, None, model=layer)
+    layer.weight.grad.fill_(1)
+    keeper.on_pre_optimizer_step(None, state, None, model=layer)
+
+
+@pytest.mark.versions
 def test_an_adapter_is_trained_further(trained, model, lines, tmp_path):
     settings = replace(SETTINGS, rank=None, steps=2)
     further = train(model, lines, tmp_path / "adapter", settings, start_from=trained.output)
@@ -371,6 +479,20 @@ def test_warnings_of_the_model_are_notes_told_once(model, lines, tmp_path, monke
     told = [note for note in recorder.notes if "stay as they are" in note]
     assert len(told) == 1
     assert told[0] in report["notes"]
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.mlp.up_proj.weight_packed", "embed_tokens.weight", "norm.weight"]
+)
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_base_that_differs_elsewhere_than_in_scales_is_another(model, tmp_path, name, place):
+    """As GPTQ's codes differ from rounding to nearest with the same scales."""
+    folder = shutil.copytree(model, tmp_path / "other")
+    assert base_digest(open_checkpoint(folder)) == base_digest(open_checkpoint(model))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.{name}"].view(-1)[place] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert base_digest(open_checkpoint(folder)) != base_digest(open_checkpoint(model))
 
 
 @pytest.mark.parametrize("where", ["lora_metadata.json", "config.json"])
