@@ -84,7 +84,7 @@ def _cast_the_rest(model: Any, dtype: torch.dtype) -> None:
 
     In quantised models transformers 5 does that with the experts that it fuses, and 5.19 also with
     every tensor that it renames; a forward with mixed dtypes then fails. What transformers keeps in
-    float32 on purpose stays so, and so do NVFP4's global scales, which are float32 in any model.
+    float32 on purpose stays so, and so do NVFP4's global scales, which it does not cast.
     """
     wide: set[str] = set()
     if dtype != torch.float32:

@@ -290,13 +290,13 @@ def mixed_with_fp8(source, folder):
 
 
 def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
-    """NVFP4's global scale is float32 in a bfloat16 model, too."""
+    """NVFP4's global scale stays float32 in transformers 5; 4.57 casts it with the model."""
     folder = mixed_with_nvfp4(square("g128"), tmp_path / "mixed")
     stock = load(folder, torch.bfloat16).get_submodule(Q_PROJ)
     with pytest.warns(UserWarning, match="its format is nvfp4-pack-quantized"):
         ours = load_packed(folder, dtype=torch.bfloat16).get_submodule(Q_PROJ)
     expected = dict(stock.named_parameters())
-    assert expected["weight_global_scale"].item() == 1234.5
+    assert "weight_global_scale" in expected
     for name, parameter in ours.named_parameters():
         assert parameter.dtype == expected[name].dtype, name
         assert torch.equal(parameter.float(), expected[name].float()), name
