@@ -27,7 +27,7 @@ MARK = "_int4_lora"
 
 def register() -> None:
     """Make transformers record that it made a packed head dense; a second call changes nothing."""
-    resize = PreTrainedModel._get_resized_lm_head
+    resize: Any = PreTrainedModel._get_resized_lm_head
     if hasattr(resize, MARK):
         return
 
