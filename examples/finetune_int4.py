@@ -2,8 +2,8 @@
 
     python examples/finetune_int4.py MODEL DATA.jsonl ADAPTER
 
-It needs ``int4-lora[checkpoints,hf,train]`` and TRL. ``int4-lora train`` does the same, and can be
-resumed.
+It needs ``int4-lora[checkpoints,hf,train]`` and TRL: ``python -m pip install trl``. ``int4-lora
+train`` does the same, and can be resumed.
 """
 
 import sys
@@ -24,7 +24,7 @@ def main(model, data, adapter):
         train_dataset=load_dataset("json", data_files=data, split="train"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         args=SFTConfig(
-            output_dir=f"{adapter}.partial",
+            output_dir=adapter,
             max_length=256,
             max_steps=20,
             per_device_train_batch_size=4,

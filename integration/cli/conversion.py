@@ -177,11 +177,14 @@ def _print_report(outcome: Outcome) -> None:
     if not outcome.report["modules"]:
         console.print("no module was quantised again")
         return
-    table = Table("module", "lost, relative", "by min-max", "the adapters' part", "largest error")
+    from int4_lora.integration.conversion.merge_report import LEAST_KEPT
+
+    titles = ("lost, relative", "by min-max", "the adapters' part", "of that kept")
+    table = Table("module", *titles, "largest error")
     modules = {module["module"]: module for module in outcome.report["modules"]}
     for name in outcome.report["worst"]:
         module = modules[name]
-        keys = ("relative_error", "relative_error_minmax", "relative_delta")
+        keys = ("relative_error", "relative_error_minmax", "relative_delta", "delta_kept")
         ratios = (f"{module[key]:.4f}" for key in keys)
         table.add_row(name, *ratios, f"{module['max_error']:.3g}")
     total = outcome.report["total"]
@@ -189,5 +192,11 @@ def _print_report(outcome: Outcome) -> None:
     console.print(table)
     console.print(
         f"quantised again: {counted(len(modules), 'module')}{shown}; in all "
-        f"{total['relative_error']:.4f} lost, by min-max {total['relative_error_minmax']:.4f}"
+        f"{total['relative_error']:.4f} lost, by min-max {total['relative_error_minmax']:.4f}; the "
+        f"adapters' part is {total['relative_delta']:.4f}"
     )
+    if total["delta_kept"] < LEAST_KEPT:
+        console.print(
+            f"most of what the adapters add was lost: {total['delta_kept']:.2f} of it is in the "
+            "result. A dense merge, or the adapter beside the packed weights, keeps it"
+        )

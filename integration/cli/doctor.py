@@ -32,6 +32,7 @@ PARTS = {
     "": "the layer, checkpoints and adapters",
     "checkpoints": "int4-lora verify",
     "hf": "the demo (with checkpoints)",
+    "train": "int4-lora train (with checkpoints and hf)",
 }
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int4_lora.integration.cli.console import refusing_bad_input, wide_console
-from int4_lora.integration.cli.options import AsJson, CheckpointPath, Dtype
+from int4_lora.integration.cli.console import counted, refusing_bad_input, wide_console
+from int4_lora.integration.cli.options import CheckpointPath, Dtype
 
 if TYPE_CHECKING:
     from int4_lora.integration.huggingface.training import Settings, Trained
@@ -39,7 +39,8 @@ def train(
     ],
     rank: Annotated[int | None, typer.Option(min=1, help="The rank; by default 16.")] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="The scaling times the rank; by default twice the rank.")
+        float | None,
+        typer.Option(help="The scaling is alpha / rank; by default twice the rank."),
     ] = None,
     targets: Annotated[
         str | None,
@@ -62,7 +63,11 @@ def train(
         float, typer.Option(help="The learning rate of the first step; it falls to zero.")
     ] = 2e-4,
     seed: Annotated[
-        int, typer.Option(min=0, help="The seed of the adapter's start and of the rows' order.")
+        int,
+        typer.Option(
+            min=0,
+            help="The seed of the adapter's start, of the rows' order and of the evaluation split.",
+        ),
     ] = 0,
     eval_split: Annotated[
         float, typer.Option(help="The share of the data to evaluate and not to train on.")
@@ -97,12 +102,18 @@ def train(
         bool, typer.Option("--resume", help="Continue the unfinished run of the same command.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an adapter or an unfinished run.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace an adapter once the new one is whole, or an unfinished run.",
+        ),
     ] = False,
     plot: Annotated[
         bool, typer.Option("--plot", help="Draw the losses in loss.png; needs matplotlib.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object instead of text.")
+    ] = False,
 ) -> None:
     """Train a LoRA adapter on an INT4 checkpoint, whose weights stay packed.
 
@@ -181,10 +192,10 @@ def _print(trained: Trained, seconds: float) -> None:
     first, last = losses[0], losses[-1]
     shown = f"loss {first['loss']:.4f} in step {first['step']}, {last['loss']:.4f} in step "
     shown += str(last["step"])
+    rows = f"trained on {counted(data['rows'], 'row')} ({data['tokens']} tokens)"
     if report["evaluations"]:
-        shown += f"; evaluated {report['evaluations'][-1]['loss']:.4f}"
-    console.print(
-        f"{shown}; {data['tokens']} tokens in {data['rows']} rows, {seconds:.0f} s",
-        markup=False,
-        highlight=False,
-    )
+        before, *_, after = (entry["loss"] for entry in report["evaluations"])
+        shown += f"; evaluated {before:.4f} before, {after:.4f} after"
+        rows += f", evaluated on {data['evaluation_rows']}"
+    console.print(shown, markup=False, highlight=False)
+    console.print(f"{rows}; {seconds:.0f} s", markup=False, highlight=False)

@@ -4,6 +4,9 @@ relative error = |W' - W_merged| / |W_merged|, in Frobenius norms, with W_merged
 and W' the dequantised result. It is also the expected relative error of x W'^T, if the columns of
 x are independent and identically distributed.
 
+delta kept = <W' - W, D> / <D, D>, with the base W and D = W_merged - W: the share of what the
+adapters add that is in the result. 0 is the base itself, 1 all of it.
+
 Source: ``docs/commands/merge.md``.
 """
 
@@ -13,12 +16,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["MOST_ERROR", "REPORT", "MergeRefusedError", "accepted_report"]
+__all__ = ["LEAST_KEPT", "MOST_ERROR", "REPORT", "MergeRefusedError", "accepted_report"]
 
 REPORT = "merge_report.json"
 MOST_ERROR = 0.2  # relative: twice the error of quantising normal weights in groups
 WORST = 5  # the number of modules that the report and the error name
-SUMS = ("squared_error", "minmax_squared_error", "squared_norm", "squared_delta")
+LEAST_KEPT = 0.5  # of what the adapters add; below it, the command says that it is lost
+SUMS = ("squared_error", "minmax_squared_error", "squared_norm", "squared_delta", "kept_delta")
 
 
 class MergeRefusedError(ValueError):
@@ -72,12 +76,13 @@ def accepted_report(
 
 
 def _ratios(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Return ratios of norms from sums of squares."""
+    """Return the ratios that are reported, from sums of squares and products."""
     norm = sums["squared_norm"]
     return {
         "relative_error": _ratio(sums["squared_error"], norm),
         "relative_error_minmax": _ratio(sums["minmax_squared_error"], norm),
         "relative_delta": _ratio(sums["squared_delta"], norm),
+        "delta_kept": sums["kept_delta"] / sums["squared_delta"] if sums["squared_delta"] else 1.0,
     }
 
 

@@ -61,7 +61,7 @@ class RequantizedModule(Task):
 
     def run(self, write: Write) -> dict[str, Any]:
         """Merge and requantise the module, a block of rows at a time; return the error."""
-        error = minmax = norm = delta_norm = largest = 0.0
+        error = minmax = norm = delta_norm = kept = largest = 0.0
         whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all rows share one scale
         for start, weight in row_blocks(self.checkpoint, self.name, whole=whole):
             base = dense_rows(weight).to(torch.float64)
@@ -76,7 +76,9 @@ class RequantizedModule(Task):
             error += block.squared_error
             minmax += block.minmax_squared_error
             norm += block.squared_norm
-            delta_norm += float((exact - base).square().sum())
+            delta = exact - base
+            delta_norm += float(delta.square().sum())
+            kept += float(((dense_rows(block.weight).to(torch.float64) - base) * delta).sum())
             largest = max(largest, block.max_error)
         return {
             "module": self.name,
@@ -84,6 +86,7 @@ class RequantizedModule(Task):
             "minmax_squared_error": minmax,
             "squared_norm": norm,
             "squared_delta": delta_norm,
+            "kept_delta": kept,
             "max_error": largest,
         }
 

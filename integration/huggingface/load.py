@@ -13,6 +13,7 @@ import transformers
 
 from int4_lora.integration.huggingface.checkpoint_of_model import folder_of
 from int4_lora.integration.huggingface.keep import keep_packed
+from int4_lora.integration.huggingface.zero_points import packed_zero_points
 
 __all__ = ["load_packed", "model_class"]
 
@@ -57,7 +58,8 @@ def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> A
     path = os.fspath(path_or_id)
     shared = {key: from_pretrained[key] for key in SHARED if key in from_pretrained}
     config = transformers.AutoConfig.from_pretrained(path, **shared)
-    loaded = model_class(config).from_pretrained(path, **from_pretrained)
+    with packed_zero_points():
+        loaded = model_class(config).from_pretrained(path, **from_pretrained)
     model, *told = loaded if from_pretrained.get("output_loading_info") else (loaded,)
     asked = from_pretrained.get("dtype", from_pretrained.get("torch_dtype"))
     dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked

@@ -1,6 +1,7 @@
-"""What the installed compressed-tensors is known to do differently from the format."""
+"""What the installed compressed-tensors and transformers do differently from the format."""
 
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from packaging.version import Version
 
@@ -12,5 +13,10 @@ IGNORES_G_IDX = Version("0.19") <= INSTALLED
 CRASHES_ON_ONE_WORD = Version("0.20") <= INSTALLED
 # up to 0.17 block sizes are inferred from shapes, which a ragged last block misleads
 GUESSES_BLOCKS = Version("0.18") > INSTALLED
-# with 0.20 transformers refuses to load zero-points: it expects them of another shape
-REFUSES_ZERO_POINTS = Version("0.20") <= INSTALLED
+# from 0.18 zero-points are not packed on the meta device, whose shapes transformers compares from
+# 5.23 on: from_pretrained refuses asymmetric checkpoints
+REFUSES_ZERO_POINTS = (
+    Version("0.18") <= INSTALLED
+    and find_spec("transformers") is not None
+    and Version("5.23") <= Version(version("transformers"))
+)

@@ -93,8 +93,8 @@ def read_data(
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: the file is empty, is not text, has a line without text, or leaves no rows to
-            train on or to evaluate; the message names file and line.
+        ValueError: the file is empty, is not text, has a line of none of the three kinds, or leaves
+            no rows to train on or to evaluate; the message names file and line.
 
     Example:
         >>> from transformers import AutoTokenizer  # doctest: +SKIP
@@ -195,9 +195,11 @@ class _Cutter:
     def notes(self) -> Iterator[str]:
         """Yield what was cut and left out, in sentences."""
         if self.cut:
+            those = "1 document is" if self.cut == 1 else f"{self.cut} documents are"
+            cut = "was cut" if self.cut == 1 else "were cut"
             yield (
-                f"{self.file}: documents longer than {self.length} tokens are cut into rows: "
-                f"{self.cut}, into {self.pieces} rows"
+                f"{self.file}: {those} longer than {self.length} tokens and {cut} into "
+                f"{self.pieces} rows"
             )
         if self.left_out:
             yield f"{self.file}: rows left out, as nothing in them is predicted: {self.left_out}"

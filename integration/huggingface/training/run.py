@@ -50,7 +50,7 @@ __all__ = ["REPORT", "Trained", "train"]
 
 REPORT, PLOT = "training.json", "loss.png"
 RANK, LENGTH = 16, 512
-PACKAGES = ("int4-lora", "torch", "transformers", "peft", "accelerate")
+PACKAGES = ("int4-lora", "torch", "transformers", "peft", "accelerate", "compressed-tensors")
 
 
 @dataclass(frozen=True)

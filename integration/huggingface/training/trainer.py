@@ -111,6 +111,11 @@ class Keeper(transformers.TrainerCallback):
                 self.folder.last_checkpoint(),
             )
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Have the last step evaluated, whatever the steps between evaluations."""
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
         """Show the loss of a step."""
         if logs and "loss" in logs:
@@ -171,6 +176,7 @@ def arguments(settings: Settings, folder: RunFolder, *, evaluates: bool) -> Any:
         seed=settings.seed,
         data_seed=settings.seed,
         eval_strategy="steps" if evaluates else "no",
+        eval_on_start=evaluates and folder.last_checkpoint() is None,
         prediction_loss_only=True,
         save_strategy="steps",
         logging_strategy="steps",

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from int4_lora.integration.demo.tokenizer import save_tokenizer
 from support.tiny import SQUARE, make_tiny
 
 ROOT = Path(__file__).parents[3]
-SHORT = ["--steps=3", "--length=32", "--eval-split=0.2", "--rank=4", "--device=cpu"]
+SHORT = ["--steps=3", "--length=32", "--rank=4", "--eval-split=0.2", "--eval-every=2"]
+SHORT.append("--device=cpu")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,9 @@ def test_json_is_the_report(desk):
     assert printed["seconds"] > 0
     assert {key: printed[key] for key in report} == report
     assert report["settings"]["dtype"] == "bfloat16"
-    assert "cut into rows" in result.stderr
+    rows = report["data"]["rows"] + report["data"]["evaluation_rows"]
+    cut = f"notes.txt: 1 document is longer than 32 tokens and was cut into {rows} rows\n"
+    assert cut in result.stderr
     assert "step" not in result.stderr
 
 
@@ -63,11 +67,46 @@ def test_where_there_is_no_terminal_lines_tell_the_losses(desk):
         assert f"step {entry['step']} of 3: loss {entry['loss']:.4f}\n" in result.stderr
     for entry in report["evaluations"]:
         assert f"step {entry['step']} of 3: evaluated loss {entry['loss']:.4f}" in result.stderr
+    assert [entry["step"] for entry in report["evaluations"]] == [0, 2, 3]  # the first, the last
     assert "adapter: rank 4, alpha 8, on down_proj, gate_proj" in result.stdout
+    (before, _, after), data = (one["loss"] for one in report["evaluations"]), report["data"]
+    assert (
+        f"; evaluated {before:.4f} before, {after:.4f} after\ntrained on {data['rows']} rows "
+        f"({data['tokens']} tokens), evaluated on {data['evaluation_rows']}; "
+    ) in result.stdout
     again = invoke("train", "model", "notes.txt", "--output=adapter", *SHORT)
     assert again.exit_code == 2
     assert "adapter is there: --force replaces it" in again.stderr
     assert again.stdout == ""
+
+
+def test_without_an_evaluation_split_nothing_is_evaluated(desk):
+    options = ["--steps=1", "--length=32", "--rank=4", "--device=cpu"]
+    result = invoke("train", "model", "notes.txt", "--output=adapter", *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads((desk / "adapter" / "training.json").read_text())
+    assert report["evaluations"] == []
+    assert report["versions"]["compressed-tensors"] == version("compressed-tensors")
+    assert "evaluated" not in result.output
+    assert f"\ntrained on {report['data']['rows']} rows (" in result.stdout
+
+
+def test_the_page_names_what_the_adapters_folder_holds_and_the_help_says_the_same(desk):
+    page = (ROOT / "docs" / "commands" / "train.md").read_text()
+    plot = ["--plot"] if find_spec("matplotlib") is not None else []
+    result = invoke("train", "model", "notes.txt", "--output=adapter", *SHORT, *plot)
+    assert result.exit_code == 0, result.output
+    table = page.partition("## ADAPTER")[2].partition("## Resuming")[0]
+    for path in (desk / "adapter").iterdir():
+        assert f"`{path.name}`" in table, path.name
+    text = " ".join(invoke("train", "--help").output.replace("│", " ").split())
+    for said in (
+        "The scaling is alpha / rank",
+        "and of the evaluation split",
+        "once the new one is whole",
+        "Print a JSON object instead of text",
+    ):
+        assert said in text
 
 
 def test_a_loss_that_is_not_finite_ends_with_exit_code_1(desk):
@@ -144,3 +183,4 @@ def test_the_example_with_trl_runs(desk, monkeypatch):
     assert result.exit_code == 0, result.output
     (adapter,) = json.loads(result.stdout)["adapters"]
     assert adapter["ranks"] == [16]
+    assert not (desk / "sft-lora.partial").exists()

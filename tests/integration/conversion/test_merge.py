@@ -162,3 +162,41 @@ def test_what_was_reported_of_another_merge_is_not_carried_along(tiny_models, ad
     convert("merge", tiny_models["g32"], tmp_path / "first", *options)
     convert("merge", tmp_path / "first", tmp_path / "second", f"--adapter={adapters[1]}")
     assert not (tmp_path / "second/merge_report.json").exists()
+
+
+def kept_of(source, target, adapter, factor):
+    """Return <W' - W, D> / <D, D> over all modules, of what is in two folders."""
+    exact, merged = exact_weights(source, [adapter], [factor]), open_checkpoint(target)
+    product = square = 0.0
+    for module in merged.modules():
+        base = dequantize(open_checkpoint(source).packed_weight(module), torch.float64)
+        delta = exact[f"{module}.weight"] - base
+        found = dequantize(merged.packed_weight(module), torch.float64) - base
+        product, square = product + (found * delta).sum(), square + delta.square().sum()
+    return float(product / square)
+
+
+@pytest.mark.parametrize("scales", ["search", "minmax"])
+@pytest.mark.parametrize(("factor", "lost"), [(1, False), (0.01, True)])
+def test_an_adapter_that_int4_loses_is_reported(
+    tiny_models, adapter, tmp_path, factor, lost, scales
+):
+    source, target = tiny_models["g128"], tmp_path / "merged"
+    options = [f"--adapter={adapter}={factor}", "--to=int4", f"--scales={scales}"]
+    result = run("merge", source, target, *options)
+    assert result.exit_code == 0, result.output
+    total = json.loads((target / "merge_report.json").read_text())["total"]
+    assert total["delta_kept"] == pytest.approx(kept_of(source, target, adapter, factor), rel=1e-9)
+    assert (total["delta_kept"] < 0.5) is lost, total
+    part = f"the adapters' part is {total['relative_delta']:.4f}"
+    assert part in " ".join(result.stdout.split())
+    said = f"most of what the adapters add was lost: {total['delta_kept']:.2f} of it is in the"
+    assert (said in " ".join(result.stdout.split())) is lost
+    if lost and scales == "search":  # although the error looks small
+        assert 0.5 * total["relative_delta"] < total["relative_error"] < 0.05
+
+
+def test_an_adapter_that_adds_nothing_loses_nothing(tiny_models, adapter, tmp_path):
+    source, target = tiny_models["g128"], tmp_path / "merged"
+    outcome = convert("merge", source, target, f"--adapter={adapter}=0", "--to=int4")
+    assert {one["delta_kept"] for one in outcome["report"]["modules"]} <= {1.0}

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from int4_lora.integration import open_checkpoint
 from int4_lora.integration.huggingface import Int4Linear, keep_packed, load_packed
+from int4_lora.integration.huggingface.zero_points import packed_zero_points
 from int4_lora.reference import quantize
 from support.checkpoints import Q_PROJ, edit_config, edit_tensors
 from support.tiny import shorten_scales
@@ -22,7 +23,8 @@ KEPT = ("g128", "asym-g32", "actorder-g128", "actorder-weight-g128", "channel", 
 
 
 def load(folder, dtype=torch.float32, **settings):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
+    with packed_zero_points():  # as load_packed
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
 
 
 def kept_of(model):

@@ -7,7 +7,7 @@ steers the training: PEFT on dense bfloat16 weights then ends up to 0.08 nats fr
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from int4_lora.compiled import formulation_for
 from int4_lora.integration.huggingface import Int4Linear, load_packed
@@ -34,7 +34,7 @@ def layers_of(model):
 
 def dense_model(folder, packed):
     """Return the model in float32, its weights dequantised by the reference."""
-    config = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).config
+    config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tensors = {

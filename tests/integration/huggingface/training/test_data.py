@@ -86,14 +86,17 @@ def test_longer_documents_are_cut_with_a_note(read):
         ([A, END], [-100, END]),
     ]
     (note,) = data.notes
-    assert "documents longer than 4 tokens are cut into rows: 1, into 3 rows" in note
+    assert note.endswith("data.jsonl: 1 document is longer than 4 tokens and was cut into 3 rows")
+    data = read([{"text": "abcabc"}, {"text": "abcab"}, {"text": "ab"}], length=4)
+    (note,) = data.notes
+    assert note.endswith("2 documents are longer than 4 tokens and were cut into 4 rows")
 
 
 def test_rows_without_anything_to_predict_are_left_out(read):
     data = read([{"prompt": "abcabc", "completion": "a"}, {"text": "abc"}], length=3)
     assert plain(data.train) == [([A, END], [-100, END]), ([A, B, C], [-100, B, C])]
     cut, left_out = data.notes
-    assert "into rows: 2, into 2 rows" in cut
+    assert "2 documents are longer than 3 tokens and were cut into 2 rows" in cut
     assert "nothing in them is predicted: 3" in left_out
 
 

@@ -131,7 +131,7 @@ def test_the_folder_holds_the_adapter_and_the_report(trained, model, lines):
     report = json.loads((trained.output / "training.json").read_text())
     assert report == trained.report
     assert [entry["step"] for entry in report["losses"]] == list(range(1, 9))
-    assert [entry["step"] for entry in report["evaluations"]] == [4, 8]
+    assert [entry["step"] for entry in report["evaluations"]] == [0, 4, 8]
     assert report["data"]["documents"] == 9
     assert report["settings"]["targets"] == [
         f"{name}_proj" for name in ("down", "gate", "k", "o", "q", "up", "v")
