@@ -292,7 +292,7 @@ def mixed_with_fp8(source, folder):
 
 
 def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
-    """transformers 5 leaves NVFP4's global scale in float32; 4.57 casts it with the model."""
+    """Transformers 5 leaves NVFP4's global scale in float32; 4.57 casts it with the model."""
     folder = mixed_with_nvfp4(square("g128"), tmp_path / "mixed")
     stock = load(folder, torch.bfloat16).get_submodule(Q_PROJ)
     with pytest.warns(UserWarning, match="its format is nvfp4-pack-quantized"):
