@@ -76,9 +76,9 @@ class RequantizedModule(Task):
             error += block.squared_error
             minmax += block.minmax_squared_error
             norm += block.squared_norm
-            delta = exact - base
-            delta_norm += float(delta.square().sum())
-            kept += float(((dense_rows(block.weight).to(torch.float64) - base) * delta).sum())
+            added, changed = exact - base, dense_rows(block.weight).to(torch.float64) - base
+            delta_norm += float(added.square().sum())
+            kept += float((changed * added).sum())
             largest = max(largest, block.max_error)
         return {
             "module": self.name,
