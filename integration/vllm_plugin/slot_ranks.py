@@ -22,15 +22,15 @@ from int4_lora.compiled.adapters.prepared import PreparedSlice
 
 __all__ = ["SlotRanks", "at_rank", "narrower_ranks"]
 
-LEAST_RANK = 8  # below it, the base and the calls themselves take nearly all of the time
+LEAST_RANK = 16  # each rank is another graph for each kind of layer, which each start compiles
 
 
 def narrower_ranks(rank: int) -> list[int]:
     """Return the ranks below that of whole slots at which the slots are read, ascending.
 
     Example:
-        >>> narrower_ranks(64), narrower_ranks(8)
-        ([8, 16, 32], [])
+        >>> narrower_ranks(64), narrower_ranks(16)
+        ([16, 32], [])
     """
     ranks, narrower = LEAST_RANK, []
     while ranks < rank:

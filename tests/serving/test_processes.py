@@ -54,6 +54,7 @@ def test_two_ranks_give_the_answers_of_one(
     assert furthest(answers, in_one_process) <= 0.1  # sums of halves, rounded in another order
 
 
+@pytest.mark.nightly
 def test_two_stages_give_right_answers(tiny_models, short, tmp_path):
     """Without LoRA, within vLLM's own compile: a CPU has them there alone."""
     model = tiny_models["asym-g128"]

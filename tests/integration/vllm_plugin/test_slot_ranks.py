@@ -14,8 +14,8 @@ from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_
 from int4_lora.integration.vllm_plugin.slot_ranks import narrower_ranks
 from int4_lora.reference import quantize
 
-INPUTS, WIDTHS, MOST_RANK = 128, (64, 32), 16
-RANKS = (3, 12, 16, 0)  # of the adapter in each slot; the last slot's has none for the layer
+INPUTS, WIDTHS, MOST_RANK = 128, (64, 32), 32
+RANKS = (3, 24, 32, 0)  # of the adapter in each slot; the last slot's has none for the layer
 WEIGHT = quantize(
     torch.randn(sum(WIDTHS), INPUTS, generator=torch.Generator().manual_seed(0)).bfloat16(),
     group_size=32,
@@ -58,16 +58,16 @@ def ranks_read(layer, ids):
 
 
 def test_ranks_double_up_to_that_of_the_slots():
-    assert narrower_ranks(1) == narrower_ranks(8) == []
-    assert narrower_ranks(16) == [8]
-    assert narrower_ranks(320) == [8, 16, 32, 64, 128, 256]
+    assert narrower_ranks(1) == narrower_ranks(16) == []
+    assert narrower_ranks(32) == [16]
+    assert narrower_ranks(320) == [16, 32, 64, 128, 256]
 
 
 def test_a_batch_reads_the_ranks_of_its_adapters(filled):
     layer, _ = filled
-    assert ranks_read(layer, [-1, 0, -1]) == {8}
-    assert ranks_read(layer, [1, 0, 3]) == {16}
-    assert ranks_read(layer, [0, 2]) == {16}
+    assert ranks_read(layer, [-1, 0, -1]) == {16}
+    assert ranks_read(layer, [1, 0, 3]) == {32}
+    assert ranks_read(layer, [0, 2]) == {32}
     assert ranks_read(layer, [3, -1, 99]) is None  # 99 is no slot
     assert ranks_read(layer, []) is None
 
@@ -101,7 +101,7 @@ def test_what_lies_beyond_the_rank_is_not_read(filled):
 def spoilt_beyond(layer, x, ids, needs_more):
     before = layer.forward(x, ids, None)
     for part in layer.lora.slices:
-        part.a[:, 8:], part.bt[:, 8:] = part.a[:, 8:] + torch.nan, part.bt[:, 8:] + torch.nan
+        part.a[:, 16:], part.bt[:, 16:] = part.a[:, 16:] + torch.nan, part.bt[:, 16:] + torch.nan
     try:
         assert torch.equal(layer.forward(x, ids, None), before)
         assert layer.forward(x, needs_more, None).isnan().all()
@@ -129,11 +129,11 @@ def test_ranks_that_fail_the_check_are_left_out(monkeypatch):
     monkeypatch.setattr(
         ServedLayer,
         "adapters_fault",
-        lambda self, lora, bias: "wrong" if lora.slices[0].rank == 8 else None,
+        lambda self, lora, bias: "wrong" if lora.slices[0].rank == 16 else None,
     )
     layer.read_at_ranks(None)
     layer.slot_ranks.note(0, 3)
-    assert ranks_read(layer, [0]) == {16}
+    assert ranks_read(layer, [0]) == {MOST_RANK}
 
 
 def test_without_warm_up_whole_slots_are_read():
