@@ -32,11 +32,14 @@ from int4_lora.compiled.adapters.terms import GATHERED_TOKENS
 
 __all__ = [
     "Graph",
+    "add_graph",
     "bucket_of",
     "compile_graph",
+    "forget_graph",
     "graph_key",
     "graph_of",
     "in_rows",
+    "known_graphs",
     "marked",
     "state_of",
 ]
@@ -106,6 +109,21 @@ _lock = threading.RLock()
 def graph_of(key: Hashable) -> Graph | None:
     """Return the graph of a key, or None if it is not compiled yet."""
     return _graphs.get(key)
+
+
+def known_graphs() -> dict[Hashable, Graph]:
+    """Return the graphs of this process by key."""
+    return dict(_graphs)
+
+
+def add_graph(key: Hashable, graph: Graph) -> None:
+    """Take a graph that another process compiled, unless its key has a graph here."""
+    _graphs.setdefault(key, graph)
+
+
+def forget_graph(key: Hashable) -> None:
+    """Forget the graph of a key, so that the next call compiles it."""
+    _graphs.pop(key, None)
 
 
 def bucket_of(tokens: int, device: str = "cpu") -> tuple[int, int]:

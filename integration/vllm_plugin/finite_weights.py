@@ -1,6 +1,6 @@
 """Which weights of adapters are finite, looked at once however often an adapter is put in a slot.
 
-Source: ``int4_lora.compiled.adapters.prepared.PreparedSlice.note_finite`` for what needs to know.
+Source: ``int4_lora.compiled.adapters.prepared.PreparedSlice.note_finite``, which is told.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 import int4_lora.compiled
 import int4_lora.reference
 from int4_lora.atomic_files import replace_files
-from int4_lora.compiled.graphs import cache
+from int4_lora.compiled.graphs.cache import Graph, add_graph, forget_graph, known_graphs
 from int4_lora.compiled.selection.choice import device_name
 from int4_lora.disk_cache import cache_folder
 from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
@@ -61,7 +61,7 @@ class KeptGraphs:
         }
         name = hashlib.sha256(repr(self.key).encode()).hexdigest()[:32]
         self.file = cache_folder() / "graphs" / f"{name}.pickle"
-        self._others = set(cache._graphs)  # of this process, before it
+        self._others = set(known_graphs())  # of this process, before it
         self._contents: dict[Hashable, tuple[tuple[int, ...], bytes]] = {}
 
     def load(self) -> int:
@@ -72,14 +72,14 @@ class KeptGraphs:
                 if kept["key"] != self.key:
                     return 0
                 graphs = {
-                    key: cache.Graph(_never, _function_of(content), places)
+                    key: Graph(_never, _function_of(content), places)
                     for key, (places, content) in kept["graphs"].items()
                 }
         except Exception:  # a file that is missing or damaged: unpickling may raise anything
             return 0
         self._contents = kept["graphs"]
         for key, graph in graphs.items():
-            cache._graphs.setdefault(key, graph)
+            add_graph(key, graph)
         return len(graphs)
 
     @contextmanager
@@ -92,7 +92,7 @@ class KeptGraphs:
         """Write the file anew if there are other graphs than it holds; return whether it was."""
         new = {
             key: (graph.places, _bytes_of(graph.direct))
-            for key, graph in list(cache._graphs.items())
+            for key, graph in known_graphs().items()
             if key not in self._others
             and key not in self._contents
             and hasattr(graph.direct, "serialize")
@@ -113,7 +113,7 @@ class KeptGraphs:
         if not self._contents:
             return False
         for key in self._contents:
-            cache._graphs.pop(key, None)
+            forget_graph(key)
         self._contents = {}
         self.file.unlink(missing_ok=True)
         return True

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.lora.layers import LoRAMapping
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
@@ -48,6 +47,7 @@ from int4_lora.integration.vllm_plugin.served_layer import adapter_slots
 from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
 from int4_lora.integration.vllm_plugin.stock_arithmetic import sixteen_bit_activations
 from int4_lora.integration.vllm_plugin.stock_layout import shared_weight
+from int4_lora.integration.vllm_plugin.vocabulary import adds_to_rows_without_an_adapter
 from int4_lora.reference import PackedWeight
 
 __all__ = ["Kind", "choice_of"]
@@ -99,7 +99,8 @@ def choice_of(
         may_share: whether a layer may run vLLM's kernel and ours on one copy of the weight.
     """
     times = _KeptTimes(kind, device, may_share)
-    stock_adapters = kind.slots > 0 and _stock_adapters_are_right(device.type)
+    wrong = device.type == "cpu" and adds_to_rows_without_an_adapter()
+    stock_adapters = kind.slots > 0 and not wrong
     try:
         choice = choose(times, favour, slots=kind.slots, stock_adapters=stock_adapters)
     except Exception as error:  # Inductor raises whatever its compilers do
@@ -281,26 +282,6 @@ def _in_turn(
     operands: Sequence[Operand], call: Callable[[Operand], object]
 ) -> Callable[[int], object]:
     return lambda number: call(operands[number % len(operands)])
-
-
-@cache
-def _stock_adapters_are_right(device: str) -> bool:
-    """Return whether vLLM's operators leave a token without an adapter alone.
-
-    vLLM <= 0.32's operators for CPUs treat -1, which stands for no adapter, as the last slot.
-    """
-    if device != "cpu":
-        return True
-    mapping = LoRAMapping(index_mapping=(7, 0), prompt_mapping=(7, 0))
-    with torch.device(device):
-        for mapping.is_prefill in (True, False):
-            operators = PunicaWrapperCPU(2, 2, torch.device(device))
-            operators.update_metadata(mapping, [7], 1, 1)
-            one, y = (torch.ones(1, 1, 1, 1),), torch.zeros(2, 1)
-            operators.add_lora_linear(y, torch.ones(2, 1), one, one, 1.0, (1,))
-            if bool(y[1].any()):
-                return False
-    return True
 
 
 def _copies(kind: Kind) -> int:

@@ -24,16 +24,21 @@ __all__ = ["VocabularyAdapters", "adds_to_rows_without_an_adapter", "patch_vocab
 
 @functools.cache
 def adds_to_rows_without_an_adapter() -> bool:
-    """Return whether vLLM's CPU operators add an adapter to rows that have none."""
+    """Return whether vLLM's operators for CPUs add an adapter to rows that have none.
+
+    Those for embeddings, lm_heads and linear layers are asked, wherever torch's default device is.
+    """
     mapping = LoRAMapping(index_mapping=(7, 0), prompt_mapping=(7, 0))
-    for mapping.is_prefill in (True, False):
-        operators = PunicaWrapperCPU(2, 2, torch.device("cpu"))
-        operators.update_metadata(mapping, [7], 1, 1)
-        one, y = torch.ones(1, 1, 1, 1), torch.zeros(2, 2)
-        operators.add_lora_embedding(y[:, :1], torch.ones(2, 1), one)
-        operators.add_lora_logits(y[:, 1:], torch.ones(2, 1), one, one, 1.0)
-        if bool(y[1].any()):
-            return True
+    with torch.device("cpu"):
+        for mapping.is_prefill in (True, False):
+            operators = PunicaWrapperCPU(2, 2, torch.device("cpu"))
+            operators.update_metadata(mapping, [7], 1, 1)
+            x, weight, y = torch.ones(2, 1), torch.ones(1, 1, 1, 1), torch.zeros(3, 2, 1)
+            operators.add_lora_embedding(y[0], x, weight)
+            operators.add_lora_logits(y[1], x, weight, weight, 1.0)
+            operators.add_lora_linear(y[2], x, (weight,), (weight,), 1.0, (1,))
+            if bool(y[:, 1].any()):
+                return True
     return False
 
 

@@ -132,18 +132,29 @@ def test_a_default_device_does_not_matter(one_rank, monkeypatch):
     assert set(many) == {SHARED_BASE}
 
 
-def test_vllms_operators_are_held_to_leave_base_rows_alone(one_rank, monkeypatch):
+@pytest.mark.parametrize("wrong", [True, False])
+def test_vllms_adapters_are_left_out_where_they_change_base_rows(one_rank, monkeypatch, wrong):
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    stock_trial._stock_adapters_are_right.cache_clear()
+    from int4_lora.integration.vllm_plugin.vocabulary import adds_to_rows_without_an_adapter
+
+    for name in ("add_lora_embedding", "add_lora_logits"):
+        monkeypatch.setattr(PunicaWrapperCPU, name, lambda *_, **__: None)
+    written = slice(None) if wrong else slice(1)
     monkeypatch.setattr(
-        PunicaWrapperCPU, "add_lora_linear", lambda self, y, *_, **__: y[0].fill_(1)
+        PunicaWrapperCPU, "add_lora_linear", lambda self, y, *_, **__: y[written].fill_(1)
     )
-    assert stock_trial._stock_adapters_are_right("cpu")
-    stock_trial._stock_adapters_are_right.cache_clear()
-    monkeypatch.setattr(PunicaWrapperCPU, "add_lora_linear", lambda self, y, *_, **__: y.fill_(1))
-    assert not stock_trial._stock_adapters_are_right("cpu")
-    stock_trial._stock_adapters_are_right.cache_clear()
+    given = []
+    monkeypatch.setattr(
+        stock_trial, "choose", lambda *_, stock_adapters, **__: given.append(stock_adapters)
+    )
+    monkeypatch.setattr(stock_trial._KeptTimes, "keep", lambda self: None)
+    adds_to_rows_without_an_adapter.cache_clear()
+    try:
+        choice_of(dataclasses.replace(KIND, slots=2, rank=8), CPU)
+    finally:
+        adds_to_rows_without_an_adapter.cache_clear()
+    assert given == [not wrong]
 
 
 def test_vllms_adapters_are_measured(one_rank, monkeypatch):

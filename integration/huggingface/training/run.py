@@ -288,7 +288,7 @@ def _check_adapter(rank: int, targets: Sequence[str], checkpoint: Checkpoint) ->
     """
     model = model_without_weights(checkpoint)
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    most = max((min(one.in_features, one.out_features) for one in linears), default=rank)
+    most = max((min(linear.in_features, linear.out_features) for linear in linears), default=rank)
     if rank > most:
         raise ValueError(
             f"rank must be at most {most}, the highest that a linear layer of the model can have, "

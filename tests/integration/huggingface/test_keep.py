@@ -264,31 +264,45 @@ def test_layers_of_another_format_are_left_and_named(square, tmp_path):
     assert keep_packed(model) is model
 
 
-def mixed_with_fp8(source, folder):
-    """Return a copy of a checkpoint whose first q_proj is FP8, every weight 1."""
+def mixed(source, folder, name, scheme, stored):
+    """Return a copy of a checkpoint whose first q_proj has another format.
+
+    Args:
+        source: the checkpoint.
+        folder: the copy.
+        name: the format, with its group in ``config_groups``.
+        scheme: the group's weights.
+        stored: returns the stored tensors of a weight of a shape, by part of their names.
+    """
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    for part in ("packed", "scale", "shape"):
-        shape = tensors.pop(f"{Q_PROJ}.weight_{part}")
-    tensors[f"{Q_PROJ}.weight"] = torch.ones(shape.tolist()).to(torch.float8_e4m3fn)
-    tensors[f"{Q_PROJ}.weight_scale"] = torch.ones(shape[0], 1, dtype=torch.bfloat16)
+    parts = {part: tensors.pop(f"{Q_PROJ}.weight_{part}") for part in ("packed", "scale", "shape")}
+    others = stored(parts["shape"].tolist())
+    tensors |= {f"{Q_PROJ}.{part}": tensor for part, tensor in others.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def change(_, quantization):
-        quantization["config_groups"]["group_0"]["targets"] = [
-            "re:.*(k|v|o|gate|up|down)_proj",
-            "re:.*layers.1.*q_proj",
-        ]
-        quantization["config_groups"]["group_0"]["format"] = "pack-quantized"
-        quantization["config_groups"]["fp8"] = {
-            "targets": [Q_PROJ],
-            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
-            "format": "float-quantized",
-        }
+        groups = quantization["config_groups"]
+        groups["group_0"]["targets"] = ["re:.*(k|v|o|gate|up|down)_proj", "re:.*layers.1.*q_proj"]
+        groups["group_0"]["format"] = "pack-quantized"
+        groups["other"] = {"targets": [Q_PROJ], "weights": scheme, "format": name}
         quantization["format"] = "mixed-precision"
 
     edit_config(folder, change)
     return folder
+
+
+def mixed_with_fp8(source, folder):
+    """Return a copy of a checkpoint whose first q_proj is FP8, every weight 1."""
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+
+    def stored(shape):
+        return {
+            "weight": torch.ones(shape).to(torch.float8_e4m3fn),
+            "weight_scale": torch.ones(shape[0], 1, dtype=torch.bfloat16),
+        }
+
+    return mixed(source, folder, "float-quantized", scheme, stored)
 
 
 def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
@@ -306,36 +320,17 @@ def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
 
 def mixed_with_nvfp4(source, folder):
     """Return a copy of a checkpoint whose first q_proj is NVFP4, every weight 0."""
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for part in ("packed", "scale", "shape"):
-        del tensors[f"{Q_PROJ}.weight_{part}"]
-    tensors[f"{Q_PROJ}.weight_packed"] = torch.zeros(256, 128, dtype=torch.uint8)
-    tensors[f"{Q_PROJ}.weight_scale"] = torch.ones(256, 16).to(torch.float8_e4m3fn)
-    tensors[f"{Q_PROJ}.weight_global_scale"] = torch.tensor([1234.5])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
 
-    def change(_, quantization):
-        quantization["config_groups"]["group_0"]["targets"] = [
-            "re:.*(k|v|o|gate|up|down)_proj",
-            "re:.*layers.1.*q_proj",
-        ]
-        quantization["config_groups"]["group_0"]["format"] = "pack-quantized"
-        quantization["config_groups"]["nvfp4"] = {
-            "targets": [Q_PROJ],
-            "weights": {
-                "num_bits": 4,
-                "type": "float",
-                "symmetric": True,
-                "strategy": "tensor_group",
-                "group_size": 16,
-            },
-            "format": "nvfp4-pack-quantized",
+    def stored(shape):
+        rows, columns = shape
+        return {
+            "weight_packed": torch.zeros(rows, columns // 2, dtype=torch.uint8),
+            "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+            "weight_global_scale": torch.tensor([1234.5]),
         }
-        quantization["format"] = "mixed-precision"
 
-    edit_config(folder, change)
-    return folder
+    return mixed(source, folder, "nvfp4-pack-quantized", {**scheme, "group_size": 16}, stored)
 
 
 def test_hooks_are_carried_over(square):
