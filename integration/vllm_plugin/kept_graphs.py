@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.util
 import pickle
 import platform
 from collections.abc import Hashable, Iterator
@@ -39,7 +40,11 @@ _functorch: Any = importlib.import_module("torch._functorch.config")
 
 def can_keep_graphs() -> bool:
     """Return whether the installed torch can make bytes of a compiled graph."""
-    return hasattr(_functorch, "bundled_autograd_cache")
+    # torch 2.8 has the option, but nothing that writes what it compiles
+    return (
+        hasattr(_functorch, "bundled_autograd_cache")
+        and importlib.util.find_spec("torch._dynamo.aot_compile_types") is not None
+    )
 
 
 class KeptGraphs:
