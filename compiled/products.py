@@ -6,26 +6,62 @@ on a CPU.
 
 from __future__ import annotations
 
+import platform
+
 import torch
 from torch import Tensor
 
-__all__ = ["batched_product", "has_products", "narrow_product", "product"]
+from int4_lora.reference.lora import accumulation_dtype
+
+__all__ = [
+    "BATCHED_TOKENS",
+    "SLOW_ON_CPU",
+    "batched_product",
+    "factor_dtype",
+    "narrow_product",
+    "product",
+]
 
 HALVES = (torch.float16, torch.bfloat16)
 ONEDNN = {  # functions that return whether oneDNN has products in a dtype on this CPU
     torch.float16: "_is_mkldnn_fp16_supported",
     torch.bfloat16: "_is_mkldnn_bf16_supported",
 }
+BATCHED_TOKENS = 95  # the most for which a CPU's 16-bit products are batches, one for each thread
+X86 = ("x86_64", "AMD64")
+BFLOAT16_ON_X86 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # in torch.cpu
 
 
-SLOW_ON_CPU = tuple(  # PyTorch's own products in these dtypes are 100 times slower
-    dtype for dtype, name in ONEDNN.items() if not getattr(torch.ops.mkldnn, name, lambda: True)()
-)
+def _emulates_bfloat16() -> bool:
+    """Return whether this CPU has no instructions for products of bfloat16, as far as torch tells.
+
+    oneDNN then converts the factors at each use: its products take 4 times those of float32.
+    """
+    tests = [getattr(torch.cpu, name, None) for name in BFLOAT16_ON_X86]
+    return platform.machine() in X86 and not any(test is None or test() for test in tests)
 
 
-def has_products(x: Tensor) -> bool:
-    """Return whether matrix products in the dtype of ``x`` are fast on its device."""
-    return x.device.type != "cpu" or x.dtype not in SLOW_ON_CPU
+def _slow_on_cpu() -> tuple[torch.dtype, ...]:
+    """Return the dtypes whose products are slower on this CPU than those of float32."""
+    lacking = [  # PyTorch's own products in these are 100 times slower
+        dtype
+        for dtype, name in ONEDNN.items()
+        if not getattr(torch.ops.mkldnn, name, lambda: True)()
+    ]
+    return (*lacking, *([torch.bfloat16] if _emulates_bfloat16() else []))
+
+
+SLOW_ON_CPU = _slow_on_cpu()
+
+
+def factor_dtype(x: Tensor, scale_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which x and a dense weight are multiplied.
+
+    It is that of x where the scales have it as well and products in it are fast on the device.
+    Otherwise it is the accumulation dtype, which holds x and every rounded weight exactly.
+    """
+    slow = x.device.type == "cpu" and x.dtype in SLOW_ON_CPU
+    return x.dtype if x.dtype == scale_dtype and not slow else accumulation_dtype(x)
 
 
 def product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:

@@ -18,13 +18,30 @@ from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.layouts.layout import PreparedWeight
 
-__all__ = ["Backend", "Formulation"]
+__all__ = ["Backend", "Blocks", "Formulation", "layer_of"]
 
 Backend = Callable[..., Any] | str  # what torch.compile accepts as backend=
 
 
 def _no_limit(weight: Any, dtype: torch.dtype, tokens: int) -> str | None:
     return None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A base computed outside of the layer's graph, block by block of the weight's rows.
+
+    Args:
+        rows: the rows of a block.
+        dtype: the dtype of both factors and of their product.
+        decoded: ``decoded(part, dtype)`` returns the dense weight of a part, transposed.
+        in_order: puts the outputs in the order of the rows, if the blocks' are in another order.
+    """
+
+    rows: int
+    dtype: torch.dtype
+    decoded: Callable[[Any, torch.dtype], Tensor]
+    in_order: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,8 @@ class Formulation:
             the sum of |x| |s| over a row.
         most_rank: the largest rank of adapters that it takes, or None for any.
         one_call: whether the base alone is one call of an operator, with nothing to compile.
+        blocks: ``blocks(x, weight)`` returns how to compute the base outside of the layer's graph,
+            or None where it is part of it.
         backend: ``backend(weight, bucket)`` returns the backend that compiles the layer. None means
             Inductor with its defaults; only then can another graph inline the layer.
     """
@@ -59,6 +78,7 @@ class Formulation:
     cancellation: float = 0.0
     most_rank: int | None = None
     one_call: bool = False
+    blocks: Callable[[Tensor, Any], Blocks | None] | None = None
     backend: Callable[[Any, tuple[int, int]], Backend] | None = None
 
     def layer(
@@ -79,10 +99,7 @@ class Formulation:
                 contributes nothing.
             bias: ``[out_features]`` or None.
         """
-        base = self.base(x, weight)
-        if not slices and bias is None:
-            return base.to(x.dtype)
-        return add_terms(base, x, slices, adapter_ids, bias)
+        return layer_of(self.base(x, weight), x, slices, adapter_ids, bias)
 
     def refuses(self, weight: PreparedWeight, dtype: torch.dtype, tokens: int) -> str | None:
         """Return why the formulation cannot take a weight, dtype of x and tokens, or None."""
@@ -102,3 +119,16 @@ class Formulation:
             return False
         meant = weight.device.type in self.devices
         return meant and self.refuses(weight, dtype, tokens) is None
+
+
+def layer_of(
+    base: Tensor,
+    x: Tensor,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return ``RN_x(base + deltas + bias)`` of a base ``[tokens, out_features]``."""
+    if not slices and bias is None:
+        return base.to(x.dtype)
+    return add_terms(base, x, slices, adapter_ids, bias)

@@ -6,13 +6,13 @@ A byte of a block holds the codes of two rows, one from each half of the block
 - ``paired``, for bfloat16, puts both weights of a byte side by side into one 32-bit word, and puts
   the columns of the product in order afterwards. All vectors then have 32-bit lanes, which
   Inductor's conversions are written for, and rounding costs four integer instructions.
-- ``halves``, for everything else, makes each half a tensor and a product of its own.
+- ``in_rows``, for everything else, writes the runs where the rows belong.
 
-Weights are decoded transposed, since a block is stored column by column. A tile is decoded in as
-many parts as there are threads and multiplied as a batch, so that each thread multiplies the
-weights that it dequantised. One product of the whole tile would be split by columns, dequantising
-by groups: half of the tile would cross from core to core, which at times made the layer take 1.6
-times as long.
+Weights are decoded transposed, since a block is stored column by column. Within a graph, a tile is
+decoded in as many parts as there are threads and multiplied as a batch, so that each thread
+multiplies the weights that it dequantised. One product of the whole tile would be split by columns,
+dequantising by groups: half of the tile would cross from core to core, which at times made the
+layer take 1.6 times as long for few tokens.
 
 Source: ``compiled/rounding.py`` for rounding to nearest even in integers.
 """
@@ -28,7 +28,16 @@ from torch import Tensor
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
 from int4_lora.compiled.rounding import UPPER, bfloat16_bits, rounded
 
-__all__ = ["Tile", "base", "decodes_pairs", "halves", "paired", "scales_of"]
+__all__ = [
+    "Tile",
+    "base",
+    "decoded",
+    "decodes_pairs",
+    "in_order",
+    "in_rows",
+    "paired",
+    "scales_of",
+]
 
 LOWER = 2**16 - 1  # the lower half of a word
 
@@ -65,14 +74,29 @@ def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
     whole = blocks * weight.block
     most = max(1, workspace // (x.dtype.itemsize * weight.in_features * weight.block))
     pairs = decodes_pairs(weight, x.dtype)
-    part = _of_pairs if pairs else _of_halves
-    scales = scales_of(weight, torch.float32 if pairs else weight.scale_dtype)
-    tiles = _tiles(blocks, _threads(), most)
-    parts = [part(x, weight, tile, scales) for tile in tiles]
-    found = [_in_order(torch.cat(parts, dim=1), weight.block)] if pairs and parts else parts
+    scales = scales_of(weight, pairs)
+    parts = [
+        _multiplied(x, _dense(weight, tile, scales, x.dtype))
+        for tile in _tiles(blocks, _threads(), most)
+    ]
     if whole < weight.out_features:
-        found.append(x @ weight.columns(whole, weight.out_features, x.dtype))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        parts.append(x @ weight.columns(whole, weight.out_features, x.dtype))
+    product = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return in_order(product, weight.block) if pairs else product
+
+
+def decoded(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
+    """Return a dense weight, transposed: ``[in_features, out_features]``.
+
+    Args:
+        weight: whole blocks of rows, or the rows after the last whole block.
+        dtype: the dtype to return. Where ``decodes_pairs``, rows are in the order of ``paired``.
+    """
+    blocks = weight.out_features // weight.block
+    if not blocks:
+        return weight.columns(0, weight.out_features, dtype)
+    scales = scales_of(weight, decodes_pairs(weight, dtype))
+    return _dense(weight, Tile(0, 1, blocks), scales, dtype)[0]
 
 
 def decodes_pairs(weight: Int4PackWeight, dtype: torch.dtype) -> bool:
@@ -96,16 +120,28 @@ def _tiles(blocks: int, threads: int, most: int) -> list[Tile]:
     return found
 
 
-def scales_of(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
+def scales_of(weight: Int4PackWeight, pairs: bool) -> Tensor:
     """Return the table's scales without the offsets: ``[groups, out_features]``.
 
     They are the product of the table with (1, 0), which is exact, except that -0 becomes 0.
     Inductor keeps a product in memory; it would fuse a slice into every use, and gather the scale
     of each weight.
+
+    Args:
+        weight: the weight.
+        pairs: whether they are for ``paired``, which takes float32; else in their dtype.
     """
-    flat = weight.table.view(-1, 2).to(dtype)
+    dtype = torch.float32 if pairs else weight.scale_dtype
+    flat = weight.table.reshape(-1, 2).to(dtype)
     first = torch.tensor([[1.0], [0.0]], dtype=dtype, device=flat.device)
     return (flat @ first).view(weight.table.shape[:2])
+
+
+def _dense(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tile's rows of the dense weight, transposed: ``[parts, in_features, rows]``."""
+    if decodes_pairs(weight, dtype):
+        return paired(weight, tile, scales)
+    return in_rows(weight, tile, scales, dtype)
 
 
 def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
@@ -114,7 +150,7 @@ def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
     Args:
         weight: a weight with bfloat16 scales.
         tile: the blocks to decode.
-        scales: returned by ``scales_of``, in float32.
+        scales: returned by ``scales_of``.
 
     Returns:
         ``[parts, in_features, rows of a part]``, blocks in order. In a block, each row of the first
@@ -125,8 +161,8 @@ def paired(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
     return words.reshape(tile.parts, weight.in_features, -1).view(torch.bfloat16)
 
 
-def halves(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Return the first and the second halves of a tile's blocks as dense weights, transposed.
+def in_rows(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tile's rows of the dense weight, transposed, in the order of rows.
 
     Args:
         weight: the weight.
@@ -135,11 +171,11 @@ def halves(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtyp
         dtype: the dtype to return.
 
     Returns:
-        Two tensors ``[parts, in_features, rows of a part / 2]``, blocks in order.
+        ``[parts, in_features, rows of a part]``.
     """
     both = _codes_and_scales(weight, tile, scales.float())
-    shape = (tile.parts, weight.in_features, -1)
-    return [rounded(half, weight.scale_dtype).to(dtype).reshape(shape) for half in both]
+    halves = [rounded(half, weight.scale_dtype).to(dtype) for half in both]
+    return torch.stack(halves, dim=4).reshape(tile.parts, weight.in_features, -1)
 
 
 def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,25 +192,16 @@ def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tup
     return low.float() * scale[:, :, None, :, 0], high.float() * scale[:, :, None, :, 1]
 
 
-def _of_pairs(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
-    """Return the outputs of a tile, ``[tokens, rows]`` in the order of ``paired``."""
-    return _multiplied(x, paired(weight, tile, scales)).transpose(0, 1).flatten(1)
-
-
-def _of_halves(x: Tensor, weight: Int4PackWeight, tile: Tile, scales: Tensor) -> Tensor:
-    """Return the outputs of a tile, ``[tokens, rows]`` in the order of rows."""
-    shape = (tile.parts, x.shape[0], tile.blocks, weight.block // 2)
-    both = [_multiplied(x, half).view(shape) for half in halves(weight, tile, scales, x.dtype)]
-    return torch.stack(both, dim=3).transpose(0, 1).flatten(1)  # tokens, part, block, half, row
-
-
 def _multiplied(x: Tensor, parts: Tensor) -> Tensor:
-    """Return the product of x with each part: ``[parts, tokens, rows of a part]``."""
-    return x.unsqueeze(0).expand(parts.shape[0], *x.shape) @ parts
+    """Return the product of x with all parts: ``[tokens, rows of the tile]``."""
+    products = x.unsqueeze(0).expand(parts.shape[0], *x.shape) @ parts
+    return products.transpose(0, 1).flatten(1)
 
 
-def _in_order(product: Tensor, block: int) -> Tensor:
-    """Return the outputs of whole blocks in the order of rows, given in that of ``paired``."""
+def in_order(product: Tensor, block: int) -> Tensor:
+    """Return outputs in the order of rows, those of whole blocks given in that of ``paired``."""
     tokens, outputs = product.shape
-    pairs = product.view(tokens, outputs // block, block // 2, 2)
-    return pairs.transpose(2, 3).reshape(product.shape)
+    whole = outputs // block * block
+    pairs = product[:, :whole].view(tokens, -1, block // 2, 2)
+    rows = pairs.transpose(2, 3).reshape(tokens, whole)
+    return rows if whole == outputs else torch.cat([rows, product[:, whole:]], dim=1)

@@ -2,11 +2,10 @@
 
 dx = g W,  g the gradient of y
 
-As in the formulation ``tiles``, W and g keep their dtype where it is the scales' and products in it
-are fast; elsewhere both are widened to the accumulation dtype. A product sums in the accumulation
-dtype; on a CPU it rounds its result to the factors' dtype. All rows of W are decoded at once up to
-``BLOCK_BYTES``, so that the product is rounded once. Above, blocks of rows are summed in the
-accumulation dtype.
+W and g are multiplied in ``factor_dtype``, as in the formulation ``tiles``. A product sums in the
+accumulation dtype; on a CPU it rounds its result to the factors' dtype. All rows of W are decoded
+at once up to ``BLOCK_BYTES``, so that the product is rounded once. Above, blocks of rows are summed
+in the accumulation dtype.
 
 Source: the derivative of ``int4_lora.reference.int4_linear``.
 """
@@ -21,14 +20,14 @@ from torch import Tensor
 from int4_lora.compiled.formulations.int4pack_tiles import (
     Tile,
     decodes_pairs,
-    halves,
+    in_rows,
     paired,
     scales_of,
 )
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
 from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from int4_lora.compiled.layouts.layout import PreparedWeight
-from int4_lora.compiled.products import has_products, narrow_product
+from int4_lora.compiled.products import factor_dtype, narrow_product
 from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = ["BLOCK_BYTES", "through_base"]
@@ -48,8 +47,7 @@ def through_base(g: Tensor, weight: PreparedWeight, dtype: torch.dtype) -> Tenso
         ``[tokens, in_features]``.
     """
     sums = accumulation_dtype(g)
-    same = g.dtype == weight.scale_dtype and has_products(g)
-    g = g if same else g.to(sums)
+    g = g.to(factor_dtype(g, weight.scale_dtype))
     total = None
     for some, rows in _factors(g, weight):
         part = narrow_product(some, rows, sums)
@@ -77,19 +75,17 @@ def _of_int4pack(
     """Yield the factors of a weight in torch's layout: columns of g follow the rows as decoded."""
     block = weight.block
     blocks = weight.out_features // block
-    in_pairs = decodes_pairs(weight, g.dtype)
-    scales = scales_of(weight, torch.float32 if in_pairs else weight.scale_dtype)
+    pairs = decodes_pairs(weight, g.dtype)
+    scales = scales_of(weight, pairs)
     each = max(1, most_rows // block)
     for first in range(0, blocks, each):
         tile = Tile(first, 1, min(each, blocks - first))
         columns = g[:, tile.first * block : tile.stop * block]
-        columns = columns.reshape(g.shape[0], tile.blocks, 2, block // 2)
-        if in_pairs:
-            yield columns.transpose(2, 3).flatten(1), paired(weight, tile, scales)[0].T
+        if pairs:
+            order = columns.reshape(g.shape[0], tile.blocks, 2, block // 2)
+            yield order.transpose(2, 3).flatten(1), paired(weight, tile, scales)[0].T
         else:
-            both = halves(weight, tile, scales, g.dtype)
-            yield columns[:, :, 0].flatten(1), both[0][0].T
-            yield columns[:, :, 1].flatten(1), both[1][0].T
+            yield columns, in_rows(weight, tile, scales, g.dtype)[0].T
     if blocks * block < weight.out_features:
         rest = slice(blocks * block, weight.out_features)
         yield g[:, rest], weight.columns(rest.start, rest.stop, g.dtype).T

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from int4_lora.compiled.adapters.terms import GATHERED_TOKENS
+from int4_lora.compiled.products import BATCHED_TOKENS, SLOW_ON_CPU
 
 __all__ = [
     "Graph",
@@ -39,14 +40,16 @@ __all__ = [
     "graph_key",
     "graph_of",
     "in_rows",
+    "is_plain",
     "known_graphs",
     "marked",
     "state_of",
 ]
 
 MOST_TOKENS = 2**31 - 1
+_BATCHED = () if torch.bfloat16 in SLOW_ON_CPU else (BATCHED_TOKENS,)
 LAST_TOKENS = {  # the ends of buckets: within a bucket, ``add_terms`` must not change its choice
-    "cpu": (1, GATHERED_TOKENS["cpu"][0], 2**15),
+    "cpu": (1, GATHERED_TOKENS["cpu"][0], *_BATCHED, 2**15),
     "cuda": (1, GATHERED_TOKENS["cuda"][0], 2**13),  # kernels index 2^13 rows in 32 bits
 }
 _C: Any = torch._C
@@ -244,7 +247,7 @@ def compile_graph(
         operands: the operands to compile with; the first has a row for each token.
         tensors: the tensors among the operands and inside them, in the order of ``places``.
     """
-    plain = _is_plain(operands)
+    plain = is_plain(operands)
     bounded = bucket[1] < MOST_TOKENS  # else only guards know the upper end
     under_modes = _C._len_torch_function_stack() + _C._len_torch_dispatch_stack() > 0
     calls: list[tuple[_Watched, tuple[int, ...]]] = []
@@ -278,7 +281,7 @@ def compile_graph(
         return _graphs.setdefault(key, Graph(guarded, direct, places))
 
 
-def _is_plain(operands: Sequence[Any]) -> bool:
+def is_plain(operands: Sequence[Any]) -> bool:
     """Return whether the key describes the operands fully: no tensor subclasses, no transforms."""
     return (
         all(

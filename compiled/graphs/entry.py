@@ -13,18 +13,21 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.formulations import Formulation
-from int4_lora.compiled.formulations.formulation import Backend
+from int4_lora.compiled.formulations.formulation import Backend, Blocks
+from int4_lora.compiled.graphs.blocks import Decoder, base_by_blocks, decoders, finish
 from int4_lora.compiled.graphs.cache import (
     bucket_of,
     compile_graph,
     graph_key,
     graph_of,
     in_rows,
+    is_plain,
     marked,
 )
 from int4_lora.compiled.layouts.layout import PreparedWeight
@@ -84,6 +87,27 @@ class _DirectTuple(_Direct):
 
     def __call__(self, *by_tokens: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(self.results(*by_tokens))
+
+
+@dataclass(eq=False)
+class _ByBlocks:
+    """The entry of a layer whose base is computed block by block.
+
+    Args:
+        weight: the weight.
+        decoders: returned by ``decoders``.
+        dtype: of both factors.
+        finish: puts the outputs in order, adds adapters and bias; None where neither is needed.
+    """
+
+    weight: PreparedWeight
+    decoders: Sequence[Decoder]
+    dtype: torch.dtype
+    finish: Entry | None = None
+
+    def __call__(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        base = base_by_blocks(x, self.weight, self.decoders, self.dtype)
+        return base.to(x.dtype) if self.finish is None else self.finish(base, x, adapter_ids)
 
 
 @functools.cache
@@ -146,6 +170,9 @@ def plan(
     formulation = formulation or choose(weight, x.dtype, x.shape[0], slices)
     if formulation.one_call and not slices and bias is None:
         return _OneCall(formulation, weight)
+    blocks = formulation.blocks(x, weight) if formulation.blocks and is_plain((x,)) else None
+    if blocks is not None:
+        return _plan_blocks(x, weight, slices, adapter_ids, bias, blocks)
 
     def layer(
         x: Tensor,
@@ -162,6 +189,27 @@ def plan(
     kind = (formulation.name, weight.signature)
     bias = None if bias is None else in_rows(bias.detach())
     return entry_of(kind, layer, backend, (x, adapter_ids), (bias,), slices, weight)
+
+
+def _plan_blocks(
+    x: Tensor,
+    weight: PreparedWeight,
+    slices: Sequence[PreparedSlice],
+    adapter_ids: Tensor | None,
+    bias: Tensor | None,
+    blocks: Blocks,
+) -> Entry:
+    """Return the entry of a layer whose base is computed block by block."""
+    by_blocks = _ByBlocks(weight, decoders(weight, blocks), blocks.dtype)
+    if slices or bias is not None or blocks.in_order is not None:
+        base = torch.empty(x.shape[0], weight.out_features, dtype=blocks.dtype, device=x.device)
+        bias = None if bias is None else in_rows(bias.detach())
+        kind = ("after blocks", *base.shape[1:], *x.shape[1:], blocks.in_order)
+        function = finish(blocks)
+        by_blocks.finish = entry_of(
+            kind, function, lambda bucket: "inductor", (base, x, adapter_ids), (bias,), slices
+        )
+    return by_blocks
 
 
 def plan_terms(

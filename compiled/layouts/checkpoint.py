@@ -63,6 +63,10 @@ class CheckpointWeight(PreparedWeight):
         """Return the checkpoint's other tensors with these words."""
         return dataclasses.replace(self.weight, packed=packed)
 
+    def part(self, start: int, stop: int) -> CheckpointWeight:
+        """Return all rows: ``tile`` allows no other part."""
+        return self
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight."""
         codes, scale = centred_codes(self.weight), scale_of_each_weight(self.weight)

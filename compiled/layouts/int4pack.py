@@ -12,7 +12,8 @@ Source: ``aten/src/ATen/native/cpu/int4mm_kernel.cpp`` of PyTorch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -119,6 +120,29 @@ class Int4PackWeight(PreparedWeight):
             shape=self.shape,
             g_idx=self.g_idx,
             group_size=self.group_size,
+        )
+
+    def blocks(self, most_rows: int = 1024) -> Iterator[tuple[int, int]]:
+        """Yield where to start and to stop; the rows after the last whole block come by themselves.
+
+        Args:
+            most_rows: the rows of a block, unless ``tile`` needs more.
+        """
+        whole = self.out_features // self.block * self.block
+        for start, stop in super().blocks(most_rows):
+            if start < whole < stop:
+                yield start, whole
+                start = whole
+            yield start, stop
+
+    def part(self, start: int, stop: int) -> Int4PackWeight:
+        """Return rows as a weight that shares the memory of this weight."""
+        return replace(
+            self,
+            data=self.data[start:stop],
+            table=self.table[:, start:stop],
+            shape=(stop - start, self.in_features),
+            g_idx=None,
         )
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ Source: ``docs/format.md`` for the codes; the order is this project's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -148,6 +148,20 @@ class InterleavedWeight(PreparedWeight):
         if self.exponent is not None:
             return self.exponent
         return _exponents(self.out_features, self.device)
+
+    def part(self, start: int, stop: int) -> InterleavedWeight:
+        """Return rows as a weight that shares the memory of this weight."""
+        zeros = self.zero_point
+        return replace(
+            self,
+            words=self.words[start:stop],
+            scale=self.scale[start:stop],
+            shape=(stop - start, self.in_features),
+            zero_point=None if zeros is None else zeros[start // ZEROS : -(-stop // ZEROS)],
+            g_idx=None,
+            order=None,
+            exponent=None if self.exponent is None else self.exponent[start:stop],
+        )
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight, with columns in this weight's order."""

@@ -112,6 +112,17 @@ class PreparedWeight(ABC):
         )
 
     @abstractmethod
+    def part(self, start: int, stop: int) -> PreparedWeight:
+        """Return rows as a weight that shares the memory of this weight.
+
+        Its columns have the order of ``rows``. It serves to compute only: it has no ``g_idx``.
+
+        Args:
+            start: the first row, a multiple of ``tile``.
+            stop: the row after the last.
+        """
+
+    @abstractmethod
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight: ``RN_scale((q - z) * s)``, then cast.
 
@@ -123,6 +134,10 @@ class PreparedWeight(ABC):
         Returns:
             ``[stop - start, in_features]``.
         """
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Return x with its columns in the order of ``rows``."""
+        return x
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight as ``rows`` does, with columns in the order of x."""

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 CACHE = "crossovers"
-FORMAT = 6  # increased when a formulation changes, so that old measurements are ignored
+FORMAT = 7  # increased when a formulation changes, so that old measurements are ignored
 MOST_TOKENS = {  # for which a formulation is the default
     INT4PACK.name: 24,
     DEFINITION.name: 24,  # above, products in 16 bits outweigh its single loop over W

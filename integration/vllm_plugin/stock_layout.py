@@ -13,7 +13,7 @@ Source: vLLM's ``CPUWNA16LinearKernel._process_gptq_weights_w4a16``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,17 @@ class VllmCPUWeight(PreparedWeight):
             shape=self.shape,
             zero_point=None if self.zero_point is None else self.zero_point.T.contiguous(),
             group_size=self.group_size,
+        )
+
+    def part(self, start: int, stop: int) -> VllmCPUWeight:
+        """Return rows as a weight that shares the memory of this weight."""
+        zeros = self.zero_point
+        return replace(
+            self,
+            words=self.words[start // ROWS : stop // ROWS],
+            scale=self.scale[:, start:stop],
+            shape=(stop - start, self.in_features),
+            zero_point=None if zeros is None else zeros[:, start // CODES : stop // CODES],
         )
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ TOKENS = [f"{FORMULATIONS[0]}::test_tokens_and_dtypes"]
 RANKS = [f"{FORMULATIONS[0]}::EveryFormulation"]
 BASE = "compiled/gradients/test_base.py"
 ADAPTER = "compiled/gradients/test_adapter.py"
+BLOCKS = ["compiled/graphs/test_blocks.py::test_the_layer_is_within_its_bound"]
 WEIGHTS = ["compiled/layouts/test_layouts.py"]
 
 # name: (module, {right: wrong}, tests, one of which must fail)
@@ -80,11 +81,20 @@ MUTANTS = {
         ["compiled/adapters/test_terms.py"],
     ),
     "parts_in_the_order_of_blocks": (
-        "formulations.int4pack_tiles", {"torch.stack(both, dim=3)": "torch.stack(both, dim=2)"},
+        "formulations.int4pack_tiles", {"torch.stack(halves, dim=4)": "torch.stack(halves, dim=3)"},
         ["compiled/formulations/test_int4pack_tiles.py"],
     ),
     "columns_not_arranged": (
-        "formulations.tiles", {"x = weight.arrange(x)": "pass"}, FORMULATIONS,
+        "formulations.tiles", {"weight.arrange(x.to(dtype))": "x.to(dtype)"}, FORMULATIONS,
+    ),
+    "columns_not_arranged_for_blocks": (
+        "graphs.blocks", {"weight.arrange(x.to(dtype))": "x.to(dtype)"}, BLOCKS,
+    ),
+    "outputs_of_blocks_in_pairs": (
+        "formulations.tiles", {"block = weight.tile if pairs else None": "block = None"}, BLOCKS,
+    ),
+    "zero_points_of_the_first_part": (
+        "layouts.interleaved", {"zeros[start // ZEROS : -(-stop // ZEROS)]": "zeros"}, BLOCKS,
     ),
     "zero_points_of_the_wrong_row": (
         "layouts.interleaved", {"(4 * (row % ZEROS))": "(4 * ((row + 1) % ZEROS))"}, WEIGHTS,
@@ -102,7 +112,7 @@ MUTANTS = {
         [f"{BASE}::test_every_layout"],
     ),
     "gradient_of_rows_in_order": (
-        "gradients.base", {"columns.transpose(2, 3).flatten(1)": "columns.flatten(1)"},
+        "gradients.base", {"order.transpose(2, 3).flatten(1)": "order.flatten(1)"},
         [f"{BASE}::test_every_layout"],
     ),
     "partial_sums_of_16_bits": (

@@ -36,7 +36,7 @@ def test_pairs_are_rounded_like_the_reference(compiled):
     prepared = prepare(weight, layout="int4pack")
 
     def decode(given):
-        scales = int4pack_tiles.scales_of(given, torch.float32)
+        scales = int4pack_tiles.scales_of(given, pairs=True)
         return int4pack_tiles.paired(given, Tile(0, 2, 1), scales)
 
     dense = (torch.compile(decode) if compiled else decode)(prepared)
@@ -49,14 +49,19 @@ def test_pairs_are_rounded_like_the_reference(compiled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_rounded_like_the_reference(dtype):
-    weight = random_weight(rows=2 * block_rows(), columns=256, dtype=dtype)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_are_rounded_like_the_reference(dtype, compiled):
+    weight = random_weight(rows=2 * block_rows() + 16, columns=256, dtype=dtype)
     prepared = prepare(weight, layout="int4pack")
-    scales = int4pack_tiles.scales_of(prepared, dtype)
-    both = int4pack_tiles.halves(prepared, Tile(0, 1, 2), scales, torch.float32)
-    half = prepared.block // 2
-    blocks = [one[0].T.reshape(-1, half, 256) for one in both]
-    assert torch.equal(torch.stack(blocks, 1).reshape(-1, 256), dequantize(weight).float())
+
+    def decode(part):
+        return int4pack_tiles.decoded(part, torch.float32)
+
+    decode = torch.compile(decode) if compiled else decode
+    ends = [(block_rows(), 2 * block_rows()), (2 * block_rows(), 2 * block_rows() + 16)]
+    for start, stop in ends:
+        dense = decode(prepared.part(start, stop)).T
+        assert torch.equal(dense, dequantize(weight)[start:stop].float())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from int4_lora.compiled import prepare
+from int4_lora.compiled import prepare, products
 from int4_lora.compiled.gradients import base
 from int4_lora.compiled.gradients.base import through_base
 from int4_lora.compiled.gradients.plan import plan_gradient
@@ -68,7 +68,9 @@ def check(found, weight, g):
 
 @pytest.mark.parametrize(("dtype", "scales"), DTYPES, ids=str)
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_every_layout(name, dtype, scales):
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=str)  # two kinds of CPU
+def test_every_layout(slow, name, dtype, scales, monkeypatch):
+    monkeypatch.setattr(products, "SLOW_ON_CPU", slow)
     for tokens in (1, 7):
         weight, prepared, g = case(name, scales, tokens, dtype)
         check(through_base(g, prepared, g.dtype), weight, g)
@@ -97,6 +99,7 @@ def test_in_several_blocks_of_rows(name, dtype, monkeypatch):
 
 def test_partial_sums_are_kept_in_float32(monkeypatch):
     """256 and then seven times 1: added in bfloat16, each 1 would be rounded away."""
+    monkeypatch.setattr(products, "SLOW_ON_CPU", ())
     monkeypatch.setattr(base, "BLOCK_BYTES", 1)
     weight = random_weight(rows=64, columns=64, groups=1, dtype=torch.bfloat16)
     weight.packed.fill_(0x11111111 - 2**32 * (0x11111111 >> 31))

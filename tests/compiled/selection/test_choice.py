@@ -108,8 +108,11 @@ def test_what_cannot_be_is_not_believed(weight, kept):
     assert names(weight) == ["gemv", "gemv", "tiles", "tiles"]
 
 
-def test_the_layer_runs_what_was_chosen(weight, monkeypatch):
+def test_the_layer_runs_what_was_chosen(monkeypatch):
     ran = []
+    dense = random_weight(rows=48, columns=128, dtype=torch.bfloat16)
+    weight = prepare(dense, layout="interleaved")
+    monkeypatch.setattr("int4_lora.compiled.products.SLOW_ON_CPU", ())  # one graph for the layer
     monkeypatch.setattr("int4_lora.compiled.graphs.cache._graphs", {})
     monkeypatch.setattr(torch, "compile", lambda layer, **_: layer)
     monkeypatch.setattr(
