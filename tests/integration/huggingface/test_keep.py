@@ -264,7 +264,7 @@ def test_layers_of_another_format_are_left_and_named(square, tmp_path):
     assert keep_packed(model) is model
 
 
-def mixed(source, folder, name, scheme, stored):
+def mixed(source, folder, name, scheme, stored=None, activations=None):
     """Return a copy of a checkpoint whose first q_proj has another format.
 
     Args:
@@ -272,20 +272,30 @@ def mixed(source, folder, name, scheme, stored):
         folder: the copy.
         name: the format, with its group in ``config_groups``.
         scheme: the group's weights.
-        stored: returns the stored tensors of a weight of a shape, by part of their names.
+        stored: returns the stored tensors of a weight of a shape, by part of their names; None for
+            those of the checkpoint.
+        activations: the group's activations.
     """
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    parts = {part: tensors.pop(f"{Q_PROJ}.weight_{part}") for part in ("packed", "scale", "shape")}
-    others = stored(parts["shape"].tolist())
-    tensors |= {f"{Q_PROJ}.{part}": tensor for part, tensor in others.items()}
+    if stored is not None:
+        parts = {
+            part: tensors.pop(f"{Q_PROJ}.weight_{part}") for part in ("packed", "scale", "shape")
+        }
+        others = stored(parts["shape"].tolist())
+        tensors |= {f"{Q_PROJ}.{part}": tensor for part, tensor in others.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def change(_, quantization):
         groups = quantization["config_groups"]
         groups["group_0"]["targets"] = ["re:.*(k|v|o|gate|up|down)_proj", "re:.*layers.1.*q_proj"]
         groups["group_0"]["format"] = "pack-quantized"
-        groups["other"] = {"targets": [Q_PROJ], "weights": scheme, "format": name}
+        groups["other"] = {
+            "targets": [Q_PROJ],
+            "weights": scheme,
+            "input_activations": activations,
+            "format": name,
+        }
         quantization["format"] = "mixed-precision"
 
     edit_config(folder, change)
@@ -331,6 +341,40 @@ def mixed_with_nvfp4(source, folder):
         }
 
     return mixed(source, folder, "nvfp4-pack-quantized", {**scheme, "group_size": 16}, stored)
+
+
+def test_layers_with_quantised_activations_are_left_and_named(square, tmp_path):
+    """W4A4: packed as W4A16 is, and computed otherwise."""
+    scheme = {"num_bits": 4, "type": "int", "symmetric": True}
+    folder = mixed(
+        square("g128"),
+        tmp_path / "mixed",
+        "pack-quantized",
+        {**scheme, "strategy": "group", "group_size": 128},
+        activations={**scheme, "strategy": "token", "dynamic": True},
+    )
+    model = load(folder)
+    with pytest.warns(UserWarning, match="q_proj: its activations are quantised, too"):
+        keep_packed(model)
+    assert Q_PROJ not in kept_of(model)
+    assert len(kept_of(model)) == 13
+    with torch.no_grad():
+        expected = load(folder)(TOKENS).logits
+        logits = model(TOKENS).logits
+    assert (logits - expected).abs().max() < 1e-2 * expected.abs().max()  # of 16 activations' steps
+    assert len(kept_of(model)) == 13
+
+
+def test_a_layer_that_is_dense_already_is_left_and_named(square):
+    from compressed_tensors.compressors import decompress_module
+
+    model = load(square("g128"))
+    decompress_module(model.get_submodule(Q_PROJ))
+    weight = model.get_submodule(Q_PROJ).weight
+    with pytest.warns(UserWarning, match="q_proj: its weight is dense already"):
+        keep_packed(model)
+    assert len(kept_of(model)) == 13
+    assert model.get_submodule(Q_PROJ).weight is weight
 
 
 def test_hooks_are_carried_over(square):
