@@ -16,12 +16,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
-from int4_lora.integration.cli.options import AsJson, Cases, Device, Quick, check_device
+from int4_lora.integration.cli.options import (
+    AsJson,
+    Cases,
+    Device,
+    Quick,
+    ReportFile,
+    check_device,
+)
 
 if TYPE_CHECKING:
     from int4_lora.reference.conformance import Case, Manifest, Outcome
 
-__all__ = ["collect", "conform", "finish"]
+__all__ = ["check_report", "collect", "conform", "finish", "write_page"]
 
 
 def conform(
@@ -38,6 +45,7 @@ def conform(
     seed: Annotated[
         str, typer.Option(help="The seed of the random inputs: a number, or 'fresh'.")
     ] = "0",
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a backend against the reference and name its mistakes.
@@ -52,10 +60,43 @@ def conform(
         from int4_lora.reference.conformance import select, settled
 
         selected = select(cases, quick=quick)
+        check_report(report)
         check_device(device)
-        manifest, running = _run(backend, selected, number, device)
+        evidence = report is not None
+        manifest, running = _run(backend, selected, number, device, evidence=evidence)
         outcomes = settled(collect(running, len(selected), quiet=as_json))
+        write_page(report, backend, manifest, outcomes, device, number)
     finish(backend, manifest, outcomes, device, number, as_json=as_json)
+
+
+def check_report(file: Path | None) -> None:
+    """Check, before a run, that its report can be drawn and written; None is no report.
+
+    Raises:
+        ImportError: a library that draws it is missing.
+        OSError: the file that is there cannot be read.
+        ValueError: it would replace a file that is no report.
+    """
+    if file is not None:
+        from int4_lora.integration.conformance.report import check_can_draw, check_replaceable
+
+        check_can_draw()
+        check_replaceable(file)
+
+
+def write_page(
+    file: Path | None,
+    name: str,
+    manifest: Manifest,
+    outcomes: Sequence[Outcome],
+    device: str,
+    seed: int,
+) -> None:
+    """Write the report of a run; None is no report."""
+    if file is not None:
+        from int4_lora.integration.conformance.report import run_page, write_report
+
+        write_report(file, run_page(name, manifest, outcomes, device, seed))
 
 
 def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outcome]:
@@ -119,7 +160,7 @@ def _seed(text: str) -> int:
 
 
 def _run(
-    spec: str, cases: Sequence[Case], seed: int, device: str
+    spec: str, cases: Sequence[Case], seed: int, device: str, *, evidence: bool
 ) -> tuple[Manifest, Iterable[Outcome]]:
     """Return a backend's manifest, and an iterator over its outcomes."""
     from int4_lora.integration.conformance.golden.recorded import read_manifest, run_recorded
@@ -129,6 +170,6 @@ def _run(
     folder = Path(spec)
     if spec and folder.is_dir() and spec not in registered():
         manifest = read_manifest(folder)
-        return manifest, run_recorded(folder, cases, manifest, seed)
+        return manifest, run_recorded(folder, cases, manifest, seed, evidence=evidence)
     backend = load_backend(spec)
-    return backend.manifest, run(backend, cases, seed=seed, device=device)
+    return backend.manifest, run(backend, cases, seed=seed, device=device, evidence=evidence)
