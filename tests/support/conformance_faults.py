@@ -102,7 +102,7 @@ class ThreeFaults(Layer):
     def base(self, x, weight):
         by_position = weight if weight.g_idx is None else replace(weight, g_idx=None)
         y = x.float() @ dequantize(by_position, torch.float32).T
-        y[:, len(y[0]) // 16 * 16 :] = 0
+        y[:, y.shape[1] // 16 * 16 or y.shape[1] :] = 0
         return y
 
     def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):

@@ -24,7 +24,7 @@ __all__ = ["COLOURS", "check_can_draw", "draw"]
 COLOURS = ("#eef3f8", "#a9c6e0", "#fde725", "#fca636", "#e2431e", "#7a0403", "#4b0c8a")
 """Of the classes of ``error_map``, in their order."""
 
-WIDTH, DPI = 7.6, 100  # inches, pixels per inch
+WIDTH, DPI = 8.6, 100  # inches, pixels per inch
 LEFT, RIGHT, TOP, BOTTOM = 1.15, 0.12, 0.1, 0.5  # inches around the map
 CELL, LOW, HIGH = 0.15, 0.9, 2.6  # inches: a row, and the least and the most of all rows
 CELLS = 512  # of each axis; of more, the worst of several is drawn

@@ -142,6 +142,8 @@ DIAGNOSES: dict[str, Meaning] = {
 
 RULES: dict[str, str] = {
     "call": "the call must not raise an exception",
+    "crash": "the process must not end",
+    "hang": "a case must end within the time limit",
     "modified": "a backend must not write to its operands",
     "form": "a result must have the right type, dtype, shape and device",
     "class": "each element must be NaN, infinite or finite where the exact answer is",
@@ -149,6 +151,7 @@ RULES: dict[str, str] = {
     "bound": "each element must be within its bound of the exact answer",
     "rms": "the rms error must be at most twice that of eager PyTorch with the same roundings",
     "systematic_error": "errors must have no systematic part: roundings to nearest have none",
+    "memory": "a result must not share memory with an operand or overlap itself",
     "repeat": "a repeated call must give the same bits",
     "kept": "a later call must not write over an earlier result",
 }

@@ -25,6 +25,7 @@ __all__ = ["run_page", "scoreboard_page"]
 
 MAP_BYTES = 1_900_000  # of all images; the rest of a page is smaller than a megabyte
 SHOWN_OF_EACH = 4  # failures of one diagnosis, on a scoreboard
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as cases are named
 STATUSES = ("passed", "failed", "skipped")
 
 
@@ -137,7 +138,7 @@ class Section:
         outcomes: settled.
         anchors: the place of each case in the page, by the case's name.
         why: why the backend could not be run, or "".
-        faults: its failures by diagnosis, the most frequent first.
+        faults: its failures by diagnosis: single mistakes first, then pairs, then the unknown.
     """
 
     name: str
@@ -221,9 +222,14 @@ class Section:
         return sorted(reasons.items(), key=lambda item: -len(item[1]))
 
     @property
-    def shares(self) -> list[float]:
-        """The largest share of a bound of every passed case that has bounds, ascending."""
-        return sorted(share for outcome in self.passed if (share := share_of(outcome, -1.0)) >= 0)
+    def closest(self) -> list[tuple[str, list[float]]]:
+        """The largest shares of a bound in passed cases, ascending, by the dtype of the cases."""
+        by_dtype: dict[str, list[float]] = {name: [] for name in DTYPES.values()}
+        for outcome in self.passed:
+            dtype, share = DTYPES.get(outcome.case.split("/")[-1]), share_of(outcome, -1.0)
+            if dtype is not None and share >= 0:
+                by_dtype[dtype].append(share)
+        return [(dtype, sorted(shares)) for dtype, shares in by_dtype.items() if shares]
 
 
 def share_of(outcome: Outcome, otherwise: float) -> float:
@@ -237,7 +243,7 @@ def _faults(section: Section, prefix: str, budget: Budget, most: int | None) -> 
     for outcome in section.outcomes:
         if outcome.status == "failed":
             groups.setdefault(outcome.diagnosis, []).append(outcome)
-    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    ordered = sorted(groups.items(), key=_order)
     for index, (names, outcomes) in enumerate(ordered):
         # a failure with a map and a short input tells most, so that it is shown first
         outcomes = sorted(outcomes, key=_telling)
@@ -251,6 +257,12 @@ def _faults(section: Section, prefix: str, budget: Budget, most: int | None) -> 
             failures if most is None else failures[:most],
             [] if most is None else failures[most:],
         )
+
+
+def _order(group: tuple[tuple[str, ...], list[Outcome]]) -> tuple[bool, int, int]:
+    """Return a key: single mistakes before pairs, the unknown last, more failures first."""
+    names, outcomes = group
+    return names == ("unknown",), len(names), -len(outcomes)
 
 
 def _telling(outcome: Outcome) -> tuple[bool, int]:
