@@ -16,19 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
-from int4_lora.integration.cli.options import (
-    AsJson,
-    Cases,
-    Device,
-    Quick,
-    ReportFile,
-    check_device,
-)
+from int4_lora.integration.cli.options import AsJson, Cases, Device, Quick, check_device
+from int4_lora.integration.cli.report import ReportFile, check_report, write_page
 
 if TYPE_CHECKING:
     from int4_lora.reference.conformance import Case, Manifest, Outcome
 
-__all__ = ["check_report", "collect", "conform", "finish", "write_page"]
+__all__ = ["collect", "conform", "finish"]
 
 
 def conform(
@@ -41,11 +35,11 @@ def conform(
     ],
     quick: Quick = False,
     device: Device = "cpu",
+    report: ReportFile = None,
     cases: Cases = None,
     seed: Annotated[
         str, typer.Option(help="The seed of the random inputs: a number, or 'fresh'.")
     ] = "0",
-    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a backend against the reference and name its mistakes.
@@ -57,46 +51,16 @@ def conform(
     """
     with refusing_bad_input():
         number = _seed(seed)
+        check_report(report)
         from int4_lora.reference.conformance import select, settled
 
         selected = select(cases, quick=quick)
-        check_report(report)
         check_device(device)
         evidence = report is not None
         manifest, running = _run(backend, selected, number, device, evidence=evidence)
         outcomes = settled(collect(running, len(selected), quiet=as_json))
         write_page(report, backend, manifest, outcomes, device, number)
     finish(backend, manifest, outcomes, device, number, as_json=as_json)
-
-
-def check_report(file: Path | None) -> None:
-    """Check, before a run, that its report can be drawn and written; None is no report.
-
-    Raises:
-        ImportError: a library that draws it is missing.
-        OSError: the file that is there cannot be read.
-        ValueError: it would replace a file that is no report.
-    """
-    if file is not None:
-        from int4_lora.integration.conformance.report import check_can_draw, check_replaceable
-
-        check_can_draw()
-        check_replaceable(file)
-
-
-def write_page(
-    file: Path | None,
-    name: str,
-    manifest: Manifest,
-    outcomes: Sequence[Outcome],
-    device: str,
-    seed: int,
-) -> None:
-    """Write the report of a run; None is no report."""
-    if file is not None:
-        from int4_lora.integration.conformance.report import run_page, write_report
-
-        write_report(file, run_page(name, manifest, outcomes, device, seed))
 
 
 def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outcome]:

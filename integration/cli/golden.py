@@ -10,16 +10,10 @@ from typing import Annotated
 
 import typer
 
-from int4_lora.integration.cli.conform import check_report, collect, finish, write_page
+from int4_lora.integration.cli.conform import collect, finish
 from int4_lora.integration.cli.console import refusing_bad_input
-from int4_lora.integration.cli.options import (
-    AsJson,
-    Cases,
-    GoldenFolder,
-    Quick,
-    ReportFile,
-    Seed,
-)
+from int4_lora.integration.cli.options import AsJson, Cases, GoldenFolder, Quick, Seed
+from int4_lora.integration.cli.report import ReportFile, check_report, write_page
 
 __all__ = ["golden"]
 

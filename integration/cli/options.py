@@ -25,7 +25,6 @@ __all__ = [
     "GoldenFolder",
     "Quick",
     "RenameOption",
-    "ReportFile",
     "Seed",
     "Unlisted",
     "as_rename",
@@ -56,15 +55,6 @@ RenameOption = Annotated[
         metavar="OLD=NEW",
         help="A module of an adapter whose name starts with OLD starts with NEW instead; may be "
         "repeated.",
-    ),
-]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        metavar="FILE.html",
-        help="Write a page with heat maps of the failures; needs matplotlib. Only a report is "
-        "replaced.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="The seed of the random inputs.")]

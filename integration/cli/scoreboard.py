@@ -15,16 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int4_lora.integration.cli.conform import check_report
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
-from int4_lora.integration.cli.options import (
-    AsJson,
-    Device,
-    Quick,
-    ReportFile,
-    Seed,
-    check_device,
-)
+from int4_lora.integration.cli.options import AsJson, Device, Quick, Seed, check_device
+from int4_lora.integration.cli.report import ReportFile, check_report
 
 if TYPE_CHECKING:
     from rich.console import Console
