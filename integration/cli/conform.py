@@ -17,6 +17,7 @@ import typer
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, Cases, Device, Quick, check_device
+from int4_lora.integration.cli.report import ReportFile, check_report, write_page
 
 if TYPE_CHECKING:
     from int4_lora.reference.conformance import Case, Manifest, Outcome
@@ -34,6 +35,7 @@ def conform(
     ],
     quick: Quick = False,
     device: Device = "cpu",
+    report: ReportFile = None,
     cases: Cases = None,
     seed: Annotated[
         str, typer.Option(help="The seed of the random inputs: a number, or 'fresh'.")
@@ -49,12 +51,15 @@ def conform(
     """
     with refusing_bad_input():
         number = _seed(seed)
+        check_report(report)
         from int4_lora.reference.conformance import select, settled
 
         selected = select(cases, quick=quick)
         check_device(device)
-        manifest, running = _run(backend, selected, number, device)
+        evidence = report is not None
+        manifest, running = _run(backend, selected, number, device, evidence=evidence)
         outcomes = settled(collect(running, len(selected), quiet=as_json))
+        write_page(report, backend, manifest, outcomes, device, number)
     finish(backend, manifest, outcomes, device, number, as_json=as_json)
 
 
@@ -119,7 +124,7 @@ def _seed(text: str) -> int:
 
 
 def _run(
-    spec: str, cases: Sequence[Case], seed: int, device: str
+    spec: str, cases: Sequence[Case], seed: int, device: str, *, evidence: bool
 ) -> tuple[Manifest, Iterable[Outcome]]:
     """Return a backend's manifest, and an iterator over its outcomes."""
     from int4_lora.integration.conformance.golden.recorded import read_manifest, run_recorded
@@ -129,6 +134,6 @@ def _run(
     folder = Path(spec)
     if spec and folder.is_dir() and spec not in registered():
         manifest = read_manifest(folder)
-        return manifest, run_recorded(folder, cases, manifest, seed)
+        return manifest, run_recorded(folder, cases, manifest, seed, evidence=evidence)
     backend = load_backend(spec)
-    return backend.manifest, run(backend, cases, seed=seed, device=device)
+    return backend.manifest, run(backend, cases, seed=seed, device=device, evidence=evidence)

@@ -13,6 +13,7 @@ import typer
 from int4_lora.integration.cli.conform import collect, finish
 from int4_lora.integration.cli.console import refusing_bad_input
 from int4_lora.integration.cli.options import AsJson, Cases, GoldenFolder, Quick, Seed
+from int4_lora.integration.cli.report import ReportFile, check_report, write_page
 
 __all__ = ["golden"]
 
@@ -60,6 +61,7 @@ def check(
         Path,
         typer.Argument(metavar="RESULTS", help="A folder with a result file for each case."),
     ],
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare result files with golden files.
@@ -75,6 +77,8 @@ def check(
 
         manifest = read_manifest(results)
         index = read_index(folder)
-        running = check_golden(folder, results, manifest)
+        check_report(report)
+        running = check_golden(folder, results, manifest, evidence=report is not None)
         outcomes = settled(collect(running, len(index["cases"]), quiet=as_json))
+        write_page(report, str(results), manifest, outcomes, "cpu", index["seed"])
     finish(str(results), manifest, outcomes, "cpu", index["seed"], as_json=as_json)

@@ -17,6 +17,7 @@ import typer
 
 from int4_lora.integration.cli.console import refusing_bad_input, wide_console
 from int4_lora.integration.cli.options import AsJson, Device, Quick, Seed, check_device
+from int4_lora.integration.cli.report import ReportFile, check_report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +40,7 @@ def scoreboard(
         Path | None,
         typer.Option(help="A Markdown file: its table is replaced; a missing file is created."),
     ] = None,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare every registered backend with the reference.
@@ -55,14 +57,22 @@ def scoreboard(
         names, cases = _names(backends), select(quick=quick)
         if write is not None:
             replaced(write, "")  # fails now, not after a long run
+            if report is not None and report.resolve() == write.resolve():
+                raise ValueError(f"--write and --report must be two files, got {report}")
+        check_report(report)
         check_device(device)
-        rows = _score(names, cases, device, seed, quiet=as_json)
+        rows = _score(names, cases, device, seed, quiet=as_json, evidence=report is not None)
         table = as_markdown(rows, device=device, seed=seed, cases=len(cases))
         if write is not None:
             replace_files({write.resolve(): replaced(write, table).encode()})
+        if report is not None:
+            from int4_lora.integration.conformance.report import scoreboard_page, write_report
+
+            page = scoreboard_page(rows, installed(), device=device, seed=seed)
+            write_report(report, page)
     if as_json:
-        report = {"versions": installed(), "device": device, "seed": seed}
-        typer.echo(json.dumps({**report, "backends": [_plain(row) for row in rows]}, indent=2))
+        facts = {"versions": installed(), "device": device, "seed": seed}
+        typer.echo(json.dumps({**facts, "backends": [_plain(row) for row in rows]}, indent=2))
     else:
         _print(wide_console(), rows, device)
     raise typer.Exit(0 if any(row.outcomes for row in rows) else 2)
@@ -84,7 +94,13 @@ def _names(backends: str | None) -> list[str]:
 
 
 def _score(
-    names: Sequence[str], cases: Sequence[Case], device: str, seed: int, *, quiet: bool
+    names: Sequence[str],
+    cases: Sequence[Case],
+    device: str,
+    seed: int,
+    *,
+    quiet: bool,
+    evidence: bool,
 ) -> list[Row]:
     from rich.console import Console
     from rich.progress import Progress
@@ -96,7 +112,8 @@ def _score(
     progress = Progress(console=console, transient=True, disable=quiet)
     with redirect_stdout(sys.stderr), progress:  # stdout is for the report, not for backends
         task = progress.add_task("", total=len(names) * len(cases))
-        for name, result in score(names, cases, device=device, seed=seed):
+        running = score(names, cases, device=device, seed=seed, evidence=evidence)
+        for name, result in running:
             if isinstance(result, Row):
                 rows.append(result)
                 progress.update(task, completed=len(rows) * len(cases))
@@ -128,7 +145,9 @@ def _plain(row: Row) -> dict[str, Any]:
     from int4_lora.integration.conformance.scorecard import diagnoses
 
     failures = [
-        dataclasses.asdict(outcome) for outcome in row.outcomes if outcome.status == "failed"
+        dataclasses.asdict(dataclasses.replace(outcome, evidence=None))
+        for outcome in row.outcomes
+        if outcome.status == "failed"
     ]
     return {
         "backend": row.name,

@@ -58,7 +58,12 @@ class Row:
 
 
 def score(
-    names: Sequence[str], cases: Sequence[Case], *, device: str, seed: int
+    names: Sequence[str],
+    cases: Sequence[Case],
+    *,
+    device: str,
+    seed: int,
+    evidence: bool = False,
 ) -> Iterator[tuple[str, Outcome | Row]]:
     """Yield each backend's outcomes as they come, and then its row.
 
@@ -67,6 +72,7 @@ def score(
         cases: what ``select`` returned.
         device: the device of the operands.
         seed: of the inputs.
+        evidence: whether outcomes keep their evidence.
     """
     for name in names:
         try:
@@ -75,7 +81,7 @@ def score(
             yield name, Row(name, (), " ".join(str(error).split()) or type(error).__name__)
             continue
         outcomes = []
-        for outcome in run(backend, cases, seed=seed, device=device):
+        for outcome in run(backend, cases, seed=seed, device=device, evidence=evidence):
             outcomes.append(outcome)
             yield name, outcome
         yield name, Row(name, settled(outcomes), "")

@@ -19,7 +19,7 @@ from rich.text import Text
 import int4_lora
 from int4_lora.reference.conformance import FUNCTIONS, Manifest, Outcome
 
-__all__ = ["as_json", "conforms", "diagnoses", "print_scorecard"]
+__all__ = ["as_json", "conforms", "diagnoses", "plain", "print_scorecard", "versions"]
 
 SHOWN = 10  # failures
 
@@ -56,7 +56,7 @@ def as_json(
         "versions": versions(),
         "device": device,
         "seed": seed,
-        "manifest": {key: _plain(value) for key, value in vars(manifest).items()},
+        "manifest": {key: plain(value) for key, value in vars(manifest).items()},
         "counts": {status: counts[status] for status in ("passed", "failed", "skipped")},
         "diagnosis": diagnoses(outcomes),
         "cases": [_case(outcome) for outcome in outcomes],
@@ -125,7 +125,8 @@ def _print_failures(console: Console, failures: Sequence[Outcome]) -> None:
 
 
 def _case(outcome: Outcome) -> dict[str, Any]:
-    case = dataclasses.asdict(outcome)
+    case = dataclasses.asdict(dataclasses.replace(outcome, evidence=None))
+    del case["evidence"]
     case["diagnosis"] = list(outcome.diagnosis)
     case["variants"] = list(outcome.variants)
     case["explanations"] = [list(explanation.names) for explanation in outcome.explanations]
@@ -133,7 +134,8 @@ def _case(outcome: Outcome) -> dict[str, Any]:
     return case
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """Return a claim of a manifest as JSON has it."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference.conformance.cases.case import Case
-from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
 from int4_lora.reference.conformance.procedures import Asked
 from int4_lora.reference.dequantization import scale_columns
 
-__all__ = ["affected", "ranges", "smallest", "snippet"]
+__all__ = ["affected", "described", "ranges", "smallest", "snippet"]
 
 SHOWN = 6  # runs of numbers
 DIMENSIONS = {
@@ -98,6 +98,29 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
         if fails(operands.with_outputs(low, high)):
             start, stop = low, high
     return tokens, start, stop
+
+
+def described(operands: Operands, part: tuple[list[int], int, int]) -> str:
+    """Return the part of a call that ``smallest`` returned, in words, with its tensors.
+
+    Args:
+        operands: the arguments of the whole call.
+        part: what ``smallest`` returned.
+    """
+    tokens, start, stop = part
+    words = []
+    if len(tokens) == 1:
+        operands = operands.with_tokens(torch.tensor(tokens))
+        words.append(f"token {tokens[0]}")
+    if operands.weight is not None and stop - start not in (0, operands.weight.out_features):
+        operands = operands.with_outputs(start, stop)
+        words.append(f"outputs {start} to {stop - 1}")
+    where = ", ".join(words) or "the whole call"
+    shapes = (
+        f"{name} {[*tensor.shape]} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in tensors_of(operands).items()
+    )
+    return f"{where}: {', '.join(shapes)}"
 
 
 def snippet(

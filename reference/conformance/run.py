@@ -16,10 +16,11 @@ from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician, Explanation
+from int4_lora.reference.conformance.evidence import Evidence, Witness
 from int4_lora.reference.conformance.judging.check import one_thread
 from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.procedures import Asked, ask, called, judged
-from int4_lora.reference.conformance.reproduce import affected, smallest, snippet
+from int4_lora.reference.conformance.reproduce import affected, described, smallest, snippet
 
 __all__ = ["Outcome", "failed", "run", "run_case", "settled"]
 
@@ -51,8 +52,10 @@ class Outcome:
         diagnosis: names of ``IDENTIFIERS``; empty unless it failed.
         variants: what exactly is done wrong, for each name of the diagnosis.
         snippet: Python that reproduces the failure.
+        smallest: the smallest input on which the case still fails, in words.
         elements: the size of the result, by which the smallest failure is found.
         seconds: the time it took.
+        evidence: how close results came, and the call that failed; None unless it is asked for.
     """
 
     case: str
@@ -65,12 +68,19 @@ class Outcome:
     diagnosis: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
     snippet: str = ""
+    smallest: str = ""
     elements: int = 0
     seconds: float = 0.0
+    evidence: Evidence | None = None
 
 
 def run(
-    backend: Backend, cases: Sequence[Case], *, seed: int = 0, device: str = "cpu"
+    backend: Backend,
+    cases: Sequence[Case],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    evidence: bool = False,
 ) -> Iterator[Outcome]:
     """Run cases one after the other; yield the outcome of each, not yet settled.
 
@@ -79,6 +89,7 @@ def run(
         cases: what ``select`` returned.
         seed: of the inputs.
         device: the device of the operands.
+        evidence: whether outcomes keep their evidence.
 
     Example:
         >>> import int4_lora.reference
@@ -90,7 +101,9 @@ def run(
     diagnostician = Diagnostician()
     for case in cases:
         start = time.perf_counter()
-        outcome = run_case(backend, case, diagnostician, seed=seed, device=device)
+        outcome = run_case(
+            backend, case, diagnostician, seed=seed, device=device, evidence=evidence
+        )
         yield replace(outcome, seconds=time.perf_counter() - start)
 
 
@@ -101,6 +114,7 @@ def run_case(
     *,
     seed: int = 0,
     device: str = "cpu",
+    evidence: bool = False,
 ) -> Outcome:
     """Run one case and return its outcome.
 
@@ -110,6 +124,7 @@ def run_case(
         diagnostician: names the mistakes, and is kept from case to case; None for a new one.
         seed: of the inputs.
         device: the device of the operands.
+        evidence: whether the outcome keeps its evidence; not that of an optional case.
     """
     diagnostician = diagnostician or Diagnostician()
     operands = case.operands(seed)
@@ -118,17 +133,25 @@ def run_case(
         why = NOT_DETERMINISTIC
     if why is not None:
         return Outcome(case.name, case.exercises, "skipped", message=why)
+    witness = Witness(case.function) if evidence and not case.optional else None
     try:
         for asked in ask(case, backend, seed, device):
+            if witness is not None:
+                witness.see(asked)
             if asked.finding is not None:
-                return _failed(backend, case, asked, diagnostician, (seed, device))
+                outcome = _failed(backend, case, asked, diagnostician, (seed, device))
+                return _with_evidence(outcome, witness)
     except Modified as error:
         return _raised(backend, case, error.finding(), (seed, device))
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         finding = Finding("call", f"raised {type(error).__name__}: {text}")
         return _raised(backend, case, finding, (seed, device))
-    return Outcome(case.name, case.exercises, "passed")
+    return _with_evidence(Outcome(case.name, case.exercises, "passed"), witness)
+
+
+def _with_evidence(outcome: Outcome, witness: Witness | None) -> Outcome:
+    return outcome if witness is None else replace(outcome, evidence=witness.evidence())
 
 
 def settled(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -227,4 +250,5 @@ def _failed(
     weight = asked.operands.weight
     outputs = 0 if weight is None else weight.out_features
     text = snippet(backend.name, case, where, part, outputs)
-    return replace(failed(case, asked, diagnostician), snippet=text)
+    described_part = described(asked.operands, part)
+    return replace(failed(case, asked, diagnostician), snippet=text, smallest=described_part)

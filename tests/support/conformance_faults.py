@@ -1,10 +1,11 @@
 """Backends with faults that are easy to miss."""
 
 import sys
+from dataclasses import replace
 
 import torch
 
-from int4_lora.reference import LoRASlice, LoRAStack
+from int4_lora.reference import LoRASlice, LoRAStack, dequantize
 from support.conformance_backends import Layer
 
 
@@ -93,3 +94,18 @@ class OwnBuffer(Layer):
         view = self.buffer[: y.numel()].view_as(y)
         view.copy_(y)
         return view
+
+
+class ThreeFaults(Layer):
+    """Groups by position, an adapter for tokens without one, and lost outputs."""
+
+    def base(self, x, weight):
+        by_position = weight if weight.g_idx is None else replace(weight, g_idx=None)
+        y = x.float() @ dequantize(by_position, torch.float32).T
+        y[:, y.shape[1] // 16 * 16 or y.shape[1] :] = 0
+        return y
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        if isinstance(lora, LoRAStack):
+            adapter_ids = torch.where(adapter_ids < 0, lora.adapters - 1, adapter_ids)
+        return super().int4_lora_linear(x, weight, lora, adapter_ids, bias)

@@ -21,6 +21,7 @@ from int4_lora.integration.conformance.golden.write import VERSION
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, answer, judge
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician
+from int4_lora.reference.conformance.evidence import JudgedCall, Witness
 from int4_lora.reference.conformance.judging.yardstick import yardstick_rms
 from int4_lora.reference.conformance.manifest import DTYPES
 from int4_lora.reference.conformance.reproduce import affected
@@ -54,13 +55,16 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_golden(folder: Path, results: Path, manifest: Manifest) -> Iterator[Outcome]:
+def check_golden(
+    folder: Path, results: Path, manifest: Manifest, *, evidence: bool = False
+) -> Iterator[Outcome]:
     """Judge result files against golden files; yield the outcome of each case.
 
     Args:
         folder: a folder that ``golden write`` wrote.
         results: a folder with a file of the same name for each case, whose tensor is "result".
         manifest: the backend's claims.
+        evidence: whether outcomes keep their evidence.
 
     Raises:
         ValueError: a file cannot be read, or there is no result at all.
@@ -71,12 +75,17 @@ def check_golden(folder: Path, results: Path, manifest: Manifest) -> Iterator[Ou
     diagnostician = Diagnostician()
     for entry in entries:
         try:
-            yield _outcome(entry, folder, results, manifest, diagnostician)
+            outcome, call = _outcome(entry, folder, results, manifest, diagnostician)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{folder / entry['file']}: it is not what was written: {why}"
             ) from error
+        if evidence and call is not None:
+            witness = Witness(entry["function"])
+            witness.add(call)
+            outcome = replace(outcome, evidence=witness.evidence())
+        yield outcome
 
 
 def _outcome(
@@ -85,7 +94,8 @@ def _outcome(
     results: Path,
     manifest: Manifest,
     diagnostician: Diagnostician,
-) -> Outcome:
+) -> tuple[Outcome, JudgedCall | None]:
+    """Return the outcome of a case, and its call if the result has the right form."""
     passed = Outcome(entry["name"], entry["exercises"], "passed")
     try:
         tensors = load_file(folder / entry["file"])
@@ -96,7 +106,7 @@ def _outcome(
     if why is None and not (results / entry["file"]).exists():
         why = NO_FILE
     if why is not None:
-        return replace(passed, status="skipped", message=why)
+        return replace(passed, status="skipped", message=why), None
     result = read_result(results / entry["file"])
     declared = _declaration(entry, manifest)
     held = _answer(entry, tensors, declared)
@@ -105,18 +115,35 @@ def _outcome(
         held = answer(entry["function"], operands, manifest)
         yardstick = yardstick_rms(entry["function"], operands, manifest, held)
     finding = judge(result, held, equal=entry["equal"], yardstick=yardstick)
+    right_form = finding is None or finding.rule != "form"
+    call = JudgedCall(operands, result, held, finding) if right_form else None
     if finding is None:
-        return passed
+        return passed, call
     explanations = diagnostician.explain(entry["function"], operands, result, manifest)
     where = affected(entry["function"], operands, finding.wrong)
-    return replace(
+    outcome = replace(
         passed,
         status="failed",
         rule=finding.rule,
         message=finding.message,
         where=where,
         explanations=tuple(explanations),
+        snippet=_snippet(folder, results, entry, tensors),
         elements=result.numel(),
+    )
+    return outcome, call
+
+
+def _snippet(folder: Path, results: Path, entry: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return Python that shows a result beside what was expected."""
+    shown = ["result", "golden['expected']"] + ["golden['bound']"] * ("bound" in tensors)
+    return "\n".join(
+        [
+            "from safetensors.torch import load_file",
+            f"golden = load_file({str(folder / entry['file'])!r})",
+            f"result = load_file({str(results / entry['file'])!r})['result']",
+            f"print({', '.join(shown)}, sep='\\n')",
+        ]
     )
 
 

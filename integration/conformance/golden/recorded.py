@@ -17,6 +17,7 @@ from torch import Tensor
 from int4_lora.integration.conformance.golden.write import exportable, file_name
 from int4_lora.reference.conformance import Case, Manifest, Outcome
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician
+from int4_lora.reference.conformance.evidence import Witness
 from int4_lora.reference.conformance.procedures import Asked, judged
 from int4_lora.reference.conformance.run import failed
 
@@ -58,7 +59,12 @@ def read_result(file: Path) -> Tensor:
 
 
 def run_recorded(
-    folder: Path, cases: Sequence[Case], manifest: Manifest, seed: int = 0
+    folder: Path,
+    cases: Sequence[Case],
+    manifest: Manifest,
+    seed: int = 0,
+    *,
+    evidence: bool = False,
 ) -> Iterator[Outcome]:
     """Judge the results in a folder; yield the outcome of each case.
 
@@ -67,6 +73,7 @@ def run_recorded(
         cases: what ``select`` returned.
         manifest: the backend's claims.
         seed: the seed of the golden files.
+        evidence: whether outcomes keep their evidence.
 
     Raises:
         ValueError: there is no file for any case, or one cannot be read.
@@ -75,11 +82,18 @@ def run_recorded(
         raise ValueError(f"{folder}: there is no result of any of the cases")
     diagnostician = Diagnostician()
     for case in cases:
-        yield _outcome(folder, case, manifest, seed, diagnostician)
+        witness = Witness(case.function) if evidence and not case.optional else None
+        outcome = _outcome(folder, case, manifest, seed, diagnostician, witness)
+        yield outcome if witness is None else replace(outcome, evidence=witness.evidence())
 
 
 def _outcome(
-    folder: Path, case: Case, manifest: Manifest, seed: int, diagnostician: Diagnostician
+    folder: Path,
+    case: Case,
+    manifest: Manifest,
+    seed: int,
+    diagnostician: Diagnostician,
+    witness: Witness | None,
 ) -> Outcome:
     passed = Outcome(case.name, case.exercises, "passed")
     file = folder / file_name(case.name)
@@ -91,6 +105,7 @@ def _outcome(
         return replace(passed, status="skipped", message=why)
     result = read_result(file)
     finding = judged(case, operands, result, manifest)
-    if finding is None:
-        return passed
-    return failed(case, Asked(operands, result, finding, manifest), diagnostician)
+    asked = Asked(operands, result, finding, manifest)
+    if witness is not None:
+        witness.see(asked)
+    return passed if finding is None else failed(case, asked, diagnostician)

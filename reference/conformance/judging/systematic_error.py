@@ -10,15 +10,58 @@ Source: TOSA's conformance tests, "bias" over a test set.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from int4_lora.reference.conformance.judging.verdict import Finding
 
-__all__ = ["systematic_error"]
+__all__ = ["MeanError", "mean_errors", "systematic_error"]
 
 ALLOWED = 0.02
 STANDARD_ERRORS = 5.0
+
+
+class MeanError(NamedTuple):
+    """The mean of errors as fractions of their bounds.
+
+    Args:
+        way: the direction that counts as positive: "up", or "outwards", away from zero.
+        mean: in bounds.
+        noise: its standard error.
+        elements: the number of errors.
+    """
+
+    way: str
+    mean: float
+    noise: float
+    elements: int
+
+    @property
+    def systematic(self) -> bool:
+        """Whether the mean is too far from 0 for roundings to nearest."""
+        return abs(self.mean) > ALLOWED + STANDARD_ERRORS * self.noise
+
+
+def mean_errors(errors: Tensor, exact: Tensor, bounds: Tensor) -> tuple[MeanError, ...]:
+    """Return the mean error up and outwards, or nothing for fewer than two elements.
+
+    Args:
+        errors: result minus exact answer: float64, of any shape.
+        exact: the exact answers, of the same shape.
+        bounds: their bounds, of the same shape; only finite, positive ones count.
+    """
+    counted = bounds.isfinite() & (bounds > 0)
+    fractions = errors[counted] / bounds[counted]
+    if fractions.numel() < 2:
+        return ()
+    means = []
+    for way, sign in (("up", torch.ones_like(fractions)), ("outwards", exact[counted].sign())):
+        values = fractions * sign
+        noise = float(values.std()) / values.numel() ** 0.5
+        means.append(MeanError(way, float(values.mean()), noise, values.numel()))
+    return tuple(means)
 
 
 def systematic_error(errors: Tensor, exact: Tensor, bounds: Tensor) -> Finding | None:
@@ -34,18 +77,12 @@ def systematic_error(errors: Tensor, exact: Tensor, bounds: Tensor) -> Finding |
         >>> systematic_error(0.1 * bounds, bounds, bounds).rule
         'systematic_error'
     """
-    counted = bounds.isfinite() & (bounds > 0)
-    fractions = errors[counted] / bounds[counted]
-    if fractions.numel() < 2:
-        return None
-    for way, sign in (("up", torch.ones_like(fractions)), ("outwards", exact[counted].sign())):
-        values = fractions * sign
-        mean = float(values.mean())
-        noise = float(values.std()) / values.numel() ** 0.5
-        if abs(mean) > ALLOWED + STANDARD_ERRORS * noise:
+    for error in mean_errors(errors, exact, bounds):
+        if error.systematic:
             return Finding(
                 "systematic_error",
-                f"over {values.numel()} elements errors go {way} by {mean:.3g} bounds in the mean "
-                f"(standard error {noise:.2g}): they are not roundings to nearest",
+                f"over {error.elements} elements errors go {error.way} by {error.mean:.3g} bounds "
+                f"in the mean (standard error {error.noise:.2g}): they are not roundings to "
+                "nearest",
             )
     return None
