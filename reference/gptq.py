@@ -33,13 +33,13 @@ class GPTQTensors(NamedTuple):
         qweight: int32 ``[in_features / n, out_features]``.
         qzeros: int32 ``[groups, out_features / n]``.
         scales: ``[groups, out_features]``.
-        g_idx: int32 ``[in_features]``, the group of each column.
+        g_idx: int32 ``[in_features]``, the group of each column; None in column order.
     """
 
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
-    g_idx: Tensor
+    g_idx: Tensor | None = None
 
 
 def from_gptq(
