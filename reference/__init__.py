@@ -6,8 +6,10 @@ It imports torch and the standard library only, and accepts float64 operands. St
 Source: ``docs/format.md`` for the bits, ``docs/numerics.md`` for the roundings.
 """
 
+from int4_lora.reference.awq import AWQTensors, from_awq, to_awq
 from int4_lora.reference.bounds import error_bound
 from int4_lora.reference.dequantization import dequantize
+from int4_lora.reference.gptq import GPTQTensors, from_gptq, to_gptq
 from int4_lora.reference.linear import int4_linear, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
@@ -17,6 +19,8 @@ from int4_lora.reference.packing import pack, unpack
 from int4_lora.reference.quantization import quantize
 
 __all__ = [
+    "AWQTensors",
+    "GPTQTensors",
     "LoRASlice",
     "LoRAStack",
     "MergeCost",
@@ -24,6 +28,8 @@ __all__ = [
     "dequantize",
     "error_bound",
     "expand",
+    "from_awq",
+    "from_gptq",
     "int4_linear",
     "int4_lora_linear",
     "merge",
@@ -31,5 +37,7 @@ __all__ = [
     "pack",
     "quantize",
     "shrink",
+    "to_awq",
+    "to_gptq",
     "unpack",
 ]

@@ -45,9 +45,11 @@ def pack(codes: Tensor, *, bits: int = 4, dim: int = 1) -> Tensor:
     check_dtype("codes", codes, (torch.int8,))
     check_shape("codes", codes, (None, None), "[out_features, in_features]")
     low, high = code_range(bits)
-    wrong = codes[(codes < low) | (codes > high)]
-    if wrong.numel():
-        raise ValueError(f"codes must be in [{low}, {high}] for {bits} bits, got {wrong[0].item()}")
+    if not codes.is_meta:  # a meta tensor has no values
+        wrong = codes[(codes < low) | (codes > high)]
+        if wrong.numel():
+            first = wrong[0].item()
+            raise ValueError(f"codes must be in [{low}, {high}] for {bits} bits, got {first}")
 
     rows = codes if dim == 1 else codes.T
     per_word = 32 // bits

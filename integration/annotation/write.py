@@ -120,6 +120,7 @@ def _planned(folder: Path, unlisted: Unlisted | None) -> tuple[Annotation, Mappi
         _check_is_no_link(file)
     checkpoint = open_checkpoint(folder, unlisted=unlisted)
     checkpoint.check_listed()
+    checkpoint.check_compressed_tensors("annotate")
     targets = lora_targets(checkpoint)
     metadata = metadata_of(checkpoint, targets)
     contents: dict[Path, bytes] = {}

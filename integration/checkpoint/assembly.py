@@ -5,47 +5,67 @@ Source: ``docs/format.md``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.scheme import Scheme, check_strategy
-from int4_lora.reference import PackedWeight
+from int4_lora.integration.checkpoint.layouts import AWQ, GPTQ, GPTQ_V2
+from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, check_strategy
+from int4_lora.reference import PackedWeight, from_awq, from_gptq
 
-__all__ = ["assemble", "shape_that_fits"]
+__all__ = ["assemble", "columns", "shape_that_fits"]
 
 
-def assemble(scheme: Scheme, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
-    """Return the packed weight of a module, or of some of its rows.
+def assemble(
+    scheme: Scheme, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None
+) -> PackedWeight:
+    """Return the packed weight of a module, or of some of its outputs.
 
     Args:
         scheme: how the module is quantised.
-        tensors: its tensors, by the last part of their names. One scale for the whole tensor, and
-            its zero-point, may have the shape [].
-        shape: ``(out_features, in_features)``.
+        tensors: its tensors, by the last part of their names. In pack-quantized, one scale for the
+            whole tensor, and its zero-point, may have the shape [].
+        shape: ``(out_features, in_features)``; not needed for GPTQ and AWQ, whose tensors tell it.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
         ValueError: tensors contradict each other or the config.
     """
-    one = {
-        part: tensor.reshape(1)
-        for part, tensor in tensors.items()
-        if part in ("weight_scale", "weight_zero_point") and scheme.strategy == "tensor"
-        if tensor.ndim == 0
-    }
-    tensors = {**tensors, **one}
-    weight = PackedWeight(
-        packed=tensors["weight_packed"],
-        scale=tensors["weight_scale"],
-        shape=shape,
-        zero_point=tensors.get("weight_zero_point"),
-        g_idx=tensors.get("weight_g_idx"),
-        group_size=scheme.group_size,
-        bits=scheme.bits,
-    )
+    if scheme.format == AWQ:
+        weight = from_awq(*(tensors[part] for part in ("qweight", "qzeros", "scales")))
+    elif scheme.format in (GPTQ, GPTQ_V2):
+        weight = _from_gptq(scheme, tensors)
+    else:
+        weight = _pack_quantized(scheme, tensors, shape)
     check_strategy(scheme, weight)
+    if scheme.format != PACKED_FORMAT and scheme.group_size is not None:
+        weight = dataclasses.replace(weight, group_size=scheme.group_size)  # checks it
     return weight
+
+
+def columns(
+    scheme: Scheme, tensors: Mapping[str, Tensor], start: int, stop: int
+) -> dict[str, Tensor]:
+    """Return the tensors of the outputs ``[start, stop)`` of a module in GPTQ's or AWQ's layout.
+
+    Args:
+        scheme: how the module is quantised.
+        tensors: its tensors, by the last part of their names.
+        start: the first output, a multiple of the codes in a word.
+        stop: the output after the last, likewise.
+    """
+    per_word = 32 // scheme.bits
+    words = slice(start // per_word, stop // per_word)
+    cuts = {
+        "qweight": words if scheme.format == AWQ else slice(start, stop),
+        "qzeros": words,
+        "scales": slice(start, stop),
+    }
+    return {
+        part: tensor[:, cuts[part]] if part in cuts else tensor for part, tensor in tensors.items()
+    }
 
 
 def shape_that_fits(scheme: Scheme, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -88,3 +108,48 @@ def shape_that_fits(scheme: Scheme, tensors: Mapping[str, Tensor]) -> tuple[int,
         f"weight_shape is missing, and no in_features up to {words * per_word} fits: for "
         f"{words * per_word}, {why}"
     )
+
+
+def _pack_quantized(
+    scheme: Scheme, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None
+) -> PackedWeight:
+    if shape is None:
+        raise ValueError("weight_shape is missing")
+    flat = {
+        part: tensor.reshape(1)
+        for part, tensor in tensors.items()
+        if part in ("weight_scale", "weight_zero_point") and scheme.strategy == "tensor"
+        if tensor.ndim == 0
+    }
+    tensors = {**tensors, **flat}
+    return PackedWeight(
+        packed=tensors["weight_packed"],
+        scale=tensors["weight_scale"],
+        shape=shape,
+        zero_point=tensors.get("weight_zero_point"),
+        g_idx=tensors.get("weight_g_idx"),
+        group_size=scheme.group_size,
+        bits=scheme.bits,
+    )
+
+
+def _from_gptq(scheme: Scheme, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    g_idx = tensors.get("g_idx")
+    weight = from_gptq(
+        tensors["qweight"],
+        tensors["qzeros"],
+        tensors["scales"],
+        g_idx,
+        zero_plus_one=scheme.format == GPTQ,
+        symmetric=scheme.symmetric,
+        bits=scheme.bits,
+    )
+    kept = weight.g_idx
+    if scheme.actorder is None and kept is not None and not kept.is_meta:
+        size = scheme.group_size if isinstance(scheme.group_size, int) else weight.in_features
+        if not torch.equal(kept.to(torch.int64), torch.arange(weight.in_features) // size):
+            raise ValueError(
+                "g_idx must number the groups in column order where config.json says desc_act "
+                "false: some tools read it, others do not"
+            )
+    return weight

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from int4_lora.integration.checkpoint.layouts import AWQ, PACK_QUANTIZED
 from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
 from int4_lora.integration.checkpoint.scheme import Scheme
+from int4_lora.reference import PackedWeight
 
 __all__ = [
     "decompress",
@@ -22,6 +24,7 @@ __all__ = [
     "decompress_tensors",
     "module_tensors",
     "stored_tensors",
+    "tensors_of",
     "upstream_scheme",
     "upstream_version",
 ]
@@ -48,16 +51,46 @@ def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """Return the tensors of one module, by the last part of their names.
+    """Return the tensors of one module, by the last part of their names in compressed-tensors.
 
     ``weight_shape`` is int64, in whichever dtype it is stored, or if it is not stored at all.
+    AWQ's tensors are converted by compressed-tensors, if it can; else they, and GPTQ's, which it
+    does not read, are those of the packed weight.
     """
+    if checkpoint.layout(name) is not PACK_QUANTIZED:
+        return _converted(checkpoint, name)
     stored = {
         part: checkpoint.tensor(f"{name}.{part}")
         for part in PARTS
         if part != "weight_shape" and f"{name}.{part}" in checkpoint.tensors
     }
     return {**stored, "weight_shape": torch.tensor(checkpoint.shape_of(name))}
+
+
+def _converted(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Return the tensors that compressed-tensors would store for a module of GPTQ or AWQ."""
+    try:
+        converter = import_upstream("entrypoints.convert.converters").AutoAWQConverter
+    except (AttributeError, ImportError):  # before 0.16
+        converter = None
+    if converter is None or checkpoint.schemes[name].format != AWQ:
+        return tensors_of(checkpoint.packed_weight(name))
+    whole = {
+        f"m.{full.rpartition('.')[2]}": checkpoint.tensor(full) for full in checkpoint.stored(name)
+    }
+    return {full.removeprefix("m."): tensor for full, tensor in converter().process(whole).items()}
+
+
+def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
+    """Return a packed weight's tensors by their names in compressed-tensors."""
+    tensors = {
+        "weight_packed": weight.packed,
+        "weight_scale": weight.scale,
+        "weight_shape": torch.tensor(weight.shape),
+        "weight_zero_point": weight.zero_point,
+        "weight_g_idx": weight.g_idx,
+    }
+    return {part: tensor for part, tensor in tensors.items() if tensor is not None}
 
 
 def decompress_tensors(tensors: Mapping[str, Tensor], scheme: Any) -> Tensor:

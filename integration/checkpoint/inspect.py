@@ -26,7 +26,6 @@ from int4_lora.integration.conversion.saved_copies import without_copies
 
 __all__ = ["AdapterReport", "Inspection", "ModuleReport", "UnlistedReport", "inspect"]
 
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
 DTYPE_BITS = re.compile(r"[A-Z]+(\d+)")
 LAYER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -37,12 +36,12 @@ class ModuleReport:
 
     Args:
         name: the module's name.
-        format: compressed-tensors' name of the format.
+        format: compressed-tensors' name of the format, or "gptq", "gptq_v2" or "awq".
         bits: bits of a code.
         strategy: which weights share a scale.
         group_size: columns of a group, (rows, columns) of a block, or None.
         symmetric: whether the weight has no zero-points.
-        g_idx: whether a ``weight_g_idx`` assigns columns to groups; one with -1 does not.
+        g_idx: whether a g_idx assigns columns to groups; one with -1 does not.
         scale_dtype: the safetensors name of the scale's dtype.
         shape: ``[out_features, in_features]``.
         nbytes: bytes of the module's tensors.
@@ -179,7 +178,9 @@ def inspect(
     check_used(rename, adapters)
     modules = [_module(checkpoint, name) for name in checkpoint.modules()]
     described = {
-        f"{name}.{part}" for name in checkpoint.modules() for part in (*PARTS, "weight_shape")
+        f"{name}.{part}"
+        for name in checkpoint.modules()
+        for part in ("weight", *checkpoint.layout(name).parts)
     }
     others = [name for name in checkpoint.tensors if name not in described]
     return Inspection(
@@ -199,7 +200,9 @@ def inspect(
 
 def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
     scheme = checkpoint.schemes[name]
-    present = [part for part in PARTS if f"{name}.{part}" in checkpoint.tensors]
+    layout = checkpoint.layout(name)
+    parts = ["weight", *(part for part in layout.parts if part != "weight_shape")]
+    present = [part for part in parts if f"{name}.{part}" in checkpoint.tensors]
     if checkpoint.is_packed(name):
         checkpoint.check(name)
     elif "weight_scale" not in present or not {"weight", "weight_packed"} & {*present}:
@@ -207,7 +210,7 @@ def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
             f"{checkpoint.path}: {name}: a {scheme.format} module needs weight_scale, and weight "
             f"or weight_packed, got {present}"
         )
-    nan, infinite, zero = _special_scales(checkpoint.tensor(f"{name}.weight_scale"))
+    nan, infinite, zero = _special_scales(checkpoint.tensor(f"{name}.{layout.scale}"))
     return ModuleReport(
         name=name,
         format=scheme.format,
@@ -215,9 +218,9 @@ def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
         strategy=scheme.strategy,
         group_size=scheme.group_size,
         symmetric=scheme.symmetric,
-        g_idx="weight_g_idx" in present
+        g_idx=layout.g_idx in present
         and not (checkpoint.is_packed(name) and checkpoint.column_order(name)),
-        scale_dtype=checkpoint.tensors[f"{name}.weight_scale"].dtype,
+        scale_dtype=checkpoint.tensors[f"{name}.{layout.scale}"].dtype,
         shape=_shape(checkpoint, name),
         nbytes=sum(_nbytes(checkpoint, f"{name}.{part}") for part in present),
         nan_scales=nan,

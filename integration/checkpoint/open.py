@@ -1,6 +1,6 @@
-"""Open INT4 checkpoints of compressed-tensors; tensors are read only when requested.
+"""Open INT4 checkpoints of compressed-tensors, GPTQ and AWQ; tensors are read only when requested.
 
-Source: the ``pack-quantized`` format of compressed-tensors; ``docs/format.md``.
+Source: ``docs/format.md``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from int4_lora.integration.checkpoint.assembly import assemble, shape_that_fits
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.checkpoint.json_files import read_json_object
+from int4_lora.integration.checkpoint.layouts import AWQ, LAYOUTS, PACK_QUANTIZED, Layout
 from int4_lora.integration.checkpoint.misplaced_adapters import (
     check_is_no_adapter,
     check_no_adapter_within,
@@ -30,7 +31,10 @@ from int4_lora.integration.checkpoint.model_files import (
     read_model_files,
     with_unlisted,
 )
+from int4_lora.integration.checkpoint.other_schemes import OTHER_SCHEMES
 from int4_lora.integration.checkpoint.quantization_config import (
+    METHOD,
+    method_of,
     quantizations,
     read_quantization,
 )
@@ -48,7 +52,7 @@ from int4_lora.reference import PackedWeight
 __all__ = ["FLOATS", "PARTS", "Checkpoint", "Unlisted", "open_checkpoint"]
 
 Unlisted = Literal["take", "leave"]
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+PARTS = PACK_QUANTIZED.parts
 
 MARKS = ("weight_packed", "weight_scale")  # of a quantised module, whatever else it stores
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -113,6 +117,31 @@ class Checkpoint:
         if self.files is not None and self.unlisted and not self.leaves_unlisted:
             raise ValueError(f"{self.path}: {describe_unlisted(self.files)}")
 
+    def check_compressed_tensors(self, use: str) -> None:
+        """Check that the checkpoint is one of compressed-tensors.
+
+        Args:
+            use: what needs it, for the message.
+
+        Raises:
+            ValueError: it is one of GPTQ or AWQ.
+        """
+        method = method_of(self.quantization)
+        if method != METHOD:
+            raise ValueError(
+                f"{self.path}: {use} needs a compressed-tensors checkpoint, got quant_method "
+                f"{method!r}: int4-lora convert writes one without changing a weight"
+            )
+
+    def layout(self, name: str) -> Layout:
+        """Return the names of the tensors of a quantised module."""
+        return LAYOUTS.get(self.schemes[name].format, PACK_QUANTIZED)
+
+    def stored(self, name: str) -> list[str]:
+        """Return the full names of the tensors of a packed module, its codes' first."""
+        full = (f"{name}.{part}" for part in self.layout(name).parts)
+        return [tensor for tensor in full if tensor in self.tensors]
+
     def modules(self) -> list[str]:
         """Return the names of the quantised modules, in the order of the checkpoint."""
         return list(self.schemes)
@@ -128,9 +157,9 @@ class Checkpoint:
         return found
 
     def is_packed(self, name: str) -> bool:
-        """Return whether ``packed_weight`` can read a module: pack-quantized, int, 4 or 8 bits."""
+        """Return whether ``packed_weight`` can read a module: a known layout, int, 4 or 8 bits."""
         scheme = self.schemes[name]
-        return (scheme.format, scheme.kind) == (PACKED_FORMAT, "int") and scheme.bits in (4, 8)
+        return scheme.format in LAYOUTS and scheme.kind == "int" and scheme.bits in (4, 8)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -153,7 +182,7 @@ class Checkpoint:
         """Return a quantised module's shape: ``(out_features, in_features)``.
 
         It is the stored ``weight_shape``. If a packed module stores none, it is the only shape for
-        which the other tensors and the config agree.
+        which the other tensors and the config agree. The tensors of GPTQ and AWQ tell it.
 
         Raises:
             ValueError: ``weight_shape`` does not hold two positive integers, or it is missing and
@@ -164,6 +193,8 @@ class Checkpoint:
             return self._stored_shape(name, self.tensors[full])
         if name not in self.schemes or not self.is_packed(name):
             raise ValueError(f"{self.path}: {name}: weight_shape is missing")
+        if self.layout(name) is not PACK_QUANTIZED:
+            return self._packed_weight(name, self._described).shape
         where = self._where(name)
         self._check_parts(where, name, self.schemes[name])
         try:
@@ -190,8 +221,8 @@ class Checkpoint:
     def column_order(self, name: str) -> bool:
         """Return whether a module's columns are grouped by position.
 
-        They are without a ``weight_g_idx``, with one that holds a -1, and with one that numbers the
-        groups of the config in order.
+        They are without a g_idx, with one that holds a -1, and with one that numbers the groups of
+        the config in order.
 
         Args:
             name: the name of a quantised module.
@@ -200,7 +231,7 @@ class Checkpoint:
             TypeError: the tensor is not int32.
             ValueError: the tensor cannot be read.
         """
-        full = f"{name}.weight_g_idx"
+        full = f"{name}.{self.layout(name).g_idx}"
         if full not in self.tensors:
             return True
         stored = self.tensors[full]
@@ -240,6 +271,27 @@ class Checkpoint:
         """
         self._packed_weight(name, self._described)
 
+    def check_values(self, name: str) -> PackedWeight:
+        """Check a quantised module by its headers, and by the values of what is small beside codes.
+
+        Returns:
+            The packed weight, with zeros in place of the tensors whose values cannot be wrong.
+
+        Raises:
+            TypeError: a tensor has the wrong dtype.
+            ValueError: as in ``packed_weight``.
+        """
+        checked = {f"{name}.{part}" for part in self.layout(name).checked}
+        self.check(name)
+
+        def get(full: str) -> Tensor:
+            if full in checked:
+                return self.tensor(full)
+            described = self._described(full)
+            return torch.zeros((), dtype=described.dtype).expand(described.shape)
+
+        return self._packed_weight(name, get)
+
     def _packed_weight(self, name: str, get: Callable[[str], Tensor]) -> PackedWeight:
         """Return a packed weight, reading its tensors with ``get``."""
         if name not in self.schemes:
@@ -251,7 +303,7 @@ class Checkpoint:
                 f"not {PACKED_FORMAT} of int, 4 or 8 bits"
             )
         self._check_parts(where, name, scheme)
-        shape = self.shape_of(name)
+        shape = self.shape_of(name) if self.layout(name) is PACK_QUANTIZED else None
         try:
             return assemble(scheme, self._parts(name, get), shape)
         except (TypeError, ValueError) as error:
@@ -259,14 +311,13 @@ class Checkpoint:
 
     def _where(self, name: str) -> str:
         """Return the file and the name of a quantised module, for messages."""
-        first = next(part for part in PARTS if f"{name}.{part}" in self.tensors)
-        return f"{self.tensors[f'{name}.{first}'].file}: {name}"
+        return f"{self.tensors[self.stored(name)[0]].file}: {name}"
 
     def _parts(self, name: str, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a packed module but its shape, by the last part of their names."""
         return {
             part: get(f"{name}.{part}")
-            for part in PARTS
+            for part in self.layout(name).parts
             if part != "weight_shape" and f"{name}.{part}" in self.tensors
         }
 
@@ -278,6 +329,9 @@ class Checkpoint:
         return torch.empty(tuple(stored.shape), dtype=DTYPES[stored.dtype], device="meta")
 
     def _check_parts(self, where: str, name: str, scheme: Scheme) -> None:
+        if self.layout(name) is not PACK_QUANTIZED:
+            self._check_other_parts(where, name, scheme)
+            return
         needed = {"weight_packed": "a packed", "weight_scale": "a quantised"}
         if not scheme.symmetric:
             needed["weight_zero_point"] = "an asymmetric"
@@ -301,6 +355,25 @@ class Checkpoint:
                     f"{where}: {part} is stored beside weight_packed, and {PACKED_FORMAT} has none"
                 )
 
+    def _check_other_parts(self, where: str, name: str, scheme: Scheme) -> None:
+        """Check which tensors of a module in GPTQ's or AWQ's layout are stored."""
+        needed = ["qweight", "scales", "qzeros"]
+        if scheme.actorder == "group":
+            needed.append("g_idx")
+        if self.stored(name) == [f"{name}.scales"]:
+            raise ValueError(
+                f"{where}: scales are stored without qweight: AutoAWQ divides an activation by "
+                "them, which no other layout does"
+            )
+        kind = "an awq" if scheme.format == AWQ else f"a {scheme.format}"
+        for part in needed:
+            self._check_stored(where, f"{name}.{part}", f"{part} of {kind} module")
+        for part in {"weight", "weight_packed", "g_idx"}.difference(self.layout(name).parts):
+            if f"{name}.{part}" in self.tensors:
+                raise ValueError(
+                    f"{where}: {part} is stored beside qweight, and {scheme.format} has none"
+                )
+
     def _check_stored(self, where: str, full: str, what: str) -> None:
         """Check that a tensor is there; if it is not, say whether it is unlisted."""
         if full in self.tensors:
@@ -316,7 +389,7 @@ class Checkpoint:
 def open_checkpoint(
     path: str | os.PathLike[str], *, unlisted: Unlisted | None = None
 ) -> Checkpoint:
-    """Open a compressed-tensors checkpoint, in one file or sharded.
+    """Open a checkpoint of compressed-tensors, GPTQ or AWQ, in one file or sharded.
 
     Args:
         path: the folder with ``config.json`` and the safetensors files, or the ``owner/name`` of
@@ -332,9 +405,9 @@ def open_checkpoint(
     Raises:
         FileNotFoundError: the folder, or a file that it must have, does not exist.
         ImportError: ``path`` is a name on the hub, and huggingface_hub is not installed.
-        ValueError: a file cannot be read or is outside the folder, the quantisation is not
-            compressed-tensors', the checkpoint was saved without compression, or the unlisted
-            tensors cannot be taken.
+        ValueError: a file cannot be read or is outside the folder, the quantisation is of another
+            method or layout, the checkpoint was saved without compression, or the unlisted tensors
+            cannot be taken.
 
     Example:
         >>> checkpoint = open_checkpoint("my-model-W4A16")  # doctest: +SKIP
@@ -353,29 +426,41 @@ def open_checkpoint(
     taken = unlisted == "take" and bool(files.unlisted)
     tensors = with_unlisted(folder, files) if taken else files.tensors
     check_no_adapter_within(folder, tensors)
-    quantised = _quantised(tensors)
+    method = _method(file, config)
+    quantised = _quantised(tensors, method)
     if not quantised:
         if unlisted is None and files.unlisted:
             why = f"{files.list_name} lists none; {describe_unlisted(files)}"
         else:
             why = _why_none_is_quantised(file, config, tensors)
-        raise ValueError(f"{folder}: no tensor named *.weight_packed: {why}")
-    _check_compressed(file, config, tensors, quantised)
-    schemes = read_schemes(file, config, quantised)
+        codes = "weight_packed" if method == METHOD else "qweight"
+        raise ValueError(f"{folder}: no tensor named *.{codes}: {why}")
+    if method == METHOD:
+        _check_compressed(file, config, tensors, quantised)
+        schemes = read_schemes(file, config, quantised)
+    else:
+        schemes = OTHER_SCHEMES[method](file, read_quantization(file, config), quantised)
     known = files if files.unlisted and not taken else None
     return Checkpoint(folder, config, tensors, schemes, known, leaves_unlisted=unlisted == "leave")
 
 
-def _quantised(tensors: Collection[str]) -> dict[str, None]:
+def _method(file: Path, config: Mapping[str, Any]) -> str:
+    """Return the method that config.json names: compressed-tensors if it describes none."""
+    return method_of(read_quantization(file, config)) if quantizations(config) else METHOD
+
+
+def _quantised(tensors: Collection[str], method: str) -> dict[str, None]:
     """Return the names of the quantised modules, in the order of the tensors.
 
     Parts of a packed module that has lost both its codes and its scales are such a module, too,
     unless a plain weight stands beside them.
     """
+    parts = PARTS if method == METHOD else LAYOUTS[method].parts
+    marks = MARKS if method == METHOD else parts[:1]
     found: dict[str, None] = {}
     for name in tensors:
         module, _, part = name.rpartition(".")
-        if part in PARTS and (part in MARKS or f"{module}.weight" not in tensors):
+        if part in parts and (part in marks or f"{module}.weight" not in tensors):
             found[module] = None
     return found
 

@@ -12,16 +12,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ANNOTATIONS", "CONFIG_KEYS", "parts_of", "quantizations", "read_quantization"]
+__all__ = [
+    "ANNOTATIONS",
+    "CONFIG_KEYS",
+    "METHOD",
+    "METHODS",
+    "method_of",
+    "parts_of",
+    "quantizations",
+    "read_quantization",
+]
 
 METHOD = "compressed-tensors"
+METHODS = (METHOD, "awq", "gptq")
 OLD_KEY = "compression_config"
 CONFIG_KEYS = ("quantization_config", OLD_KEY)
 ANNOTATIONS = ("lora_compatible", "lora_target_modules", "suggested_lora_targets")
-CONVERTERS = {
-    "awq": "convert it with AutoAWQConverter of compressed_tensors.entrypoints.convert",
-    "gptq": "quantise the dense model again with llm-compressor's GPTQModifier",
-}
+BITSANDBYTES = "its codes are packed for its own kernels: quantise the dense model another way"
+HINTS = {"bitsandbytes": BITSANDBYTES, "bitsandbytes_4bit": BITSANDBYTES}
 
 
 def parts_of(config: Any) -> Iterator[tuple[str, Any]]:
@@ -75,7 +83,7 @@ def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any
 
     Raises:
         ValueError: config.json does not describe a quantisation, describes two, or describes
-            another method than compressed-tensors.
+            another method than those of ``METHODS``.
     """
     found = quantizations(config)
     if not found:
@@ -91,14 +99,20 @@ def read_quantization(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any
     return dict(quantization)
 
 
+def method_of(quantization: Mapping[str, Any]) -> str:
+    """Return the method of a quantisation that ``read_quantization`` returned."""
+    return str(quantization.get("quant_method", METHOD))
+
+
 def _check_method(file: Path, path: str, quantization: object) -> None:
     if not isinstance(quantization, dict):
         raise ValueError(f"{file}: {path} must be an object, got {quantization!r}")
     method = quantization.get("quant_method", METHOD if path.endswith(OLD_KEY) else None)
-    if method != METHOD:
-        hint = CONVERTERS.get(method) if isinstance(method, str) else None
+    if method not in METHODS:
+        hint = HINTS.get(method) if isinstance(method, str) else None
         shown = f"{method!r}" + (f": {hint}" if hint else "")
-        raise ValueError(f"{file}: quant_method must be {METHOD!r}, got {shown}")
+        known = f"{', '.join(map(repr, METHODS[:-1]))} or {METHODS[-1]!r}"
+        raise ValueError(f"{file}: quant_method must be {known}, got {shown}")
 
 
 def _meaning(quantization: Mapping[str, Any]) -> dict[str, Any]:

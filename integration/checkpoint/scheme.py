@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from int4_lora.integration.checkpoint.quantization_config import read_quantization
+from int4_lora.integration.checkpoint.quantization_config import (
+    METHOD,
+    method_of,
+    read_quantization,
+)
 from int4_lora.integration.checkpoint.target_matching import compile_targets, group_of
 
 if TYPE_CHECKING:
@@ -88,7 +92,7 @@ class Scheme:
     """The quantisation of one module.
 
     Args:
-        format: "pack-quantized", or another of compressed-tensors' formats.
+        format: "pack-quantized", another of compressed-tensors', "gptq", "gptq_v2" or "awq".
         kind: "int" or "float".
         bits: bits of a code.
         symmetric: whether the weight has no zero-points.
@@ -147,6 +151,9 @@ def read_groups(
         ValueError: as in ``read_schemes``.
     """
     quantization = read_quantization(file, config)
+    if method_of(quantization) != METHOD:
+        method = method_of(quantization)
+        raise ValueError(f"{file}: quant_method must be {METHOD!r} here, got {method!r}")
     transforms = quantization.get("transform_config")
     if isinstance(transforms, dict) and transforms.get("config_groups"):
         raise ValueError(

@@ -10,6 +10,7 @@ the load report of ``transformers/modeling_utils.py``.
 from __future__ import annotations
 
 from int4_lora.integration.checkpoint.open import FLOATS, Checkpoint
+from int4_lora.integration.checkpoint.quantization_config import METHOD, method_of
 from int4_lora.integration.checkpoint.scheme import read_groups
 from int4_lora.integration.checkpoint.target_matching import (
     EMBEDDING,
@@ -26,7 +27,8 @@ MOST_NAMES = 8
 def unpacked_notes(checkpoint: Checkpoint) -> list[str]:
     """Return a sentence that names the float weights that config.json calls quantised, if any are.
 
-    These are the matrices that a config group targets, by their name or by their class, and that
+    GPTQ and AWQ have none: what is quantised shows in their tensors alone. In compressed-tensors,
+    these are the matrices that a config group targets, by their name or by their class, and that
     ignore does not name. The class of a module is not in the files, so the sentence has it as a
     condition.
 
@@ -40,6 +42,8 @@ def unpacked_notes(checkpoint: Checkpoint) -> list[str]:
         >>> unpacked_notes(open_checkpoint("my-model-W4A16"))  # doctest: +SKIP
         []
     """
+    if method_of(checkpoint.quantization) != METHOD:
+        return []
     matrices = [
         name.removesuffix(".weight")
         for name, stored in checkpoint.tensors.items()

@@ -15,6 +15,7 @@ import typer
 import int4_lora
 from int4_lora.integration.cli.annotate import annotate
 from int4_lora.integration.cli.conform import conform
+from int4_lora.integration.cli.convert import convert
 from int4_lora.integration.cli.demo import demo
 from int4_lora.integration.cli.doctor import doctor
 from int4_lora.integration.cli.golden import golden
@@ -62,6 +63,7 @@ for command in (
     verify,
     unpack,
     merge,
+    convert,
     annotate,
     train,
     tune,

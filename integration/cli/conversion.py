@@ -1,4 +1,4 @@
-"""Options, progress and output shared by ``unpack`` and ``merge``.
+"""Options, progress and output shared by ``unpack``, ``merge`` and ``convert``.
 
 Source: ``docs/commands/unpack.md``.
 """

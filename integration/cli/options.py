@@ -42,7 +42,8 @@ CheckpointPath = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A compressed-tensors checkpoint: a folder, or OWNER/NAME on the Hugging Face hub.",
+        help="A checkpoint of compressed-tensors, GPTQ or AWQ: a folder, or OWNER/NAME on the "
+        "Hugging Face hub.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="The device to compute on: cpu, cuda or cuda:N.")]

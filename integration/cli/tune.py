@@ -131,12 +131,9 @@ def _kinds(checkpoint: Checkpoint) -> list[list[str]]:
 
 
 def _headers(checkpoint: Checkpoint, name: str) -> Iterator[object]:
-    from int4_lora.integration.checkpoint.open import PARTS
-
-    for part in PARTS:
-        stored = checkpoint.tensors.get(f"{name}.{part}")
-        if stored is not None:
-            yield part, stored.dtype, tuple(stored.shape)
+    for full in checkpoint.stored(name):
+        stored = checkpoint.tensors[full]
+        yield full.rpartition(".")[2], stored.dtype, tuple(stored.shape)
     yield checkpoint.shape_of(name)
 
 

@@ -55,7 +55,9 @@ class DenseModule(Task):
         deltas: Sequence[Change] = (),
     ) -> None:
         self.checkpoint, self.name, self.deltas = checkpoint, name, tuple(deltas)
-        self.dtype = dtype or DTYPES[checkpoint.tensors[f"{name}.weight_scale"].dtype]
+        self.dtype = (
+            dtype or DTYPES[checkpoint.tensors[f"{name}.{checkpoint.layout(name).scale}"].dtype]
+        )
         shape = checkpoint.shape_of(name)
         self.outputs = (OutputTensor(f"{name}.weight", dtype_name(self.dtype), shape),)
 

@@ -155,6 +155,7 @@ def _plan_int4(
 ) -> Conversion:
     if not max_error >= 0:
         raise ValueError(f"max_error must be 0 or more, got {max_error}")
+    checkpoint.check_compressed_tensors("merging into INT4")
     changed = [name for name in checkpoint.modules() if name in changes.modules]
     for name in changed:
         check_packed(checkpoint, name)

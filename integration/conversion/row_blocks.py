@@ -1,7 +1,8 @@
 """Read a packed weight in blocks of rows, so that memory does not grow with the weight.
 
 ``PackedWeight.rows`` slices a weight in memory; this module reads rows from a file. A block starts
-where every tensor of the module starts a row.
+where every tensor of the module starts a row. The tensors of GPTQ and AWQ, whose columns are the
+outputs, are read as a whole: their codes are half a byte or a byte for each weight.
 
 Source: ``docs/format.md`` for the dimension along which each tensor is packed.
 """
@@ -9,9 +10,11 @@ Source: ``docs/format.md`` for the dimension along which each tensor is packed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from int4_lora.integration.checkpoint.assembly import assemble
+from torch import Tensor
+
+from int4_lora.integration.checkpoint.assembly import assemble, columns
 from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import read_rows, read_tensor
 from int4_lora.reference import PackedWeight
@@ -38,23 +41,31 @@ def row_blocks(
         TypeError: a tensor has the wrong dtype.
         ValueError: tensors contradict each other, or a file changed.
     """
-    rows, columns = checkpoint.shape_of(name)
+    rows, width = checkpoint.shape_of(name)
     step = math.lcm(*rows_of(checkpoint, name).values())
-    count = rows if whole else max(step, WEIGHTS // columns // step * step)
-    for start in range(0, rows, count):
-        yield start, _block(checkpoint, name, start, min(start + count, rows), columns)
+    count = rows if whole else max(step, WEIGHTS // width // step * step)
+    starts = range(0, rows, count)
+    if checkpoint.layout(name).rows:
+        for start in starts:
+            yield start, _block(checkpoint, name, start, min(start + count, rows), width)
+        return
+    stored = {full.rpartition(".")[2]: checkpoint.tensor(full) for full in checkpoint.stored(name)}
+    for start in starts:
+        part = columns(checkpoint.schemes[name], stored, start, min(start + count, rows))
+        yield start, _assembled(checkpoint, name, part, None)
 
 
 def check_packed(checkpoint: Checkpoint, name: str) -> None:
-    """Check a packed module by its headers, and g_idx by its values.
+    """Check a packed module by its headers, and by the values that may be wrong, such as g_idx.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: tensors contradict each other, or ``weight_g_idx`` is out of range.
+        ValueError: tensors contradict each other, or a value is out of range.
     """
-    checkpoint.check(name)
-    if f"{name}.weight_g_idx" in checkpoint.tensors:
-        next(row_blocks(checkpoint, name))
+    if any(f"{name}.{part}" in checkpoint.tensors for part in checkpoint.layout(name).checked):
+        checkpoint.check_values(name)
+    else:
+        checkpoint.check(name)
 
 
 def rows_of(checkpoint: Checkpoint, name: str) -> dict[str, int]:
@@ -74,9 +85,8 @@ def rows_of(checkpoint: Checkpoint, name: str) -> dict[str, int]:
     }
 
 
-def _block(checkpoint: Checkpoint, name: str, start: int, stop: int, columns: int) -> PackedWeight:
+def _block(checkpoint: Checkpoint, name: str, start: int, stop: int, width: int) -> PackedWeight:
     """Return the rows ``[start, stop)`` of a packed weight."""
-    scheme = checkpoint.schemes[name]
     shared = rows_of(checkpoint, name)
     tensors = {}
     for kind in PARTS:
@@ -89,8 +99,17 @@ def _block(checkpoint: Checkpoint, name: str, start: int, stop: int, columns: in
         else:
             first, last = start // shared[kind], -(-stop // shared[kind])
             tensors[kind] = read_rows(stored, full, first, last)
+    return _assembled(checkpoint, name, tensors, (stop - start, width))
+
+
+def _assembled(
+    checkpoint: Checkpoint,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int] | None,
+) -> PackedWeight:
     try:
-        return assemble(scheme, tensors, (stop - start, columns))
+        return assemble(checkpoint.schemes[name], tensors, shape)
     except (TypeError, ValueError) as error:
-        file = checkpoint.tensors[f"{name}.weight_packed"].file
+        file = checkpoint.tensors[checkpoint.stored(name)[0]].file
         raise type(error)(f"{file}: {name}: {error}") from error

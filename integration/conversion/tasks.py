@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
+from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES, bytes_of, read_tensor
 from int4_lora.integration.checkpoint.safetensors_header import BITS, StoredTensor
 from int4_lora.reference.rounding import round_once
@@ -141,8 +141,7 @@ def source_of(stored: StoredTensor) -> list[Any]:
 
 def tensors_of_module(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
     """Return the full names of the tensors of a packed module."""
-    full = (f"{name}.{part}" for part in PARTS)
-    return tuple(one for one in full if one in checkpoint.tensors)
+    return tuple(checkpoint.stored(name))
 
 
 def sources_of_module(checkpoint: Checkpoint, name: str) -> list[list[Any]]:

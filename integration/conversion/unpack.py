@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from int4_lora.integration.checkpoint.compressed_tensors import module_tensors
-from int4_lora.integration.checkpoint.open import PARTS, Checkpoint, Unlisted, open_checkpoint
+from int4_lora.integration.checkpoint.open import Checkpoint, Unlisted, open_checkpoint
 from int4_lora.integration.checkpoint.quantization_config import (
     ANNOTATIONS,
     CONFIG_KEYS,
@@ -36,6 +36,7 @@ from int4_lora.integration.conversion.tasks import Task
 
 __all__ = [
     "DENSE_DTYPES",
+    "check_all_is_read",
     "plan_dense",
     "plan_unpack",
     "tasks_in_order",
@@ -131,14 +132,18 @@ def plan_dense(
     if dtype is not None and dtype not in DENSE_DTYPES.values():
         raise ValueError(f"dtype must be float16, bfloat16, float32 or None, got {dtype!r}")
     checkpoint.check_listed()
-    _check_all_is_read(checkpoint)
+    check_all_is_read(checkpoint)
     dropped = _dropped(checkpoint)
     tasks = tasks_in_order(
         {name: stored for name, stored in checkpoint.tensors.items() if name not in dropped},
         {
-            f"{name}.{part}": name
+            full: name
             for name in checkpoint.modules()
-            for part in (PARTS if checkpoint.is_packed(name) else module_tensors(checkpoint, name))
+            for full in (
+                checkpoint.stored(name)
+                if checkpoint.is_packed(name)
+                else (f"{name}.{part}" for part in module_tensors(checkpoint, name))
+            )
         },
         lambda name: _dense_module(checkpoint, name, dtype, changes.modules.get(name, ())),
         lambda name, stored: changes.plain_task(name, stored, dtype),
@@ -200,10 +205,11 @@ def tasks_in_order(
     return tuple(tasks)
 
 
-def _check_all_is_read(checkpoint: Checkpoint) -> None:
+def check_all_is_read(checkpoint: Checkpoint) -> None:
     """Refuse codes that belong to no module: copied, they would pass for dense values."""
+    read = {full for name in checkpoint.modules() for full in checkpoint.stored(name)}
     for name, stored in checkpoint.tensors.items():
-        if name.endswith(".weight_packed") or stored.dtype.startswith(("F", "BF")):
+        if name in read or name.endswith(".weight_packed") or stored.dtype.startswith(("F", "BF")):
             continue
         for codes, scales in UNREAD:
             scale = name.removesuffix(codes) + scales

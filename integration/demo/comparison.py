@@ -61,6 +61,7 @@ def compare(
         OSError, TypeError, ValueError: a file does not exist, cannot be read, or does not fit.
     """
     checkpoint = open_checkpoint(model)
+    checkpoint.check_compressed_tensors("the demo")
     folders = list(adapters.values())
     opened = [read_adapter(folder) for folder in folders]
     _check_usable(checkpoint, opened)

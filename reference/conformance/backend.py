@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.reference import LoRAStack
+from int4_lora.reference import LoRAStack, PackedWeight, dequantize
 from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
 from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.manifest import FUNCTIONS, Manifest
@@ -99,7 +99,7 @@ class Backend:
             return Prepared(prepared.weight, self._prepared("prepare_lora", operands.lora))
 
     def call(self, function: str, operands: Operands, prepared: Prepared | None = None) -> Any:
-        """Call a function once and return its result.
+        """Call a function once and return its result, a weight as the dense weight it holds.
 
         Args:
             function: the function.
@@ -112,10 +112,13 @@ class Backend:
         """
         prepared = prepared or self.prepare(operands)
         called, arguments = self._called(function, _arguments(function, operands, prepared))
-        options = {"dim": operands.dim} if operands.dim != 1 else {}
+        options: dict[str, int] = {"dim": operands.dim} if operands.dim != 1 else {}
+        if not operands.zero_plus_one:
+            options["zero_plus_one"] = False
         with _watched(operands):
             _poison(operands)
-            return called(*arguments, **options)
+            result = called(*arguments, **options)
+        return dequantize(result) if isinstance(result, PackedWeight) else result
 
     def _called(
         self, function: str, arguments: tuple[object, ...]
@@ -194,6 +197,8 @@ def _arguments(function: str, operands: Operands, prepared: Prepared) -> tuple[o
         "pack": (operands.codes,),
         "unpack": (operands.packed, operands.size),
         "dequantize": (operands.weight, operands.dtype),
+        "from_gptq": operands.layout or (),
+        "from_awq": operands.layout or (),
         "shrink": (operands.x, stack, operands.adapter_ids),
         "expand": (operands.h, stack, operands.adapter_ids),
         "int4_linear": (operands.x, prepared.weight, operands.bias),

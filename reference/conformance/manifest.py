@@ -26,6 +26,8 @@ FUNCTIONS = (
     "int4_lora_linear",
     "shrink",
     "expand",
+    "from_gptq",
+    "from_awq",
 )
 STRATEGIES = ("tensor", "channel", "group", "block")
 DTYPES = {
@@ -149,7 +151,7 @@ class Manifest:
         return reasons
 
     def _of_weight(self, operands: Operands) -> list[tuple[bool, str]]:
-        weight = operands.weight
+        weight = operands.packed_weight
         if weight is None:
             return []
         size = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
+from int4_lora.reference.conformance.judging.answers import WEIGHTS
 from int4_lora.reference.conformance.procedures import Asked
 from int4_lora.reference.dequantization import scale_columns
 
@@ -21,7 +22,7 @@ SHOWN = 6  # runs of numbers
 DIMENSIONS = {
     "pack": ("rows", "words"),
     "unpack": ("rows", "columns"),
-    "dequantize": ("outputs", "columns"),
+    **dict.fromkeys(WEIGHTS, ("outputs", "columns")),
     "shrink": ("tokens", "ranks"),
 }
 TRIED = 4  # tokens, each alone
@@ -44,8 +45,8 @@ def affected(function: str, operands: Operands, wrong: Tensor | None) -> str:
         f"{name} {ranges(indices, length)}"
         for name, indices, length in zip(names, (rows, columns), wrong.shape, strict=True)
     ]
-    weight = operands.weight
-    if function == "dequantize" and weight is not None and weight.scale.shape[-1] > 1:
+    weight = operands.packed_weight
+    if function in WEIGHTS and weight is not None and weight.scale.shape[-1] > 1:
         groups = sorted(set(scale_columns(weight)[columns].tolist()))
         parts.append(f"groups {ranges(groups, weight.scale.shape[-1])}")
     return ", ".join(parts)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from int4_lora.reference.conformance.cases.behaviour import behaviour_cases
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.format import format_cases
+from int4_lora.reference.conformance.cases.layouts import layout_cases
 from int4_lora.reference.conformance.cases.linear import linear_cases
 from int4_lora.reference.conformance.cases.lora import lora_cases
 
@@ -20,6 +21,7 @@ CASES: tuple[Case, ...] = (
     *linear_cases(),
     *lora_cases(),
     *behaviour_cases(),
+    *layout_cases(),
 )
 """Every case, in the order in which they run."""
 

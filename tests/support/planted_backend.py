@@ -49,6 +49,12 @@ class PlantedBackend:
     def dequantize(self, weight, dtype=None):
         return self.planted.dequantize(self._weight(weight), dtype)
 
+    def from_gptq(self, *tensors, **options):
+        return self.planted.dequantize(self.planted.from_gptq(*tensors, **options))
+
+    def from_awq(self, *tensors):
+        return self.planted.dequantize(self.planted.from_awq(*tensors))
+
     def int4_linear(self, x, weight, bias=None):
         return self.planted.int4_linear(x, self._weight(weight), bias)
 

@@ -70,6 +70,21 @@ MUTANTS = {
         },
         DEQUANTIZATION,
     ),
+    "awq_order_ignored": (
+        "awq",
+        {"(1, (-1, 8))[:, :, PLACES].flatten(1)": "(1, (-1, 8)).flatten(1)"},
+        "reference/test_awq.py::test_known_words",
+    ),
+    "gptq_zero_plus_one": (
+        "gptq",
+        {"zero_point = stored + int(zero_plus_one)": "zero_point = stored"},
+        "reference/test_gptq.py::test_known_words",
+    ),
+    "packed_along_inputs": (
+        "gptq",
+        {"packed=qweight.T.contiguous()": "packed=qweight.reshape(rows, -1)"},
+        "reference/test_gptq.py::test_known_words",
+    ),
     "adapter_minus_one_indexed": (
         "lora",
         {"(adapter_ids == adapter)": "(adapter_ids % lora.adapters == adapter)"},

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from int4_lora.integration.conformance.golden.recorded import NO_FILE, read_result
 from int4_lora.integration.conformance.golden.write import VERSION
-from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
+from int4_lora.reference import AWQTensors, GPTQTensors, LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, answer, judge
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician
 from int4_lora.reference.conformance.evidence import JudgedCall, Witness
+from int4_lora.reference.conformance.judging.answers import WEIGHTS
 from int4_lora.reference.conformance.judging.yardstick import yardstick_rms
 from int4_lora.reference.conformance.manifest import DTYPES
 from int4_lora.reference.conformance.reproduce import affected
@@ -151,7 +152,7 @@ def _has_bound_for(entry: dict[str, Any], manifest: Manifest) -> bool:
     """Return whether the files hold a bound for the declared roundings."""
     if manifest.delta_rounded or manifest.accumulate != torch.float32:
         return bool(entry["equal"])
-    return manifest.weight_rounded or entry["function"] != "dequantize"
+    return manifest.weight_rounded or entry["function"] not in WEIGHTS
 
 
 def _declaration(entry: dict[str, Any], manifest: Manifest) -> dict[str, Any] | None:
@@ -166,7 +167,7 @@ def _answer(
     entry: dict[str, Any], tensors: dict[str, Tensor], declared: dict[str, Any] | None
 ) -> Answer:
     expected, dtype = tensors["expected"], RESULT_DTYPES[entry["result"]["dtype"]]
-    if entry["function"] == "dequantize":
+    if entry["function"] in WEIGHTS:
         expected = expected.to(dtype)
     if declared is None:
         bound = torch.zeros(expected.shape, dtype=torch.float64)
@@ -203,7 +204,15 @@ def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
         dtype=DTYPES.get(attributes.get("dtype", "")),
         lora=_lora(attributes, tensors),
         adapter_ids=tensors.get("adapter_ids"),
+        layout=_layout(entry["function"], tensors),
+        zero_plus_one=attributes.get("zero_plus_one", True),
     )
+
+
+def _layout(function: str, tensors: dict[str, Tensor]) -> GPTQTensors | AWQTensors | None:
+    """Return the tensors of another layout, or None for a function that does not take them."""
+    kind = {"from_gptq": GPTQTensors, "from_awq": AWQTensors}.get(function)
+    return None if kind is None else kind(**{n: tensors[n] for n in kind._fields if n in tensors})
 
 
 def _lora(

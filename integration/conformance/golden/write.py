@@ -136,9 +136,11 @@ def _attributes(case: Case, operands: Operands) -> dict[str, Any]:
     if case.function == "unpack":
         return {"dim": operands.dim, "size": operands.size}
     attributes: dict[str, Any] = {}
-    weight = operands.weight
+    weight = operands.packed_weight
+    if case.function == "from_gptq":
+        attributes["zero_plus_one"] = operands.zero_plus_one
     if weight is not None:
-        attributes = {
+        attributes |= {
             "out_features": weight.out_features,
             "in_features": weight.in_features,
             "strategy": weight.strategy,

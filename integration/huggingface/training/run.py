@@ -131,6 +131,7 @@ def train(
         check_can_plot()
     folder, start = RunFolder(Path(output)), None if start_from is None else Path(start_from)
     checkpoint = open_checkpoint(model)
+    checkpoint.check_compressed_tensors("training")
     read = [checkpoint.path, Path(data), *([] if start is None else [start])]
     folder.check_place(read, resume=resume, force=force)
     plan = _plan(os.fspath(model), checkpoint, Path(data), settings or Settings(), start)

@@ -13,12 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
+from int4_lora.reference import (
+    AWQTensors,
+    GPTQTensors,
+    LoRASlice,
+    LoRAStack,
+    PackedWeight,
+    from_awq,
+    from_gptq,
+    pack,
+)
 from int4_lora.reference.conformance.cases.draws import Draws
 from int4_lora.reference.linear import as_slices
 from int4_lora.reference.lora_stack import rows_of
 
-__all__ = ["Operands", "adapters", "tensors_of", "tokens", "weight"]
+__all__ = ["Operands", "adapters", "group_of_each_column", "tensors_of", "tokens", "weight"]
 
 SCALINGS = (2 / 3, 2.0, 0.37, -1.5, 1.25)  # none is 1, and no two are equal
 
@@ -39,6 +48,8 @@ class Operands:
         lora: adapters or slices.
         adapter_ids: ``[tokens]``.
         bias: ``[out_features]``.
+        layout: the tensors for ``from_gptq`` or ``from_awq``; a g_idx may be None.
+        zero_plus_one: for ``from_gptq``.
     """
 
     codes: Tensor | None = None
@@ -52,6 +63,15 @@ class Operands:
     lora: LoRAStack | Sequence[LoRASlice] | None = None
     adapter_ids: Tensor | None = None
     bias: Tensor | None = None
+    layout: GPTQTensors | AWQTensors | None = None
+    zero_plus_one: bool = True
+
+    @property
+    def packed_weight(self) -> PackedWeight | None:
+        """The weight, or that which the tensors of another layout hold."""
+        if isinstance(self.layout, GPTQTensors):
+            return from_gptq(*self.layout, zero_plus_one=self.zero_plus_one)
+        return self.weight if self.layout is None else from_awq(*self.layout)
 
     @property
     def slices(self) -> tuple[LoRASlice, ...]:
@@ -81,6 +101,9 @@ class Operands:
         for name in ("codes", "packed", "weight", "x", "h", "adapter_ids", "bias"):
             value = getattr(self, name)
             changed[name] = None if value is None else value.to(device)
+        if self.layout is not None:
+            moved = (None if tensor is None else tensor.to(device) for tensor in self.layout)
+            changed["layout"] = type(self.layout)(*moved)
         if isinstance(self.lora, LoRAStack):
             changed["lora"] = self.lora.to(device)
         elif self.lora is not None:
@@ -131,6 +154,8 @@ def tensors_of(operands: Operands) -> dict[str, Tensor]:
     if operands.weight is not None:
         for name in ("packed", "scale", "zero_point", "g_idx"):
             tensors[f"weight.{name}"] = getattr(operands.weight, name)
+    if operands.layout is not None:
+        tensors.update(operands.layout._asdict())
     for index, part in enumerate(operands.slices):
         for name in ("a", "b", "scaling"):
             tensors[f"lora.{index}.{name}"] = getattr(part.stack, name)
@@ -177,14 +202,23 @@ def weight(
         scale=scale.to(dtype),
         shape=(rows, columns),
         zero_point=None if symmetric else zero_point,
-        g_idx=_group_of_each_column(draws, what, g_idx, columns, groups),
+        g_idx=group_of_each_column(draws, what, g_idx, columns, groups),
         group_size=block if strategy == "block" else None,
     )
 
 
-def _group_of_each_column(
+def group_of_each_column(
     draws: Draws, what: str, how: str | None, columns: int, groups: int
 ) -> Tensor | None:
+    """Return a random g_idx: int32 ``[columns]``, or None.
+
+    Args:
+        draws: the random numbers.
+        what: the name under which the numbers are drawn.
+        how: None, "balanced", "unbalanced" or "minus_one".
+        columns: in_features.
+        groups: scales per row.
+    """
     if how is None:
         return None
     if how == "unbalanced":

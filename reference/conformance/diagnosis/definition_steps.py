@@ -19,7 +19,7 @@ from torch import Tensor
 from int4_lora.reference import LoRASlice, PackedWeight
 from int4_lora.reference.bounds import FORMATS, gamma
 from int4_lora.reference.conformance.cases.operands import Operands
-from int4_lora.reference.conformance.judging.answers import DELTA_ROUNDINGS
+from int4_lora.reference.conformance.judging.answers import DELTA_ROUNDINGS, WEIGHTS
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import scale_columns, scale_rows
 
@@ -53,6 +53,7 @@ class Way:
         scaling: scalings -> scalings.
         starts: slices -> the first output of each.
         outputs: result -> the result as it is written.
+        layout: operands -> the weight that the tensors of another layout hold.
         zero_points_too: whether zero-points are read with this way's shifts, mask and code; else
             with those of ``RIGHT``.
     """
@@ -72,6 +73,7 @@ class Way:
     starts: Callable[[Sequence[LoRASlice]], list[int]]
     outputs: Callable[[Tensor], Tensor]
     zero_points_too: bool = True
+    layout: Callable[[Operands], PackedWeight | None] = lambda operands: operands.packed_weight
 
 
 def rounded_product(
@@ -158,8 +160,9 @@ def answer_of(
     if function == "unpack" and operands.packed is not None:
         codes = read_codes(way, operands.packed, operands.size, operands.dim)
         return _exactly(way.outputs(codes.to(torch.int8)))
-    if function == "dequantize" and operands.weight is not None:
-        dense = way.outputs(dense_weight(way, operands.weight))
+    weight = way.layout(operands)
+    if function in WEIGHTS and weight is not None:
+        dense = way.outputs(dense_weight(way, weight))
         if operands.dtype is not None:
             dense = dense.to(operands.dtype).double()
         loose = 0.0 if manifest.weight_rounded else 2.0**-6

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from int4_lora.reference import LoRASlice, PackedWeight
 from int4_lora.reference.conformance.diagnosis.definition_steps import RIGHT, Way, rounded_product
+from int4_lora.reference.conformance.diagnosis.layout_mistakes import LAYOUT_MISTAKES
 from int4_lora.reference.dequantization import scale_columns
 
 __all__ = ["IDENTIFIERS", "MISTAKES", "Mistake"]
 
 IDENTIFIERS = (
+    *LAYOUT_MISTAKES,  # first: offset explains what gptq_zero_plus_one does, too
     "nibble_order",
     "offset",
     "sign_extension",
@@ -278,5 +280,10 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake("stale_adapter_ids", "those of the call before", "ids",
             lambda ids, count, earlier: ids if earlier is None else earlier),
+    *(
+        Mistake(name, variant, "layout", wrong)
+        for name, variants in LAYOUT_MISTAKES.items()
+        for variant, wrong in variants.items()
+    ),
 )  # fmt: skip
 """Every variant, in the order in which they are tried: that of ``IDENTIFIERS``."""

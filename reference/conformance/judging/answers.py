@@ -4,8 +4,9 @@
 function        exact answer                                    bound
 ==============  ==============================================  ===============================
 pack, unpack    the reference's integers                        equal
-dequantize      the reference's bits                            equal, or u |w| where the backend
-                                                                declares an unrounded weight
+dequantize,     the reference's bits                            equal, or u |w| where the backend
+from_gptq,                                                      declares an unrounded weight
+from_awq
 int4_linear     the reference on float64 operands               ``error_bound``
 shrink, expand  the same                                        gamma_n of the sums
 ==============  ==============================================  ===============================
@@ -37,9 +38,10 @@ from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import unrounded_weight
 from int4_lora.reference.lora_stack import LoRAStack
 
-__all__ = ["Answer", "answer", "delta_magnitude", "exact_answer"]
+__all__ = ["WEIGHTS", "Answer", "answer", "delta_magnitude", "exact_answer"]
 
 T = TypeVar("T")
+WEIGHTS = ("dequantize", "from_gptq", "from_awq")
 DELTA_ROUNDINGS = 4  # of x A^T, of B and of the delta, and one for their products
 
 
@@ -78,7 +80,7 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
     exact = exact_answer(function, operands.to("cpu")).to(operands.device)
     if function in ("pack", "unpack"):
         return Answer(exact, exact.dtype, torch.zeros(exact.shape, dtype=torch.float64), (exact,))
-    if function == "dequantize":
+    if function in WEIGHTS:
         return _weight_answer(operands, manifest, exact)
     if function in ("shrink", "expand"):
         wide = torch.float64 if operands.activations.dtype == torch.float64 else torch.float32
@@ -126,8 +128,8 @@ def exact_answer(function: str, operands: Operands) -> Tensor:
         return pack(_of(operands.codes), dim=operands.dim)
     if function == "unpack":
         return unpack(_of(operands.packed), operands.size, dim=operands.dim)
-    if function == "dequantize":
-        return dequantize(_of(operands.weight), operands.dtype)
+    if function in WEIGHTS:
+        return dequantize(_of(operands.packed_weight), operands.dtype)
     wide = operands.activations.to(torch.float64)
     if function == "shrink":
         return shrink(wide, operands.slices[0].stack, _of(operands.adapter_ids))
@@ -150,12 +152,13 @@ def _layer_on(dense: Tensor, operands: Operands) -> Tensor:
 
 
 def _weight_answer(operands: Operands, manifest: Manifest, exact: Tensor) -> Answer:
-    dtype = operands.dtype or _of(operands.weight).scale.dtype
+    weight = _of(operands.packed_weight)
+    dtype = operands.dtype or weight.scale.dtype
     bound = torch.zeros(exact.shape, dtype=torch.float64, device=exact.device)
     if manifest.weight_rounded:
         return Answer(exact, dtype, bound, (exact,))
-    unrounded = unrounded_weight(_of(operands.weight))
-    rounded, last = FORMATS[_of(operands.weight).scale.dtype], FORMATS[dtype]
+    unrounded = unrounded_weight(weight)
+    rounded, last = FORMATS[weight.scale.dtype], FORMATS[dtype]
     once = exact.double().abs() * (rounded.u + last.u)
     bound = once + rounded.output_underflow + last.output_underflow
     return Answer(exact, dtype, torch.where(bound.isnan(), torch.inf, bound), (exact, unrounded))

@@ -16,7 +16,7 @@ from torch import Tensor
 from int4_lora.reference import dequantize
 from int4_lora.reference.bounds import FORMATS
 from int4_lora.reference.conformance.cases.operands import Operands
-from int4_lora.reference.conformance.judging.answers import Answer
+from int4_lora.reference.conformance.judging.answers import WEIGHTS, Answer
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS, error_of, rms_of
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import unrounded_weight
@@ -153,7 +153,7 @@ def yardstick_rms(
         have a bound for the rms rule.
     """
     judged = held.bound.isfinite()
-    if function in ("pack", "unpack", "dequantize") or int(judged.sum()) < RMS_ELEMENTS:
+    if function in ("pack", "unpack", *WEIGHTS) or int(judged.sum()) < RMS_ELEMENTS:
         return None
     on_cpu = operands.to("cpu")
     results = [yardstick(function, on_cpu, manifest, order) for order in ORDERS]

@@ -9,6 +9,7 @@ from support.reference_mutants import MUTANTS
 
 FORMAT = "dequantize/*/bf16,unpack/*,pack/*,int4_linear/*/bf16,int4_lora_linear/on_*/bf16"
 ADAPTERS = "shrink/*/bf16,expand/*/bf16,int4_lora_linear/*/bf16"
+LAYOUTS = "from_*"
 PLANTED = {
     "nibble_order": ("nibble_order", FORMAT),
     "offset": ("offset", FORMAT),
@@ -20,6 +21,9 @@ PLANTED = {
     "g_idx_column_order": ("g_idx_column_order", FORMAT),
     "round_before_subtract": ("round_before_subtract", FORMAT),
     "tail_lost": ("tail_lost", FORMAT),
+    "awq_order_ignored": ("awq_order_ignored", LAYOUTS),
+    "gptq_zero_plus_one": ("gptq_zero_plus_one", LAYOUTS),
+    "packed_along_inputs": ("packed_along_inputs", LAYOUTS),
     "adapter_minus_one_indexed": ("adapter_minus_one_indexed", ADAPTERS),
     "scaling_missing": ("scaling_missing", ADAPTERS),
     "scaling_twice": ("scaling_twice", ADAPTERS),
