@@ -55,8 +55,8 @@ def blocks_of(x: Tensor, weight: PreparedWeight) -> Blocks | None:
     if x.device.type != "cpu" or few:
         return None
     pairs = isinstance(weight, Int4PackWeight) and int4pack_tiles.decodes_pairs(weight, dtype)
-    block = weight.tile if pairs else None
-    return Blocks(_rows_of_a_block(weight, dtype), dtype, _decoded, block and _in_order(block))
+    in_order = _in_order(weight.tile) if pairs else None
+    return Blocks(_rows_of_a_block(weight, dtype), dtype, _decoded, in_order)
 
 
 def _rows_of_a_block(weight: PreparedWeight, dtype: torch.dtype) -> int:

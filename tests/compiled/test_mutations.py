@@ -91,7 +91,7 @@ MUTANTS = {
         "graphs.blocks", {"weight.arrange(x.to(dtype))": "x.to(dtype)"}, BLOCKS,
     ),
     "outputs_of_blocks_in_pairs": (
-        "formulations.tiles", {"block = weight.tile if pairs else None": "block = None"}, BLOCKS,
+        "formulations.tiles", {"_in_order(weight.tile) if pairs else None": "None"}, BLOCKS,
     ),
     "zero_points_of_the_first_part": (
         "layouts.interleaved", {"zeros[start // ZEROS : -(-stop // ZEROS)]": "zeros"}, BLOCKS,
