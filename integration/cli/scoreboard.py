@@ -55,11 +55,11 @@ def scoreboard(
         from int4_lora.reference.conformance import select
 
         names, cases = _names(backends), select(quick=quick)
+        check_report(report)
         if write is not None:
             replaced(write, "")  # fails now, not after a long run
             if report is not None and report.resolve() == write.resolve():
                 raise ValueError(f"--write and --report must be two files, got {report}")
-        check_report(report)
         check_device(device)
         rows = _score(names, cases, device, seed, quiet=as_json, evidence=report is not None)
         table = as_markdown(rows, device=device, seed=seed, cases=len(cases))
@@ -149,6 +149,8 @@ def _plain(row: Row) -> dict[str, Any]:
         for outcome in row.outcomes
         if outcome.status == "failed"
     ]
+    for failure in failures:
+        del failure["evidence"]
     return {
         "backend": row.name,
         "verdict": row.verdict,

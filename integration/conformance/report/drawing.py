@@ -24,12 +24,12 @@ __all__ = ["COLOURS", "check_can_draw", "draw"]
 COLOURS = ("#eef3f8", "#a9c6e0", "#fde725", "#fca636", "#e2431e", "#7a0403", "#4b0c8a")
 """Of the classes of ``error_map``, in their order."""
 
-WIDTH, DPI = 8.6, 100  # inches, pixels per inch
+WIDTH, DPI = 8.6, 90  # inches, pixels per inch
 LEFT, RIGHT, TOP, BOTTOM = 1.15, 0.12, 0.1, 0.5  # inches around the map
 CELL, LOW, HIGH = 0.15, 0.9, 2.6  # inches: a row, and the least and the most of all rows
 CELLS = 512  # of each axis; of more, the worst of several is drawn
 WORDS_SHOWN = 80  # more lines would hide the map
-PALETTE = 48  # colours of the image
+PALETTE = 32  # colours of the image
 INK, PAPER = "#1c2733", "#ffffff"
 
 
@@ -99,11 +99,13 @@ def _label(axes: Axes, rows: Axis, columns: Axis) -> None:
         axes.tick_params(axis="y", labelsize=7 if rows.length > 12 else 8, length=0)
     else:
         axes.set_ylabel(_title(rows), fontsize=9, color=INK)
-    for axis, line in ((columns, axes.axvline), (rows, axes.axhline)):
+    for axis, line in ((columns, axes.axvline), (rows, axes.axhline)):  # seen on every colour
         if axis.words and axis.length <= WORD * WORDS_SHOWN:
             for position in range(WORD, axis.length, WORD):
-                line(position, color=INK, linewidth=0.35, alpha=0.45)
+                line(position, color=PAPER, linewidth=0.9, alpha=0.4)
+                line(position, color=INK, linewidth=0.35, alpha=0.6)
         for position in axis.lines:
+            line(position, color=PAPER, linewidth=3.2)
             line(position, color=INK, linewidth=1.4)
     for spine in axes.spines.values():
         spine.set_color(INK)
@@ -115,7 +117,7 @@ def _title(axis: Axis) -> str:
     if axis.words and axis.length <= WORD * WORDS_SHOWN:
         lines.append("thin lines: words of 8")
     if axis.groups is not None:
-        lines.append("strip: the group of each input")
+        lines.append("strip: the group of each column")
     return axis.name + (f"   ({', '.join(lines)})" if lines else "")
 
 

@@ -25,8 +25,8 @@ WORD = 8  # codes
 NAMED_TOKENS = 24  # more names do not fit beside the map
 DIMENSIONS = {
     "pack": ("output", "word"),
-    "unpack": ("output", "input"),
-    "dequantize": ("output", "input"),
+    "unpack": ("output", "column"),
+    "dequantize": ("output", "column"),
     "shrink": ("token", "rank"),
 }
 
@@ -184,7 +184,7 @@ def _axes(function: str, operands: Operands, shape: Sequence[int]) -> tuple[Axis
         along = operands.dim
         return Axis(first, shape[0], words=along == 0), Axis(second, shape[1], words=along == 1)
     if function == "dequantize" and weight is not None:
-        return _outputs(operands, shape[0]), _inputs(operands, shape[1])
+        return _outputs(operands, shape[0]), _columns(operands, shape[1])
     if first != "token":
         return Axis(first, shape[0]), Axis(second, shape[1])
     tokens = Axis(first, shape[0], names=_token_names(operands, shape[0]))
@@ -219,17 +219,17 @@ def _outputs(operands: Operands, length: int) -> Axis:
     return Axis("output", length, lines, mean, words)
 
 
-def _inputs(operands: Operands, length: int) -> Axis:
-    """Return the axis of inputs of a weight: lines at groups, words of codes."""
+def _columns(operands: Operands, length: int) -> Axis:
+    """Return the axis of columns of a weight: lines at groups, words of codes."""
     weight = operands.weight
     if weight is None:
-        return Axis("input", length)
+        return Axis("column", length)
     groups = scale_columns(weight)
     changes = (groups.diff().nonzero().flatten() + 1).tolist()
     contiguous = len(changes) < weight.scale.shape[-1]
     mean = "blocks" if isinstance(weight.group_size, tuple) else "groups"
     return Axis(
-        "input",
+        "column",
         length,
         lines=tuple(changes) if contiguous else (),
         lines_mean=mean if contiguous and changes else "",

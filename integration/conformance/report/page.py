@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run_page", "scoreboard_page"]
 
-MAP_BYTES = 1_900_000  # of all images; the rest of a page is smaller than a megabyte
+MAP_BYTES = 2_100_000  # of all images; the rest of a page is smaller than a megabyte
 SHOWN_OF_EACH = 4  # failures of one diagnosis, on a scoreboard
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as cases are named
 STATUSES = ("passed", "failed", "skipped")
