@@ -122,9 +122,10 @@ def to_awq(weight: PackedWeight) -> AWQTensors:
 def _unpack(words: Tensor) -> Tensor:
     """Return the signed codes in words of eight outputs: int8 ``[rows, out_features]``."""
     codes = unpack(words, 8 * words.shape[1])  # in the order of the nibbles
-    return codes.unflatten(1, (-1, 8))[:, :, PLACES].flatten(1)
+    return codes.reshape(*words.shape, 8)[:, :, PLACES].flatten(1)
 
 
 def _pack(codes: Tensor) -> Tensor:
     """Return int32 words with the codes of eight outputs each; the inverse of ``_unpack``."""
-    return pack(codes.unflatten(1, (-1, 8))[:, :, ORDER].flatten(1))
+    rows, outputs = codes.shape
+    return pack(codes.reshape(rows, outputs // 8, 8)[:, :, ORDER].flatten(1))

@@ -94,6 +94,7 @@ def from_gptq(
     words = (groups, rows // per_word)
     check_shape("qzeros", qzeros, words, f"[groups, out_features / {per_word}]")
     columns = per_word * qweight.shape[0]
+    _check_whole_words("qweight", "in_features", columns, per_word)  # refuses none
     if g_idx is not None:
         check_dtype("g_idx", g_idx, (torch.int32,))
         check_shape("g_idx", g_idx, (columns,), "[in_features]")

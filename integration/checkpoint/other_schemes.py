@@ -138,7 +138,7 @@ def _read_bool(where: str, fields: Mapping[str, Any], name: str, *, default: boo
     value = fields.get(name)
     if value is not None and type(value) is not bool:
         raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
-    return default if value is None else value
+    return default if value is None else bool(value)
 
 
 def _one_of(fields: Mapping[str, Any], name: str, older_name: str, *, default: object) -> object:

@@ -41,7 +41,7 @@ class RepackedModule(Task):
         rows, columns = checkpoint.shape_of(name)
         scales = checkpoint.tensors[f"{name}.{checkpoint.layout(name).scale}"]
         groups = scales.shape[0]
-        shapes = {
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
             "weight_packed": ("I32", (rows, words_for(columns, scheme.bits))),
             "weight_scale": (scales.dtype, (rows, groups)),
             "weight_shape": ("I64", (2,)),

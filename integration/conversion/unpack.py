@@ -142,7 +142,7 @@ def plan_dense(
             for full in (
                 checkpoint.stored(name)
                 if checkpoint.is_packed(name)
-                else (f"{name}.{part}" for part in module_tensors(checkpoint, name))
+                else [f"{name}.{part}" for part in module_tensors(checkpoint, name)]
             )
         },
         lambda name: _dense_module(checkpoint, name, dtype, changes.modules.get(name, ())),

@@ -72,7 +72,7 @@ MUTANTS = {
     ),
     "awq_order_ignored": (
         "awq",
-        {"(1, (-1, 8))[:, :, PLACES].flatten(1)": "(1, (-1, 8)).flatten(1)"},
+        {", 8)[:, :, PLACES].flatten(1)": ", 8).flatten(1)"},
         "reference/test_awq.py::test_known_words",
     ),
     "gptq_zero_plus_one": (

@@ -211,8 +211,12 @@ def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
 
 def _layout(function: str, tensors: dict[str, Tensor]) -> GPTQTensors | AWQTensors | None:
     """Return the tensors of another layout, or None for a function that does not take them."""
-    kind = {"from_gptq": GPTQTensors, "from_awq": AWQTensors}.get(function)
-    return None if kind is None else kind(**{n: tensors[n] for n in kind._fields if n in tensors})
+    if function == "from_gptq":
+        first = (tensors["qweight"], tensors["qzeros"], tensors["scales"])
+        return GPTQTensors(*first, tensors.get("g_idx"))
+    if function == "from_awq":
+        return AWQTensors(tensors["qweight"], tensors["qzeros"], tensors["scales"])
+    return None
 
 
 def _lora(

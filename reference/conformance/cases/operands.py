@@ -103,7 +103,7 @@ class Operands:
             changed[name] = None if value is None else value.to(device)
         if self.layout is not None:
             moved = (None if tensor is None else tensor.to(device) for tensor in self.layout)
-            changed["layout"] = type(self.layout)(*moved)
+            changed["layout"] = self.layout._make(moved)
         if isinstance(self.lora, LoRAStack):
             changed["lora"] = self.lora.to(device)
         elif self.lora is not None:

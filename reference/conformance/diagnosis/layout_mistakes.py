@@ -56,12 +56,13 @@ def _in_order(words: Tensor) -> Tensor:
 
 def _in_awq_order(words: Tensor) -> Tensor:
     codes = torch.empty(words.shape[0], words.shape[1], 8, dtype=torch.int8)
-    codes[:, :, ORDER] = _in_order(words).unflatten(1, (-1, 8))
+    codes[:, :, ORDER] = _in_order(words).reshape(codes.shape)
     return codes.flatten(1)
 
 
 def _packed_again(words: Tensor) -> Tensor:
-    return _in_order(words).unflatten(1, (-1, 8))[:, :, ORDER].flatten(1)
+    codes = _in_order(words).reshape(*words.shape, 8)
+    return codes[:, :, ORDER].flatten(1)
 
 
 def _other_version(operands: Operands) -> PackedWeight | None:

@@ -140,7 +140,7 @@ def test_the_tensors_of_another_method_are_not_called_uncompressed(tmp_path):
         for part in ("weight_scale", "weight_shape"):
             del made.stored[f"{name}.{part}"]
     for method, said in (
-        ("gptq", "must be 'compressed-tensors', got 'gptq': quantise the dense model again with"),
+        ("gptq", "config.json: bits must be 4 or 8 to be read, got None"),
         ("compressed-tensors", "no tensor named *.weight_packed: not a packed checkpoint"),
     ):
         config = {**quantization(), "quant_method": method}
