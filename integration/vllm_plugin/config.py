@@ -76,7 +76,10 @@ class Int4LoRAConfig(CompressedTensorsConfig):
             ValueError: something of the checkpoint is refused.
         """
         if config.get("transform_config"):
-            raise ValueError("int4_lora does not take transforms (transform_config of config.json)")
+            raise ValueError(
+                "int4_lora does not take transforms (transform_config of config.json): quantise "
+                "without them, or leave out --quantization int4_lora"
+            )
         groups, ordered = config.get("config_groups", {}), set()
         for group in groups.values():
             if read_actorder((group.get("weights") or {}).get("actorder")) == "group":

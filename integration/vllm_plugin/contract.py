@@ -156,6 +156,12 @@ SYMBOLS = (
         )
     ),
     Symbol(
+        "vllm.model_executor.kernels.linear",
+        "MPLinearKernel.__init__",
+        ("c", "w_q_param_name", "w_s_param_name", "w_zp_param_name"),
+        "makes the stand-in",
+    ),
+    Symbol(
         "vllm.model_executor.parameter",
         "BasevLLMParameter.__init__",
         ("data", "weight_loader"),
@@ -204,7 +210,7 @@ SYMBOLS = (
     Symbol(
         "vllm.lora.punica_wrapper.punica_base",
         "PunicaWrapperBase.update_metadata",
-        ("mapping",),
+        ("mapping", "lora_index_to_id", "max_loras", "vocab_size"),
         "writes _token_lora_indices, the slot of each token",
     ),
     *(
@@ -220,6 +226,12 @@ SYMBOLS = (
             ("reset_lora", ("index",)),
             ("set_mapping", ("punica_wrapper",)),
         )
+    ),
+    Symbol(
+        "vllm.lora.punica_wrapper.punica_cpu",
+        "PunicaWrapperCPU.__init__",
+        ("max_num_batched_tokens", "max_batches", "device"),
+        "asked whether it mistakes rows without an adapter",
     ),
     Symbol(
         "vllm.lora.punica_wrapper.punica_cpu",
@@ -346,6 +358,12 @@ ATTRIBUTES = (
         "vllm.model_executor.kernels.linear", "MPLinearKernel", "config", "given to the stand-in"
     ),
     Attribute(
+        "vllm.model_executor.kernels.linear",
+        "MPLinearLayerConfig",
+        "weight_type",
+        "the bits of a weight",
+    ),
+    Attribute(
         "vllm.model_executor.layers.vocab_parallel_embedding",
         "VocabParallelEmbedding",
         "embedding_dim",
@@ -355,6 +373,7 @@ ATTRIBUTES = (
         Attribute("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA", name, "the slots")
         for name in ("lora_a_stacked", "lora_b_stacked")
     ),
+    Attribute("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA", "base_layer", "the base"),
     *(
         Attribute(LORA, owner, "lora_b_stacked", "the device of the slots")
         for owner in ("LogitsProcessorWithLoRA", "VocabParallelEmbeddingWithLoRA")
@@ -424,9 +443,8 @@ def untested() -> str | None:
     """Return a warning where the installed vLLM's minor never ran end to end, or None."""
     if _minor() in TESTED:
         return None
-    tested = ", ".join(map(_name, TESTED))
     return (
-        f"vLLM {installed_version()} never ran with int4_lora, unlike {tested}: all that the "
+        f"vLLM {installed_version()} never ran with int4_lora, unlike {_tested()}: all that the "
         "backend relies on is there, and every kind of layer is checked while the model loads"
     )
 
@@ -437,7 +455,12 @@ def check_installed() -> None:
     Raises:
         ValueError: it is too old, or lacks something that the backend relies on.
     """
-    refusal = too_old() or "; ".join(missing())
+    refusal = too_old()
+    if refusal is None and (sentences := missing()):
+        refusal = (
+            f"{'; '.join(sentences)}: install one of vLLM {_tested()}, with which the backend ran, "
+            "or leave out --quantization int4_lora"
+        )
     if refusal:
         raise ValueError(f"int4_lora: {refusal}")
     warning = untested()
@@ -455,6 +478,10 @@ def _minor() -> tuple[int, int] | None:
 
 def _name(minor: tuple[int, int]) -> str:
     return ".".join(map(str, minor))
+
+
+def _tested() -> str:
+    return ", ".join(map(_name, TESTED))
 
 
 def missing() -> list[str]:

@@ -21,6 +21,7 @@ __all__ = ["NAME", "Int4LoRAFlag"]
 logger = init_logger("vllm.int4_lora")
 NAME = "int4_lora"
 METHOD = "compressed-tensors"
+WITHOUT = f"leave out --quantization {NAME}"
 
 
 class Int4LoRAFlag(QuantizationConfig):
@@ -29,7 +30,8 @@ class Int4LoRAFlag(QuantizationConfig):
     def __new__(cls) -> Int4LoRAFlag:
         """Refuse: vLLM makes an instance for a model that is not quantised."""
         raise ValueError(
-            f"int4_lora takes {METHOD} checkpoints, and this model has no quantization_config"
+            f"int4_lora takes {METHOD} checkpoints, and this model has no quantization_config: "
+            f"{WITHOUT}"
         )
 
     @classmethod
@@ -41,7 +43,7 @@ class Int4LoRAFlag(QuantizationConfig):
         if user_quant == NAME:
             if method != METHOD:
                 raise ValueError(
-                    f"int4_lora takes {METHOD} checkpoints, and this one is {method!r}"
+                    f"int4_lora takes {METHOD} checkpoints, and this one is {method!r}: {WITHOUT}"
                 )
             return NAME
         compatible = hf_quant_cfg.get("lora_compatible") or getattr(

@@ -94,7 +94,9 @@ def _places(
         try:
             written = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file}: no JSON: {error}") from error
+            raise ValueError(
+                f"{file} is no JSON ({error}): write it again with int4-lora annotate, or remove it"
+            ) from error
         if not isinstance(written, Mapping):
             raise ValueError(f"{file}: must be a JSON object, got {type(written).__name__}")
         yield str(file), written

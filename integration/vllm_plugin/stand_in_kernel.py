@@ -67,9 +67,14 @@ def standing_in() -> Iterator[None]:
 
 
 def _nothing_computes(layer: Any) -> str:
-    reason = layer.int4_lora.fallback_reason
+    reason, options = layer.int4_lora.fallback_reason, layer.int4_lora.engine.options
+    way_out = (
+        "leave out the option backend"
+        if options.backend == "stock-base"
+        else "write a dense model with int4-lora unpack, and serve it without the flag"
+    )
     shape = [layer.output_size_per_partition, layer.input_size_per_partition]
     return (
         f"int4_lora: {layer.int4_lora.name} of {shape} is left to vLLM ({reason}), which has no "
-        "kernel for its shape or its activation order"
+        f"kernel for its shape or its activation order: {way_out}"
     )

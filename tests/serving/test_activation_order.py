@@ -53,7 +53,7 @@ def test_they_are_served_right(variant, actorder, tiny_models, tiny_adapters, pr
     ("options", "sentence"),
     [
         ({}, "the modules that vLLM merges into model.layers.0.mlp.gate_up_proj have different"),
-        ({"backend": "stock-base"}, "no kernel for its shape or its activation order"),
+        ({"backend": "stock-base"}, "its shape or its activation order: leave out the option"),
     ],
 )
 def test_refused(options, sentence, tiny_models, tmp_path):

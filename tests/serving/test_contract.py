@@ -116,7 +116,8 @@ def test_a_broken_contract_stops_the_start(monkeypatch):
 
     monkeypatch.setattr(contract, "SYMBOLS", (Symbol("vllm.lora.nowhere", "Thing"),))
     sys.modules.pop("int4_lora.integration.vllm_plugin.config", None)  # it may not import either
-    with pytest.raises(ValueError, match=r"int4_lora: vllm\.lora\.nowhere\.Thing is missing"):
+    sentence = r"int4_lora: vllm\.lora\.nowhere\.Thing is missing .*: install one of vLLM 0\.30, "
+    with pytest.raises(ValueError, match=sentence + ".* or leave out --quantization int4_lora"):
         Int4LoRAFlag.from_config(CONFIG)
     assert "int4_lora.integration.vllm_plugin.config" not in sys.modules
 

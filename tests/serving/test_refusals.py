@@ -64,7 +64,10 @@ def test_a_wrong_option(given, sentence, model):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda _, q: q.update(transform_config={"config_groups": {}}), "not take transforms"),
+        (
+            lambda _, q: q.update(transform_config={"config_groups": {}}),
+            "quantise without them, or leave out --quantization int4_lora",
+        ),
         (lambda config, _: config.update(lora_compatible=3), "must be true or false, got 3"),
         (contradict, "make them the same"),
     ],
@@ -213,7 +216,7 @@ def test_an_old_minor(model, monkeypatch):
     from int4_lora.integration.vllm_plugin import contract
 
     monkeypatch.setattr(contract, "installed_version", lambda: "0.29.0")
-    assert "vLLM 0.29.0 is older than 0.30" in refused(model, **FLAG)
+    assert "vLLM 0.29.0 is older than 0.30: install a newer version" in refused(model, **FLAG)
 
 
 def test_a_model_that_is_not_quantised(model):
@@ -221,12 +224,14 @@ def test_a_model_that_is_not_quantised(model):
         del config["quantization_config"]
 
     edit_config(model, dense)
-    assert "this model has no quantization_config" in refused(model, **FLAG)
+    sentence = "this model has no quantization_config: leave out --quantization int4_lora"
+    assert sentence in refused(model, **FLAG)
 
 
 def test_another_format(model):
     edit_config(model, lambda _, q: q.update(quant_method="gptq"))
-    assert "int4_lora takes compressed-tensors checkpoints" in refused(model, **FLAG)
+    sentence = "compressed-tensors checkpoints, and this one is 'gptq': leave out --quantization"
+    assert sentence in refused(model, **FLAG)
 
 
 def test_eight_bits_are_left_to_vllm(tiny_models):

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from int4_lora.compiled import prepare
 from int4_lora.compiled.graphs.cache import bucket_of
 from int4_lora.integration.vllm_plugin.base_choice import VLLM, Choice, Plan
 from int4_lora.integration.vllm_plugin.options import Options
 from int4_lora.integration.vllm_plugin.served_engine import KERNELS, ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots, add_eagerly
 from support.engines import CONFIG
+from support.weights import random_weight
 
 INPUTS, OUTPUTS, SLOTS = 256, 128, 3
 RANK = 80  # of this rank, prefill is `masked` where the number of tokens is known
@@ -79,6 +81,27 @@ def test_on_a_gpu_vllms_flag_tells_whether_a_step_has_adapters(none):
     meta = SimpleNamespace(no_lora_flag_cpu=torch.tensor([none]))
     layer.operators = SimpleNamespace(token_mapping_meta=meta)
     assert layer._none_active(ids) == none
+
+
+def test_layers_of_a_shape_are_one_graph_of_vllms():
+    """Their names are inputs of the graph: written into it, each layer would have its own."""
+    from int4_lora.integration.vllm_plugin.layer_operator import run_by_name
+
+    codes = []
+
+    def backend(graph, _):
+        codes.append(graph.code)
+        return lambda *_: (torch.zeros(3, 32),)
+
+    for name in ("layers.0.up_proj", "layers.1.up_proj"):
+        torch.compiler.reset()
+        layer = ServedLayer(name, ServedEngine())
+        layer.weight = prepare(random_weight(rows=32, columns=64))
+        call = lambda x, layer=layer: run_by_name(layer, x, None, None)  # noqa: E731
+        torch.compile(call, backend=backend, fullgraph=True)(torch.zeros(3, 64))
+    torch.compiler.reset()
+    assert codes[0] == codes[1]
+    assert "layers.0" not in codes[0]
 
 
 def test_the_key_of_vllms_compile_cache_knows_which_kernels_run():

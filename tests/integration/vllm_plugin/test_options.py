@@ -69,7 +69,7 @@ def test_places_that_contradict_are_both_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("{", ValueError, "no JSON"),
+        ("{", ValueError, r"is no JSON \(.*\): write it again with int4-lora annotate, or remove"),
         ("[]", ValueError, "must be a JSON object, got list"),
         ('{"lora_compatible": 1}', TypeError, "must be true or false, got 1"),
         ('{"lora_target_modules": "q_proj"}', TypeError, "must be a list of names"),
