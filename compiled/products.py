@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["batched_product", "has_products", "narrow_product", "product"]
+__all__ = ["HALVES", "batched_product", "has_products", "narrow_product", "product"]
 
 HALVES = (torch.float16, torch.bfloat16)
 ONEDNN = {  # functions that return whether oneDNN has products in a dtype on this CPU

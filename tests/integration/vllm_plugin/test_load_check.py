@@ -107,7 +107,7 @@ def test_ids_that_are_swapped_do_not_pass(weight, lora, tokens, monkeypatch):
 def test_one_number_of_tokens_for_each_graph():
     assert tokens_of_each_graph(8192, bucket_of) == [1, 3, 26]
     assert tokens_of_each_graph(3, bucket_of) == [1, 3]
-    assert tokens_of_each_graph(8192, lambda tokens: bucket_of(tokens, "cuda")) == [1, 3, 66]
+    assert tokens_of_each_graph(8192, lambda tokens: bucket_of(tokens, "cuda")) == [1, 3, 18, 66]
     assert tokens_of_each_graph(1, bucket_of) == [1]
 
 
