@@ -15,6 +15,7 @@ from int4_lora.reference.lora import accumulation_dtype
 
 __all__ = [
     "BATCHED_TOKENS",
+    "HALVES",
     "SLOW_ON_CPU",
     "batched_product",
     "factor_dtype",

@@ -38,6 +38,7 @@ class Case:
         rank: the rank of the adapters.
         slices: the number of outputs of each slice, or () for one slice of all outputs.
         bias: whether the layer has a bias.
+        reordered: whether a ``g_idx`` reorders the columns.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Case:
     rank: int = 16
     slices: tuple = ()
     bias: bool = False
+    reordered: bool = False
 
     @property
     def groups(self):
@@ -63,6 +65,7 @@ class Case:
         kind = "sym" if self.symmetric else "asym"
         extra = f" slices {'+'.join(map(str, self.slices))}" if self.slices else ""
         extra += " bias" if self.bias else ""
+        extra += " g_idx" if self.reordered else ""
         extra += f" rank {self.rank}" if self.rank != Case.rank else ""
         extra += "" if self.adapters else " no adapters"
         shape = f"{self.rows} x {self.columns} M={self.tokens}"
@@ -78,8 +81,8 @@ class Case:
             scale=make((self.rows, self.groups), self.dtype),
             shape=(self.rows, self.columns),
             zero_point=zeros,
-            g_idx=None,
-            order=None,
+            g_idx=make((self.columns,), torch.int32) if self.reordered else None,
+            order=make((self.columns,), torch.int32) if self.reordered else None,
             group_size=self.group,
             exponent=make((self.rows,), torch.int32),
         )

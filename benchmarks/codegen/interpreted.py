@@ -34,8 +34,10 @@ from int4_lora.reference.conformance import check_linear
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS
 from int4_lora.reference.lora_stack import rows_of
 
-OWN_TILES = {"XBLOCK": 32, "R0_BLOCK": 1024}  # for kernels whose tiles Inductor would choose
-RUN = 16  # neighbouring outputs that are judged together, so that fewer blocks run
+# for kernels whose tiles Inductor would choose: of sums, and of other kernels
+TILES_OF_SUMS = {"XBLOCK": 32, "R0_BLOCK": 1024}
+OWN_TILES = {"XBLOCK": 8192, "YBLOCK": 16}
+RUN = 64  # neighbouring outputs that are judged together, so that fewer blocks run
 
 
 class Kernel:
@@ -57,8 +59,9 @@ class Kernel:
         reads_words = "'*i32'" in source
         self.outputs, self.rows = outputs if reads_words else None, rows
         self.written = None
-        tiles = json.loads(fixed.group(1).replace("'", '"')) if fixed else OWN_TILES
         blocks = re.findall(r"(\w+BLOCK) : tl\.constexpr", source)
+        tiles = OWN_TILES if "rnumel" not in self.body else TILES_OF_SUMS
+        tiles = json.loads(fixed.group(1).replace("'", '"')) if fixed else tiles
         self.tiles = {block: tiles[block] for block in blocks}
         file = f"<{name}>"
         linecache.cache[file] = (len(self.body), None, self.body.splitlines(keepends=True), file)
@@ -77,30 +80,39 @@ class Kernel:
         if self.outputs is None:
             self.function[tuple(grid)](*arguments, **self.tiles)
             return
-        if "num_programs" in self.body or "xoffset = tl.program_id(0)" not in self.body:
+        found = re.search(r"xoffset = tl\.program_id\((\d)\)", self.body)
+        if "num_programs" in self.body or found is None:
             raise RuntimeError("a kernel whose blocks depend on one another cannot be run in part")
+        axis = int(found.group(1))
         tile = self.tiles["XBLOCK"]
-        starts = range(0, int(given["xnumel"]), self.rows)  # axis x may hold tokens and outputs
-        blocks = sorted({(start + output) // tile for start in starts for output in self.outputs})
-        with some_blocks(blocks, grid):
-            self.function[(len(blocks), *grid[1:])](*arguments, **self.tiles)
-        self.written = torch.zeros(int(given["xnumel"]), dtype=torch.bool)
+        # axis x may hold tokens and outputs, or the outputs of a part
+        length = int(given["xnumel"])
+        starts, part = range(0, length, self.rows), min(length, self.rows)
+        places = {start + output % part for start in starts for output in self.outputs}
+        blocks = sorted({place // tile for place in places})
+        with some_blocks(blocks, axis, grid):
+            few = [len(blocks) if each == axis else grid[each] for each in range(len(grid))]
+            self.function[tuple(few)](*arguments, **self.tiles)
+        self.written = torch.zeros(length, dtype=torch.bool)
         for block in blocks:
             self.written[block * tile : (block + 1) * tile] = True
-        self.written = self.written.view(-1, self.rows)
+        self.written = self.written.repeat(self.rows // part).view(-1, self.rows)
 
 
 @contextlib.contextmanager
-def some_blocks(blocks, grid):
-    """Give the programs of the first axis the numbers ``blocks`` in Triton's interpreter."""
+def some_blocks(blocks, axis, grid):
+    """Give the programs of an axis the numbers ``blocks`` in Triton's interpreter."""
     builder = interpreter.interpreter_builder
     index, size = builder.set_grid_idx, builder.set_grid_dim
 
     def whole_grid(*_):
         size(*grid)
 
+    def of_whole_grid(*place):
+        index(*[blocks[at] if each == axis else at for each, at in enumerate(place)])
+
     with (
-        mock.patch.object(builder, "set_grid_idx", lambda x, y, z: index(blocks[x], y, z)),
+        mock.patch.object(builder, "set_grid_idx", of_whole_grid),
         mock.patch.object(builder, "set_grid_dim", whole_grid),
     ):
         yield
@@ -159,6 +171,11 @@ def operands_of(case):
     operands = case.operands(make)
     operands[1].exponent.fill_(EXPONENT_OF_ONE)
     operands[1].scale.mul_(0.01)
+    if case.reordered:
+        order = torch.randperm(case.columns, generator=generator)
+        operands[1].order.copy_(order)
+        group = torch.arange(case.columns, dtype=torch.int32) // (case.columns // case.groups)
+        operands[1].g_idx.index_copy_(0, order, group)
     for part in operands[2].slices if operands[2] is not None else ():
         part.a.div_(case.columns**0.5)
     return operands

@@ -29,6 +29,7 @@ class Machine:
         spilled: the bytes of a thread's registers that are spilled to memory.
         shared: the bytes of shared memory of a block.
         loop: the opcodes of the longest loop, in order, or of the whole kernel if it has no loop.
+        loops: whether the kernel has a loop.
     """
 
     launch: dict
@@ -36,6 +37,7 @@ class Machine:
     spilled: int
     shared: int
     loop: list
+    loops: bool
 
     @property
     def threads(self):
@@ -66,9 +68,9 @@ def _compile(tuner, config):
         usage = _tool("cuobjdump", "-res-usage", file.name)
         text = _tool("nvdisasm", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    opcodes = _hot_loop(text)
+    opcodes, loops = _hot_loop(text)
     launch = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
-    return Machine(launch, int(registers), int(stack), compiled.metadata.shared, opcodes)
+    return Machine(launch, int(registers), int(stack), compiled.metadata.shared, opcodes, loops)
 
 
 def _tool(name, *arguments):
@@ -90,7 +92,7 @@ def _load(source):
 
 
 def _hot_loop(text):
-    """Return the opcodes of the longest loop, or all opcodes if there is no loop."""
+    """Return the opcodes of the longest loop, or all if there is no loop, and whether there is."""
     labels, opcodes, best = {}, [], (0, 0)
     for line in text.splitlines():
         label = re.match(r"\s*(\.L_x?_?\w+):", line)
@@ -106,4 +108,4 @@ def _hot_loop(text):
             start = labels[target.group(1)]
             if len(opcodes) - start > max(3, best[1] - best[0]):  # not the final jump to itself
                 best = (start, len(opcodes))
-    return opcodes[slice(*best)] if best[1] else opcodes
+    return (opcodes[slice(*best)], True) if best[1] else (opcodes, False)

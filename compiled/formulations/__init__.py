@@ -5,6 +5,7 @@ from int4_lora.compiled.formulations.formulation import Formulation
 from int4_lora.compiled.formulations.gemv import GEMV
 from int4_lora.compiled.formulations.int4pack import INT4PACK
 from int4_lora.compiled.formulations.magic_gemv import MAGIC_GEMV
+from int4_lora.compiled.formulations.split_k import SPLIT_K
 from int4_lora.compiled.formulations.tiles import TILES
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "GEMV",
     "INT4PACK",
     "MAGIC_GEMV",
+    "SPLIT_K",
     "TILES",
     "Formulation",
 ]
 
 FORMULATIONS = {
-    formulation.name: formulation for formulation in (INT4PACK, MAGIC_GEMV, GEMV, TILES, DEFINITION)
+    formulation.name: formulation
+    for formulation in (INT4PACK, MAGIC_GEMV, SPLIT_K, GEMV, TILES, DEFINITION)
 }

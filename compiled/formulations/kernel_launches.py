@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,26 +35,31 @@ class Launch:
 
     Args:
         outputs: outputs per thread block.
-        words: words of a row that a thread block reads at a time.
+        words: words of a row that a thread block reads at a time; columns if it has a dot.
         warps: warps per thread block.
         stages: stages of the pipeline of loads.
+        tokens: tokens per thread block, if the kernel multiplies with ``tl.dot``; else None.
     """
 
     outputs: int
     words: int
     warps: int
     stages: int
+    tokens: int | None = None
 
 
-def launching(launch: Launch, words_of_a_row: int) -> Callable[..., Any]:
+def launching(
+    launch: Launch, length: int, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
     """Return a backend for torch.compile that fixes the launch of one kernel.
 
     Args:
         launch: the launch of that kernel.
-        words_of_a_row: the length of its reduction, which identifies the kernel.
+        length: the length of its reduction, which identifies the kernel.
+        options: other options of Inductor.
     """
-    patches: dict[str, Any] = dict(FUSE_ALL)
-    make = functools.partial(_make_choices, launch, words_of_a_row)
+    patches: dict[str, Any] = {**FUSE_ALL, **(options or {})}
+    make = functools.partial(_make_choices, launch, length)
     fixed = _choices_class() is not None
     if fixed:
         patches["inductor_choices_class"] = make  # part of the key of Inductor's caches
@@ -70,10 +75,10 @@ def launching(launch: Launch, words_of_a_row: int) -> Callable[..., Any]:
     return compile_graph
 
 
-def _make_choices(launch: Launch, words_of_a_row: int) -> Any:
+def _make_choices(launch: Launch, length: int) -> Any:
     choices = _choices_class()
     assert choices is not None
-    return choices(launch, words_of_a_row)
+    return choices(launch, length)
 
 
 @functools.cache
@@ -93,26 +98,29 @@ def _choices_class() -> Any:
     class Choices(choices.InductorChoices):  # type: ignore[misc, name-defined]
         """Inductor's choices, except the launch of the kernel that reads the words."""
 
-        def __init__(self, launch: Launch, words_of_a_row: int) -> None:
+        def __init__(self, launch: Launch, length: int) -> None:
             super().__init__()
-            self.launch, self.words_of_a_row = launch, words_of_a_row
+            self.launch, self.length = launch, length
 
         def uuid(self) -> str:
             """Return the choices that the compiled code depends on, as a cache key."""
-            return f"int4-lora {asdict(self.launch)} {self.words_of_a_row}"
+            return f"int4-lora {asdict(self.launch)} {self.length}"
 
         def triton_kernel_kwargs(
             self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: dict[str, Any]
         ) -> dict[str, Any]:
             """Return the arguments that a kernel is constructed with."""
-            reads_words = features.is_reduction() and bool(
-                features.reduction_numel == self.words_of_a_row
+            reads_words = (
+                features.is_reduction()
+                and bool(features.reduction_numel == self.length)
+                and _has_dot(features) == (self.launch.tokens is not None)
             )
             if not reads_words:
                 return kernel_kwargs
+            tiles = _in_tritons_names(self.launch, groups[0])
             return {
                 **kernel_kwargs,
-                "fixed_config": triton.FixedTritonConfig(_in_tritons_names(self.launch)),
+                "fixed_config": triton.FixedTritonConfig(tiles),
                 "override_persistent_reduction": False,
                 "override_cooperative_reduction": False,
             }
@@ -120,10 +128,24 @@ def _choices_class() -> Any:
     return Choices
 
 
-def _in_tritons_names(launch: Launch) -> dict[str, int]:
-    return {
+def _has_dot(features: Any) -> bool:
+    """Return whether a kernel multiplies with ``tl.dot``."""
+    return any(
+        node.node is not None and node.node.get_reduction_type() == "dot"
+        for node in features.scheduler_nodes()
+    )
+
+
+def _in_tritons_names(launch: Launch, tiling: Mapping[str, Any]) -> dict[str, int]:
+    """Return a launch as Inductor fixes it: a block is one slice, if there is an axis of them."""
+    tiles = {
         "XBLOCK": launch.outputs,
         "R0_BLOCK": launch.words,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }
+    if launch.tokens is not None:
+        tiles["YBLOCK"] = launch.tokens
+    if "z" in tiling:
+        tiles["ZBLOCK"] = 1
+    return tiles

@@ -50,7 +50,8 @@ MOST_TOKENS = 2**31 - 1
 _BATCHED = () if torch.bfloat16 in SLOW_ON_CPU else (BATCHED_TOKENS,)
 LAST_TOKENS = {  # the ends of buckets: within a bucket, ``add_terms`` must not change its choice
     "cpu": (1, GATHERED_TOKENS["cpu"][0], *_BATCHED, 2**15),
-    "cuda": (1, GATHERED_TOKENS["cuda"][0], 2**13),  # kernels index 2^13 rows in 32 bits
+    # a block of ``split_k`` holds 16 tokens, or 64; kernels index 2^13 rows in 32 bits
+    "cuda": (1, 16, GATHERED_TOKENS["cuda"][0], 2**13),
 }
 _C: Any = torch._C
 _GUARDS_CAN_GO = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # torch 2.8 and later

@@ -21,6 +21,7 @@ from int4_lora.compiled.formulations import (
     GEMV,
     INT4PACK,
     MAGIC_GEMV,
+    SPLIT_K,
     TILES,
     Formulation,
 )
@@ -94,7 +95,7 @@ def default(
         slices: the adapters, by slice of the outputs.
         inlined: whether the layer becomes part of another graph.
     """
-    for one in (INT4PACK, MAGIC_GEMV, GEMV, DEFINITION):
+    for one in (INT4PACK, SPLIT_K, MAGIC_GEMV, GEMV, DEFINITION):
         many = one.name in MOST_TOKENS and tokens > MOST_TOKENS[one.name]
         needs_options = inlined and one.backend is not None
         if not many and not needs_options and one.takes(weight, dtype, tokens, slices):

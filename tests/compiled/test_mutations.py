@@ -8,6 +8,7 @@ FORMULATIONS = ["compiled/formulations/test_formulations.py"]
 NAN = [f"{FORMULATIONS[0]}::test_a_nan_stays_with_its_own_tokens"]
 TOKENS = [f"{FORMULATIONS[0]}::test_tokens_and_dtypes"]
 RANKS = [f"{FORMULATIONS[0]}::EveryFormulation"]
+SPLIT_K = "compiled/formulations/test_split_k.py"
 BASE = "compiled/gradients/test_base.py"
 ADAPTER = "compiled/gradients/test_adapter.py"
 BLOCKS = ["compiled/graphs/test_blocks.py::test_the_layer_is_within_its_bound"]
@@ -48,6 +49,19 @@ MUTANTS = {
         {'total = sums[256.0] * -264.0 + sums[16.0] * -24.0':
          'total = sums[16.0] * -264.0 + sums[256.0] * -24.0'},
         TOKENS,
+    ),
+    "partial_sums_of_split_k_in_16_bits": (
+        "formulations.partial_products",
+        {"x.to(torch.float32), w.to(torch.float32)": "x, w"},
+        [f"{SPLIT_K}::test_partial_sums_are_float32"],
+    ),
+    "columns_of_another_unit": (
+        "formulations.split_k", {"columns.permute(0, 1, 4, 3, 2, 5)": "columns"},
+        [f"{SPLIT_K}::test_groups_and_slices"],
+    ),
+    "the_first_slice_only": (
+        "formulations.split_k", {"range(1, slices)": "range(1, 1)"},
+        [f"{SPLIT_K}::test_groups_and_slices"],
     ),
     "kept_for_any_dtype": (
         "selection.choice",

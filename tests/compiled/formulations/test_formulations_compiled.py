@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from int4_lora.compiled import layouts, prepare, prepare_lora
-from int4_lora.compiled.formulations import FORMULATIONS
+from int4_lora.compiled.formulations import FORMULATIONS, TILES
 from int4_lora.compiled.graphs import cache as graphs
 from int4_lora.compiled.graphs.entry import plan
 from int4_lora.reference import (
@@ -111,9 +111,8 @@ def test_each_is_right_and_replays(name, dtype, several):
 def test_a_rounded_weight_is_rounded_where_sums_are_wider(layout):
     """In float32, the rounding of a weight with bfloat16 scales is far above the bound."""
     weight, _, x, _ = operands(torch.bfloat16, 40, seed=3)
-    (tiles,) = [one for one in FORMULATIONS.values() if one.weight_rounded]
     x, prepared = x.float(), prepare(weight, layout=layout)
-    y = plan(x, prepared, formulation=tiles)(x, None)
+    y = plan(x, prepared, formulation=TILES)(x, None)
     exact = int4_lora_linear(x.double(), weight)
     assert ((y.double() - exact).abs() <= error_bound(x, weight, base_rounded=True)).all()
 

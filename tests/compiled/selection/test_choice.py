@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from int4_lora.compiled import formulation_for, int4_linear, prepare, prepare_lora
-from int4_lora.compiled.formulations import Formulation
+from int4_lora.compiled.formulations import Formulation, split_k
 from int4_lora.compiled.selection import choice
 from int4_lora.disk_cache import cache_folder
 from int4_lora.reference import LoRASlice
@@ -155,17 +155,21 @@ def test_defaults_of_a_gpu_are_those_meant_for_one(monkeypatch):
         random_weight(rows=48, columns=128, dtype=torch.bfloat16), layout="interleaved"
     )
     monkeypatch.setattr(type(weight), "device", torch.device("cuda"))
+    monkeypatch.setattr(split_k, "unavailable", lambda: None)
 
     def chosen(dtype, tokens, slices=(), inlined=False):
         return choice.default(weight, dtype, tokens, slices, inlined=inlined).name
 
-    assert [chosen(torch.bfloat16, tokens) for tokens in (1, 4)] == ["magic_gemv"] * 2
-    assert [chosen(torch.bfloat16, tokens) for tokens in (5, 16, 65)] == ["tiles"] * 3
+    assert chosen(torch.bfloat16, 1) == "magic_gemv"
+    assert [chosen(torch.bfloat16, tokens) for tokens in (2, 16, 64)] == ["split_k"] * 3
+    assert chosen(torch.bfloat16, 65) == "tiles"
     wide = prepare_lora(random_stack(rows=48, columns=128, rank=65)).slices
-    assert [chosen(torch.bfloat16, tokens, wide) for tokens in (1, 16)] == ["gemv", "tiles"]
+    assert [chosen(torch.bfloat16, tokens, wide) for tokens in (1, 16)] == ["gemv", "split_k"]
     widest = prepare_lora(random_stack(rows=48, columns=128, rank=64)).slices
     assert chosen(torch.bfloat16, 1, widest) == "magic_gemv"
     assert chosen(torch.float32, 1) == "gemv"
     assert chosen(torch.float32, 5) == "tiles"
     assert chosen(torch.bfloat16, 1, inlined=True) == "gemv"  # no Inductor options there
     assert chosen(torch.bfloat16, 64, inlined=True) == "tiles"
+    monkeypatch.setattr(split_k, "unavailable", lambda: "another torch")
+    assert [chosen(torch.bfloat16, tokens) for tokens in (4, 5)] == ["magic_gemv", "tiles"]

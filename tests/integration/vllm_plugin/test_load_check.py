@@ -109,7 +109,7 @@ def test_one_number_of_tokens_for_each_graph():
     products = [] if torch.bfloat16 in SLOW_ON_CPU else [97]  # other products for many tokens
     assert tokens_of_each_graph(8192, bucket_of) == [1, 3, 26, *products]
     assert tokens_of_each_graph(3, bucket_of) == [1, 3]
-    assert tokens_of_each_graph(8192, lambda tokens: bucket_of(tokens, "cuda")) == [1, 3, 66]
+    assert tokens_of_each_graph(8192, lambda tokens: bucket_of(tokens, "cuda")) == [1, 3, 18, 66]
     assert tokens_of_each_graph(1, bucket_of) == [1]
 
 
