@@ -32,16 +32,22 @@ WORKSPACE_BYTES = {  # of one dequantised block of rows
 WORKSPACE_BYTES_OF_A_THREAD = 2 * 2**20  # for a thread's own blocks; measured with 2 threads
 
 
-def base(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """Return ``x W^T`` in x's dtype or, where the factors are widened, the accumulation dtype."""
+def base(x: Tensor, weight: PreparedWeight, workspace: int | None = None) -> Tensor:
+    """Return ``x W^T`` in x's dtype or, where the factors are widened, the accumulation dtype.
+
+    Args:
+        x: ``[tokens, in_features]``.
+        weight: returned by ``prepare``.
+        workspace: the bytes of one dequantised block of rows; None for the device's default.
+    """
     same = x.dtype == weight.scale_dtype and has_products(x)
     dtype = x.dtype if same else accumulation_dtype(x)
     x = x.to(dtype)
     if isinstance(weight, Int4PackWeight):
-        return int4pack_tiles.base(x, weight, WORKSPACE_BYTES_OF_A_THREAD)
+        return int4pack_tiles.base(x, weight, workspace or WORKSPACE_BYTES_OF_A_THREAD)
     if isinstance(weight, InterleavedWeight):
         x = weight.arrange(x)
-    workspace = WORKSPACE_BYTES.get(x.device.type, WORKSPACE_BYTES["cuda"])
+    workspace = workspace or WORKSPACE_BYTES.get(x.device.type, WORKSPACE_BYTES["cuda"])
     rows = max(1, workspace // (dtype.itemsize * weight.in_features) // weight.tile)
     step = rows * weight.tile
     parts = []
