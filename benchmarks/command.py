@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.limits import missed
 
-__all__ = ["RESULTS", "cache_folder", "finish", "say"]
+__all__ = ["RESULTS", "cache_folder", "finish", "say", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,11 +39,25 @@ def finish(name, record, tables, plot):
     """
     print(tables)
     if name:
-        text = json.dumps(record, indent=1)
-        (RESULTS / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
-        (RESULTS / f"{name}.md").write_text(f"{tables}\n", encoding="utf-8")
-        if find_spec("matplotlib") is None:
-            say("no plot: matplotlib is not installed")
-        else:
-            plot(RESULTS / f"{name}.png")
+        write(RESULTS, name, record, tables, plot)
     return 1 if missed(record["bars"]) and record["not_judged"] is None else 0
+
+
+def write(folder, name, record, tables=None, plot=None):
+    """Write ``folder/NAME.json``, the tables to ``.md`` and, with matplotlib, a plot to ``.png``.
+
+    Args:
+        folder: the folder.
+        name: the name of the files.
+        record: the complete result, as JSON types.
+        tables: the report in Markdown, or None.
+        plot: called with the file to plot to, or None.
+    """
+    text = json.dumps(record, indent=1)
+    (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+    if tables is not None:
+        (folder / f"{name}.md").write_text(f"{tables}\n", encoding="utf-8")
+    if plot is not None and find_spec("matplotlib") is None:
+        say("no plot: matplotlib is not installed")
+    elif plot is not None:
+        plot(folder / f"{name}.png")

@@ -51,7 +51,7 @@ def our_layers(operands):
     of the adapters, which stays in the cache.
     """
     x, ids = operands.x, operands.ids
-    ours = operands.in_layout(layouts(operands.weight)[0])
+    ours = operands.in_layout(operands.first_layout)
     pairs = [(weight, prepare_lora(operands.stack)) for weight in [*ours[1:], ours[0]]]
     with_lora = functools.partial(_with_lora, x, ids)
     return [
@@ -68,10 +68,21 @@ def formulations(operands):
     for layout in [name for name in possible if name in ("interleaved", possible[0])]:
         weights = operands.in_layout(layout)
         for formulation in candidates(weights[0], operands.dtype, operands.tokens):
-            name = f"formulation {formulation.name}"
-            layer = functools.partial(_formulation, formulation, operands.x)
-            contenders.setdefault(name, Contender(name, "formulation", layer, weights))
+            contender = of_formulation(formulation, operands, weights)
+            contenders.setdefault(contender.name, contender)
     return list(contenders.values())
+
+
+def of_formulation(formulation, operands, weights):
+    """Return a formulation as a contender, without adapters.
+
+    Args:
+        formulation: a formulation.
+        operands: the Layer.
+        weights: copies of the weight in a layout that it reads.
+    """
+    layer = functools.partial(_formulation, formulation, operands.x)
+    return Contender(f"formulation {formulation.name}", "formulation", layer, weights)
 
 
 def eager_reference(operands):

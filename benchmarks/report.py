@@ -3,6 +3,9 @@
 Source: ``benchmarks/results/README.md`` for the bars.
 """
 
+from benchmarks.medians import ratio
+from benchmarks.tables import markdown, number
+
 MARGIN = {"cpu": 0.1, "cuda": 0.05}  # the fraction of time that adapters may add beyond their share
 
 
@@ -11,14 +14,25 @@ def bars(cell):
     times = cell["milliseconds"]
     ours, with_lora = times.get("ours"), times.get("ours + LoRA")
     both = None not in (ours, with_lora)
-    return {
-        "ours / best INT4 peer": _ratio(ours, _best(times, cell["peers"])),
-        "ours + LoRA / best peer + LoRA": _ratio(with_lora, _best(times, cell["lora_peers"])),
-        "ours / dense": _ratio(ours, times.get("dense")),
+    ratios = {
+        "ours / best INT4 peer": ratio(ours, _best(times, cell["peers"])),
+        "ours + LoRA / best peer + LoRA": ratio(with_lora, _best(times, cell["lora_peers"])),
+        "ours / dense": ratio(ours, times.get("dense")),
         "LoRA adds": with_lora / ours - 1 if both else None,
         "LoRA adds us": 1e3 * (with_lora - ours) if both else None,
         "LoRA may add": cell["lora_share"] + MARGIN[cell["device"]],
     }
+    slowed = slowdowns(cell)
+    for name in ("ours", "ours + LoRA") if slowed else ():
+        ratios[f"slowed: {name} / dense"] = ratio(slowed.get(name), slowed.get("dense"))
+    return ratios
+
+
+def slowdowns(cell):
+    """Return each contender's time beside busy processes over its quiet time, by name."""
+    quiet = cell["milliseconds"]
+    beside = cell.get("beside_milliseconds", {})
+    return {name: milliseconds / quiet[name] for name, milliseconds in beside.items()}
 
 
 def rates(cell, copy_bytes_per_second):
@@ -41,9 +55,7 @@ def table(cells):
             name: f"{milliseconds:.{_digits(milliseconds)}f} ±{100 * cell['spread'][name]:.0f} %"
             for name, milliseconds in cell["milliseconds"].items()
         }
-        ratios = {
-            name: "-" if ratio is None else f"{ratio:.2f}" for name, ratio in bars(cell).items()
-        }
+        ratios = {name: number(value) for name, value in bars(cell).items()}
         rows.append((cell, {**times, **ratios}))
     return _markdown(rows, [*_names(cells), *bars(cells[0])])
 
@@ -63,6 +75,14 @@ def rates_table(cells):
     return _markdown(rows, _names(cells))
 
 
+def slowdowns_table(cells):
+    """Return how much slower each contender is beside busy processes, as a table in Markdown."""
+    rows = [
+        (cell, {name: number(slower) for name, slower in slowdowns(cell).items()}) for cell in cells
+    ]
+    return _markdown(rows, list(dict.fromkeys(name for _, texts in rows for name in texts)))
+
+
 def remarks(cells):
     """Return which contenders were not measured and why, as a list in Markdown."""
     left_out = {}
@@ -79,15 +99,15 @@ def remarks(cells):
 
 def report(cells):
     """Return the tables and remarks in Markdown."""
-    return "\n\n".join(
-        [
-            "Milliseconds, median ± half the interquartile range:",
-            table(cells),
-            "GB/s of the bytes that must be moved, and their share of a copy's bandwidth:",
-            rates_table(cells),
-            remarks(cells),
-        ]
-    ).rstrip()
+    parts = [
+        "Milliseconds, median ± half the interquartile range:",
+        table(cells),
+        "GB/s of the bytes that must be moved, and their share of a copy's bandwidth:",
+        rates_table(cells),
+    ]
+    if any(slowdowns(cell) for cell in cells):
+        parts += ["Time beside busy processes over quiet time:", slowdowns_table(cells)]
+    return "\n\n".join([*parts, remarks(cells)]).rstrip()
 
 
 def plot(cells, file):
@@ -115,12 +135,11 @@ def plot(cells, file):
 
 
 def _markdown(rows, columns):
-    head = ["shape", "x", "M", *columns]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for cell, texts in rows:
         row = [f"{cell['rows']} x {cell['columns']}", cell["dtype"], str(cell["tokens"])]
-        lines.append("| " + " | ".join(row + [texts.get(name, "-") for name in columns]) + " |")
-    return "\n".join(lines)
+        lines.append(row + [texts.get(name, "-") for name in columns])
+    return markdown(["shape", "x", "M", *columns], lines)
 
 
 def _names(cells):
@@ -133,7 +152,3 @@ def _digits(milliseconds):
 
 def _best(times, names):
     return min((times[name] for name in names if name in times), default=None)
-
-
-def _ratio(numerator, denominator):
-    return None if None in (numerator, denominator) else numerator / denominator

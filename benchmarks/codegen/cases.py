@@ -161,11 +161,15 @@ class Code:
         return re.findall(r"= empty_strided_cuda\(\((.*?)\), \(.*?\), torch\.(\w+)\)", self.text)
 
 
-def generate(case):
-    """Return the code of ``int4_lora_linear`` on a case, with the default formulation.
+def generate(case, choose=default):
+    """Return the code of ``int4_lora_linear`` on a case.
 
     Measurements in this machine's cache are not read. The graph's inputs are matched with the
     operands by identity, as the product matches them when its operands are real tensors.
+
+    Args:
+        case: the layer.
+        choose: ``choose(weight, dtype of x, tokens, slices)`` returns the formulation.
     """
     from torch._inductor import compile_fx
     from torch._inductor.graph import GraphLowering
@@ -174,7 +178,7 @@ def generate(case):
     compile_inductor, compile_graph = compile_fx.compile_fx, entry.compile_graph
 
     def noting_formulation(weight, dtype, tokens, slices):
-        formulations.append(default(weight, dtype, tokens, slices))
+        formulations.append(choose(weight, dtype, tokens, slices))
         return formulations[-1]
 
     def noting_operands(key, bucket, function, backend, operands, tensors):

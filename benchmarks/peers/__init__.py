@@ -7,13 +7,23 @@ patches parts of Inductor, so our graphs in the same run are compiled by the pat
 Source: ``benchmarks/results/README.md``.
 """
 
-from benchmarks.peers import torch_int4, torchao_int4, vllm_cpu, vllm_machete, vllm_marlin
+from benchmarks.peers import (
+    gemlite_int4,
+    torch_int4,
+    torchao_int4,
+    vllm_cpu,
+    vllm_machete,
+    vllm_marlin,
+    zentorch_int4,
+)
 
 __all__ = ["PEERS"]
 
 PEERS = (
     *torch_int4.PEERS,
     *torchao_int4.PEERS,
+    *gemlite_int4.PEERS,
+    *zentorch_int4.PEERS,
     *vllm_cpu.PEERS,
     *vllm_marlin.PEERS,
     *vllm_machete.PEERS,

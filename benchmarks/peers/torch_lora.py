@@ -11,7 +11,6 @@ import functools
 import torch
 from torch.nn.functional import linear
 
-from benchmarks import operands
 from benchmarks.peers.peer import Adapters
 
 
@@ -22,7 +21,7 @@ def _refuses(layer):
 def _make(layer):
     stack = layer.stack
     b = stack.b * stack.scaling.to(layer.dtype)[:, None, None]
-    owner = torch.arange(stack.adapters, device=layer.device).repeat_interleave(operands.RANK)
+    owner = torch.arange(stack.adapters, device=layer.device).repeat_interleave(stack.rank)
     mask = (layer.ids[:, None] == owner).to(layer.dtype)  # [tokens, adapters * rank]
     bt = b.transpose(1, 2).flatten(0, 1).contiguous()  # [adapters * rank, out]
     return functools.partial(_add, layer.x, stack.a.flatten(0, 1), mask, bt)

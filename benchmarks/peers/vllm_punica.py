@@ -12,7 +12,6 @@ import importlib
 
 import torch
 
-from benchmarks import operands
 from benchmarks.peers.peer import Adapters, not_importable
 
 PUNICA = "vllm.lora.ops.triton_ops"
@@ -30,7 +29,7 @@ def _make(layer):
     punica = importlib.import_module(PUNICA)
     stack = layer.stack
     b = (stack.b * stack.scaling.to(layer.dtype)[:, None, None]).contiguous()
-    meta = punica.LoRAKernelMeta.make(operands.ADAPTERS, layer.tokens, layer.device)
+    meta = punica.LoRAKernelMeta.make(stack.adapters, layer.tokens, layer.device)
     meta.prepare_tensors(layer.ids)
     tokens = meta.meta_args(layer.tokens, False)
     return functools.partial(_add, punica, layer.x, stack.a.contiguous(), b, tokens)

@@ -35,15 +35,21 @@ WORKSPACE_BYTES = {  # of one dequantised block of rows
 WORKSPACE_BYTES_OF_A_THREAD = 2 * 2**20  # for a thread's own blocks; measured with 2 threads
 
 
-def base(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """Return ``x W^T`` in ``factor_dtype``, as part of a graph."""
+def base(x: Tensor, weight: PreparedWeight, workspace: int | None = None) -> Tensor:
+    """Return ``x W^T`` in ``factor_dtype``, as part of a graph.
+
+    Args:
+        x: ``[tokens, in_features]``.
+        weight: returned by ``prepare``.
+        workspace: the bytes of one dequantised block of rows; None for the device's default.
+    """
     dtype = factor_dtype(x, weight.scale_dtype)
     x = weight.arrange(x.to(dtype))
     if isinstance(weight, Int4PackWeight):
-        return int4pack_tiles.base(x, weight, WORKSPACE_BYTES_OF_A_THREAD)
+        return int4pack_tiles.base(x, weight, workspace or WORKSPACE_BYTES_OF_A_THREAD)
     parts = [
         x @ weight.rows(start, stop, dtype).T
-        for start, stop in weight.blocks(_rows_of_a_block(weight, dtype))
+        for start, stop in weight.blocks(_rows_of_a_block(weight, dtype, workspace))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -59,8 +65,10 @@ def blocks_of(x: Tensor, weight: PreparedWeight) -> Blocks | None:
     return Blocks(_rows_of_a_block(weight, dtype), dtype, _decoded, in_order)
 
 
-def _rows_of_a_block(weight: PreparedWeight, dtype: torch.dtype) -> int:
-    workspace = WORKSPACE_BYTES.get(weight.device.type, WORKSPACE_BYTES["cuda"])
+def _rows_of_a_block(
+    weight: PreparedWeight, dtype: torch.dtype, workspace: int | None = None
+) -> int:
+    workspace = workspace or WORKSPACE_BYTES.get(weight.device.type, WORKSPACE_BYTES["cuda"])
     return workspace // (dtype.itemsize * weight.in_features)
 
 

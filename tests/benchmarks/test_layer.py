@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 from int4_lora.compiled import layouts
-from int4_lora.reference import dequantize, int4_lora_linear, unpack
+from int4_lora.reference import dequantize, int4_lora_linear, pack, unpack
 
 NAMES = ("ours", "ours + LoRA", "dense", "A", "B", "A + L")
 CELL = {
@@ -61,6 +61,22 @@ def test_bytes_that_cannot_be_avoided(layer, tokens, active):
     assert made.bytes_to_move(dense=False, lora=True) == weight + x_and_y + adapters
     assert made.bytes_to_move(dense=True, lora=False) == 128 * 512 * 2 + x_and_y
     assert made.lora_share() == adapters / weight
+    operations = [made.operations(lora=lora) for lora in (False, True)]
+    assert operations == [2 * tokens * 128 * 512, 2 * tokens * (128 * 512 + 16 * (128 + 512))]
+
+
+def test_adapters_and_ranks_can_be_other_than_the_usual(module):
+    made = module("operands").Layer(128, 512, 9, torch.bfloat16, 128, adapters=6, rank=8)
+    assert (made.stack.adapters, made.stack.rank, made.active_adapters) == (6, 8, 6)
+    assert made.ids.tolist() == [*range(6), 0, 1, 2]
+    more = made.bytes_to_move(dense=False, lora=True) - made.bytes_to_move(dense=False, lora=False)
+    assert more == 6 * 8 * (128 + 512) * 2
+    contenders, _ = module("peers.peer").contenders(made, module("peers.torch_int4").PEERS)
+    ready, failed = module("judgement").select(
+        contenders, module("modes").one_call, module("judgement").Judge(made)
+    )
+    assert list(ready) == ["aten int4pack", "aten int4pack + LoRA"]
+    assert not failed
 
 
 def test_sharers_of_copies_take_different_ones(module):
@@ -200,6 +216,47 @@ def test_torch_kernel_gets_pairs_of_columns_and_a_table(layer, module, monkeypat
     assert judged(module, made, y) is None
 
 
+def test_zentorch_gets_codes_and_the_scales_of_groups_in_rows(layer, module, monkeypatch):
+    def product(x, words, scale, zero_point, bias):
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
+        codes = (((words[:, None, :] >> shifts) & 15) ^ 8) - 8  # of two's complement in four bits
+        dense = codes.flatten(0, 1) * scale.float().repeat_interleave(128, 0)  # [in, out]
+        return (x.float() @ dense).to(x.dtype)
+
+    def repack(codes):
+        return pack(codes) ^ -0x77777778  # from codes + 8 to two's complement
+
+    operators = SimpleNamespace(zentorch_woq_repack_weight=repack, zentorch_woq_linear=product)
+    monkeypatch.setattr(torch.ops, "zentorch", operators, raising=False)
+    made, peer = layer(), module("peers.zentorch_int4")
+    product_of, copies = peer.PEERS[0].make(made)
+    assert len(copies) == made.copies
+    y = product_of(copies[-1])
+    assert judged(module, made, y) is None
+
+
+def test_gemlite_gets_unsigned_codes_and_one_zero(layer, module, monkeypatch):
+    class Linear:
+        def __init__(self, bits, *, group_size, in_features, out_features, **dtypes):
+            assert (bits, group_size, in_features, out_features) == (4, 128, 512, 128)
+            assert dtypes == {"input_dtype": "bf16", "output_dtype": "bf16"}
+
+        def pack(self, codes, scales, zeros):
+            assert codes.dtype == torch.uint8
+            centred = codes.float() - zeros
+            self.weight = centred * scales.float().repeat_interleave(128, 1)
+
+        def __call__(self, x):
+            return linear(x.float(), self.weight).to(x.dtype)
+
+    gemlite = SimpleNamespace(GemLiteLinear=Linear, DType=SimpleNamespace(BF16="bf16"))
+    monkeypatch.setitem(sys.modules, "gemlite", gemlite)
+    made = layer()
+    call, copies = module("peers.gemlite_int4").PEERS[0].make(made)
+    y = call(copies[-1])
+    assert judged(module, made, y) is None
+
+
 def test_a_cuda_graph_is_warmed_up_aside_captured_once_and_replayed(module, monkeypatch):
     modes, done = module("modes"), []
 
@@ -239,6 +296,10 @@ def test_every_chain_is_compiled_however_many_there_are(module):
 def test_bars_are_against_the_best_peer(module):
     found = module("report").bars(CELL)
     assert [round(ratio, 9) for ratio in found.values()] == [2.0, 0.4, 0.25, 0.2, 200.0, 0.13]
+    beside = {**CELL["milliseconds"], "ours": 3.0, "dense": 8.0}
+    slowed = module("report").bars({**CELL, "beside_milliseconds": beside})
+    assert slowed["slowed: ours / dense"] == pytest.approx(1.5)
+    assert slowed["slowed: ours + LoRA / dense"] == pytest.approx(0.5)
     alone = {**CELL, "device": "cuda", "milliseconds": {"dense": 1.0}}
     assert list(module("report").bars(alone).values()) == [*[None] * 5, pytest.approx(0.08)]
 
