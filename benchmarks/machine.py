@@ -50,7 +50,8 @@ def in_a_line(host):
         if host[name] is not None
     ]
     place = host["gpu"] or f"{host['cpu']}, {host['cores']} cores"
-    code = [f"commit {host['commit']}"] if host["commit"] else []
+    known = host.get("commit")  # older results have none
+    code = [f"commit {known}"] if known else []
     return ", ".join([host["date"], place, f"{host['threads']} threads", *versions, *code])
 
 
