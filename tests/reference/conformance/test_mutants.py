@@ -20,6 +20,8 @@ PLANTED = {
     "g_idx_column_order": ("g_idx_column_order", FORMAT),
     "round_before_subtract": ("round_before_subtract", FORMAT),
     "tail_lost": ("tail_lost", FORMAT),
+    "g_idx_minus_one_indexed": ("g_idx_minus_one_indexed", FORMAT),
+    "masked_by_multiplication": ("masked_by_multiplication", ADAPTERS),
     "adapter_minus_one_indexed": ("adapter_minus_one_indexed", ADAPTERS),
     "scaling_missing": ("scaling_missing", ADAPTERS),
     "scaling_twice": ("scaling_twice", ADAPTERS),
@@ -61,6 +63,10 @@ def test_a_copy_of_the_reference_without_a_fault_conforms(tmp_path):
         ("ScaleOfX", "int4_linear/scale_*/*", "scale_rounded"),
         ("StaleIds", "int4_lora_linear/replay/*", "stale_adapter_ids"),
         ("EarlierIds", "int4_lora_linear/replay/*", "stale_adapter_ids"),
+        ("KeptIds", "int4_lora_linear/mixed/*,shrink/*,expand/*", "stale_adapter_ids"),
+        ("LateIds", "int4_lora_linear/mixed/*,int4_lora_linear/bias/*", "stale_adapter_ids"),
+        ("MaskedGather", "int4_lora_linear/*/bf16", "masked_by_multiplication"),
+        ("FirstGroup", "int4_linear/g_idx*/*", "g_idx_minus_one_indexed"),
     ],
 )
 def test_a_fault_of_a_kernel_is_named(name, patterns, expected):

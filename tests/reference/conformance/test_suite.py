@@ -97,7 +97,10 @@ def test_every_identifier_has_a_mistake_and_every_mistake_changes_something():
     named = {mistake.name for mistake in MISTAKES} | {"low_precision_accumulate", "unknown"}
     assert named == set(IDENTIFIERS)
     changed = set()
-    for case in select("int4_l*/on_*,int4_l*/g_idx*/bf16,int4_l*/slices*/bf16,int4_l*/scale_*/*"):
+    for case in select(
+        "int4_l*/on_*,int4_l*/g_idx*/bf16,int4_l*/slices*/bf16,int4_l*/scale_*/*,"
+        "int4_l*/first_and_last_not_finite/*"
+    ):
         operands = case.operands()
         right = answer_of(case.function, operands, RIGHT, Manifest(), None).exact
         earlier = None if operands.adapter_ids is None else operands.adapter_ids.flip(0)
