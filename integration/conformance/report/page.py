@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import int4_lora
 from int4_lora.integration.conformance.report.failure import Failure, failures_of
 from int4_lora.integration.conformance.report.file import OPENING
-from int4_lora.integration.conformance.report.meanings import DIAGNOSES, Meaning
+from int4_lora.integration.conformance.report.meanings import MISTAKES
 from int4_lora.integration.conformance.scorecard import conforms, plain, versions
-from int4_lora.reference.conformance import FUNCTIONS, Manifest, Outcome
+from int4_lora.reference.conformance import FUNCTIONS, REMEDIES, Manifest, Outcome
 
 if TYPE_CHECKING:
     from int4_lora.integration.conformance.scoreboard import Row
@@ -96,6 +96,26 @@ class Budget:
         fits = len(image) <= self.left
         self.left -= len(image) if fits else 0
         return fits
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The meaning of a diagnosis.
+
+    Args:
+        mistake: what the backend does wrong, in a sentence.
+        code: code that usually does it, or "".
+        fix: what to do instead.
+    """
+
+    mistake: str
+    code: str
+    fix: str
+
+
+def _meaning(name: str) -> Meaning:
+    remedy = REMEDIES[name]
+    return Meaning(MISTAKES[name], remedy.line, remedy.fix.replace("`", ""))
 
 
 @dataclass(frozen=True)
@@ -252,7 +272,7 @@ def _faults(section: Section, prefix: str, budget: Budget, most: int | None) -> 
         yield Fault(
             f"{prefix}fault{index}",
             names,
-            tuple(DIAGNOSES[name] for name in names),
+            tuple(_meaning(name) for name in names),
             tuple(variant for variant, _ in variants.most_common() if variant),
             failures if most is None else failures[:most],
             [] if most is None else failures[most:],

@@ -23,7 +23,7 @@ from int4_lora.integration.conformance.report.breakdown import breakdowns
 from int4_lora.integration.conformance.report.drawing import draw
 from int4_lora.integration.conformance.report.error_map import NOT_FINITE, error_map
 from int4_lora.integration.conformance.report.file import OPENING, check_replaceable
-from int4_lora.integration.conformance.report.meanings import DIAGNOSES, RULES
+from int4_lora.integration.conformance.report.meanings import MISTAKES, RULES
 from int4_lora.integration.conformance.scoreboard import Row
 from int4_lora.reference.conformance import IDENTIFIERS, Backend, Manifest, run, select, settled
 from int4_lora.reference.conformance.evidence import JudgedCall
@@ -77,7 +77,7 @@ def test_a_page_names_each_fault_and_shows_where_it_is(three_faults):
     shown = read(three_faults)
     for name in ("adapter_minus_one_indexed", "g_idx_ignored", "tail_lost"):
         assert name in shown.text
-        assert DIAGNOSES[name].mistake in shown.text
+        assert MISTAKES[name] in shown.text
     assert "only no adapter (-1)" in shown.text
     assert "outputs 16-20 of 21" in shown.text
     assert "backend.call(case.function" in shown.text
@@ -196,7 +196,7 @@ def test_large_results_and_groups_that_are_not_contiguous_are_drawn():
 
 
 def test_every_diagnosis_and_rule_has_a_meaning():
-    assert set(IDENTIFIERS) <= set(DIAGNOSES)
+    assert set(IDENTIFIERS) <= set(MISTAKES)
     folder = Path(int4_lora.reference.__file__).parent / "conformance"
     sources = " ".join(file.read_text() for file in folder.rglob("*.py"))
     named = set(re.findall(r'Finding\(\s*"(\w+)"', sources))
@@ -278,4 +278,4 @@ def test_a_scoreboard_writes_a_report(tmp_path, monkeypatch):
     assert runner.invoke(app, [*names, "--json"]).exit_code == 0
     shown = Reader(report.read_text())
     assert "compressed_tensors" in shown.text
-    assert DIAGNOSES["g_idx_column_order"].mistake in shown.text
+    assert MISTAKES["g_idx_column_order"] in shown.text
