@@ -67,8 +67,8 @@ def conform(
         evidence = report is not None
         manifest, running = _run(backend, selected, number, device, time_limit, evidence)
         outcomes = settled(collect(running, len(selected), quiet=as_json, first=first))
-        write_page(report, backend, manifest, outcomes, device, number)
-    left = len(selected) - len(outcomes)
+        left = len(selected) - len(outcomes)
+        write_page(report, backend, manifest, outcomes, device, number, left=left)
     finish(backend, manifest, outcomes, device, number, as_json=as_json, left=left)
 
 

@@ -30,7 +30,13 @@ STATUSES = ("passed", "failed", "skipped")
 
 
 def run_page(
-    name: str, manifest: Manifest, outcomes: Sequence[Outcome], device: str, seed: int
+    name: str,
+    manifest: Manifest,
+    outcomes: Sequence[Outcome],
+    device: str,
+    seed: int,
+    *,
+    left: int = 0,
 ) -> str:
     """Return the page of one run.
 
@@ -40,6 +46,7 @@ def run_page(
         outcomes: settled, with their evidence.
         device: the device of the operands.
         seed: of the inputs.
+        left: the number of cases that were not run after the first failure.
     """
     budget = Budget(MAP_BYTES)
     section = Section.of(name, outcomes, "c", budget, most=None)
@@ -48,6 +55,7 @@ def run_page(
         "run.html",
         title=f"{name}: {section.verdict}",
         section=section,
+        left=left,
         claims=claims,
         defaults={key: plain(value) for key, value in vars(Manifest()).items()},
         facts=_facts(versions(), device, seed),

@@ -102,8 +102,8 @@ class Operands:
             value = getattr(self, name)
             changed[name] = None if value is None else value.to(device)
         if self.layout is not None:
-            tensors = self.layout._asdict()
-            moved = {name: tensors[name].to(device) for name in tensors if tensors[name] is not None}
+            tensors = self.layout._asdict().items()
+            moved = {name: tensor.to(device) for name, tensor in tensors if tensor is not None}
             changed["layout"] = self.layout._replace(**moved)
         if isinstance(self.lora, LoRAStack):
             changed["lora"] = self.lora.to(device)

@@ -29,6 +29,7 @@ def test_a_crash_and_a_hang_fail_their_case_and_the_run_goes_on():
     ("kind", "rule", "message"),
     [
         (unruly.View, "memory", "returned a view of its operand x"),
+        (unruly.ShortView, "memory", "returned a view of its operand x"),
         (unruly.Expanded, "memory", "elements of the result share memory: strides [0, 1]"),
         (unruly.Transposed, "memory", "the result is not contiguous: strides [1, 16]"),
         (unruly.Subclass, "form", "returned Parameter, a subclass of Tensor"),
@@ -38,7 +39,8 @@ def test_a_crash_and_a_hang_fail_their_case_and_the_run_goes_on():
     ],
 )
 def test_an_unusual_result_is_named(kind, rule, message):
-    (outcome,) = run(Backend(kind(), "x"), select("int4_linear/group_128/bf16"))
+    cases = select("int4_linear/group_128/bf16")
+    (outcome,) = run(Backend(kind(), "x"), cases, evidence=True)
     assert (outcome.status, outcome.rule) == ("failed", rule)
     assert outcome.message.startswith(message)
 

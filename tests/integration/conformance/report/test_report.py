@@ -173,6 +173,8 @@ def test_a_map_shows_the_planted_elements_and_their_size():
         ("dequantize/group_128_asym/bf16", lambda w: w[:, 3::8].add_(1), "place of the code", "3"),
         ("dequantize/group_128_asym/bf16", lambda w: w[:, 128:].mul_(2), "group", "1"),
         ("dequantize/group_128_asym/bf16", lambda w: w[5::8].add_(1), "place of the zero", "5"),
+        ("from_gptq/g_idx/fp16", lambda w: w[:, 3::8].add_(1), "place of the code", "3"),
+        ("from_awq/group_32/fp16", lambda w: w[5::8].add_(1), "place of the output", "5"),
         ("unpack/zero_points", lambda q: q[7::8].add_(1), "place of the code", "7"),
         ("pack/wide", lambda words: words.bitwise_xor_(0xF0), "place of the code", "1"),
         ("int4_lora_linear/slices_gate_up/bf16", lambda y: y[:, :32].add_(9), "slice", "slice 0 "),
@@ -202,6 +204,17 @@ def test_every_diagnosis_and_rule_has_a_meaning():
     named = set(re.findall(r'Finding\(\s*"(\w+)"', sources))
     named |= set(re.findall(r'_finding\("(\w+)"', sources))
     assert {"call", "bound", "rms"} <= named <= set(RULES)
+
+
+def test_a_page_of_a_run_that_stopped_or_crashed_says_so(tmp_path):
+    report = tmp_path / "report.html"
+    command = ["conform", "support.unruly_backends:Unruly", "--report", str(report), "--first"]
+    cases = "expand/rank_3/bf16,pack/ragged,unpack/ragged"
+    assert runner.invoke(app, [*command, "--cases", cases]).exit_code == 1
+    shown = Reader(report.read_text())
+    assert "Stopped at the first failure: 2 cases were not run." in shown.text
+    assert "process was ended by SIGSEGV" in shown.text
+    assert "process must not end" in shown.text
 
 
 def conform(*options):
