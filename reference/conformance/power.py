@@ -156,7 +156,7 @@ def _smallest(planted: Planted, questions: Sequence[Question]) -> Power:
 
 
 def _extent(question: Question) -> int:
-    weight = question.operands.weight
+    weight = question.operands.packed_weight
     return question.held.exact.numel() if weight is None else weight.packed.numel() * 8
 
 
@@ -165,7 +165,7 @@ def _of_mistake(mistake: Mistake) -> Planted:
     way = mistake.within(RIGHT)
 
     def rule(question: Question, count: float) -> str | None:
-        weight, function = question.operands.weight, question.case.function
+        weight, function = question.operands.packed_weight, question.case.function
         if question.case.procedure != "answer" or function == "pack":
             return None
         if mistake.step in OF_WEIGHTS and weight is not None:
@@ -179,7 +179,7 @@ def _of_mistake(mistake: Mistake) -> Planted:
         return question.rule(torch.where(chosen, wrong, question.held.exact.to(wrong.dtype)))
 
     def words(question: Question, count: float) -> str:
-        weight = question.operands.weight
+        weight = question.operands.packed_weight
         if mistake.step in OF_WEIGHTS and weight is not None:
             return f"{int(count)} of {weight.in_features * weight.out_features:,} weights"
         return f"{int(count)} of {question.held.exact.numel():,} results"
@@ -223,7 +223,7 @@ def _with(question: Question, right: Tensor, wrong: Tensor, chosen: Tensor) -> T
 
 def _scale_of_a_group(question: Question, units: float) -> str | None:
     """Move one scale of a weight by some units in the last place."""
-    weight = question.operands.weight
+    weight = question.operands.packed_weight
     if weight is None or question.case.procedure != "answer":
         return None
     moved = _moved_scale(weight, int(units))

@@ -268,6 +268,11 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 ORDERS = [o for count in (2, 3) for o in permutations(range(count)) if o != tuple(range(count))]
 
 MISTAKES: tuple[Mistake, ...] = (
+    *(
+        Mistake(name, variant, "layout", wrong)
+        for name, variants in LAYOUT_MISTAKES.items()
+        for variant, wrong in variants.items()
+    ),
     Mistake("nibble_order", "the first code in the highest bits", "shifts",
             lambda: 4 * torch.arange(7, -1, -1, dtype=torch.int32)),
     Mistake("nibble_order", "the codes of each byte in the other order", "shifts",
@@ -340,10 +345,5 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake("stale_adapter_ids", "those of the call before", "ids",
             lambda ids, count, earlier: ids if earlier is None else earlier),
-    *(
-        Mistake(name, variant, "layout", wrong)
-        for name, variants in LAYOUT_MISTAKES.items()
-        for variant, wrong in variants.items()
-    ),
 )  # fmt: skip
 """Every variant, in the order in which they are tried: that of ``IDENTIFIERS``."""
