@@ -21,6 +21,7 @@ from int4_lora.integration.cli.doctor import doctor
 from int4_lora.integration.cli.golden import golden
 from int4_lora.integration.cli.inspect import inspect
 from int4_lora.integration.cli.merge import merge
+from int4_lora.integration.cli.power import power
 from int4_lora.integration.cli.scoreboard import scoreboard
 from int4_lora.integration.cli.train import train
 from int4_lora.integration.cli.tune import tune
@@ -71,6 +72,7 @@ for command in (
     demo,
     conform,
     scoreboard,
+    power,
 ):
     app.command()(command)
 app.add_typer(golden, name="golden")

@@ -40,6 +40,14 @@ def conform(
     seed: Annotated[
         str, typer.Option(help="The seed of the random inputs: a number, or 'fresh'.")
     ] = "0",
+    first: Annotated[bool, typer.Option("--first", help="Stop at the first failure.")] = False,
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a case may take; 0 runs the backend in this process, without limit.",
+        ),
+    ] = 300,
     as_json: AsJson = False,
 ) -> None:
     """Check a backend against the reference and name its mistakes.
@@ -57,19 +65,23 @@ def conform(
         selected = select(cases, quick=quick)
         check_device(device)
         evidence = report is not None
-        manifest, running = _run(backend, selected, number, device, evidence=evidence)
-        outcomes = settled(collect(running, len(selected), quiet=as_json))
-        write_page(report, backend, manifest, outcomes, device, number)
-    finish(backend, manifest, outcomes, device, number, as_json=as_json)
+        manifest, running = _run(backend, selected, number, device, time_limit, evidence)
+        outcomes = settled(collect(running, len(selected), quiet=as_json, first=first))
+        left = len(selected) - len(outcomes)
+        write_page(report, backend, manifest, outcomes, device, number, left=left)
+    finish(backend, manifest, outcomes, device, number, as_json=as_json, left=left)
 
 
-def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outcome]:
+def collect(
+    running: Iterable[Outcome], total: int, *, quiet: bool, first: bool = False
+) -> list[Outcome]:
     """Return the outcomes of a run, showing a progress bar on stderr meanwhile.
 
     Args:
         running: yields the outcome of each case when the case is done.
         total: the number of cases.
         quiet: whether to omit the progress bar.
+        first: whether to stop at the first failure.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -90,6 +102,8 @@ def collect(running: Iterable[Outcome], total: int, *, quiet: bool) -> list[Outc
             outcomes.append(outcome)
             failed = sum(outcome.status == "failed" for outcome in outcomes)
             progress.update(task, advance=1, failed=failed, description=outcome.case)
+            if first and failed:
+                break
     return outcomes
 
 
@@ -101,15 +115,28 @@ def finish(
     seed: int,
     *,
     as_json: bool,
+    left: int = 0,
 ) -> None:
-    """Print the outcomes of a run, and exit with the run's exit code."""
+    """Print the outcomes of a run, and exit with the run's exit code.
+
+    Args:
+        name: the backend.
+        manifest: its claims.
+        outcomes: settled.
+        device: the device of the operands.
+        seed: of the inputs.
+        as_json: whether to print JSON.
+        left: the number of cases that were not run after the first failure.
+    """
     from int4_lora.integration.conformance import scorecard
 
     if as_json:
         plain = scorecard.as_json(name, manifest, outcomes, device, seed)
-        typer.echo(json.dumps(plain, indent=2))
+        typer.echo(json.dumps({**plain, "not_run": left}, indent=2))
     else:
         scorecard.print_scorecard(wide_console(), name, outcomes, device, seed)
+        if left:
+            typer.echo(f"stopped at the first failure: {left} cases were not run")
     verdict = scorecard.conforms(outcomes)
     raise typer.Exit(2 if verdict is None else 0 if verdict else 1)
 
@@ -124,10 +151,11 @@ def _seed(text: str) -> int:
 
 
 def _run(
-    spec: str, cases: Sequence[Case], seed: int, device: str, *, evidence: bool
+    spec: str, cases: Sequence[Case], seed: int, device: str, limit: float, evidence: bool
 ) -> tuple[Manifest, Iterable[Outcome]]:
     """Return a backend's manifest, and an iterator over its outcomes."""
     from int4_lora.integration.conformance.golden.recorded import read_manifest, run_recorded
+    from int4_lora.integration.conformance.isolated import IsolatedRun
     from int4_lora.integration.conformance.loading import load_backend, registered
     from int4_lora.reference.conformance import run
 
@@ -135,5 +163,10 @@ def _run(
     if spec and folder.is_dir() and spec not in registered():
         manifest = read_manifest(folder)
         return manifest, run_recorded(folder, cases, manifest, seed, evidence=evidence)
+    if limit:
+        isolated = IsolatedRun(
+            spec, cases, seed=seed, device=device, limit=limit, evidence=evidence
+        )
+        return isolated.manifest, isolated.outcomes()
     backend = load_backend(spec)
     return backend.manifest, run(backend, cases, seed=seed, device=device, evidence=evidence)

@@ -36,7 +36,7 @@ __all__ = [
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Cases = Annotated[
     str | None,
-    typer.Option(help="Names of cases, separated by commas; * and ? are wildcards."),
+    typer.Option(help="Names of cases, separated by commas; *, ? and [...] are wildcards."),
 ]
 CheckpointPath = Annotated[
     str,

@@ -49,9 +49,11 @@ def write_page(
     outcomes: Sequence[Outcome],
     device: str,
     seed: int,
+    *,
+    left: int = 0,
 ) -> None:
-    """Write the report of a run; None is no report."""
+    """Write the report of a run, of which ``left`` cases were not run; None is no report."""
     if file is not None:
         from int4_lora.integration.conformance.report import run_page, write_report
 
-        write_report(file, run_page(name, manifest, outcomes, device, seed))
+        write_report(file, run_page(name, manifest, outcomes, device, seed, left=left))

@@ -131,19 +131,25 @@ def as_markdown(rows: Sequence[Row], *, device: str, seed: int, cases: int) -> s
     return "\n".join(lines)
 
 
-def replaced(page: Path, table: str) -> str:
+def replaced(page: Path, table: str, begin: str = BEGIN, end: str = END) -> str:
     """Return the page with the new table, or a new page.
+
+    Args:
+        page: a Markdown file, or a name for one.
+        table: what stands between the two markers.
+        begin: the marker above the table.
+        end: the marker below it.
 
     Raises:
         ValueError: the page exists and has no place for a table.
     """
     if not page.exists():
-        return f"# Scoreboard\n\n{BEGIN}\n{table}\n{END}\n"
+        return f"# {page.stem.capitalize()}\n\n{begin}\n{table}\n{end}\n"
     text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{page}: it must hold {BEGIN!r} and {END!r} once, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{page}: it must hold {begin!r} and {end!r} once, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def _cell(text: str) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import int4_lora
-from int4_lora.reference.conformance import FUNCTIONS, Manifest, Outcome
+from int4_lora.reference.conformance import FUNCTIONS, REMEDIES, Manifest, Outcome
 
 __all__ = ["as_json", "conforms", "diagnoses", "plain", "print_scorecard", "versions"]
 
@@ -116,6 +116,8 @@ def _print_failures(console: Console, failures: Sequence[Outcome]) -> None:
         example = next(each for each in failures if "+".join(each.diagnosis) == diagnosis)
         variants = " + ".join(filter(None, example.variants))
         console.print(Text(f"{count} of {len(failures)}: {diagnosis} {variants}".rstrip()))
+        for name in example.diagnosis:
+            console.print(Text(f"  fix: {REMEDIES[name].fix}"))
     reproducible = [failure for failure in failures if failure.snippet]
     if reproducible:
         smallest = min(reproducible, key=lambda failure: failure.elements or 2**62)

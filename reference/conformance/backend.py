@@ -25,6 +25,7 @@ __all__ = ["Backend", "Prepared"]
 
 POISONED = range(8)  # blocks: a backend's intermediate tensors use some up
 LARGEST_WATCHED = 2**28  # bytes
+LARGEST_REMEMBERED = 2**12  # tokens
 
 
 class Backend:
@@ -56,6 +57,7 @@ class Backend:
             raise TypeError(f"{name} has none of the functions {', '.join(FUNCTIONS)}")
         claims = getattr(under_test, "manifest", None)
         self.manifest = Manifest.of(None if isinstance(claims, types.ModuleType) else claims)
+        self._past_ids: dict[int, list[Tensor]] = {}  # by number of tokens
 
     def skips(self, function: str, operands: Operands, device: str) -> str | None:
         """Return why the backend does not claim a call, or None.
@@ -115,10 +117,23 @@ class Backend:
         options: dict[str, int] = {"dim": operands.dim} if operands.dim != 1 else {}
         if not operands.zero_plus_one:
             options["zero_plus_one"] = False
+        self._remember(operands.adapter_ids)
         with _watched(operands):
             _poison(operands)
             result = called(*arguments, **options)
         return dequantize(result) if isinstance(result, PackedWeight) else result
+
+    def past_ids(self, operands: Operands) -> tuple[Tensor, ...]:
+        """Return the different adapter ids of earlier calls with as many tokens, latest first."""
+        ids = operands.adapter_ids
+        return () if ids is None else tuple(reversed(self._past_ids.get(len(ids), [])))
+
+    def _remember(self, ids: Tensor | None) -> None:
+        if ids is None or len(ids) > LARGEST_REMEMBERED:
+            return
+        known = self._past_ids.setdefault(len(ids), [])
+        ids = ids.detach().to("cpu", torch.int64, copy=True)
+        self._past_ids[len(ids)] = [each for each in known if not torch.equal(each, ids)] + [ids]
 
     def _called(
         self, function: str, arguments: tuple[object, ...]
@@ -134,6 +149,8 @@ class Backend:
         return called, arguments
 
     def _prepared(self, name: str, operand: object) -> object:
+        if isinstance(operand, list):  # of slices: the backend may change the list it gets
+            operand = list(operand)
         prepare = _function(self.under_test, name)
         return operand if prepare is None or operand is None else prepare(operand)
 

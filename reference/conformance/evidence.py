@@ -85,13 +85,16 @@ class Witness:
 
     def see(self, asked: Asked) -> None:
         """Take in a call, unless its result has the wrong form."""
+        result, operands = asked.result, asked.operands
         form = asked.finding is not None and asked.finding.rule == "form"
-        if form or not isinstance(asked.result, Tensor):
+        if form or not isinstance(result, Tensor) or result.device != operands.device:
             return
         with one_thread():
-            held = answer_on_cpu(self.function, asked.operands, asked.manifest)
-        result = asked.result.detach().to("cpu").clone()
-        self.add(JudgedCall(asked.operands.to("cpu"), result, held, asked.finding))
+            held = answer_on_cpu(self.function, operands, asked.manifest)
+        if result.shape != held.exact.shape or result.dtype != held.dtype:
+            return  # a result that shares memory is not yet known to have the right form
+        result = result.detach().to("cpu").clone()
+        self.add(JudgedCall(operands.to("cpu"), result, held, asked.finding))
 
     def add(self, call: JudgedCall) -> None:
         """Take in a call whose exact answer is known."""

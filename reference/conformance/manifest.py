@@ -59,6 +59,7 @@ class Manifest:
         max_rank: the largest rank; None for any.
         max_adapters: the largest number of adapters; None for any.
         devices: device types; None for any.
+        contiguous: whether results are contiguous.
         deterministic: whether a repeated call gives the same bits.
         accumulate: the dtype of the sums (float64 where x is float64).
         weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
@@ -95,6 +96,7 @@ class Manifest:
     max_rank: int | None = None
     max_adapters: int | None = None
     devices: tuple[str, ...] | None = None
+    contiguous: bool = True
     deterministic: bool = True
     accumulate: torch.dtype = torch.float32
     weight_rounded: bool = True
@@ -229,6 +231,7 @@ RULES: dict[str, Callable[[object], bool]] = {
             "finite_scales",
             "bias",
             "slices",
+            "contiguous",
             "deterministic",
             "weight_rounded",
             "base_rounded",

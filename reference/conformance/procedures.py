@@ -26,6 +26,7 @@ from int4_lora.reference.conformance.judging.check import (
     check_call,
     one_thread,
 )
+from int4_lora.reference.conformance.judging.placement import not_contiguous, shared_memory
 from int4_lora.reference.conformance.judging.systematic_error import systematic_error
 from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.manifest import Manifest
@@ -45,7 +46,8 @@ class Asked:
         result: what the backend returned.
         finding: what is wrong, or None.
         manifest: the roundings declared for the call.
-        earlier_ids: the adapter ids of the previous call, or None.
+        earlier_ids: the adapter ids of the case's previous call, or None.
+        past_ids: the different adapter ids of the backend's earlier calls with as many tokens.
     """
 
     operands: Operands
@@ -53,6 +55,7 @@ class Asked:
     finding: Finding | None
     manifest: Manifest
     earlier_ids: Tensor | None = None
+    past_ids: tuple[Tensor, ...] = ()
 
 
 def ask(case: Case, backend: Backend, seed: int, device: str) -> Iterator[Asked]:
@@ -70,11 +73,14 @@ def called(
 ) -> Asked:
     """Call the backend once and judge the result."""
     prepared = prepared or backend.prepare(operands)
+    past_ids = backend.past_ids(operands)
     result = backend.call(case.function, operands, prepared)
     manifest = backend.declared(operands, prepared)
     with one_thread():
-        finding = judged(case, operands, result, manifest)
-    return Asked(operands, result, finding, manifest, earlier_ids)
+        finding = shared_memory(result, operands) or judged(case, operands, result, manifest)
+    if finding is None and manifest.contiguous:
+        finding = not_contiguous(result)
+    return Asked(operands, result, finding, manifest, earlier_ids, past_ids)
 
 
 def judged(case: Case, operands: Operands, result: object, manifest: Manifest) -> Finding | None:

@@ -34,6 +34,7 @@ UNDECLARED: tuple[dict[str, Any], ...] = (
 STATISTICAL = "low_precision_accumulate"  # the only mistake that is not reproduced exactly
 RANK = (*(name for name in IDENTIFIERS if name != STATISTICAL), STATISTICAL)
 UNKNOWN = Explanation(("unknown",), ("",))
+UNEXPLAINED = ("form", "memory", "systematic_error", "repeat", "kept")  # told by the message
 NOT_DETERMINISTIC = "declared not deterministic"
 
 
@@ -146,7 +147,8 @@ def run_case(
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         finding = Finding("call", f"raised {type(error).__name__}: {text}")
-        return _raised(backend, case, finding, (seed, device))
+        outcome = _raised(backend, case, finding, (seed, device))
+        return replace(outcome, explanations=_of_ids_out_of_range(backend, operands))
     return _with_evidence(Outcome(case.name, case.exercises, "passed"), witness)
 
 
@@ -186,13 +188,30 @@ def _raised(backend: Backend, case: Case, finding: Finding, where: tuple[int, st
     return Outcome(case.name, case.exercises, "failed", finding.rule, finding.message, snippet=text)
 
 
+def _of_ids_out_of_range(backend: Backend, operands: Operands) -> tuple[Explanation, ...]:
+    """Return the explanation that ids of an earlier case do not fit this case's adapters, or none.
+
+    It is not sure: it counts where earlier ids surely explain another failure.
+    """
+    for part in operands.slices[:1]:
+        if any(bool((ids >= part.stack.adapters).any()) for ids in backend.past_ids(operands)):
+            variants = ("those of an earlier call, which has more adapters",)
+            return (Explanation(("stale_adapter_ids",), variants, sure=False),)
+    return ()
+
+
 def failed(case: Case, asked: Asked, diagnostician: Diagnostician) -> Outcome:
     """Return the outcome of a call with a finding, with every mistake that reproduces it."""
     finding = asked.finding or Finding("", "")
     explanations: list[Explanation] = []
-    if finding.rule not in ("systematic_error", "repeat", "kept") and not case.optional:
+    if finding.rule not in UNEXPLAINED and not case.optional:
         explanations = diagnostician.explain(
-            case.function, asked.operands, asked.result, asked.manifest, asked.earlier_ids
+            case.function,
+            asked.operands,
+            asked.result,
+            asked.manifest,
+            asked.earlier_ids,
+            asked.past_ids,
         )
         explanations += undeclared(case, asked)
     return Outcome(

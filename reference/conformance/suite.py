@@ -5,6 +5,7 @@ Source: ``docs/conformance.md``.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from int4_lora.reference.conformance.cases.behaviour import behaviour_cases
@@ -14,7 +15,7 @@ from int4_lora.reference.conformance.cases.layouts import layout_cases
 from int4_lora.reference.conformance.cases.linear import linear_cases
 from int4_lora.reference.conformance.cases.lora import lora_cases
 
-__all__ = ["CASES", "select"]
+__all__ = ["CASES", "select", "unknown_case"]
 
 CASES: tuple[Case, ...] = (
     *format_cases(),
@@ -30,8 +31,8 @@ def select(patterns: str | None = None, *, quick: bool = False) -> tuple[Case, .
     """Return the cases to run.
 
     Args:
-        patterns: names with ``*`` and ``?``, separated by commas; None for all but the optional
-            cases, which have to be named in full.
+        patterns: names with ``*``, ``?`` and ``[...]``, separated by commas; None for all but the
+            optional cases, which have to be named in full.
         quick: whether to return only the cases of the quick run.
 
     Raises:
@@ -48,9 +49,15 @@ def select(patterns: str | None = None, *, quick: bool = False) -> tuple[Case, .
         raise ValueError("no case is named: the pattern is empty")
     for pattern in wanted:
         if not any(_matches(case, pattern) for case in CASES):
-            raise ValueError(f"no case is named {pattern!r}; names are {CASES[0].name!r} and so on")
+            raise unknown_case(pattern)
     named = (case for case in CASES if any(_matches(case, pattern) for pattern in wanted))
     return tuple(case for case in named if case.quick or not quick)
+
+
+def unknown_case(name: str) -> ValueError:
+    """Return the error for a name or pattern that matches no case, with the nearest name."""
+    near = get_close_matches(name, [case.name for case in CASES], n=1, cutoff=0)
+    return ValueError(f"no case is named {name!r}; did you mean {near[0]!r}?")
 
 
 def _matches(case: Case, pattern: str) -> bool:

@@ -150,10 +150,14 @@ def test_the_page_of_conformance_runs():
 def test_the_page_of_conformance_lists_every_name_and_claim():
     import dataclasses
 
-    from int4_lora.reference.conformance import FUNCTIONS, IDENTIFIERS, Manifest
+    from int4_lora.reference.conformance import FUNCTIONS, IDENTIFIERS, REMEDIES, Manifest
 
     page = (DOCS / "conformance.md").read_text()
     rows = set(re.findall(r"`([a-z0-9_]+)", "\n".join(re.findall(r"^\| `.*?\|", page, flags=re.M))))
+    for name, remedy in REMEDIES.items():
+        line = f"`{remedy.line}`" if remedy.line else ""
+        assert f"| `{name}` | {remedy.meaning} | {line} | {remedy.fix} |" in page
+    assert list(REMEDIES) == list(IDENTIFIERS)
     claims = {field.name for field in dataclasses.fields(Manifest)}
     assert {*IDENTIFIERS, *claims, *FUNCTIONS} <= rows
 

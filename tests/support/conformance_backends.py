@@ -1,5 +1,6 @@
 """Backends with faults, and correct ones that round in another order."""
 
+import dataclasses
 from typing import ClassVar
 
 import torch
@@ -7,6 +8,7 @@ import torch
 import int4_lora.reference as reference
 from int4_lora.reference import dequantize, error_bound, int4_lora_linear
 from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.diagnosis.definition_steps import answer_of
 from int4_lora.reference.conformance.judging.yardstick import one_by_one, yardstick
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import (
@@ -14,6 +16,7 @@ from int4_lora.reference.dequantization import (
     scale_of_each_weight,
     unrounded_weight,
 )
+from int4_lora.reference.linear import as_slices
 
 
 class Layer:
@@ -87,6 +90,74 @@ class EarlierIds(StaleIds):
         late = self.kept.get(len(x), adapter_ids)
         self.kept[len(x)] = adapter_ids.clone()
         return int4_lora_linear(x, weight, lora, late, bias)
+
+
+class KeptIds(StaleIds):
+    """The ids of the first call of this number of tokens, of whatever case."""
+
+    prepare = None
+
+
+class LateIds(EarlierIds):
+    """The ids of the previous call of this number of tokens, of whatever case."""
+
+    prepare = None
+
+
+class MaskedGather(Layer):
+    """The first adapter's delta, times 0, for tokens without an adapter."""
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        y = self.base(x, weight).float()
+        for part in as_slices(lora):
+            chosen = adapter_ids.clamp(min=0)
+            h = torch.einsum("tk,trk->tr", x.float(), part.stack.a[chosen].float())
+            delta = torch.einsum("tr,tor->to", h, part.stack.b[chosen].float())
+            used = part.stack.scaling[chosen].float() * (adapter_ids >= 0)
+            y[:, part.start : part.stop] += used[:, None] * delta
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+class FirstGroup(Layer):
+    """A -1 of g_idx clamped to the first group."""
+
+    def base(self, x, weight):
+        if weight.g_idx is not None:
+            weight = dataclasses.replace(weight, g_idx=weight.g_idx.clamp(min=0))
+        return super().base(x, weight)
+
+
+class Stepwise:
+    """A backend that computes in the steps of a way, rounded once."""
+
+    def __init__(self, way):
+        self.way, self.earlier = way, {}
+
+    def unpack(self, packed, size, *, dim=1):
+        return self.answer("unpack", Operands(packed=packed, size=size, dim=dim))
+
+    def dequantize(self, weight, dtype=None):
+        dense = self.answer("dequantize", Operands(weight=weight, dtype=dtype))
+        return dense.to(dtype or weight.scale.dtype)
+
+    def shrink(self, x, lora, adapter_ids):
+        operands = Operands(x=x, lora=lora, adapter_ids=adapter_ids)
+        return self.answer("shrink", operands).float()
+
+    def expand(self, h, lora, adapter_ids):
+        operands = Operands(h=h, lora=lora, adapter_ids=adapter_ids)
+        return self.answer("expand", operands).float()
+
+    def int4_lora_linear(self, x, weight, lora=None, adapter_ids=None, bias=None):
+        operands = Operands(x=x, weight=weight, lora=lora, adapter_ids=adapter_ids, bias=bias)
+        return self.answer("int4_lora_linear", operands).to(x.dtype)
+
+    def answer(self, function, operands):
+        ids = operands.adapter_ids
+        earlier = None if ids is None else self.earlier.get(len(ids))
+        if ids is not None:
+            self.earlier[len(ids)] = ids.clone()
+        return answer_of(function, operands, self.way, Manifest(), earlier).exact
 
 
 class OneRow(Layer):

@@ -90,6 +90,21 @@ MUTANTS = {
         {"(adapter_ids == adapter)": "(adapter_ids % lora.adapters == adapter)"},
         DELTA,
     ),
+    "g_idx_minus_one_indexed": (
+        "dequantization",
+        {"weight.g_idx is not None and not weight.column_order:": "weight.g_idx is not None:"},
+        DEQUANTIZATION,
+    ),
+    "masked_by_multiplication": (
+        "lora",
+        {
+            "h = torch.where(chosen, torch.where(chosen, x, 0).to(accumulate) @ a.T, h)": (
+                "h = h + chosen * (torch.where(chosen, x, 0).to(accumulate) @ a.T)"
+            ),
+            "delta = torch.where(chosen, product, delta)": "delta = delta + chosen * product",
+        },
+        "reference/test_lora.py::test_an_adapter_of_nan_touches_its_own_tokens_only",
+    ),
     "scaling_missing": (
         "lora",
         {"product = scaling * (torch": "product = (torch"},

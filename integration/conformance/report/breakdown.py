@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.conformance.report.error_map import WORD
+from int4_lora.reference import AWQTensors
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.evidence import JudgedCall
+from int4_lora.reference.conformance.judging.answers import WEIGHTS
 from int4_lora.reference.dequantization import scale_columns
 
 __all__ = ["Breakdown", "Part", "breakdowns"]
@@ -83,7 +85,7 @@ def _divisions(function: str, call: JudgedCall, wrong: Tensor) -> Iterator[Break
     if function == "unpack":
         yield _by_word(wrong, operands.dim, "place of the code in its word")
         return
-    if function == "dequantize":
+    if function in WEIGHTS:
         yield from _of_weight(operands, wrong)
         return
     if operands.adapter_ids is not None and operands.adapter_ids.numel() == wrong.shape[0]:
@@ -97,11 +99,14 @@ def _divisions(function: str, call: JudgedCall, wrong: Tensor) -> Iterator[Break
 
 
 def _of_weight(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
-    weight = operands.weight
+    weight = operands.packed_weight
     if weight is None:
         return
     groups = list(range(weight.scale.shape[-1]))
     yield _divided("group", wrong, 1, scale_columns(weight), groups, [str(g) for g in groups])
+    if isinstance(operands.layout, AWQTensors):
+        yield _by_word(wrong, 0, "place of the output in its word")
+        return
     yield _by_word(wrong, 1, "place of the code in its word")
     if weight.zero_point is not None and weight.zero_point.dtype == torch.int32:
         yield _by_word(wrong, 0, "place of the zero-point in its word")

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from int4_lora.reference import AWQTensors
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.evidence import JudgedCall
+from int4_lora.reference.conformance.judging.answers import WEIGHTS
 from int4_lora.reference.dequantization import scale_columns, scale_of_each_weight
 
 __all__ = ["BOUNDS", "NOT_FINITE", "RIGHT_CLOSE", "Axis", "ErrorMap", "Unit", "error_map"]
@@ -26,7 +28,7 @@ NAMED_TOKENS = 24  # more names do not fit beside the map
 DIMENSIONS = {
     "pack": ("output", "word"),
     "unpack": ("output", "column"),
-    "dequantize": ("output", "column"),
+    **dict.fromkeys(WEIGHTS, ("output", "column")),
     "shrink": ("token", "rank"),
 }
 
@@ -154,7 +156,7 @@ def error_map(function: str, call: JudgedCall) -> ErrorMap | None:
 
 def _errors(function: str, call: JudgedCall) -> tuple[Unit, Tensor]:
     """Return how far each element is from the exact answer, and in which unit."""
-    got, exact, weight = call.result, call.held.exact, call.operands.weight
+    got, exact, weight = call.result, call.held.exact, call.operands.packed_weight
     if function == "pack":
         shifts = 4 * torch.arange(WORD)
         nibbles = [(words.long().unsqueeze(-1) >> shifts) & 0xF for words in (got, exact)]
@@ -162,7 +164,7 @@ def _errors(function: str, call: JudgedCall) -> tuple[Unit, Tensor]:
     if function == "unpack":
         return CODES, (got.double() - exact.double()).abs()
     error = (got.double() - exact.double()).abs()
-    if function == "dequantize" and weight is not None and not bool(call.held.bound.any()):
+    if function in WEIGHTS and weight is not None and not bool(call.held.bound.any()):
         scale = scale_of_each_weight(weight).double().abs()
         return STEPS, torch.where(error > 0, error / scale, 0.0).nan_to_num(nan=torch.inf)
     share = torch.where(error > 0, error / call.held.bound, 0.0)
@@ -179,11 +181,10 @@ def _wrong(call: JudgedCall, errors: Tensor, unit: Unit) -> Tensor:
 
 def _axes(function: str, operands: Operands, shape: Sequence[int]) -> tuple[Axis, Axis]:
     first, second = DIMENSIONS.get(function, ("token", "output"))
-    weight = operands.weight
     if function == "unpack":
         along = operands.dim
         return Axis(first, shape[0], words=along == 0), Axis(second, shape[1], words=along == 1)
-    if function == "dequantize" and weight is not None:
+    if function in WEIGHTS:
         return _outputs(operands, shape[0]), _columns(operands, shape[1])
     if first != "token":
         return Axis(first, shape[0]), Axis(second, shape[1])
@@ -206,7 +207,7 @@ def _token_names(operands: Operands, count: int) -> tuple[str, ...]:
 
 def _outputs(operands: Operands, length: int) -> Axis:
     """Return the axis of outputs: lines at slices or blocks, words of zero-points."""
-    weight = operands.weight
+    weight = operands.packed_weight
     lines: tuple[int, ...] = ()
     mean = ""
     if len(operands.slices) > 1 or any(part.start for part in operands.slices):
@@ -220,8 +221,8 @@ def _outputs(operands: Operands, length: int) -> Axis:
 
 
 def _columns(operands: Operands, length: int) -> Axis:
-    """Return the axis of columns of a weight: lines at groups, words of codes."""
-    weight = operands.weight
+    """Return the axis of columns of a weight: lines at groups, words of codes but for AWQ."""
+    weight = operands.packed_weight
     if weight is None:
         return Axis("column", length)
     groups = scale_columns(weight)
@@ -233,6 +234,6 @@ def _columns(operands: Operands, length: int) -> Axis:
         length,
         lines=tuple(changes) if contiguous else (),
         lines_mean=mean if contiguous and changes else "",
-        words=True,
+        words=not isinstance(operands.layout, AWQTensors),
         groups=None if contiguous else groups,
     )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import int4_lora
 from int4_lora.integration.conformance.report.failure import Failure, failures_of
 from int4_lora.integration.conformance.report.file import OPENING
-from int4_lora.integration.conformance.report.meanings import DIAGNOSES, Meaning
+from int4_lora.integration.conformance.report.meanings import MISTAKES
 from int4_lora.integration.conformance.scorecard import conforms, plain, versions
-from int4_lora.reference.conformance import FUNCTIONS, Manifest, Outcome
+from int4_lora.reference.conformance import FUNCTIONS, REMEDIES, Manifest, Outcome
 
 if TYPE_CHECKING:
     from int4_lora.integration.conformance.scoreboard import Row
@@ -30,7 +30,13 @@ STATUSES = ("passed", "failed", "skipped")
 
 
 def run_page(
-    name: str, manifest: Manifest, outcomes: Sequence[Outcome], device: str, seed: int
+    name: str,
+    manifest: Manifest,
+    outcomes: Sequence[Outcome],
+    device: str,
+    seed: int,
+    *,
+    left: int = 0,
 ) -> str:
     """Return the page of one run.
 
@@ -40,6 +46,7 @@ def run_page(
         outcomes: settled, with their evidence.
         device: the device of the operands.
         seed: of the inputs.
+        left: the number of cases that were not run after the first failure.
     """
     budget = Budget(MAP_BYTES)
     section = Section.of(name, outcomes, "c", budget, most=None)
@@ -48,6 +55,7 @@ def run_page(
         "run.html",
         title=f"{name}: {section.verdict}",
         section=section,
+        left=left,
         claims=claims,
         defaults={key: plain(value) for key, value in vars(Manifest()).items()},
         facts=_facts(versions(), device, seed),
@@ -96,6 +104,26 @@ class Budget:
         fits = len(image) <= self.left
         self.left -= len(image) if fits else 0
         return fits
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The meaning of a diagnosis.
+
+    Args:
+        mistake: what the backend does wrong, in a sentence.
+        code: code that usually does it, or "".
+        fix: what to do instead.
+    """
+
+    mistake: str
+    code: str
+    fix: str
+
+
+def _meaning(name: str) -> Meaning:
+    remedy = REMEDIES[name]
+    return Meaning(MISTAKES[name], remedy.line, remedy.fix.replace("`", ""))
 
 
 @dataclass(frozen=True)
@@ -252,7 +280,7 @@ def _faults(section: Section, prefix: str, budget: Budget, most: int | None) -> 
         yield Fault(
             f"{prefix}fault{index}",
             names,
-            tuple(DIAGNOSES[name] for name in names),
+            tuple(_meaning(name) for name in names),
             tuple(variant for variant, _ in variants.most_common() if variant),
             failures if most is None else failures[:most],
             [] if most is None else failures[most:],

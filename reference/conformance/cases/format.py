@@ -79,7 +79,7 @@ WEIGHTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "g_idx_minus_one": (
         "a -1 in g_idx means column order",
         {"groups": 8, "g_idx": "minus_one"},
-        False,
+        True,
     ),
 }
 

@@ -180,6 +180,12 @@ def _of_ids() -> Iterator[Case]:
         _unused_not_finite,
         quick=True,
     )
+    yield _case(
+        "first_and_last_not_finite/bf16",
+        "a first and a last adapter of NaN and infinity at some outputs, which no token uses",
+        _ends_not_finite,
+        quick=True,
+    )
 
 
 def _of_slices() -> Iterator[Case]:
@@ -243,8 +249,29 @@ def _parts_of_sizes() -> Iterator[Case]:
         ):
             make = _one_part(function, bf16, 8, True, **options)
             yield Case(f"{function}/{name}/bf16", f"{function} of {exercises}", function, make)
+        yield Case(
+            f"{function}/first_and_last_not_finite/bf16",
+            f"{function} beside adapters of NaN and infinity, which no token uses",
+            function,
+            _part_beside_bad_ends(function),
+            quick=True,
+        )
         make = _one_part(function, bf16, 128, True)
         yield Case(f"{function}/rank_128/bf16", f"{function} of rank 128", function, make)
+
+
+def _part_beside_bad_ends(function: str) -> Callable[[Draws], Operands]:
+    """Return a function that makes operands whose first and last adapter are not finite."""
+
+    def make(draws: Draws) -> Operands:
+        part = _one_part(function, torch.bfloat16, 8, True, adapters_count=4)(draws)
+        stack = _with_bad_ends(part.slices[0].stack)
+        a = stack.a.clone()
+        a[0, 1, 7], a[-1, 4, 9] = float("nan"), float("inf")
+        ids = _ids_of_the_middle(draws)
+        return dataclasses.replace(part, lora=dataclasses.replace(stack, a=a), adapter_ids=ids)
+
+    return make
 
 
 Lora = LoRAStack | Sequence[LoRASlice]
@@ -378,6 +405,25 @@ def _unused_not_finite(draws: Draws) -> Operands:
     ids = layer.adapter_ids
     ids = torch.where(ids == 1, 2, ids) if ids is not None else None
     return dataclasses.replace(layer, lora=LoRAStack(a, b, stack.scaling), adapter_ids=ids)
+
+
+def _ends_not_finite(draws: Draws) -> Operands:
+    """Make a layer whose first and last adapter are not finite at one output; none uses them."""
+    layer = with_adapters(torch.bfloat16, adapters_count=4, ids=_ids_of_the_middle)(draws)
+    return dataclasses.replace(layer, lora=_with_bad_ends(layer.slices[0].stack))
+
+
+def _ids_of_the_middle(draws: Draws) -> Tensor:
+    """Return 16 ids of the second and third of four adapters and -1."""
+    ids = mixed_ids(draws, 16, 2)
+    return torch.where(ids < 0, ids, ids + 1)
+
+
+def _with_bad_ends(stack: LoRAStack) -> LoRAStack:
+    """Put a NaN in output 5 of the first adapter and an infinity in output 11 of the last."""
+    b = stack.b.clone()
+    b[0, 5, 0], b[-1, 11, 0] = float("nan"), float("inf")
+    return dataclasses.replace(stack, b=b)
 
 
 def _base_overflows(draws: Draws) -> Operands:

@@ -102,8 +102,9 @@ class Operands:
             value = getattr(self, name)
             changed[name] = None if value is None else value.to(device)
         if self.layout is not None:
-            moved = (None if tensor is None else tensor.to(device) for tensor in self.layout)
-            changed["layout"] = self.layout._make(moved)
+            tensors = self.layout._asdict().items()
+            moved = {name: tensor.to(device) for name, tensor in tensors if tensor is not None}
+            changed["layout"] = self.layout._replace(**moved)
         if isinstance(self.lora, LoRAStack):
             changed["lora"] = self.lora.to(device)
         elif self.lora is not None:

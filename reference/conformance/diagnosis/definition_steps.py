@@ -51,6 +51,8 @@ class Way:
         reach: x -> x as the adapters read it.
         ids: (adapter ids, number of adapters, ids of an earlier call or None) -> ids.
         scaling: scalings -> scalings.
+        added: (sum, product, product of zeros, ids, adapter, number of adapters) -> the sum, with
+            the product of an adapter for all tokens put in the rows of this adapter's tokens.
         starts: slices -> the first output of each.
         outputs: result -> the result as it is written.
         layout: operands -> the weight that the tensors of another layout hold.
@@ -70,6 +72,7 @@ class Way:
     reach: Callable[[Tensor], Tensor]
     ids: Callable[[Tensor, int, Tensor | None], Tensor]
     scaling: Callable[[Tensor], Tensor]
+    added: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
     starts: Callable[[Sequence[LoRASlice]], list[int]]
     outputs: Callable[[Tensor], Tensor]
     zero_points_too: bool = True
@@ -96,6 +99,9 @@ RIGHT = Way(
     reach=lambda x: x,
     ids=lambda ids, adapters, earlier: ids,
     scaling=lambda scaling: scaling,
+    added=lambda total, product, of_zeros, ids, adapter, adapters: torch.where(
+        (ids == adapter)[:, None], product, total
+    ),
     starts=lambda slices: [part.start for part in slices],
     outputs=lambda result: result,
 )
@@ -224,7 +230,7 @@ def _part(
     ids = _ids(operands, part, way, earlier_ids)
     wide = way.reach(way.inputs(value.double())) if shrink else value.double()
     if shrink:
-        exact, size = _shrunk_and_size(wide, part.stack.a, ids)
+        exact, size = _shrunk_and_size(wide, part.stack.a, ids, way)
     else:
         exact, size = _expanded(wide, part, ids, way), _expanded(wide, part, ids, way, sizes=True)
     return AnswerOfWay(way.outputs(exact), _gamma(value.shape[1] + 4, value, manifest) * size)
@@ -232,32 +238,34 @@ def _part(
 
 def _delta(x: Tensor, part: LoRASlice, ids: Tensor, way: Way) -> tuple[Tensor, Tensor]:
     """Return the delta of a slice, and the sum of its products' magnitudes."""
-    h, size = _shrunk_and_size(way.reach(x), part.stack.a, ids)
+    h, size = _shrunk_and_size(way.reach(x), part.stack.a, ids, way)
     return _expanded(h, part, ids, way), _expanded(size, part, ids, way, sizes=True)
 
 
-def _shrunk_and_size(x: Tensor, a: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _shrunk_and_size(x: Tensor, a: Tensor, ids: Tensor, way: Way) -> tuple[Tensor, Tensor]:
     """Return x A^T, and the sum of its products' magnitudes."""
     a = a.double()
-    return _shrunk(x, a, ids), _shrunk(x.abs(), a.abs(), ids)
+    return _shrunk(x, a, ids, way), _shrunk(x.abs(), a.abs(), ids, RIGHT)
 
 
-def _shrunk(x: Tensor, a: Tensor, ids: Tensor) -> Tensor:
+def _shrunk(x: Tensor, a: Tensor, ids: Tensor, way: Way) -> Tensor:
     h = torch.zeros(x.shape[0], a.shape[1], dtype=torch.float64)
     for adapter in range(a.shape[0]):
-        chosen = ids == adapter
-        h[chosen] = x[chosen] @ a[adapter].T
+        of_zeros = torch.zeros_like(x[:1]) @ a[adapter].T
+        h = way.added(h, x @ a[adapter].T, of_zeros, ids, adapter, a.shape[0])
     return h
 
 
 def _expanded(h: Tensor, part: LoRASlice, ids: Tensor, way: Way, *, sizes: bool = False) -> Tensor:
     scaling, b = way.scaling(part.stack.scaling.double()), part.stack.b.double()
+    added = way.added
     if sizes:
-        h, scaling, b = h.abs(), scaling.abs(), b.abs()
+        h, scaling, b, added = h.abs(), scaling.abs(), b.abs(), RIGHT.added
     delta = torch.zeros(h.shape[0], b.shape[1], dtype=torch.float64)
     for adapter in range(b.shape[0]):
-        chosen = ids == adapter
-        delta[chosen] = scaling[adapter] * (h[chosen] @ b[adapter].T)
+        product = scaling[adapter] * (h @ b[adapter].T)
+        of_zeros = torch.zeros_like(h[:1]) @ b[adapter].T
+        delta = added(delta, product, of_zeros, ids, adapter, b.shape[0])
     return delta
 
 

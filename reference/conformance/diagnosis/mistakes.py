@@ -34,10 +34,12 @@ IDENTIFIERS = (
     "groups_reversed",
     "g_idx_ignored",
     "g_idx_column_order",
+    "g_idx_minus_one_indexed",
     "round_before_subtract",
     "scale_rounded",
     "low_precision_accumulate",
     "adapter_minus_one_indexed",
+    "masked_by_multiplication",
     "scaling_missing",
     "scaling_twice",
     "slices_swapped",
@@ -114,6 +116,26 @@ def _cut_evenly(weight: PackedWeight) -> Tensor:
     columns = torch.empty_like(order)
     columns[order] = _column_order(weight)
     return columns
+
+
+def _minus_one_as(group: int) -> Callable[[PackedWeight], Tensor]:
+    """Return a step that uses g_idx as an index, in which -1 is a group like the others."""
+
+    def columns(weight: PackedWeight) -> Tensor:
+        if weight.g_idx is None:
+            return scale_columns(weight)
+        g_idx = weight.g_idx.to(torch.int64)
+        return torch.where(g_idx < 0, group % weight.scale.shape[-1], g_idx)
+
+    return columns
+
+
+def _column_order_of_each(weight: PackedWeight) -> Tensor:
+    """Read a -1 as column order for its column alone, and g_idx for the others."""
+    g_idx = weight.g_idx
+    if g_idx is None:
+        return scale_columns(weight)
+    return torch.where(g_idx < 0, _column_order(weight), g_idx.to(torch.int64))
 
 
 def _permuted(inverse: bool) -> Callable[[Tensor, PackedWeight], Tensor]:
@@ -205,6 +227,32 @@ def _without_last(multiple: int, dim: int) -> Callable[[Tensor], Tensor]:
     return outputs
 
 
+def _all_multiplied(
+    total: Tensor, product: Tensor, of_zeros: Tensor, ids: Tensor, adapter: int, adapters: int
+) -> Tensor:
+    """Add the product of every adapter to all tokens, times 1 or 0."""
+    return total + (ids == adapter)[:, None] * product
+
+
+def _inputs_zeroed(
+    total: Tensor, product: Tensor, of_zeros: Tensor, ids: Tensor, adapter: int, adapters: int
+) -> Tensor:
+    """Add the product of every adapter to all tokens, with zeros for the other tokens' inputs."""
+    return total + torch.where((ids == adapter)[:, None], product, of_zeros)
+
+
+def _multiplied_for_none(stand_in: int) -> Callable[..., Tensor]:
+    """Return a step that uses an adapter for the tokens without one, times 0."""
+
+    def added(
+        total: Tensor, product: Tensor, of_zeros: Tensor, ids: Tensor, adapter: int, adapters: int
+    ) -> Tensor:
+        used = torch.where(ids < 0, stand_in % adapters, ids)
+        return torch.where((used == adapter)[:, None], (ids >= 0)[:, None] * product, total)
+
+    return added
+
+
 def _starts(order: Sequence[int]) -> Callable[[Sequence[LoRASlice]], list[int]]:
     """Return a step that exchanges the starts of the slices."""
 
@@ -220,6 +268,11 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 ORDERS = [o for count in (2, 3) for o in permutations(range(count)) if o != tuple(range(count))]
 
 MISTAKES: tuple[Mistake, ...] = (
+    *(
+        Mistake(name, variant, "layout", wrong)
+        for name, variants in LAYOUT_MISTAKES.items()
+        for variant, wrong in variants.items()
+    ),
     Mistake("nibble_order", "the first code in the highest bits", "shifts",
             lambda: 4 * torch.arange(7, -1, -1, dtype=torch.int32)),
     Mistake("nibble_order", "the codes of each byte in the other order", "shifts",
@@ -246,6 +299,10 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("g_idx_column_order", "weights left sorted by group", "columns", _permuted(False)),
     Mistake("g_idx_column_order", "weights sorted back that were not", "columns",
             _permuted(True)),
+    Mistake("g_idx_minus_one_indexed", "the last group", "group", _minus_one_as(-1)),
+    Mistake("g_idx_minus_one_indexed", "the first group", "group", _minus_one_as(0)),
+    Mistake("g_idx_minus_one_indexed", "column order for its columns alone", "group",
+            _column_order_of_each),
     Mistake("round_before_subtract", "RN(RN(q s) - RN(z s))", "product", _rounded_apart),
     Mistake("round_before_subtract", "RN(q s) - RN(z s)", "product", _rounded_apart_kept),
     Mistake("round_before_subtract", "q s - RN(z s)", "product", _rounded_offset),
@@ -259,6 +316,14 @@ MISTAKES: tuple[Mistake, ...] = (
             lambda ids, count, earlier: torch.where(ids < 0, count - 1, ids)),
     Mistake("adapter_minus_one_indexed", "the first adapter", "ids",
             lambda ids, count, earlier: ids.clamp(min=0)),
+    Mistake("masked_by_multiplication", "every adapter's delta times 0 or 1", "added",
+            _all_multiplied),
+    Mistake("masked_by_multiplication", "every adapter applied to inputs times 0 or 1", "added",
+            _inputs_zeroed),
+    Mistake("masked_by_multiplication", "the first adapter's delta times 0 for -1", "added",
+            _multiplied_for_none(0)),
+    Mistake("masked_by_multiplication", "the last adapter's delta times 0 for -1", "added",
+            _multiplied_for_none(-1)),
     Mistake("scaling_missing", "1", "scaling", torch.ones_like),
     Mistake("scaling_twice", "squared", "scaling", torch.square),
     *(Mistake("slices_swapped", f"in the order {o}", "starts", _starts(o)) for o in ORDERS),
@@ -280,10 +345,5 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake("stale_adapter_ids", "those of the call before", "ids",
             lambda ids, count, earlier: ids if earlier is None else earlier),
-    *(
-        Mistake(name, variant, "layout", wrong)
-        for name, variants in LAYOUT_MISTAKES.items()
-        for variant, wrong in variants.items()
-    ),
 )  # fmt: skip
 """Every variant, in the order in which they are tried: that of ``IDENTIFIERS``."""

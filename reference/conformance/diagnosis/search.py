@@ -4,6 +4,9 @@ A mistake is named only if it reproduces the result: every element is as near to
 answer as a backend that makes it would come, and at most half of the error is left. Where no
 mistake does, pairs are tried; where no pair does, the diagnosis is ``unknown``.
 
+The mistake ``stale_adapter_ids`` is also tried with the ids of earlier cases, since a graph may
+keep those of any call with as many tokens.
+
 Source: ``docs/conformance.md``.
 """
 
@@ -37,6 +40,7 @@ LEFT_OVER = 0.5  # of the error
 PAIRED_ELEMENTS = 2**17  # for larger weights and results only single mistakes are tried
 PAIR_SEARCHES = 5
 READING = ("shifts", "mask", "code")
+(STALE,) = (mistake for mistake in MISTAKES if mistake.name == "stale_adapter_ids")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Diagnostician:
         result: object,
         manifest: Manifest,
         earlier_ids: Tensor | None = None,
+        past_ids: Sequence[Tensor] = (),
     ) -> list[Explanation]:
         """Return every mistake that reproduces a result; if there is none, every pair that does.
 
@@ -81,7 +86,8 @@ class Diagnostician:
             operands: its arguments.
             result: what it returned. Only a tensor of the right shape can be explained.
             manifest: the declared roundings.
-            earlier_ids: the adapter ids of the previous call, or None.
+            earlier_ids: the adapter ids of the case's previous call, or None.
+            past_ids: the different adapter ids of earlier calls with as many tokens.
         """
         operands = operands.to("cpu")
         exact = exact_answer(function, operands)
@@ -91,11 +97,14 @@ class Diagnostician:
         earlier = None if earlier_ids is None else earlier_ids.to("cpu")
         search = _Search(function, operands, got, exact, manifest, earlier)
         with one_thread():
-            return self._explained(search)
+            return self._explained(search, [ids.to("cpu") for ids in past_ids])
 
-    def _explained(self, search: _Search) -> list[Explanation]:
+    def _explained(self, search: _Search, past_ids: Sequence[Tensor]) -> list[Explanation]:
         possible = [mistake for mistake in MISTAKES if search.changes(mistake)]
-        explanations = [_explain([mistake]) for mistake in possible if search.fits([mistake])]
+        explanations = [
+            _explain([mistake], sure=search.sure) for mistake in possible if search.fits([mistake])
+        ]
+        explanations += _of_past_ids(search, past_ids)
         if not explanations and search.small:
             explanations = self._pairs(possible, search)
         if explanations:
@@ -114,10 +123,10 @@ class Diagnostician:
             if pair[0].step != pair[1].step and pair[0].name != pair[1].name
         ]
         known = [pair for pair in pairs if _explain(pair).names in self._known]
-        explanations = [_explain(pair) for pair in known if search.fits(pair)]
+        explanations = [_explain(pair, sure=search.sure) for pair in known if search.fits(pair)]
         if explanations or not self._searches:
             return explanations
-        explanations = [_explain(pair) for pair in pairs if search.fits(pair)]
+        explanations = [_explain(pair, sure=search.sure) for pair in pairs if search.fits(pair)]
         self._known |= {explanation.names for explanation in explanations}
         if not explanations:
             self._searches -= 1
@@ -140,6 +149,11 @@ class _Search:
         size = 0 if weight is None else weight.in_features * weight.out_features
         return max(size, self.got.numel()) <= PAIRED_ELEMENTS
 
+    @property
+    def sure(self) -> bool:
+        """Whether a mistake that gives this result is the only one: if all is NaN, many do."""
+        return not self.got.is_floating_point() or not bool(self.got.isnan().all())
+
     @cached_property
     def size(self) -> Tensor:
         """The unit of each error: the bound of the element, 1 where it has none."""
@@ -157,11 +171,21 @@ class _Search:
             return mistake.step in READING
         for way in _ways([mistake]):
             wrong = self._answer(way).exact
-            if wrong.shape != self.right.shape or not torch.equal(
-                wrong.nan_to_num(), self.right.nan_to_num()
-            ):
+            if wrong.shape != self.right.shape or not _same(wrong, self.right):
                 return True
         return False
+
+    def differ_where_wrong(self, ids: Tensor) -> bool:
+        """Return whether the tokens that these ids would change are those that are wrong."""
+        if self.operands.adapter_ids is None or self.right is None or self.got.numel() == 0:
+            return False
+        adapters = self.operands.slices[0].stack.adapters
+        changed = _in_range(ids, adapters) != _in_range(self.operands.adapter_ids, adapters)
+        right = self._answer(RIGHT)
+        near = (self.got.double() - right.exact).abs() <= right.tolerance
+        wrong = ~(near | (self.got == right.exact) | (self.got.isnan() & right.exact.isnan()))
+        tokens, unclear = wrong.any(dim=1), ~self.got.isfinite().any(dim=1)
+        return bool(torch.equal(tokens & changed, tokens) and (tokens | unclear)[changed].all())
 
     def _answer(self, way: Way) -> AnswerOfWay:
         return answer_of(self.function, self.operands, way, self.manifest, self.earlier_ids)
@@ -206,11 +230,35 @@ def _is_near(got: Tensor, wrong: AnswerOfWay, exact: Tensor, size: Tensor) -> bo
         return False
     judged = finite & exact.isfinite()
     if not bool(judged.any()):
-        return False  # all NaN, which many mistakes produce
+        return bool(got.isnan().all()) and bool(exact.isfinite().any())
     left = (error / size)[judged].square().sum()
     before = ((got - exact) / size)[judged].square().sum()
     classes_differ = bool((exact.isfinite() != got.isfinite()).any())
     return classes_differ or bool(left.sqrt() <= LEFT_OVER * before.sqrt() and before > 0)
+
+
+def _of_past_ids(search: _Search, past_ids: Sequence[Tensor]) -> list[Explanation]:
+    """Return the explanation by the ids of an earlier call, of another case perhaps.
+
+    Ids that are all equal are not sure: a backend that leaves out its adapters gives what ids that
+    are all -1 give.
+    """
+    for ids in past_ids:
+        again = replace(search, earlier_ids=ids)
+        if again.differ_where_wrong(ids) and again.fits([STALE]):
+            sure = search.sure and bool((ids != ids[0]).any())
+            variants = ("those of an earlier call with as many tokens",)
+            return [Explanation((STALE.name,), variants, sure=sure)]
+    return []
+
+
+def _in_range(ids: Tensor, adapters: int) -> Tensor:
+    """Return the ids, with -1 for those that no adapter has."""
+    return torch.where(ids < adapters, ids.clamp(min=-1), -1)
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
 def _ways(mistakes: Sequence[Mistake]) -> Iterator[Way]:
@@ -222,8 +270,9 @@ def _ways(mistakes: Sequence[Mistake]) -> Iterator[Way]:
         yield replace(way, zero_points_too=False)
 
 
-def _explain(mistakes: Sequence[Mistake]) -> Explanation:
+def _explain(mistakes: Sequence[Mistake], *, sure: bool = True) -> Explanation:
     return Explanation(
         tuple(mistake.name for mistake in mistakes),
         tuple(mistake.variant for mistake in mistakes),
+        sure,
     )

@@ -18,7 +18,12 @@ from torch import Tensor
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import Answer, answer
-from int4_lora.reference.conformance.judging.verdict import Finding, judge, rms_rule
+from int4_lora.reference.conformance.judging.verdict import (
+    Finding,
+    judge,
+    plain_tensor,
+    rms_rule,
+)
 from int4_lora.reference.conformance.judging.yardstick import (
     ORDERS,
     largest_rms,
@@ -181,8 +186,9 @@ def answer_on_cpu(function: str, operands: Operands, manifest: Manifest) -> Answ
 def _judge_on_cpu(
     result: object, device: torch.device, held: Answer, *, equal: bool, yardstick: float | None
 ) -> Finding | None:
-    if not isinstance(result, Tensor):
-        return judge(result, held, equal=equal, yardstick=yardstick)
+    unusual = plain_tensor(result)
+    if unusual is not None or not isinstance(result, Tensor):
+        return unusual
     if result.device != device:
         return Finding("form", f"returned on {result.device}, not on {device}")
     return judge(result.detach().to("cpu"), held, equal=equal, yardstick=yardstick)

@@ -24,6 +24,7 @@ __all__ = [
     "Finding",
     "error_of",
     "judge",
+    "plain_tensor",
     "rms_of",
     "rms_rule",
 ]
@@ -38,8 +39,8 @@ class Finding:
     """Why a result is wrong.
 
     Args:
-        rule: "call", "form", "class", "equal", "bound", "rms", "systematic_error", "repeat",
-            "kept" or "modified".
+        rule: "call", "crash", "hang", "modified", "form", "class", "equal", "bound", "rms",
+            "memory", "systematic_error", "repeat" or "kept".
         message: a sentence with the numbers.
         wrong: bool, of the result's shape: the wrong elements; None where it is about none.
     """
@@ -91,9 +92,21 @@ def rms_of(error: Tensor) -> float:
     return float(error.square().mean().sqrt()) if error.numel() else 0.0
 
 
+def plain_tensor(result: object) -> Finding | None:
+    """Return a finding if a result is no tensor, a subclass of Tensor, or not strided, or None."""
+    kind = type(result).__name__
+    if not isinstance(result, Tensor):
+        return Finding("form", f"returned {kind}, not a tensor")
+    if type(result) is not Tensor:
+        return Finding("form", f"returned {kind}, a subclass of Tensor")
+    if result.layout != torch.strided:
+        return Finding("form", f"returned the layout {result.layout}, not torch.strided")
+    return None
+
+
 def _form(result: object, answer: Answer) -> Finding | None:
     if not isinstance(result, Tensor):
-        return Finding("form", f"returned {type(result).__name__}, not a tensor")
+        return plain_tensor(result)
     if result.dtype != answer.dtype:
         return Finding("form", f"returned {result.dtype}, not {answer.dtype}")
     if result.shape != answer.exact.shape:

@@ -100,7 +100,7 @@ def test_a_page_without_a_place_is_left_alone(few, tmp_path):
     result = runner.invoke(app, ["scoreboard", "--backends", "reference", "--write", str(page)])
     assert result.exit_code == 2
     assert page.read_text() == "# Mine\n"
-    assert replaced(tmp_path / "new.md", "table").startswith("# Scoreboard")
+    assert replaced(tmp_path / "new.md", "table").startswith("# New")
 
 
 def test_json_and_names(few):

@@ -17,7 +17,15 @@ from int4_lora.integration.conformance.mixin import (
     check_case,
     conformance_cases,
 )
-from int4_lora.reference.conformance import CASES, Backend, Manifest, run, select, settled
+from int4_lora.reference.conformance import (
+    CASES,
+    Backend,
+    Manifest,
+    case,
+    run,
+    select,
+    settled,
+)
 from int4_lora.reference.conformance.reproduce import ranges
 from support import conformance_backends as backends
 
@@ -26,7 +34,7 @@ SPEC = "support.conformance_backends"
 
 
 def conform(*arguments):
-    result = runner.invoke(app, ["conform", *arguments])
+    result = runner.invoke(app, ["conform", "--time-limit=0", *arguments])
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -147,9 +155,31 @@ def test_conform_prints_the_verdict_and_the_skips():
     code, out, _ = conform(f"{SPEC}:Layer", "--cases", "pack/*,int4_linear/ragged/*")
     assert code == 0
     assert "skipped 5: no pack" in out
+    assert "fix:" not in out
     assert f"{SPEC}:Layer: conforms" in out
     code, _, _ = conform(f"{SPEC}:Layer", "--cases", "pack/*")
     assert code == 2  # nothing was judged
+
+
+def test_conform_stops_at_the_first_failure():
+    cases = "int4_linear/ragged/bf16,int4_linear/scale_*/bf16"
+    code, out, _ = conform(f"{SPEC}:ScaleOfX", "--cases", cases, "--json", "--first")
+    report = json.loads(out)
+    assert code == 1
+    assert report["counts"] == {"passed": 1, "failed": 1, "skipped": 0}
+    assert report["not_run"] == 1
+
+
+def test_a_case_is_opened_in_one_line():
+    opened = case("int4_linear/group_32_asym/bf16")
+    y = int4_lora.reference.int4_linear(opened.operands.x, opened.operands.weight)
+    assert ((y.double() - opened.truth).abs() <= opened.bound).all()
+    assert opened.check(y) is None
+    assert opened.check(y * 1.1).rule == "bound"
+    with pytest.raises(ValueError, match="did you mean 'int4_linear/group_32_asym/bf16'"):
+        case("int4_linear/group_32/asym/bf16")
+    with pytest.raises(ValueError, match="too large to be opened"):
+        case("int4_linear/large_weight/bf16")
 
 
 def test_conform_prints_json_with_the_diagnosis():
@@ -166,8 +196,8 @@ def test_conform_prints_json_with_the_diagnosis():
 
 
 def test_the_smallest_failure_can_be_pasted(tmp_path):
-    case = "int4_linear/scale_fp32/bf16"
-    _, out, _ = conform(f"{SPEC}:ScaleOfX", "--cases", case, "--json")
+    name = "int4_linear/scale_fp32/bf16"
+    _, out, _ = conform(f"{SPEC}:ScaleOfX", "--cases", name, "--json")
     (case_report,) = json.loads(out)["cases"]
     assert "with_tokens(torch.tensor([0])).with_outputs(0, 8)" in case_report["snippet"]
     script = tmp_path / "again.py"

@@ -58,6 +58,7 @@ def test_output_of_a_backend_is_not_in_the_json():
             "--cases",
             "int4_linear/ragged/bf16",
             "--json",
+            "--time-limit=0",
         ],
     )
     assert result.exit_code == 1

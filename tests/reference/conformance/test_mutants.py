@@ -21,6 +21,8 @@ PLANTED = {
     "g_idx_column_order": ("g_idx_column_order", FORMAT),
     "round_before_subtract": ("round_before_subtract", FORMAT),
     "tail_lost": ("tail_lost", FORMAT),
+    "g_idx_minus_one_indexed": ("g_idx_minus_one_indexed", FORMAT),
+    "masked_by_multiplication": ("masked_by_multiplication", ADAPTERS),
     "awq_order_ignored": ("awq_order_ignored", LAYOUTS),
     "gptq_zero_plus_one": ("gptq_zero_plus_one", LAYOUTS),
     "packed_along_inputs": ("packed_along_inputs", LAYOUTS),
@@ -65,6 +67,10 @@ def test_a_copy_of_the_reference_without_a_fault_conforms(tmp_path):
         ("ScaleOfX", "int4_linear/scale_*/*", "scale_rounded"),
         ("StaleIds", "int4_lora_linear/replay/*", "stale_adapter_ids"),
         ("EarlierIds", "int4_lora_linear/replay/*", "stale_adapter_ids"),
+        ("KeptIds", "int4_lora_linear/mixed/*,shrink/*,expand/*", "stale_adapter_ids"),
+        ("LateIds", "int4_lora_linear/mixed/*,int4_lora_linear/bias/*", "stale_adapter_ids"),
+        ("MaskedGather", "int4_lora_linear/*/bf16", "masked_by_multiplication"),
+        ("FirstGroup", "int4_linear/g_idx*/*", "g_idx_minus_one_indexed"),
     ],
 )
 def test_a_fault_of_a_kernel_is_named(name, patterns, expected):

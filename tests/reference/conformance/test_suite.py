@@ -98,7 +98,8 @@ def test_every_identifier_has_a_mistake_and_every_mistake_changes_something():
     assert named == set(IDENTIFIERS)
     changed = set()
     for case in select(
-        "int4_l*/on_*,int4_l*/g_idx*/bf16,int4_l*/slices*/bf16,int4_l*/scale_*/*,from_*/bf16"
+        "int4_l*/on_*,int4_l*/g_idx*/bf16,int4_l*/slices*/bf16,int4_l*/scale_*/*,"
+        "int4_l*/first_and_last_not_finite/*,from_*/bf16"
     ):
         operands = case.operands()
         right = answer_of(case.function, operands, RIGHT, Manifest(), None).exact

@@ -23,7 +23,7 @@ from int4_lora.integration.conformance.report.breakdown import breakdowns
 from int4_lora.integration.conformance.report.drawing import draw
 from int4_lora.integration.conformance.report.error_map import NOT_FINITE, error_map
 from int4_lora.integration.conformance.report.file import OPENING, check_replaceable
-from int4_lora.integration.conformance.report.meanings import DIAGNOSES, RULES
+from int4_lora.integration.conformance.report.meanings import MISTAKES, RULES
 from int4_lora.integration.conformance.scoreboard import Row
 from int4_lora.reference.conformance import IDENTIFIERS, Backend, Manifest, run, select, settled
 from int4_lora.reference.conformance.evidence import JudgedCall
@@ -77,7 +77,7 @@ def test_a_page_names_each_fault_and_shows_where_it_is(three_faults):
     shown = read(three_faults)
     for name in ("adapter_minus_one_indexed", "g_idx_ignored", "tail_lost"):
         assert name in shown.text
-        assert DIAGNOSES[name].mistake in shown.text
+        assert MISTAKES[name] in shown.text
     assert "only no adapter (-1)" in shown.text
     assert "outputs 16-20 of 21" in shown.text
     assert "backend.call(case.function" in shown.text
@@ -173,6 +173,8 @@ def test_a_map_shows_the_planted_elements_and_their_size():
         ("dequantize/group_128_asym/bf16", lambda w: w[:, 3::8].add_(1), "place of the code", "3"),
         ("dequantize/group_128_asym/bf16", lambda w: w[:, 128:].mul_(2), "group", "1"),
         ("dequantize/group_128_asym/bf16", lambda w: w[5::8].add_(1), "place of the zero", "5"),
+        ("from_gptq/g_idx/fp16", lambda w: w[:, 3::8].add_(1), "place of the code", "3"),
+        ("from_awq/group_32/fp16", lambda w: w[5::8].add_(1), "place of the output", "5"),
         ("unpack/zero_points", lambda q: q[7::8].add_(1), "place of the code", "7"),
         ("pack/wide", lambda words: words.bitwise_xor_(0xF0), "place of the code", "1"),
         ("int4_lora_linear/slices_gate_up/bf16", lambda y: y[:, :32].add_(9), "slice", "slice 0 "),
@@ -196,12 +198,23 @@ def test_large_results_and_groups_that_are_not_contiguous_are_drawn():
 
 
 def test_every_diagnosis_and_rule_has_a_meaning():
-    assert set(IDENTIFIERS) <= set(DIAGNOSES)
+    assert set(IDENTIFIERS) <= set(MISTAKES)
     folder = Path(int4_lora.reference.__file__).parent / "conformance"
     sources = " ".join(file.read_text() for file in folder.rglob("*.py"))
     named = set(re.findall(r'Finding\(\s*"(\w+)"', sources))
     named |= set(re.findall(r'_finding\("(\w+)"', sources))
     assert {"call", "bound", "rms"} <= named <= set(RULES)
+
+
+def test_a_page_of_a_run_that_stopped_or_crashed_says_so(tmp_path):
+    report = tmp_path / "report.html"
+    command = ["conform", "support.unruly_backends:Unruly", "--report", str(report), "--first"]
+    cases = "expand/rank_3/bf16,pack/ragged,unpack/ragged"
+    assert runner.invoke(app, [*command, "--cases", cases]).exit_code == 1
+    shown = Reader(report.read_text())
+    assert "Stopped at the first failure: 2 cases were not run." in shown.text
+    assert "process was ended by SIGSEGV" in shown.text
+    assert "process must not end" in shown.text
 
 
 def conform(*options):
@@ -278,4 +291,4 @@ def test_a_scoreboard_writes_a_report(tmp_path, monkeypatch):
     assert runner.invoke(app, [*names, "--json"]).exit_code == 0
     shown = Reader(report.read_text())
     assert "compressed_tensors" in shown.text
-    assert DIAGNOSES["g_idx_column_order"].mistake in shown.text
+    assert MISTAKES["g_idx_column_order"] in shown.text
