@@ -7,6 +7,7 @@ scales in float16, sizes that are multiples of 32, a g_idx.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +40,11 @@ class AutoRoundTorch:
     def __init__(self) -> None:
         self._linear = importlib.import_module("auto_round_extension.torch.qlinear_torch")
 
-    def prepare(self, weight: PackedWeight) -> torch.nn.Module:
+    def prepare(self, weight: PackedWeight) -> Any:
         """Return a linear with the weight in GPTQ's layout."""
         rows, columns = weight.shape
         ordered = weight.g_idx is not None and bool((weight.g_idx >= 0).all())  # GPTQ has no -1
-        layer: torch.nn.Module = self._linear.QuantLinear(
+        layer: Any = self._linear.QuantLinear(
             4, group_size_of(weight), columns, rows, bias=False, g_idx=ordered
         )
         zero_points = unsigned_zero_points(weight).t()
@@ -54,7 +55,7 @@ class AutoRoundTorch:
             layer.g_idx = weight.g_idx
         return layer
 
-    def int4_linear(self, x: Tensor, weight: torch.nn.Module, bias: Tensor | None = None) -> Tensor:
+    def int4_linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """Return the forward of the linear."""
         weight.bias = bias
         y: Tensor = weight(x)

@@ -7,6 +7,7 @@ along ``axis=1`` that are multiples of 8, zero-points and scales in the compute 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ class HqqLinear:
     def __init__(self) -> None:
         self._quantize = importlib.import_module("hqq.core.quantize")
 
-    def prepare(self, weight: PackedWeight) -> torch.nn.Module:
+    def prepare(self, weight: PackedWeight) -> Any:
         """Return a linear with the weight."""
         group, dtype = group_size_of(weight), weight.scale.dtype
         config = self._quantize.BaseQuantizeConfig(nbits=4, group_size=group, axis=1)
-        layer: torch.nn.Module = self._quantize.HQQLinear(
+        layer: Any = self._quantize.HQQLinear(
             None, config, compute_dtype=dtype, device="cpu", initialize=False
         )
         codes = unsigned_codes(weight).to(torch.uint8).reshape(-1, group)
@@ -69,7 +70,7 @@ class HqqLinear:
         dense: Tensor = self.prepare(weight).dequantize()
         return dense if dtype is None else dense.to(dtype)
 
-    def int4_linear(self, x: Tensor, weight: torch.nn.Module, bias: Tensor | None = None) -> Tensor:
+    def int4_linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """Return the forward of the linear."""
         weight.bias = bias
         with torch.no_grad():
