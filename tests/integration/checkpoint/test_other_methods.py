@@ -85,7 +85,7 @@ BAD_CONFIGS = [
     ("gptq", {"is_marlin_format": True}, "is_marlin_format must be false"),
     ("gptq", {"pack_dtype": "int16"}, "pack_dtype must be 'int32', got 'int16'"),
     ("gptq", {"group_size": 0}, "group_size must be a positive whole number or -1, got 0"),
-    ("gptq", {"group_size": 16}, "group_size must make 2 groups of 64 columns"),
+    ("gptq", {"group_size": 16}, "down_proj: group_size must make 3 groups of 96 columns"),
     ("gptq", {"group_size": -1}, "strategy 'group', config.json says 'channel'"),
     ("gptq", {"sym": "yes"}, "sym must be true or false, got 'yes'"),
     ("gptq", {"desc_act": 1}, "desc_act must be true or false, got 1"),
