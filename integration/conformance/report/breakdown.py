@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.conformance.report.error_map import WORD
-from int4_lora.reference import AWQTensors
+from int4_lora.reference import AWQTensors, LoRASlice
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.evidence import JudgedCall
 from int4_lora.reference.conformance.judging.answers import WEIGHTS
@@ -113,7 +113,8 @@ def _of_weight(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
 
 
 def _of_outputs(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
-    weight, slices = operands.weight, operands.slices
+    weight = operands.weight
+    slices: Sequence[LoRASlice] = operands.slices
     if len(slices) > 1 or any(part.start for part in slices):
         slot = torch.full((wrong.shape[1],), -1)
         for index, part in enumerate(slices):
