@@ -29,8 +29,8 @@ def load_backend(spec: str) -> Backend:
         TypeError: the object has none of the functions, or its manifest is not valid.
 
     Example:
-        >>> load_backend("int4_lora.reference").functions[-1]
-        'expand'
+        >>> load_backend("int4_lora.reference").functions[0]
+        'pack'
     """
     entries = registered()
     if not spec.partition(":")[0]:
