@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from support.engines import VOCABULARY
+from support.engines import VOCABULARY, one_rank
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 
@@ -16,22 +16,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    """Let layers be built without an engine: a configuration, and one process that is all ranks."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    store = tmp_path_factory.mktemp("rank") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+@pytest.fixture(scope="module", name="one_rank")
+def _one_rank(tmp_path_factory):
+    """Let layers be built without an engine."""
+    with one_rank(tmp_path_factory.mktemp("rank")):
         yield
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="session")

@@ -165,3 +165,20 @@ def run_in_process(tmp_path, model, adapters, prompts, settings, function="logpr
     output = done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
     return (json.loads(lines[0].removeprefix("ANSWERS ")) if lines else None), output
+
+
+@contextlib.contextmanager
+def one_rank(folder):
+    """Let layers be built without an engine: a configuration, and one process that is all ranks."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder / 'store'}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
