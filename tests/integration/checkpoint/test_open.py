@@ -140,7 +140,7 @@ def test_the_tensors_of_another_method_are_not_called_uncompressed(tmp_path):
         for part in ("weight_scale", "weight_shape"):
             del made.stored[f"{name}.{part}"]
     for method, said in (
-        ("gptq", "config.json: bits must be 4 or 8 to be read, got None"),
+        ("gptq", "checkpoint_format must be 'gptq' or 'gptq_v2', got 'pack-quantized'"),
         ("compressed-tensors", "no tensor named *.weight_packed: not a packed checkpoint"),
     ):
         config = {**quantization(), "quant_method": method}
