@@ -144,11 +144,10 @@ def slicing(weight: InterleavedWeight) -> tuple[int, int]:
     blocks = -(-weight.out_features // FEW.outputs)
     wanted = -(-BLOCKS_OF_A_MULTIPROCESSOR * _multiprocessors(weight.device) // blocks)
     wanted = min(wanted, MOST_SLICES, steps)
-    # up to half as many again, if then fewer steps are masked
-    slices = min(
-        range(wanted, min(wanted * 3 // 2, MOST_SLICES, steps) + 1),
-        key=lambda several: (-steps % several, several),
-    )
+    slices = wanted
+    for several in range(wanted + 1, min(wanted * 3 // 2, MOST_SLICES, steps) + 1):
+        if -steps % several < -steps % slices:  # fewer steps are masked
+            slices = several
     each = -(-steps // slices)
     return -(-steps // each), each * step
 
@@ -166,10 +165,10 @@ def output_parts(out_features: int, slices: int) -> int:
     if slices == 1:
         return 1
     least = -(-UNMASKED_BATCH // slices)
-    whole = (
-        parts for parts in range(least, UNMASKED_BATCH) if out_features % (parts * FEW.outputs) == 0
-    )
-    return next(whole, 1)
+    for parts in range(least, UNMASKED_BATCH):
+        if out_features % (parts * FEW.outputs) == 0:
+            return parts
+    return 1
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

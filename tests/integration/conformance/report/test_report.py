@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -30,6 +29,9 @@ from int4_lora.reference.conformance.evidence import JudgedCall
 from int4_lora.reference.conformance.judging.answers import answer
 from int4_lora.reference.conformance.judging.verdict import judge
 from support.conformance_faults import ThreeFaults
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
 
 runner = CliRunner()
 CASES = (
