@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.conformance.report.error_map import WORD
-from int4_lora.reference import AWQTensors, LoRASlice
+from int4_lora.reference import AWQTensors
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.evidence import JudgedCall
 from int4_lora.reference.conformance.judging.answers import WEIGHTS
@@ -114,16 +114,16 @@ def _of_weight(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
 
 def _of_outputs(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
     weight = operands.weight
-    slices: Sequence[LoRASlice] = operands.slices
-    if len(slices) > 1 or any(part.start for part in slices):
+    spans = [(part.start, part.stop) for part in operands.slices]
+    if len(spans) > 1 or any(start for start, _ in spans):
         slot = torch.full((wrong.shape[1],), -1)
-        for index, part in enumerate(slices):
-            slot[part.start : part.stop] = index
+        for index, (start, stop) in enumerate(spans):
+            slot[start:stop] = index
         present = sorted(set(slot.tolist()))
         names = [
             "outputs of no slice"
             if each == -1
-            else f"slice {each} (outputs {slices[each].start} to {slices[each].stop - 1})"
+            else f"slice {each} (outputs {spans[each][0]} to {spans[each][1] - 1})"
             for each in present
         ]
         yield _divided("slice", wrong, 1, slot, present, names)
