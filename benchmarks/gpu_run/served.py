@@ -53,7 +53,7 @@ def _operator():
 
 
 def _stand_ins():
-    """Return modules with what the operator's file takes from vLLM, by name."""
+    """Return stand-ins for the modules that the operator's file imports from vLLM, by name."""
     vllm, utils = types.ModuleType("vllm"), types.ModuleType("vllm.utils")
     context = types.ModuleType("vllm.forward_context")
     context.get_forward_context = None  # replaced for each layer
@@ -103,7 +103,7 @@ def _rows(operator, layer):
 
 
 def _other_ids(layer):
-    """Return sets of adapter ids by what they are, to be copied into those that were captured."""
+    """Return sets of adapter ids by description, to be copied into the captured ids."""
     adapters, ids = layer.stack.adapters, layer.ids.clone()
     return {
         "every token's next adapter": (ids + 1) % adapters,

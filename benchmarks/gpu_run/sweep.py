@@ -60,6 +60,7 @@ def variants(formulation, weight, tokens):
                 TILES,
                 name=f"tiles {workspace / 2**20:g} MiB",
                 base=functools.partial(tiles.base, workspace=workspace),
+                blocks=None,  # on a CPU, the blocks outside of the graph would ignore it
             )
             for workspace in sizes
         ]

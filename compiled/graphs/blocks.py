@@ -1,7 +1,7 @@
 """The entry of a layer whose base is computed block by block of rows, outside of a graph.
 
-    y[:, rows] = x W[rows]^T   a graph decodes W[rows]; the vendor's GEMM multiplies and writes y
-    y = RN_x(y + deltas + bias)   a graph of the layer's adapters and bias
+    y[:, rows] = x W[rows]^T      a graph decodes W[rows], and the vendor's GEMM multiplies
+    y = RN_x(y + deltas + bias)   a graph adds the adapters and the bias
 
 All blocks of a shape share a graph, so that tracing and compiling take as long for a layer of any
 number of rows. A decoded block is discarded after its product.
@@ -29,7 +29,7 @@ __all__ = ["Decoder", "base_by_blocks", "decoders", "finish"]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class _Part:
     """A block of rows.
 
     Args:
@@ -43,7 +43,8 @@ class Part:
     weight: PreparedWeight
 
 
-_parts: WeakKeyDictionary[PreparedWeight, dict[int, list[list[Part]]]] = WeakKeyDictionary()
+# by weight and rows of a block; a part must not keep its weight alive
+_parts: WeakKeyDictionary[PreparedWeight, dict[int, list[list[_Part]]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +57,13 @@ class Decoder:
     """
 
     function: Callable[[PreparedWeight], Tensor]
-    parts: Sequence[Part]
+    parts: Sequence[_Part]
 
 
 def base_by_blocks(
     x: Tensor, weight: PreparedWeight, decoders: Sequence[Decoder], dtype: torch.dtype
 ) -> Tensor:
-    """Return ``x W^T`` in ``dtype``, with outputs as the blocks are decoded.
+    """Return ``x W^T`` in ``dtype``, its outputs in the order in which the blocks are decoded.
 
     Args:
         x: ``[tokens, in_features]``.
@@ -104,11 +105,13 @@ def finish(
     return finished
 
 
-def _same_shapes(weight: PreparedWeight, rows: int) -> list[list[Part]]:
+def _same_shapes(weight: PreparedWeight, rows: int) -> list[list[_Part]]:
     """Return the parts of a weight, those of a shape together; the same objects at each call."""
     known = _parts.setdefault(weight, {})
     if rows not in known:
-        parts = [Part(start, stop, weight.part(start, stop)) for start, stop in weight.blocks(rows)]
+        parts = [
+            _Part(start, stop, weight.part(start, stop)) for start, stop in weight.blocks(rows)
+        ]
         by_shape = itertools.groupby(parts, lambda part: part.weight.signature)
         known[rows] = [list(group) for _, group in by_shape]
     return known[rows]

@@ -115,7 +115,8 @@ class PreparedWeight(ABC):
     def part(self, start: int, stop: int) -> PreparedWeight:
         """Return rows as a weight that shares the memory of this weight.
 
-        Its columns have the order of ``rows``. It serves to compute only: it has no ``g_idx``.
+        Its columns have the order of ``rows``, and it serves to compute only. It is another object,
+        which does not keep this weight alive.
 
         Args:
             start: the first row, a multiple of ``tile``.

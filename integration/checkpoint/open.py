@@ -272,7 +272,7 @@ class Checkpoint:
         self._packed_weight(name, self._described)
 
     def check_values(self, name: str) -> PackedWeight:
-        """Check a quantised module by its headers, and by the values of what is small beside codes.
+        """Check a quantised module by its headers, and by the values of its small tensors.
 
         Returns:
             The packed weight, with zeros in place of the tensors whose values cannot be wrong.

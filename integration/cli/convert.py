@@ -44,8 +44,8 @@ def convert(
 ) -> None:
     """Write the compressed-tensors checkpoint of an AWQ or GPTQ one.
 
-    No weight changes: what cannot be converted so is refused. A killed run continues when the same
-    command is run again. Exit code 2 if CHECKPOINT or DST cannot be used; then DST is not written.
+    No weight changes; a module that cannot be converted so is refused. A killed run continues when
+    the same command is run again. Exit code 2 if CHECKPOINT or DST cannot be used; then DST is not written.
 
     Example: int4-lora convert ./llama-awq ./llama-w4a16
     """

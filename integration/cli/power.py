@@ -37,7 +37,7 @@ def power(
 ) -> None:
     """Measure how small a mistake the conformance cases still find.
 
-    Exit code 0 if every kind of mistake is found, 1 if one is found at no size.
+    Exit code 0 if every kind of mistake is found, 1 if a kind is found at no size.
 
     Example: int4-lora power --quick
     """

@@ -116,7 +116,7 @@ SPOILED = "spoiled"
 
 
 class _Worker:
-    """The process: what it sends, and how it ended."""
+    """A process that runs cases, and the pipe that its messages come through."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         reading, writing = os.pipe()
@@ -133,7 +133,7 @@ class _Worker:
                 stream.write(json.dumps(job).encode())
 
     def receive(self, limit: float) -> object:
-        """Return what the process sends next, or None if it ends or takes too long."""
+        """Return the next message, or None if the process ends or takes too long."""
         try:
             if self._received.poll(limit):
                 return pickle.loads(self._received.recv_bytes())
@@ -159,7 +159,7 @@ class _Worker:
 
 
 def _work(sent: Connection, job: dict[str, Any]) -> None:
-    """Load the backend, run the cases, send what comes of it."""
+    """Load the backend, run the cases, send the manifest and each outcome."""
 
     def send(message: object) -> None:
         sent.send_bytes(pickle.dumps(message))

@@ -151,7 +151,7 @@ def replaced(page: Path, table: str, begin: str = BEGIN, end: str = END) -> str:
 
     Args:
         page: a Markdown file, or a name for one.
-        table: what stands between the two markers.
+        table: the text between the two markers.
         begin: the marker above the table.
         end: the marker below it.
 

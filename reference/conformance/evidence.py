@@ -70,7 +70,7 @@ class Evidence:
 
 
 class Witness:
-    """Sees the calls of one case, and sums up what they show.
+    """Collects the evidence of a case from its calls.
 
     Args:
         function: the function that is called.
@@ -112,7 +112,7 @@ class Witness:
         self._judged.append((call.result[counted].double() - exact, exact, allowed))
 
     def evidence(self) -> Evidence:
-        """Return what was seen."""
+        """Return the evidence of the calls."""
         if not self._calls:
             return Evidence(None, None)
         parts = [torch.cat(columns) for columns in zip(*self._judged, strict=True)]

@@ -84,7 +84,7 @@ def test_few_tokens_in_16_bits_are_part_of_the_layers_graph(slow, monkeypatch):
 
 
 def test_parts_share_the_memory_of_the_weight_and_are_forgotten_with_it():
-    for layout in ("int4pack", "interleaved"):
+    for layout in ("int4pack", "interleaved", "checkpoint"):
         weight = prepare(random_weight(rows=ROWS, columns=COLUMNS), layout=layout)
         x = random_x(MANY, COLUMNS)
         plan(x, weight, formulation=TILES)(x)
