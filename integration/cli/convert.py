@@ -45,7 +45,8 @@ def convert(
     """Write the compressed-tensors checkpoint of an AWQ or GPTQ one.
 
     No weight changes; a module that cannot be converted so is refused. A killed run continues when
-    the same command is run again. Exit code 2 if CHECKPOINT or DST cannot be used; then DST is not written.
+    the same command is run again. Exit code 2 if CHECKPOINT or DST cannot be used; then DST is not
+    written.
 
     Example: int4-lora convert ./llama-awq ./llama-w4a16
     """
