@@ -28,9 +28,9 @@ def unpacked_notes(checkpoint: Checkpoint) -> list[str]:
     """Return a sentence that names the float weights that config.json calls quantised, if any are.
 
     GPTQ and AWQ have none: their tensors alone tell which modules are quantised. In
-    compressed-tensors, these are the matrices that a config group targets, by their name or by their class, and that
-    ignore does not name. The class of a module is not in the files, so the sentence has it as a
-    condition.
+    compressed-tensors, these are the matrices that a config group targets, by their name or by
+    their class, and that ignore does not name. The class of a module is not in the files, so the
+    sentence has it as a condition.
 
     Args:
         checkpoint: an open checkpoint.
