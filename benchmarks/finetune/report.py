@@ -13,6 +13,7 @@ from benchmarks.finetune.bars import (
     seconds_over,
 )
 from benchmarks.finetune.contender import CONTENDERS, DECOMPRESSED, DENSE, OURS, RANK
+from benchmarks.finetune.starts import MAPPED
 from benchmarks.finetune.workloads import FORWARD, FORWARD_1, GENERATES, STEPS, TIMES, TRAINING
 from benchmarks.limits import judgements_table
 from benchmarks.machine import in_a_line
@@ -132,7 +133,9 @@ def remarks(record, options):
     if started:
         lines += [
             f"fresh processes: each runs {TIMES[FORWARD]} forwards or {TIMES[TRAINING]} steps with "
-            "gradient checkpointing; peaks include the files that are mapped into memory; "
+            "gradient checkpointing; peaks include the files that are mapped into memory, and "
+            "no freed memory, which malloc returns at once "
+            f"({', '.join(f'{name}={value}' for name, value in MAPPED.items())}); "
             f"processes that train ran once, the others {options.starts} times",
             f"{DECOMPRESSED} trains only after a forward has made it dense, which is part of no "
             "step; its fresh processes ran once",

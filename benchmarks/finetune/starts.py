@@ -3,6 +3,10 @@
 Only ours compiles graphs. So each of its runs is two processes: the first begins with an empty
 cache on disk ("cold"), the second with the first's cache ("cached").
 
+Processes that train return freed memory to the system at once, so that their peak is what they use.
+With glibc's defaults about half of a contender's peak, dense or not, was free memory in pieces, and
+the peak varied by a tenth between runs of the same code.
+
 Source: ``benchmarks/results/README.md``.
 """
 
@@ -15,6 +19,10 @@ from benchmarks.turns import shuffled
 
 COLD, CACHED, FRESH = "cold", "cached", "fresh"
 STATES = {OURS: (COLD, CACHED)}
+MAPPED = {  # of glibc's malloc: map blocks of 1 MiB and more, which go back when they are freed
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+}
 MODULE = "benchmarks.finetune.contender"
 
 
@@ -94,7 +102,10 @@ def starts(files, sizes, folder, *, workloads, rounds, threads, seed, say):
                 continue
             caches = caches_of(folder, number, name, workload)
             for state in STATES.get(name, (FRESH,)):
-                child = Child(MODULE, f"{caches}-{state}.log", environment_of(caches, threads))
+                environment = environment_of(caches, threads)
+                if workload == TRAINING:
+                    environment |= MAPPED
+                child = Child(MODULE, f"{caches}-{state}.log", environment)
                 try:
                     facts = start(child, name, workload, files, sizes)
                 finally:

@@ -74,7 +74,7 @@ def base(x: Tensor, weight: Int4PackWeight, workspace: int) -> Tensor:
     whole = blocks * weight.block
     most = max(1, workspace // (x.dtype.itemsize * weight.in_features * weight.block))
     pairs = decodes_pairs(weight, x.dtype)
-    scales = scales_of(weight, pairs)
+    scales = scales_of(weight)
     parts = [
         _multiplied(x, _dense(weight, tile, scales, x.dtype))
         for tile in _tiles(blocks, _threads(), most)
@@ -95,7 +95,7 @@ def decoded(weight: Int4PackWeight, dtype: torch.dtype) -> Tensor:
     blocks = weight.out_features // weight.block
     if not blocks:
         return weight.columns(0, weight.out_features, dtype)
-    scales = scales_of(weight, decodes_pairs(weight, dtype))
+    scales = scales_of(weight)
     return _dense(weight, Tile(0, 1, blocks), scales, dtype)[0]
 
 
@@ -120,20 +120,19 @@ def _tiles(blocks: int, threads: int, most: int) -> list[Tile]:
     return found
 
 
-def scales_of(weight: Int4PackWeight, pairs: bool) -> Tensor:
-    """Return the table's scales without the offsets: ``[groups, out_features]``.
+def scales_of(weight: Int4PackWeight) -> Tensor:
+    """Return the table's scales without the offsets: float32 ``[groups, out_features]``.
 
     They are the product of the table with (1, 0), which is exact, except that -0 becomes 0.
     Inductor keeps a product in memory; it would fuse a slice into every use, and gather the scale
-    of each weight.
+    of each weight. Scales in 16 bits would make its vectors twice as wide, and reinterpreting the
+    bits of such vectors is a loop over their elements: decoding took 12 times as long.
 
     Args:
         weight: the weight.
-        pairs: whether they are for ``paired``, which takes float32; else in their dtype.
     """
-    dtype = torch.float32 if pairs else weight.scale_dtype
-    flat = weight.table.reshape(-1, 2).to(dtype)
-    first = torch.tensor([[1.0], [0.0]], dtype=dtype, device=flat.device)
+    flat = weight.table.reshape(-1, 2).to(torch.float32)
+    first = torch.tensor([[1.0], [0.0]], device=flat.device)
     return (flat @ first).view(weight.table.shape[:2])
 
 
@@ -173,9 +172,16 @@ def in_rows(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dty
     Returns:
         ``[parts, in_features, rows of a part]``.
     """
-    both = _codes_and_scales(weight, tile, scales.float())
-    halves = [rounded(half, weight.scale_dtype).to(dtype) for half in both]
+    both = _codes_and_scales(weight, tile, scales)
+    halves = [_rounded(half, weight.scale_dtype).to(dtype) for half in both]
     return torch.stack(halves, dim=4).reshape(tile.parts, weight.in_features, -1)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``values`` as ``rounded`` does; a NaN of bfloat16 scales needs no case of its own."""
+    if dtype != torch.bfloat16:
+        return rounded(values, dtype)
+    return (bfloat16_bits(values) & UPPER).view(torch.float32)
 
 
 def _codes_and_scales(weight: Int4PackWeight, tile: Tile, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ dx = g W,  g the gradient of y
 W and g are multiplied in ``factor_dtype``, as in the formulation ``tiles``. A product sums in the
 accumulation dtype; on a CPU it rounds its result to the factors' dtype. All rows of W are decoded
 at once up to ``BLOCK_BYTES``, so that the product is rounded once. Above, blocks of rows are summed
-in the accumulation dtype.
+in the accumulation dtype. Where that is the factors' dtype on a CPU, nothing is rounded between
+blocks, and ``graphs/blocks.py`` computes the same outside of a graph.
 
 Source: the derivative of ``int4_lora.reference.int4_linear``.
 """
@@ -30,7 +31,7 @@ from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.products import factor_dtype, narrow_product
 from int4_lora.reference.lora import accumulation_dtype
 
-__all__ = ["BLOCK_BYTES", "through_base"]
+__all__ = ["BLOCK_BYTES", "in_order_of_x", "through_base"]
 
 BLOCK_BYTES = 256 * 2**20  # of dequantised rows at a time
 
@@ -53,10 +54,14 @@ def through_base(g: Tensor, weight: PreparedWeight, dtype: torch.dtype) -> Tenso
         part = narrow_product(some, rows, sums)
         total = part if total is None else total.to(sums) + part.to(sums)
     assert total is not None, "a weight has rows"
-    total = total.to(dtype)
+    return in_order_of_x(total.to(dtype), weight)
+
+
+def in_order_of_x(gradient: Tensor, weight: PreparedWeight) -> Tensor:
+    """Return a gradient, whose columns have the order of ``weight.arrange``, in that of x."""
     if isinstance(weight, InterleavedWeight) and weight.order is not None:
-        return torch.zeros_like(total).index_copy(1, weight.order.to(torch.int64), total)
-    return total
+        return torch.zeros_like(gradient).index_copy(1, weight.order.to(torch.int64), gradient)
+    return gradient
 
 
 def _factors(g: Tensor, weight: PreparedWeight) -> Iterator[tuple[Tensor, Tensor]]:
@@ -76,7 +81,7 @@ def _of_int4pack(
     block = weight.block
     blocks = weight.out_features // block
     pairs = decodes_pairs(weight, g.dtype)
-    scales = scales_of(weight, pairs)
+    scales = scales_of(weight)
     each = max(1, most_rows // block)
     for first in range(0, blocks, each):
         tile = Tile(first, 1, min(each, blocks - first))

@@ -1,7 +1,8 @@
-"""The entry of a layer whose base is computed block by block of rows, outside of a graph.
+"""A base, or its gradient, computed block by block of rows, outside of a graph.
 
     y[:, rows] = x W[rows]^T      a graph decodes W[rows], and the vendor's GEMM multiplies
     y = RN_x(y + deltas + bias)   a graph adds the adapters and the bias
+    dx += g[:, rows] W[rows]      in the accumulation dtype; g is the gradient of y
 
 All blocks of a shape share a graph, so that tracing and compiling take as long for a layer of any
 number of rows. A decoded block is discarded after its product.
@@ -24,8 +25,9 @@ from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.formulations.formulation import Blocks, layer_of
 from int4_lora.compiled.graphs.cache import compile_graph, graph_key, graph_of
 from int4_lora.compiled.layouts.layout import PreparedWeight
+from int4_lora.reference.lora import accumulation_dtype
 
-__all__ = ["Decoder", "base_by_blocks", "decoders", "finish"]
+__all__ = ["Decoder", "base_by_blocks", "decoders", "finish", "gradient_by_blocks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,25 @@ def base_by_blocks(
         for part in decoder.parts:
             torch.mm(factor, decoder.function(part.weight), out=y[:, part.start : part.stop])
     return y
+
+
+def gradient_by_blocks(g: Tensor, weight: PreparedWeight, decoders: Sequence[Decoder]) -> Tensor:
+    """Return ``g W`` in the accumulation dtype, its columns in the order of ``arrange``.
+
+    Args:
+        g: ``[tokens, out_features]``.
+        weight: the weight.
+        decoders: returned by ``decoders``, for blocks in the accumulation dtype and in order.
+    """
+    g = g.to(accumulation_dtype(g))
+    total = g.new_empty(g.shape[0], weight.in_features)
+    beta = 0  # the first product replaces what the memory holds
+    for decoder in decoders:
+        for part in decoder.parts:
+            rows = decoder.function(part.weight).T
+            torch.addmm(total, g[:, part.start : part.stop], rows, beta=beta, out=total)
+            beta = 1
+    return total
 
 
 def decoders(weight: PreparedWeight, blocks: Blocks) -> list[Decoder]:

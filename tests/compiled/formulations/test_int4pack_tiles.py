@@ -28,19 +28,27 @@ def every_scale(rows, groups):
     return chosen.to(torch.int16).view(torch.bfloat16).view(rows, groups)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_pairs_are_rounded_like_the_reference(compiled):
+def test_every_scale_in_bfloat16_is_rounded_like_the_reference(compiled, dtype):
     rows, columns, groups = 2 * block_rows(), 4096, 128
     codes = (torch.arange(rows * columns) * 7 % 16 - 8).to(torch.int8).view(rows, columns)
     weight = PackedWeight(pack(codes), every_scale(rows, groups), (rows, columns))
     prepared = prepare(weight, layout="int4pack")
 
     def decode(given):
-        scales = int4pack_tiles.scales_of(given, pairs=True)
-        return int4pack_tiles.paired(given, Tile(0, 2, 1), scales)
+        scales, tile = int4pack_tiles.scales_of(given), Tile(0, 2, 1)
+        if dtype == torch.bfloat16:
+            return int4pack_tiles.paired(given, tile, scales)
+        return int4pack_tiles.in_rows(given, tile, scales, dtype)
 
     dense = (torch.compile(decode) if compiled else decode)(prepared)
-    mine, theirs = in_order(dense, prepared.block), dequantize(weight)
+    assert dense.dtype == dtype
+    if dtype == torch.bfloat16:
+        mine = in_order(dense, prepared.block)
+    else:
+        mine = dense.transpose(1, 2).flatten(0, 1).to(torch.bfloat16)
+    theirs = dequantize(weight)
     nan, zero = theirs.isnan(), theirs == 0  # with a scale of -0, zeros lose their sign
     assert torch.equal(mine.isnan(), nan)
     assert torch.equal(mine[zero], theirs[zero])

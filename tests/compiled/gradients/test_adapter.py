@@ -68,7 +68,7 @@ def test_adapters_share_a_graph(monkeypatch):
     operands = case(3, 16, 40, torch.float32)
     gradients(*operands, compiled=True)
     kinds = [key[0][0] for key in graphs._graphs]
-    assert sorted(kinds) == ["adapter gradients", "gradient"]
+    assert sorted(kinds) == ["adapter gradients", "decoded"]
     assert all(graph.direct is not None for graph in graphs._graphs.values())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from int4_lora.compiled import PreparedLoRA, int4_lora_linear, prepare, prepare_lora
+from int4_lora.compiled import PreparedLoRA, int4_lora_linear, prepare, prepare_lora, products
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.graphs import cache as graphs
 from int4_lora.reference import LoRASlice, LoRAStack
@@ -148,13 +148,18 @@ def test_the_backward_becomes_part_of_another_graph(layout):
         torch.testing.assert_close(alone, within, rtol=1e-4, atol=1e-4)
 
 
-def test_one_graph_serves_all_numbers_of_tokens_of_a_bucket(monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "kinds"),
+    [(torch.float32, ["decoded"]), (torch.bfloat16, ["gradient", "tiles"])],
+)
+def test_one_graph_serves_all_numbers_of_tokens_of_a_bucket(dtype, kinds, monkeypatch):
+    monkeypatch.setattr(products, "SLOW_ON_CPU", ())
     monkeypatch.setattr(graphs, "_graphs", {})
-    weight = prepare(random_weight(**SHAPE))
+    weight = prepare(random_weight(**SHAPE, dtype=dtype))
     for tokens in (30, 40, 50):
-        x = random_x(tokens, 128).requires_grad_()
+        x = random_x(tokens, 128, dtype).requires_grad_()
         int4_lora_linear(x, weight).sum().backward()
-    assert sorted(key[0][0] for key in graphs._graphs) == ["decoded", "gradient"]
+    assert sorted(key[0][0] for key in graphs._graphs) == kinds
     assert all(graph.direct is not None for graph in graphs._graphs.values())
 
 

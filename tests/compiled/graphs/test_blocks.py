@@ -5,11 +5,14 @@ import torch
 
 from int4_lora.compiled import int4_linear, int4_lora_linear, prepare, prepare_lora, products
 from int4_lora.compiled.formulations import TILES, tiles
+from int4_lora.compiled.gradients.plan import plan_gradient
 from int4_lora.compiled.graphs import blocks as by_blocks
 from int4_lora.compiled.graphs import cache as graphs
 from int4_lora.compiled.graphs.entry import plan
 from int4_lora.reference import error_bound
 from int4_lora.reference import int4_lora_linear as reference
+from int4_lora.reference.lora import accumulation_dtype
+from support.gradients import bounds, of_reference
 from support.weights import random_stack, random_weight, random_x
 
 pytestmark = pytest.mark.versions
@@ -55,6 +58,33 @@ def test_the_layer_is_within_its_bound(slow, dtype, tokens, properties, monkeypa
     assert alone.dtype == dtype
     bound = error_bound(x, weight, **flags)
     assert ((alone - reference(x.double(), weight)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "properties"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"symmetric": False}),
+        (torch.bfloat16, {"layout": "g_idx", "symmetric": False}),
+        (torch.float64, {"layout": "g_idx_unbalanced"}),
+    ],
+)
+def test_the_gradient_of_x_is_summed_block_by_block(dtype, properties, monkeypatch):
+    monkeypatch.setattr(products, "SLOW_ON_CPU", WIDE)
+    scales = torch.float32 if dtype == torch.float64 else dtype
+    weight = random_weight(rows=ROWS, columns=COLUMNS, dtype=scales, **properties)
+    g, sums = random_x(3, ROWS, dtype), accumulation_dtype(torch.empty(0, dtype=dtype))
+    x = torch.zeros(3, COLUMNS, dtype=dtype)
+    prepared = prepare(weight)
+    mine = plan_gradient(g, prepared, sums)(g)
+    assert {key[0][0] for key in graphs._graphs} == {"decoded"}
+    assert mine.dtype == sums
+    (exact,), (bound,) = (
+        of_reference(x, weight, None, None, g, torch.float64),
+        bounds(x, weight, None, None, g),
+    )
+    assert ((mine.double() - exact).abs() <= bound).all()
 
 
 def test_blocks_of_a_shape_share_a_graph_whatever_their_number(monkeypatch):
