@@ -24,8 +24,8 @@ from int4_lora.compiled.formulations.int4pack_tiles import (
     paired,
     scales_of,
 )
+from int4_lora.compiled.layouts.grouped import GroupedWeight
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
-from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.products import factor_dtype, narrow_product
 from int4_lora.reference.lora import accumulation_dtype
@@ -54,7 +54,7 @@ def through_base(g: Tensor, weight: PreparedWeight, dtype: torch.dtype) -> Tenso
         total = part if total is None else total.to(sums) + part.to(sums)
     assert total is not None, "a weight has rows"
     total = total.to(dtype)
-    if isinstance(weight, InterleavedWeight) and weight.order is not None:
+    if isinstance(weight, GroupedWeight) and weight.order is not None:
         return torch.zeros_like(total).index_copy(1, weight.order.to(torch.int64), total)
     return total
 
