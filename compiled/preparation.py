@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
-from int4_lora.compiled.layouts import int4pack, interleaved
+from int4_lora.compiled.layouts import int4pack, int8, interleaved
 from int4_lora.compiled.layouts.checkpoint import CheckpointWeight
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+from int4_lora.compiled.layouts.int8 import Int8Weight
 from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
@@ -51,6 +52,8 @@ def prepare(weight: PackedWeight, *, layout: str | None = None) -> PreparedWeigh
         return Int4PackWeight.from_packed(weight)
     if layout == "interleaved":
         return InterleavedWeight.from_packed(weight)
+    if layout == "int8":
+        return Int8Weight.from_packed(weight)
     return CheckpointWeight(weight)
 
 
@@ -71,9 +74,10 @@ def _refusals(weight: PackedWeight) -> dict[str, str | None]:
         raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
     operator = {"int4pack": int4pack.refuses(weight)}
     words = {"interleaved": interleaved.refuses(weight)}
+    others = {"int8": int8.refuses(weight), "checkpoint": None}
     if weight.scale.dtype == torch.float32:  # torch's operator has no fast code for them
-        return {**words, **operator, "checkpoint": None}
-    return {**operator, **words, "checkpoint": None}
+        return {**words, **operator, **others}
+    return {**operator, **words, **others}
 
 
 def prepare_lora(lora: LoRAStack | Sequence[LoRASlice]) -> PreparedLoRA:

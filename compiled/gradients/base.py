@@ -25,8 +25,8 @@ from int4_lora.compiled.formulations.int4pack_tiles import (
     paired,
     scales_of,
 )
+from int4_lora.compiled.layouts.grouped import GroupedWeight
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
-from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.products import factor_dtype, narrow_product
 from int4_lora.reference.lora import accumulation_dtype
@@ -59,7 +59,7 @@ def through_base(g: Tensor, weight: PreparedWeight, dtype: torch.dtype) -> Tenso
 
 def in_order_of_x(gradient: Tensor, weight: PreparedWeight) -> Tensor:
     """Return a gradient, whose columns have the order of ``weight.arrange``, in that of x."""
-    if isinstance(weight, InterleavedWeight) and weight.order is not None:
+    if isinstance(weight, GroupedWeight) and weight.order is not None:
         return torch.zeros_like(gradient).index_copy(1, weight.order.to(torch.int64), gradient)
     return gradient
 

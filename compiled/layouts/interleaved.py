@@ -16,12 +16,14 @@ Source: ``docs/format.md`` for the codes; the order is this project's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.layouts.layout import PreparedWeight, in_blocks
+from int4_lora.compiled.layouts.grouped import GroupedWeight, uneven_groups
+from int4_lora.compiled.layouts.layout import in_blocks
 from int4_lora.compiled.rounding import scaled
 from int4_lora.reference import PackedWeight, pack, unpack
 
@@ -33,7 +35,7 @@ ZEROS = 4  # zero-points per 16-bit number
 
 
 @dataclass(frozen=True, eq=False)
-class InterleavedWeight(PreparedWeight):
+class InterleavedWeight(GroupedWeight):
     """An interleaved INT4 weight with one scale per row or per group of columns.
 
     Args:
@@ -60,9 +62,7 @@ class InterleavedWeight(PreparedWeight):
     @classmethod
     def from_packed(cls, weight: PackedWeight) -> InterleavedWeight:
         """Interleave a weight for which ``refuses`` returns None."""
-        order = None
-        if weight.g_idx is not None and not weight.column_order:
-            order = torch.argsort(weight.g_idx, stable=True)
+        order = cls.order_of(weight)
         groups, device = weight.scale.shape[1], weight.packed.device
 
         def interleaved(start: int, stop: int) -> Tensor:
@@ -81,16 +81,6 @@ class InterleavedWeight(PreparedWeight):
             group_size=weight.group_size,
             exponent=_exponents(weight.out_features, device) if device.type == "cuda" else None,
         )
-
-    @property
-    def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype that dense weights are rounded to."""
-        return self.scale.dtype
-
-    @property
-    def groups(self) -> int:
-        """The groups per row."""
-        return self.scale.shape[1]
 
     @property
     def words_of_a_group(self) -> int:
@@ -131,10 +121,6 @@ class InterleavedWeight(PreparedWeight):
             group_size=self.group_size,
         )
 
-    def arrange(self, x: Tensor) -> Tensor:
-        """Return x with its columns in this weight's order."""
-        return x if self.order is None else x.index_select(1, self.order)
-
     def zeros(self, start: int, stop: int) -> Tensor | None:
         """Return the zero-points of rows: int32 ``[stop - start, groups]``, or None."""
         if self.zero_point is None:
@@ -142,6 +128,16 @@ class InterleavedWeight(PreparedWeight):
         row = torch.arange(start, stop, dtype=torch.int32, device=self.device)
         numbers = self.zero_point.index_select(0, row // ZEROS).to(torch.int32)
         return ((numbers >> (4 * (row % ZEROS))[:, None]) & 15) - 8
+
+    def terms(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the codes of each nibble, ``q - z``, and the plane of x that they multiply."""
+        planes = x.view(x.shape[0], 1, self.groups, NIBBLES, self.words_of_a_group).to(dtype)
+        words = self.words.view(1, self.out_features, self.groups, -1)
+        zeros = self.zeros(0, self.out_features)
+        offset = 8 if zeros is None else 8 + zeros[None, :, :, None]
+        for nibble in range(NIBBLES):
+            codes = ((words >> (4 * nibble)) & 15) - offset
+            yield codes.to(dtype), planes[:, :, :, nibble]
 
     def exponents(self) -> Tensor:
         """Return int32 ``[out_features]``, all ``EXPONENT_OF_ONE``."""
@@ -174,11 +170,6 @@ class InterleavedWeight(PreparedWeight):
         dense = scaled(codes, self.scale[start:stop, :, None, None])
         return dense.to(dtype).reshape(stop - start, self.in_features)
 
-    def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return rows of the dense weight, with columns in the order of x."""
-        rows = self.rows(start, stop, dtype)
-        return rows if self.order is None else rows[:, torch.argsort(self.order)]
-
 
 def _split(words: Tensor) -> Tensor:
     """Return int32 ``[n, groups]`` as int16 ``[2 n, groups]``, the low half of each word first."""
@@ -204,8 +195,4 @@ def refuses(weight: PackedWeight) -> str | None:
     groups = weight.scale.shape[1]
     if weight.in_features % (groups * NIBBLES):
         return f"groups of {weight.in_features / groups:g} columns, which fill no whole words"
-    if weight.g_idx is not None and not weight.column_order:
-        sizes = torch.bincount(weight.g_idx, minlength=groups)
-        if int(sizes.min()) != int(sizes.max()):
-            return "unbalanced groups of g_idx"
-    return None
+    return uneven_groups(weight)

@@ -1,8 +1,9 @@
 """The interface of a layout, which holds a weight's bits once, in the order that kernels read.
 
-There are three layouts, each in a file of its own: ``Int4PackWeight`` for torch's CPU operator,
-``InterleavedWeight`` for kernels that read words, and ``CheckpointWeight``, the checkpoint's own
-tensors, for everything else. Each returns the checkpoint's tensors, bit for bit.
+There are four layouts, each in a file of its own: ``Int4PackWeight`` for torch's CPU operator,
+``InterleavedWeight`` for kernels that read words, ``Int8Weight`` for 8 bits on a CPU, and
+``CheckpointWeight``, the checkpoint's own tensors, for everything else. Each returns the
+checkpoint's tensors, bit for bit.
 """
 
 from __future__ import annotations

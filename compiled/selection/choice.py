@@ -20,6 +20,7 @@ from int4_lora.compiled.formulations import (
     FORMULATIONS,
     GEMV,
     INT4PACK,
+    INT8PACK,
     MAGIC_GEMV,
     SPLIT_K,
     TILES,
@@ -43,6 +44,7 @@ CACHE = "crossovers"
 FORMAT = 7  # increased when a formulation changes, so that old measurements are ignored
 MOST_TOKENS = {  # for which a formulation is the default
     INT4PACK.name: 24,
+    INT8PACK.name: 24,
     DEFINITION.name: 24,  # above, products in 16 bits outweigh its single loop over W
 }
 AS_USUAL = "default"  # stored in place of a formulation's name where the default stays
@@ -95,7 +97,7 @@ def default(
         slices: the adapters, by slice of the outputs.
         inlined: whether the layer becomes part of another graph.
     """
-    for one in (INT4PACK, SPLIT_K, MAGIC_GEMV, GEMV, DEFINITION):
+    for one in (INT4PACK, INT8PACK, SPLIT_K, MAGIC_GEMV, GEMV, DEFINITION):
         many = one.name in MOST_TOKENS and tokens > MOST_TOKENS[one.name]
         needs_options = inlined and one.backend is not None
         if not many and not needs_options and one.takes(weight, dtype, tokens, slices):

@@ -111,16 +111,19 @@ def formulations() -> dict[str, str | None]:
     """
     from int4_lora.compiled.formulations import FORMULATIONS
 
-    return {name: _missing(formulation.devices, name) for name, formulation in FORMULATIONS.items()}
+    return {
+        name: _missing(formulation.devices, compiles=not formulation.one_call)
+        for name, formulation in FORMULATIONS.items()
+    }
 
 
-def _missing(devices: tuple[str, ...], name: str) -> str | None:
+def _missing(devices: tuple[str, ...], *, compiles: bool) -> str | None:
     import torch
 
     if "cpu" not in devices and not torch.cuda.is_available():
         return "meant for a GPU, and torch finds none"
     compiler = os.environ.get("CXX", "g++")
-    if name != "int4pack" and not torch.cuda.is_available() and shutil.which(compiler) is None:
+    if compiles and not torch.cuda.is_available() and shutil.which(compiler) is None:
         return f"Inductor needs a C++ compiler: {compiler} is not there"
     return None
 

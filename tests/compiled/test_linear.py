@@ -56,16 +56,18 @@ def check(x, weight, lora, ids, bias, *, layout, y=None):
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
+    ("layout", "dtype", "form"),
     [
-        ("int4pack", torch.bfloat16),
-        ("interleaved", torch.float32),
-        ("interleaved", torch.float16),
-        ("checkpoint", torch.bfloat16),
+        ("int4pack", torch.bfloat16, {}),
+        ("interleaved", torch.float32, {}),
+        ("interleaved", torch.float16, {}),
+        ("int8", torch.bfloat16, {"bits": 8, "layout": "channel"}),
+        ("int8", torch.bfloat16, {"bits": 8, "symmetric": False}),
+        ("checkpoint", torch.bfloat16, {}),
     ],
 )
-def test_every_layout_in_every_bucket(layout, dtype):
-    weight = random_weight(**SHAPE, dtype=dtype)
+def test_every_layout_in_every_bucket(layout, dtype, form):
+    weight = random_weight(**SHAPE, dtype=dtype, **form)
     for tokens in (1, 5, 40):
         x = random_x(tokens, COLUMNS, dtype)
         check(x, weight, STACK, ids_of(tokens), BIAS, layout=layout)
@@ -148,9 +150,10 @@ def test_a_row_alone_and_in_a_batch():
         assert ((alone - batch[row]).abs() <= 2 * bound[row]).all()
 
 
-@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
+@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "int8", "checkpoint"])
 def test_another_graph_takes_it_in(layout):
-    weight = prepare(WEIGHT, layout=layout)
+    packed = random_weight(**SHAPE, bits=8) if layout == "int8" else WEIGHT
+    weight = prepare(packed, layout=layout)
 
     @torch.compile(fullgraph=True, dynamic=True)
     def block(x, ids):
@@ -159,7 +162,7 @@ def test_another_graph_takes_it_in(layout):
     for tokens in (5, 6):
         x = random_x(tokens, COLUMNS)
         y = block(x, ids_of(tokens)) / 2
-        check(x.relu(), WEIGHT, STACK, ids_of(tokens), BIAS, layout=layout, y=y)
+        check(x.relu(), packed, STACK, ids_of(tokens), BIAS, layout=layout, y=y)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,22 @@ MUTANTS = {
     "zero_points_of_the_wrong_row": (
         "layouts.interleaved", {"(4 * (row % ZEROS))": "(4 * ((row + 1) % ZEROS))"}, WEIGHTS,
     ),
+    "zero_points_of_the_first_part_of_8_bits": (
+        "layouts.int8", {"self.zero_point[start:stop],": "self.zero_point,"}, BLOCKS,
+    ),
+    "bytes_of_zero_points_in_another_order": (
+        "layouts.int8",
+        {"BYTES * words.shape[0], bits=BITS, dim=0)":
+         "BYTES * words.shape[0], bits=BITS, dim=0).flip(0)"},
+        WEIGHTS,
+    ),
+    "zero_points_forgotten_by_gemv": (
+        "layouts.int8", {"if self.zero_point is None:": "if True:"}, RANKS,
+    ),
+    "x_as_it_lies_in_memory": (
+        "formulations.int8pack", {"_aligned(x), weight.codes": "x, weight.codes"},
+        ["compiled/formulations/test_int8pack.py"],
+    ),
     "halves_swapped": (
         "formulations.int4pack_tiles",
         {"low, high = (words & 15)": "high, low = (words & 15)"},

@@ -74,17 +74,21 @@ class EveryFormulation(unittest.TestCase):
             each(weight, x)
 
     def test_each_runs_somewhere(self):
-        weight = random_weight(rows=48, columns=128, dtype=torch.bfloat16)
+        of_four = random_weight(rows=48, columns=128, dtype=torch.bfloat16)
+        of_eight = random_weight("channel", rows=48, columns=128, bits=8, dtype=torch.bfloat16)
         ran = set()
-        for dtype, tokens in itertools.product((weight.scale.dtype, torch.float32), (1, 4)):
-            ran |= each(weight, random_x(tokens, 128, dtype))
+        for dtype, tokens in itertools.product((torch.bfloat16, torch.float32), (1, 4)):
+            for weight in (of_four, of_eight):
+                ran |= each(weight, random_x(tokens, 128, dtype))
         assert ran == set(FORMULATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 17])
-def test_tokens_and_dtypes(dtype, tokens):
-    weight = random_weight(rows=144, columns=128, dtype=torch.bfloat16)  # blocks of 64 and a rest
+@pytest.mark.parametrize("form", [{}, {"bits": 8, "layout": "channel"}], ids=["4", "8"])
+def test_tokens_and_dtypes(dtype, tokens, form):
+    # blocks of 64 rows, and a rest
+    weight = random_weight(rows=144, columns=128, dtype=torch.bfloat16, **form)
     stack = random_stack(rows=144, columns=128)
     ids = torch.arange(tokens) % 4 - 1
     slices = [LoRASlice(narrow(stack, 16), 0), LoRASlice(narrow(stack, 128, 16), 16)]
@@ -127,8 +131,9 @@ def test_ids_of_no_adapter_contribute_nothing(tokens, adapters, rank):
 @pytest.mark.parametrize("spoiled", ["a", "b", "scaling", "x"])
 @pytest.mark.parametrize("adapter", [0, 2])  # which -1 as an index might lead to
 @pytest.mark.parametrize("rank", [4, 65])  # up to 64 the sums are written out; above, products
-def test_a_nan_stays_with_its_own_tokens(tokens, spoiled, adapter, rank):
-    weight = random_weight(rows=48, columns=128)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_nan_stays_with_its_own_tokens(tokens, spoiled, adapter, rank, bits):
+    weight = random_weight(rows=48, columns=128, bits=bits)
     stack = random_stack(rows=48, columns=128, rank=rank)
     x, ids = random_x(tokens, 128), torch.tensor([0, 2, -1, 3]).repeat(tokens // 4)
     bad = ids == adapter

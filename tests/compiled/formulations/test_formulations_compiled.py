@@ -22,7 +22,7 @@ from int4_lora.reference import (
     quantize,
     shrink,
 )
-from support.weights import random_stack, random_x
+from support.weights import random_stack, random_weight, random_x
 
 pytestmark = pytest.mark.versions
 
@@ -49,14 +49,24 @@ def _poisoned(tmp_path_factory):
     assert poisoned_once
 
 
-def operands(dtype, tokens, *, seed):
+OF_8_BITS = {  # arguments of random_weight
+    "8 bits channel": {"layout": "channel"},
+    "8 bits g_idx": {"layout": "g_idx", "symmetric": False},
+}
+
+
+def operands(dtype, tokens, *, seed, form="4 bits"):
     """Return (weight, stack, x, bias) of ordinary values, different for each seed."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
     stack = random_stack(rows=ROWS, columns=COLUMNS, dtype=dtype, seed=seed)
     stack.a.div_(COLUMNS**0.5)
     bias = torch.randn(ROWS, generator=generator).to(dtype)
-    return quantize(dense, group_size=64), stack, random_x(tokens, COLUMNS, dtype, seed), bias
+    weight = quantize(dense, group_size=64)
+    if form in OF_8_BITS:
+        shape = {"rows": ROWS, "columns": COLUMNS, "dtype": dtype, "seed": seed}
+        weight = random_weight(**shape, bits=8, **OF_8_BITS[form])
+    return weight, stack, random_x(tokens, COLUMNS, dtype, seed), bias
 
 
 def eager(formulation, weight, stack, x, ids, bias):
@@ -93,24 +103,34 @@ def check(formulation, weight, prepared, stack, slices, x, ids, bias):
 @pytest.mark.parametrize("name", sorted(FORMULATIONS))
 def test_each_is_right_and_replays(name, dtype, several):
     formulation, ran = FORMULATIONS[name], 0
-    for tokens in several:
-        weight, stack, x, bias = operands(dtype, tokens, seed=tokens)
+    for tokens, form in itertools.product(several, ("4 bits", *OF_8_BITS)):
+        weight, stack, x, bias = operands(dtype, tokens, seed=tokens, form=form)
         lora = prepare_lora(stack)
         for layout in layouts(weight):
             prepared = prepare(weight, layout=layout)
             if formulation.refuses(prepared, dtype, tokens) is not None:
                 continue
+            if layout == "checkpoint" and form in OF_8_BITS:
+                continue  # the same graphs as of 4 bits but for two numbers
             ran += 1
             for shift in range(3):  # the same graph, other adapters for the same rows
                 ids = (torch.arange(tokens) + shift) % 4 - 1
                 check(formulation, weight, prepared, stack, lora.slices, x, ids, bias)
-    assert ran
+    assert ran or (name == "int8pack" and dtype != torch.bfloat16)
 
 
-@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
-def test_a_rounded_weight_is_rounded_where_sums_are_wider(layout):
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [
+        ("int4pack", "4 bits"),
+        ("interleaved", "4 bits"),
+        ("checkpoint", "4 bits"),
+        ("int8", "8 bits g_idx"),
+    ],
+)
+def test_a_rounded_weight_is_rounded_where_sums_are_wider(layout, form):
     """In float32, the rounding of a weight with bfloat16 scales is far above the bound."""
-    weight, _, x, _ = operands(torch.bfloat16, 40, seed=3)
+    weight, _, x, _ = operands(torch.bfloat16, 40, seed=3, form=form)
     x, prepared = x.float(), prepare(weight, layout=layout)
     y = plan(x, prepared, formulation=TILES)(x, None)
     exact = int4_lora_linear(x.double(), weight)
@@ -123,8 +143,8 @@ def test_loops_shared_by_two_threads_are_right(name):
     formulation, threads, ran = FORMULATIONS[name], torch.get_num_threads(), 0
     torch.set_num_threads(2)
     try:
-        for tokens in (1, 40):
-            weight, stack, x, bias = operands(torch.bfloat16, tokens, seed=tokens)
+        for tokens, form in itertools.product((1, 40), ("4 bits", "8 bits channel")):
+            weight, stack, x, bias = operands(torch.bfloat16, tokens, seed=tokens, form=form)
             prepared = [prepare(weight, layout=layout) for layout in layouts(weight)]
             taken = [w for w in prepared if formulation.refuses(w, x.dtype, tokens) is None]
             ids, lora = torch.arange(tokens) % 4 - 1, prepare_lora(stack)

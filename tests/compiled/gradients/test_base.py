@@ -24,6 +24,9 @@ WEIGHTS = {  # layout and arguments of random_weight
     "interleaved asymmetric": ("interleaved", {**WIDE, "rows": 61, "symmetric": False}),
     "interleaved g_idx": ("interleaved", {**WIDE, "layout": "g_idx", "symmetric": False}),
     "interleaved channel": ("interleaved", {**WIDE, "layout": "channel", "symmetric": False}),
+    "int8": ("int8", {**WIDE, "bits": 8}),
+    "int8 g_idx": ("int8", {**WIDE, "rows": 61, "bits": 8, "layout": "g_idx", "symmetric": False}),
+    "int8 channel": ("int8", {"bits": 8, "layout": "channel", "symmetric": False}),
     "checkpoint odd": ("checkpoint", {"symmetric": False}),
     "checkpoint g_idx": ("checkpoint", {"layout": "g_idx_unbalanced"}),
     "checkpoint block": ("checkpoint", {"layout": "block", "symmetric": False}),
@@ -77,7 +80,9 @@ def test_every_layout(slow, name, dtype, scales, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["int4pack group 32", "interleaved g_idx", "checkpoint odd"])
+@pytest.mark.parametrize(
+    "name", ["int4pack group 32", "interleaved g_idx", "int8 g_idx", "checkpoint odd"]
+)
 def test_compiled(name, dtype):
     """Scales in 16 bits: Inductor omits casts, so that the rounding of W shows."""
     weight, prepared, g = case(name, torch.bfloat16, 40, dtype)
@@ -88,7 +93,9 @@ def test_compiled(name, dtype):
         check(plan_gradient(g, prepared, dtype)(g), weight, g)
 
 
-@pytest.mark.parametrize("name", ["int4pack group 32", "interleaved g_idx", "checkpoint odd"])
+@pytest.mark.parametrize(
+    "name", ["int4pack group 32", "interleaved g_idx", "int8 g_idx", "checkpoint odd"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_several_blocks_of_rows(name, dtype, monkeypatch):
     weight, prepared, g = case(name, dtype, 7, dtype)

@@ -16,6 +16,7 @@ from support.weights import random_stack, random_weight, random_x
 pytestmark = pytest.mark.versions
 
 SHAPE = {"rows": 48, "columns": 128}
+BITS = {"int8": 8}  # of the layouts that do not hold 4
 
 
 def leaves(dtype, tokens):
@@ -26,10 +27,10 @@ def leaves(dtype, tokens):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "checkpoint"])
+@pytest.mark.parametrize("layout", ["interleaved", "int8", "checkpoint"])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_gradients_are_the_references(layout, tokens):
-    weight = random_weight("g_idx", **SHAPE, symmetric=False)
+    weight = random_weight("g_idx", **SHAPE, symmetric=False, bits=BITS.get(layout, 4))
     ids = torch.arange(tokens) % 4 - 1
     target = random_x(tokens, 48, torch.float64, seed=5)
     found = []
@@ -129,11 +130,11 @@ def test_the_backward_can_be_differentiated():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
-@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "checkpoint"])
+@pytest.mark.parametrize("layout", ["int4pack", "interleaved", "int8", "checkpoint"])
 def test_the_backward_becomes_part_of_another_graph(layout):
     if layout == "checkpoint" and Version(torch.__version__) < Version("2.11"):
         pytest.skip("torch < 2.11 rebuilds PackedWeight with one field too many")
-    weight = prepare(random_weight(**SHAPE), layout=layout)
+    weight = prepare(random_weight(**SHAPE, bits=BITS.get(layout, 4)), layout=layout)
     operands = leaves(torch.float32, 4)
     ids = torch.tensor([0, 1, 2, -1])
 

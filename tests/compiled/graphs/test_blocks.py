@@ -44,6 +44,9 @@ def operands(dtype, tokens, **properties):
         (WIDE, torch.bfloat16, MANY, {}),
         (WIDE, torch.bfloat16, MANY, {"layout": "g_idx", "symmetric": False}),
         (WIDE, torch.float32, 26, {}),
+        (WIDE, torch.bfloat16, MANY, {"bits": 8, "layout": "g_idx", "symmetric": False}),
+        (NARROW, torch.bfloat16, MANY, {"bits": 8, "layout": "channel"}),
+        (NARROW, torch.float16, 26, {"bits": 8, "symmetric": False}),
     ],
 )
 def test_the_layer_is_within_its_bound(slow, dtype, tokens, properties, monkeypatch):
@@ -114,8 +117,9 @@ def test_few_tokens_in_16_bits_are_part_of_the_layers_graph(slow, monkeypatch):
 
 
 def test_parts_share_the_memory_of_the_weight_and_are_forgotten_with_it():
-    for layout in ("int4pack", "interleaved", "checkpoint"):
-        weight = prepare(random_weight(rows=ROWS, columns=COLUMNS), layout=layout)
+    for layout in ("int4pack", "interleaved", "int8", "checkpoint"):
+        bits = 8 if layout == "int8" else 4
+        weight = prepare(random_weight(rows=ROWS, columns=COLUMNS, bits=bits), layout=layout)
         x = random_x(MANY, COLUMNS)
         plan(x, weight, formulation=TILES)(x)
         parts = [part for group in by_blocks._same_shapes(weight, 128) for part in group]

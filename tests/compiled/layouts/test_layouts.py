@@ -80,7 +80,12 @@ class EveryLayout(unittest.TestCase):
         ({"rows": 48, "columns": 128, "layout": "g_idx_unbalanced"}, ["checkpoint"]),
         ({"rows": 48, "columns": 128, "layout": "block"}, ["checkpoint"]),
         ({"rows": 48, "columns": 128, "layout": "tensor"}, ["checkpoint"]),
-        ({"rows": 48, "columns": 128, "bits": 8}, ["checkpoint"]),
+        ({"rows": 48, "columns": 128, "bits": 8}, ["int8", "checkpoint"]),
+        ({"rows": 47, "columns": 44, "bits": 8, "symmetric": False}, ["int8", "checkpoint"]),
+        ({"rows": 48, "columns": 128, "bits": 8, "layout": "g_idx"}, ["int8", "checkpoint"]),
+        ({"rows": 48, "columns": 128, "bits": 8, "layout": "g_idx_unbalanced"}, ["checkpoint"]),
+        ({"rows": 48, "columns": 128, "bits": 8, "layout": "block"}, ["checkpoint"]),
+        ({"rows": 48, "columns": 42, "bits": 8, "groups": 3}, ["checkpoint"]),  # 10.5 words
         ({"rows": 48, "columns": 44}, ["checkpoint"]),  # groups of 11
     ],
 )  # fmt: skip
@@ -89,7 +94,7 @@ def test_which_layouts_hold_a_weight(arguments, expected):
     assert layouts(weight) == expected
     assert type(prepare(weight)) is type(prepare(weight, layout=expected[0]))
     wide = dataclasses.replace(weight, scale=weight.scale.float())
-    first = "interleaved" if "interleaved" in expected else "checkpoint"
+    first = next(name for name in expected if name != "int4pack")
     assert layouts(wide)[0] == first
     assert sorted(layouts(wide)) == sorted(expected)
 
@@ -101,10 +106,14 @@ def test_which_layouts_hold_a_weight(arguments, expected):
         (32, "int4pack", 0.12),
         (128, "interleaved", 0.0),
         (32, "interleaved", 0.0),
+        (32, "int8", 0.0),
     ],
 )
 def test_what_a_layout_costs(group_size, layout, most):
-    weight = random_weight(rows=256, columns=1024, groups=1024 // group_size, dtype=torch.bfloat16)
+    groups, bits = 1024 // group_size, 8 if layout == "int8" else 4
+    weight = random_weight(
+        rows=256, columns=1024, groups=groups, bits=bits, dtype=torch.bfloat16, symmetric=bits == 4
+    )
     prepared = prepare(weight, layout=layout)
     assert weight.nbytes <= prepared.nbytes <= weight.nbytes * (1 + most)
 
@@ -120,6 +129,16 @@ def test_weights_of_two_gigabytes_are_not_given_to_torchs_operator():
         assert layouts(weight)[0] == wanted
 
 
+def test_8_bits_are_signed_bytes_in_the_order_of_the_checkpoint():
+    words = torch.tensor([[0x807F0100 - 2**32, 0x000000FF]], dtype=torch.int32)
+    weight = PackedWeight(words, torch.tensor([[2.0, 0.5]]), shape=(1, 8), bits=8)
+    prepared = prepare(weight)
+    assert prepared.codes.tolist() == [[-128, -127, -1, 0, 127, -128, -128, -128]]
+    assert prepared.rows(0, 1, torch.float32).tolist() == [
+        [-256.0, -254.0, -2.0, 0.0, 63.5, -64.0, -64.0, -64.0]
+    ]
+
+
 def test_refuses():
     weight = random_weight(rows=48, columns=128, symmetric=False)
     with pytest.raises(TypeError, match="weight must be a PackedWeight, got Tensor"):
@@ -132,3 +151,5 @@ def test_refuses():
         ValueError, match="'interleaved' cannot hold this weight: unbalanced groups"
     ):
         prepare(random_weight("g_idx_unbalanced", columns=64), layout="interleaved")
+    with pytest.raises(ValueError, match="'int8' cannot hold this weight: 4 bits"):
+        prepare(weight, layout="int8")

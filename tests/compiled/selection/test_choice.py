@@ -42,6 +42,20 @@ def test_the_default_of_the_layout_checkpoint():
         assert found == ["definition", "definition", "tiles", "tiles"]
 
 
+@pytest.mark.parametrize(
+    ("form", "dtype", "expected"),
+    [
+        ({"layout": "channel"}, torch.bfloat16, ["int8pack", "int8pack", "tiles", "tiles"]),
+        ({"layout": "channel"}, torch.float32, ["gemv", "tiles", "tiles", "tiles"]),
+        ({"layout": "channel", "symmetric": False}, torch.bfloat16, ["gemv", *["tiles"] * 3]),
+        ({}, torch.bfloat16, ["gemv", *["tiles"] * 3]),
+    ],
+)
+def test_the_default_of_8_bits(form, dtype, expected):
+    weight = prepare(random_weight(rows=48, columns=128, bits=8, dtype=torch.bfloat16, **form))
+    assert [formulation_for(weight, dtype, n).name for n in (1, 24, 25, 1000)] == expected
+
+
 def test_what_was_kept_is_chosen_in_this_process_and_the_next(weight, monkeypatch):
     choice.keep_crossovers(weight, torch.bfloat16, (), [(1, "gemv"), (MANY, "tiles")])
     assert names(weight) == ["gemv", "tiles", "tiles", "tiles"]

@@ -22,7 +22,7 @@ BATCH = (4, 16)  # sequences, tokens
 LAYOUTS = {  # of a variant of support.tiny
     "g128": "Int4PackWeight",
     "asym-g32": "InterleavedWeight",
-    "w8-g128": "CheckpointWeight",
+    "w8-g128": "Int8Weight",
 }
 SETTINGS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
