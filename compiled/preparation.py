@@ -13,7 +13,7 @@ from int4_lora.compiled.layouts.int4pack import Int4PackWeight
 from int4_lora.compiled.layouts.int8 import Int8Weight
 from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from int4_lora.compiled.layouts.layout import PreparedWeight
-from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
+from int4_lora.reference import LoRASlice, LoRAStack, PackedLoRAStack, PackedWeight
 from int4_lora.reference.linear import as_slices
 
 __all__ = ["layouts", "prepare", "prepare_lora"]
@@ -80,11 +80,14 @@ def _refusals(weight: PackedWeight) -> dict[str, str | None]:
     return {**operator, **words, **others}
 
 
-def prepare_lora(lora: LoRAStack | Sequence[LoRASlice]) -> PreparedLoRA:
+def prepare_lora(
+    lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice],
+) -> PreparedLoRA:
     """Copy adapters into the layout of the compiled path; gradients flow back through the copy.
 
     Args:
-        lora: adapters of all outputs, or of slices of the outputs that do not overlap.
+        lora: adapters of all outputs, or of slices of the outputs that do not overlap. Adapters in
+            INT4 are dequantised here, to the dtype of their scales.
 
     Returns:
         The prepared adapters; ``update`` replaces an adapter in place.

@@ -12,7 +12,7 @@ from int4_lora.reference.dequantization import dequantize
 from int4_lora.reference.gptq import GPTQTensors, from_gptq, to_gptq
 from int4_lora.reference.linear import int4_linear, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
-from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
+from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, PackedLoRAStack
 from int4_lora.reference.merging import MergeCost, merge, merge_quantized
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import pack, unpack
@@ -24,6 +24,7 @@ __all__ = [
     "LoRASlice",
     "LoRAStack",
     "MergeCost",
+    "PackedLoRAStack",
     "PackedWeight",
     "dequantize",
     "error_bound",

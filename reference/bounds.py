@@ -47,7 +47,7 @@ from int4_lora.reference.dequantization import (
 )
 from int4_lora.reference.linear import check_operands, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
-from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
+from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, PackedLoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
 
 __all__ = ["FORMATS", "Format", "error_bound", "gamma"]
@@ -83,7 +83,7 @@ TENSOR_CORE_U = 2.0**-23  # NVIDIA's tensor cores truncate where they align part
 def error_bound(
     x: Tensor,
     weight: PackedWeight,
-    lora: LoRAStack | Sequence[LoRASlice] | None = None,
+    lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None = None,
     adapter_ids: Tensor | None = None,
     bias: Tensor | None = None,
     *,

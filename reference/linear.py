@@ -32,7 +32,12 @@ from int4_lora.reference.lora import (
     shrink,
     without_autocast,
 )
-from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, check_slices_fit
+from int4_lora.reference.lora_stack import (
+    LoRASlice,
+    LoRAStack,
+    PackedLoRAStack,
+    check_slices_fit,
+)
 from int4_lora.reference.packed_weight import PackedWeight
 
 __all__ = ["as_slices", "check_operands", "check_slices", "int4_linear", "int4_lora_linear"]
@@ -69,7 +74,7 @@ def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
 def int4_lora_linear(
     x: Tensor,
     weight: PackedWeight,
-    lora: LoRAStack | Sequence[LoRASlice] | None = None,
+    lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None = None,
     adapter_ids: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -82,7 +87,8 @@ def int4_lora_linear(
     Args:
         x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
         weight: the packed base weight.
-        lora: adapters of the whole output, slices that do not overlap, or None.
+        lora: adapters of the whole output, slices that do not overlap, or None. Of adapters in INT4
+            the dequantised A and B are used.
         adapter_ids: int32 or int64 ``[tokens]``, each in ``[-1, adapters)``; needed with ``lora``.
         bias: ``[out_features]``, float, or None.
 
@@ -116,8 +122,12 @@ def int4_lora_linear(
     return y.to(x.dtype)
 
 
-def as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, ...]:
+def as_slices(
+    lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None,
+) -> tuple[LoRASlice, ...]:
     """Return ``lora`` as slices: none for None, one from output 0 for a stack, or those given.
+
+    Adapters in INT4 are dequantised.
 
     Raises:
         TypeError: ``lora`` is neither None, a LoRAStack nor a sequence of LoRASlice.
@@ -125,6 +135,8 @@ def as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, 
     """
     if lora is None:
         return ()
+    if isinstance(lora, PackedLoRAStack):
+        lora = lora.dequantize()
     if isinstance(lora, LoRAStack):
         return (LoRASlice(lora, start=0),)
     if not isinstance(lora, (list, tuple)):
@@ -141,7 +153,7 @@ def as_slices(lora: LoRAStack | Sequence[LoRASlice] | None) -> tuple[LoRASlice, 
 
 
 def check_slices(
-    weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice] | None
+    weight: PackedWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None
 ) -> tuple[LoRASlice, ...]:
     """Check that ``lora`` fits ``weight``; return it as slices.
 
@@ -156,10 +168,11 @@ def check_slices(
         check_one_device(weight=weight.packed, lora=part.stack.a)
     placed = [(part.stack.a, part.start, part.stop) for part in slices]
     check_slices_fit(placed, weight.in_features, weight.out_features, "weight")
-    if isinstance(lora, LoRAStack) and lora.out_features != weight.out_features:
+    whole = isinstance(lora, (LoRAStack, PackedLoRAStack))
+    if whole and slices[0].stop != weight.out_features:
         raise ValueError(
             f"lora must have the out_features of weight, {weight.out_features}, "
-            f"got b of {list(lora.b.shape)}"
+            f"got b of {list(slices[0].stack.b.shape)}"
         )
     return slices
 
@@ -167,7 +180,7 @@ def check_slices(
 def check_operands(
     x: Tensor,
     weight: PackedWeight,
-    lora: LoRAStack | Sequence[LoRASlice] | None,
+    lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None,
     adapter_ids: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[tuple[LoRASlice, ...], Tensor]:

@@ -6,6 +6,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,8 +22,18 @@ from int4_lora.reference.checks import (
     check_one_device,
     check_shape,
 )
+from int4_lora.reference.dequantization import dequantize
+from int4_lora.reference.packed_weight import PackedWeight
+from int4_lora.reference.quantization import quantize
 
-__all__ = ["LoRASlice", "LoRAStack", "check_slices_fit", "rows_of"]
+__all__ = [
+    "LoRASlice",
+    "LoRAStack",
+    "PackedLoRAStack",
+    "check_slices_fit",
+    "quantize_lora_matrix",
+    "rows_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +145,180 @@ class LoRAStack:
         return dataclasses.replace(
             self, a=self.a.to(device), b=self.b.to(device), scaling=self.scaling.to(device)
         )
+
+    @torch.no_grad()
+    def quantized(
+        self,
+        group_size: int = 128,
+        *,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype | None = None,
+    ) -> PackedLoRAStack:
+        """Return the same adapters with A and B in INT4, quantised by the rule of ``quantize``.
+
+        A is quantised in groups along in_features, B in groups along the rank. A matrix with no
+        more than ``group_size`` columns has one group per row. Ranks that ``stack`` padded with
+        zeros stay zero.
+
+        Args:
+            group_size: columns of a matrix that share a scale.
+            symmetric: whether all zero-points are 0.
+            scale_dtype: float16, bfloat16 or float32; by default the dtype of ``a``, or float32
+                for float64 adapters.
+
+        Raises:
+            TypeError: a wrong type.
+            ValueError: a matrix has more columns than ``group_size``, which does not divide them,
+                or a value that is not finite; the message names the matrix.
+
+        Example:
+            >>> stack = LoRAStack.stack([(torch.ones(16, 256), torch.ones(4, 16), 0.5)])
+            >>> packed = stack.quantized()
+            >>> packed.a.scale.shape, packed.b.scale.shape
+            (torch.Size([16, 2]), torch.Size([4, 1]))
+
+        Source:
+            ``compressed_tensors/compressors/pack_quantized/base.py`` for the tensors.
+        """
+        a, b = (
+            quantize_lora_matrix(
+                name, matrix.flatten(0, 1), group_size, symmetric=symmetric, scale_dtype=scale_dtype
+            )
+            for name, matrix in (("a", self.a), ("b", self.b))
+        )
+        return PackedLoRAStack(a, b, self.scaling)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLoRAStack:
+    """The adapters of one linear layer with A and B in INT4.
+
+    ``int4_lora_linear``, ``merge`` and ``error_bound`` compute with the dequantised A and B, and
+    ``compiled.prepare_lora`` dequantises them once. For slices of a layer, pass
+    ``LoRASlice(packed.dequantize(), start)``.
+
+    Args:
+        a: A of all adapters, one below the other: shape ``(adapters * rank, in_features)``.
+        b: B of all adapters, one below the other: shape ``(adapters * out_features, rank)``.
+        scaling: ``[adapters]``, alpha / rank of each, of any float dtype.
+
+    Raises:
+        TypeError: a field of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit each other.
+
+    Example:
+        >>> stack = LoRAStack.stack([(torch.ones(2, 8), torch.ones(4, 2), 0.5)])
+        >>> packed = stack.quantized()
+        >>> packed.adapters, packed.rank, packed.in_features, packed.out_features
+        (1, 2, 8, 4)
+        >>> packed.nbytes, packed.dequantize().a.shape
+        (56, torch.Size([1, 2, 8]))
+
+    Source:
+        ``PackedWeight`` for each matrix.
+    """
+
+    a: PackedWeight
+    b: PackedWeight
+    scaling: Tensor
+
+    def __post_init__(self) -> None:
+        for name, matrix in (("a", self.a), ("b", self.b)):
+            if not isinstance(matrix, PackedWeight):
+                raise TypeError(f"{name} must be a PackedWeight, got {type(matrix).__name__}")
+        check_dtype("b.scale", self.b.scale, (self.a.scale.dtype,))
+        check_dtype("scaling", self.scaling, X_DTYPES)
+        check_shape("scaling", self.scaling, (None,), "[adapters]")
+        if not self.adapters or self.a.out_features != self.adapters * self.rank:
+            raise ValueError(
+                f"a must be (adapters * rank, in_features) with {self.adapters} adapters of rank "
+                f"{self.rank}, got {self.a.shape}"
+            )
+        if self.b.out_features % self.adapters:
+            raise ValueError(
+                f"b must be (adapters * out_features, rank) with {self.adapters} adapters, "
+                f"got {self.b.shape}"
+            )
+        check_one_device(a=self.a.packed, b=self.b.packed, scaling=self.scaling)
+
+    @property
+    def adapters(self) -> int:
+        """The number of adapters."""
+        return self.scaling.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The rank that all adapters are padded to."""
+        return self.b.in_features
+
+    @property
+    def in_features(self) -> int:
+        """Columns of A."""
+        return self.a.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of each B."""
+        return self.b.out_features // self.adapters
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors together."""
+        return self.a.nbytes + self.b.nbytes + self.scaling.nbytes
+
+    def dequantize(self) -> LoRAStack:
+        """Return the adapters with A and B dequantised, in the dtype of their scales."""
+        return LoRAStack(
+            dequantize(self.a).reshape(self.adapters, self.rank, self.in_features),
+            dequantize(self.b).reshape(self.adapters, self.out_features, self.rank),
+            self.scaling,
+        )
+
+    def to(self, device: torch.device | str) -> PackedLoRAStack:
+        """Return the same adapters with every tensor on ``device``."""
+        device = as_device(device)
+        return PackedLoRAStack(self.a.to(device), self.b.to(device), self.scaling.to(device))
+
+
+def quantize_lora_matrix(
+    name: str,
+    matrix: Tensor,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype | None = None,
+) -> PackedWeight:
+    """Quantise A or B of an adapter: one group per row if it has at most ``group_size`` columns.
+
+    Args:
+        name: what the messages call the matrix.
+        matrix: ``[rows, columns]``, float.
+        group_size: columns that share a scale.
+        symmetric: whether all zero-points are 0.
+        scale_dtype: as in ``quantize``.
+
+    Raises:
+        TypeError: a wrong type.
+        ValueError: ``group_size`` does not divide the columns, or a value is not finite.
+
+    Example:
+        >>> quantize_lora_matrix("b", torch.ones(4, 16), 128).strategy
+        'channel'
+    """
+    if type(group_size) is not int:
+        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
+    columns = matrix.shape[1]
+    if group_size < 1 or (columns > group_size and columns % group_size):
+        fitting = f"; {math.gcd(columns, group_size)} does" if group_size > 1 else ""
+        raise ValueError(
+            f"group_size must divide the columns of {name}, {columns}, or be larger, "
+            f"got {group_size}{fitting}"
+        )
+    size = None if columns <= group_size else group_size
+    try:
+        return quantize(matrix, group_size=size, symmetric=symmetric, scale_dtype=scale_dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _as_triples(

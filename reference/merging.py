@@ -14,7 +14,7 @@ from torch import Tensor
 
 from int4_lora.reference.dequantization import dequantize, scale_columns, scale_rows
 from int4_lora.reference.linear import check_slices
-from int4_lora.reference.lora_stack import LoRASlice, LoRAStack
+from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, PackedLoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import pack
 from int4_lora.reference.quantization import quantize_groups
@@ -37,7 +37,9 @@ class MergeCost:
 
 
 @torch.no_grad()
-def merge(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: int) -> Tensor:
+def merge(
+    weight: PackedWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice], adapter: int
+) -> Tensor:
     """Return the dense weight ``RN(W + scaling * B A)`` of one adapter.
 
     Args:
@@ -68,7 +70,7 @@ def merge(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: 
 
 @torch.no_grad()
 def merge_quantized(
-    weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: int
+    weight: PackedWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice], adapter: int
 ) -> tuple[PackedWeight, MergeCost]:
     """Merge one adapter and quantise the sum again, in the groups of ``weight``.
 
@@ -132,7 +134,9 @@ def stored_zero_point(weight: PackedWeight, zero_point: Tensor) -> Tensor | None
     return zero_point.reshape(weight.scale.shape)
 
 
-def _merged(weight: PackedWeight, lora: LoRAStack | Sequence[LoRASlice], adapter: int) -> Tensor:
+def _merged(
+    weight: PackedWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice], adapter: int
+) -> Tensor:
     """Return W + scaling * B A in float64: ``[out_features, in_features]``."""
     slices = check_slices(weight, lora)
     if not slices:

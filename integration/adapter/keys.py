@@ -12,15 +12,17 @@ Source: ``get_peft_model_state_dict`` in ``peft/utils/save_and_load.py``; for th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from int4_lora.integration.adapter.int4_form import PACKED_KEY, Int4Form
 from int4_lora.integration.checkpoint.safetensors_files import read_tensor
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
+from int4_lora.reference import dequantize
 
-__all__ = ["KeyedTensor", "SortedKeys", "sort_keys"]
+__all__ = ["Int4Tensor", "KeyedTensor", "SortedKeys", "keyed_tensors", "sort_keys"]
 
 ROOT = "base_model.model."
 NAME = r"(\.(?P<adapter>[^.]+))?"
@@ -74,6 +76,37 @@ class KeyedTensor:
 
 
 @dataclass(frozen=True)
+class Int4Tensor(KeyedTensor):
+    """A matrix of an adapter's file that is stored in INT4, not read yet.
+
+    Args:
+        key: the key that the matrix would have in floats.
+        stored: where one of its tensors lies.
+        parts: where each of its tensors lies, by the end of its key.
+        form: how it is quantised.
+    """
+
+    parts: Mapping[str, StoredTensor]
+    form: Int4Form
+
+    def read(self) -> Tensor:
+        """Read the matrix to the CPU, dequantised, in the dtype of its scale.
+
+        Raises:
+            TypeError: a tensor has the wrong dtype.
+            ValueError: a tensor is missing, is not of the form or has the wrong shape, or the file
+                changed.
+        """
+        parts = {
+            part: read_tensor(stored, f"{self.key}_{part}") for part, stored in self.parts.items()
+        }
+        try:
+            return dequantize(self.form.weight(parts))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.where}: {error}") from error
+
+
+@dataclass(frozen=True)
 class SortedKeys:
     """The tensors of an adapter, by what they are; names have no prefix and no wrapper's part.
 
@@ -95,30 +128,74 @@ class SortedKeys:
     notes: list[str] = field(default_factory=list)
 
 
-def sort_keys(stored: Mapping[str, StoredTensor]) -> SortedKeys:
+def keyed_tensors(
+    stored: Mapping[str, StoredTensor], form: Int4Form | None = None
+) -> list[KeyedTensor]:
+    """Return the tensors of an adapter; those of a matrix in INT4 together.
+
+    Args:
+        stored: the adapter's tensors by their keys.
+        form: how its pairs are stored by its config; None for floats.
+
+    Raises:
+        ValueError: keys and config contradict each other, or a matrix is stored twice.
+    """
+    matches = {key: PACKED_KEY.fullmatch(key) for key in stored}
+    packed = {key: match for key, match in matches.items() if match}
+    if packed and form is None:
+        raise ValueError(
+            f"{_where(stored, packed)} is of an adapter in INT4, whose config must say so: "
+            "peft_type LORA_INT4"
+        )
+    if form is not None and not packed:
+        raise ValueError(
+            f"{_where(stored, stored)} is of an adapter in floats, and its config says "
+            f"{form.describe()}"
+        )
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for key, match in packed.items():
+        parts.setdefault(match["matrix"], {})[match["part"]] = stored[key]
+    keyed = [KeyedTensor(key, tensor) for key, tensor in stored.items() if key not in packed]
+    for plain in keyed:
+        if plain.key in parts:
+            raise ValueError(f"{plain.where} is stored in floats and in INT4")
+    if form is None:
+        return keyed
+    matrices = (Int4Tensor(key, next(iter(of.values())), of, form) for key, of in parts.items())
+    return [*keyed, *matrices]
+
+
+def _where(stored: Mapping[str, StoredTensor], keys: Iterable[str]) -> str:
+    """Return the first of some keys with its file, for messages."""
+    key = next(iter(keys), None)
+    return "the file of tensors" if key is None else f"{stored[key].file}: {key}"
+
+
+def sort_keys(stored: Mapping[str, StoredTensor], form: Int4Form | None = None) -> SortedKeys:
     """Return the tensors of an adapter by what they are.
 
     Args:
         stored: the adapter's tensors by their keys.
+        form: how its pairs are stored by its config; None for floats.
 
     Raises:
-        ValueError: a key is of a variant of LoRA or unknown, two keys mean the same tensor, or keys
-            carry different adapters' names; the message names file and key.
+        ValueError: a key is of a variant of LoRA or unknown, two keys mean the same tensor, keys
+            carry different adapters' names, or keys and config contradict each other; the message
+            names file and key.
     """
     keys = SortedKeys()
     adapters: dict[str | None, KeyedTensor] = {}
     removed: set[str] = set()
     matches = []
-    for key, tensor in stored.items():
-        keyed = KeyedTensor(key, tensor)
-        name, parts = _unwrapped(key)
+    for keyed in keyed_tensors(stored, form):
+        name, parts = _unwrapped(keyed.key)
         match = _match(name, keyed)
         matches.append((match, keyed))
         if "adapter" in match.groupdict():
             adapters.setdefault(match["adapter"], keyed)
         if parts:
             removed |= parts
-            keys.wrapped.setdefault(match["module"], _in_memory(key))
+            keys.wrapped.setdefault(match["module"], _in_memory(keyed.key))
     _check_one_adapter(adapters)
     for match, keyed in matches:
         _put(keys, match, keyed)

@@ -20,6 +20,7 @@ from int4_lora.integration.adapter.config import (
 from int4_lora.integration.adapter.embeddings import embedding_module, is_copy_for_tied_head
 from int4_lora.integration.adapter.experts import parameter_modules, parameter_owners
 from int4_lora.integration.adapter.files import CONFIG_FILE, adapter_folder, stored_tensors
+from int4_lora.integration.adapter.int4_form import form_and_plain_config
 from int4_lora.integration.adapter.keys import KeyedTensor, SortedKeys, sort_keys
 from int4_lora.integration.adapter.pairs import read_pair, where_of
 from int4_lora.integration.adapter.remarks import remarks
@@ -32,7 +33,10 @@ __all__ = ["read_adapter"]
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Read a LoRA adapter that PEFT saved.
+    """Read a LoRA adapter that PEFT saved, or an adapter in INT4 of ``write_adapter``.
+
+    The pairs of an adapter in INT4 are returned dequantised, in the dtype of their scales; its
+    ``config`` is that of the adapter in floats, and a note says how it is stored.
 
     Args:
         path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or with
@@ -58,15 +62,16 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     folder = adapter_folder(path)
     file = inside(folder, CONFIG_FILE)
-    config = read_json_object(file)
+    form, config = form_and_plain_config(file, read_json_object(file))
     check_plain_lora(file, config)
-    keys = sort_keys(stored_tensors(folder))
+    keys = sort_keys(stored_tensors(folder), form)
     replacements = read_replacements(file, config, keys)
     modules, notes = _modules(file, config, keys)
     if not modules and not replacements:
         raise ValueError(f"{folder} holds no lora_A and lora_B")
     unsaved = unsaved_notes(config, replacements)
-    said = (*keys.notes, *notes, *unsaved, *remarks(config, modules))
+    stored = () if form is None else (f"stored in {form.describe()}, read dequantised",)
+    said = (*stored, *keys.notes, *notes, *unsaved, *remarks(config, modules))
     return Adapter(folder, config, modules, replacements, said)
 
 

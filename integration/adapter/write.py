@@ -30,9 +30,10 @@ from int4_lora.integration.adapter.expert_forms import (
 )
 from int4_lora.integration.adapter.experts import GATE_UP, INNER
 from int4_lora.integration.adapter.files import CONFIG_FILE, TENSOR_FILE
+from int4_lora.integration.adapter.int4_form import Int4Form, int4_config, int4_tensors
 from int4_lora.integration.adapter.read import read_adapter
 
-__all__ = ["write_adapter"]
+__all__ = ["write_adapter", "write_folder"]
 
 PREFIX = "base_model.model."
 
@@ -43,6 +44,9 @@ def write_adapter(
     *,
     base_model: str | None = None,
     experts: Experts | None = None,
+    bits: int | None = None,
+    group_size: int = 128,
+    symmetric: bool = True,
 ) -> Adapter:
     """Write an adapter in PEFT's folder format; ``read_adapter`` reads the same adapter back.
 
@@ -63,12 +67,20 @@ def write_adapter(
     rank. ``experts`` chooses; what is read back then has the names of that form, and adds the same
     to the weights.
 
+    With ``bits=4`` A and B are quantised, and stored as compressed-tensors stores weights; pairs of
+    embeddings stay floats. The adapter read back is then that of the dequantised matrices. PEFT and
+    vLLM refuse such a folder; ``int4-lora adapter dequantize`` writes it for them.
+
     Args:
         path: the folder to write; it must not exist.
         modules: the pair of each layer, by the layer's name in the base model.
         base_model: the name or path of the base, recorded in the config.
         experts: "separate" splits ``gate_up_proj`` into ``gate_proj`` (the first half of the rows)
             and ``up_proj``; "fused" joins them; None keeps the form of the names.
+        bits: 4 to write the pairs of linear layers in INT4; None for floats.
+        group_size: with ``bits=4``, the columns of A or B that share a scale; a matrix with no more
+            columns has one group per row.
+        symmetric: with ``bits=4``, whether all zero-points are 0.
 
     Returns:
         The adapter, read back.
@@ -76,8 +88,9 @@ def write_adapter(
     Raises:
         FileExistsError: ``path`` exists.
         TypeError: a tensor has the wrong dtype, or a scaling is not a number.
-        ValueError: there are no modules, shapes contradict each other, a scaling is not finite, or
-            the pairs of experts do not have the form; the message names the module.
+        ValueError: there are no modules, shapes contradict each other, a scaling is not finite,
+            the pairs of experts do not have the form, ``bits`` is neither None nor 4, or a matrix
+            cannot be quantised in these groups; the message names the module.
 
     Example:
         >>> import tempfile, torch
@@ -96,15 +109,35 @@ def write_adapter(
         raise FileExistsError(f"{folder} is there already")
     if not modules:
         raise ValueError("modules must not be empty")
+    if bits is not None and (type(bits) is not int or bits != 4):
+        raise ValueError(f"bits must be 4 or None, got {bits!r}")
     for name, module in modules.items():
         _check(name, module)
     forms = _forms(modules, experts)
     config = _config(forms, base_model)
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in forms.tensors()}
+    if bits is not None:
+        form = Int4Form(group_size, symmetric)
+        config, tensors = int4_config(config, form), int4_tensors(tensors, form)
+    return write_folder(folder, config, tensors)
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """Write an adapter's config and tensors to a new folder, and read it.
+
+    Args:
+        folder: the folder, which does not exist.
+        config: the content of ``adapter_config.json``.
+        tensors: the tensors of ``adapter_model.safetensors``.
+
+    Raises:
+        TypeError: what was written cannot be read, for a dtype; ``folder`` is then not made.
+        ValueError: what was written cannot be read; ``folder`` is then not made.
+    """
     with new_folder(folder) as made:
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, made / TENSOR_FILE, metadata={"format": "pt"})
-        read_adapter(made)  # raises any error before the folder is renamed to ``path``
+        save_file(dict(tensors), made / TENSOR_FILE, metadata={"format": "pt"})
+        read_adapter(made)  # raises any error before the folder is renamed
     return read_adapter(folder)
 
 

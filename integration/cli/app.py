@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import int4_lora
+from int4_lora.integration.cli.adapter import adapter
 from int4_lora.integration.cli.annotate import annotate
 from int4_lora.integration.cli.conform import conform
 from int4_lora.integration.cli.convert import convert
@@ -75,4 +76,5 @@ for command in (
     power,
 ):
     app.command()(command)
+app.add_typer(adapter, name="adapter")
 app.add_typer(golden, name="golden")

@@ -205,7 +205,8 @@ SYMBOLS = (
         "vllm.lora.worker_manager",
         "WorkerLoRAManager._load_adapter",
         ("lora_request",),
-        "wrapped, to warn of an adapter whose modules match no layer",
+        "wrapped, to dequantise adapters in INT4 and to warn of an adapter whose modules match no "
+        "layer",
     ),
     Symbol(
         "vllm.lora.punica_wrapper.punica_base",

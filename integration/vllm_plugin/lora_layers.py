@@ -11,6 +11,7 @@ Source: vLLM's ``vllm/lora/layers``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from typing import Any
@@ -31,6 +32,7 @@ from vllm.model_executor.layers.linear import (
 
 from int4_lora.integration.vllm_plugin.contract import LORA_CLASSES
 from int4_lora.integration.vllm_plugin.dense_weight import dense_weight
+from int4_lora.integration.vllm_plugin.int4_adapter import loadable_folder
 from int4_lora.integration.vllm_plugin.scheme import kernel_bias
 from int4_lora.integration.vllm_plugin.served_layer import (
     ServedLayer,
@@ -211,6 +213,7 @@ def install_lora_layers() -> None:
     """Put our layers before vLLM's, once a process.
 
     Log the summary when vLLM has wrapped all layers, and a warning of adapters that match none.
+    Adapters in INT4 are dequantised when they are loaded.
     """
     if LAYERS[0] in vllm_lora_utils._all_lora_classes:
         return
@@ -231,8 +234,11 @@ def install_lora_layers() -> None:
 
     @functools.wraps(load)
     def load_and_compare(self: Any, lora_request: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
-            adapter = load(self, lora_request)
+        with loadable_folder(lora_request.lora_path) as folder:
+            request = copy.copy(lora_request)
+            request.lora_path = folder
+            with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
+                adapter = load(self, request)
         manager = self._adapter_manager
         ours = (layer for layer in manager.modules.values() if isinstance(layer, Int4LoRALayer))
         for layer in itertools.islice(ours, 1):

@@ -3,9 +3,20 @@
 import pytest
 import torch
 
-from int4_lora.reference import LoRASlice, LoRAStack, expand, shrink
+from int4_lora.reference import (
+    LoRASlice,
+    LoRAStack,
+    PackedLoRAStack,
+    PackedWeight,
+    error_bound,
+    expand,
+    int4_lora_linear,
+    merge,
+    quantize,
+    shrink,
+)
 from int4_lora.reference.lora_stack import rows_of
-from support.weights import narrow, random_stack, random_x
+from support.weights import narrow, random_stack, random_weight, random_x
 
 pytestmark = pytest.mark.versions
 
@@ -194,3 +205,99 @@ A, B = torch.ones(2, 8), torch.ones(4, 2)
 def test_refuses(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_codes_of_an_adapter_by_hand():
+    a = torch.tensor([[7.5, -3.0, 1.0, 0.0]])
+    b = torch.tensor([[3.75], [-0.75]])
+    packed = LoRAStack.stack([(a, b, 0.5), (2 * a, -b, 2.0)]).quantized()
+    assert packed.a.packed.tolist() == [[0x895F], [0x895F]]  # 7, -3, 1, 0, each plus 8
+    assert packed.a.scale.tolist() == [[1.0], [2.0]]
+    assert packed.b.packed.tolist() == [[0xF], [0x0], [0x0], [0xF]]  # 7, -8; -8, 7
+    assert torch.equal(packed.b.scale, torch.tensor([[0.5], [0.1], [0.5], [0.1]]))
+    dense = packed.dequantize()
+    assert dense.a.tolist() == [[[7.0, -3.0, 1.0, 0.0]], [[14.0, -6.0, 2.0, 0.0]]]
+    assert torch.equal(dense.b[:, :, 0], torch.tensor([[3.5, -0.8], [-4.0, 0.7]]))
+    assert dense.scaling.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_adapter_is_quantised_matrix_by_matrix(symmetric):
+    packed = STACK.quantized(11, symmetric=symmetric, scale_dtype=torch.bfloat16)
+    assert (packed.adapters, packed.rank) == (STACK.adapters, STACK.rank)
+    assert (packed.in_features, packed.out_features) == (STACK.in_features, STACK.out_features)
+    dense = packed.dequantize()
+    for adapter in range(STACK.adapters):
+        settings = {"symmetric": symmetric, "scale_dtype": torch.bfloat16}
+        a = quantize(STACK.a[adapter], group_size=11, **settings)
+        b = quantize(STACK.b[adapter], group_size=None, **settings)
+        rows = slice(adapter * STACK.rank, (adapter + 1) * STACK.rank)
+        assert torch.equal(packed.a.packed[rows], a.packed)
+        assert torch.equal(packed.a.scale[rows], a.scale)
+        assert (dense.a[adapter] - STACK.a[adapter]).abs().max() < a.scale.max()
+        assert (dense.b[adapter] - STACK.b[adapter]).abs().max() < b.scale.max()
+    assert (dense.a[1, 3:] == 0).all()  # ranks that were padded stay zero
+    assert (dense.b[1, :, 3:] == 0).all()
+
+
+def test_what_is_computed_with_packed_adapters_is_computed_with_their_values():
+    weight, packed = random_weight(), STACK.quantized()
+    dense = packed.dequantize()
+    y = int4_lora_linear(X, weight, packed, IDS)
+    assert torch.equal(y, int4_lora_linear(X, weight, dense, IDS))
+    assert not torch.equal(y, int4_lora_linear(X, weight, STACK, IDS))
+    assert torch.equal(merge(weight, packed, 2), merge(weight, dense, 2))
+    bounds = [error_bound(X, weight, lora, IDS) for lora in (packed, dense)]
+    assert torch.equal(*bounds)
+    moved = packed.to("meta")
+    assert moved.a.packed.is_meta
+    assert moved.scaling.is_meta
+    assert packed.nbytes == packed.a.nbytes + packed.b.nbytes + 3 * 8
+
+
+def packed_of(rows, columns):
+    return quantize(torch.ones(rows, columns), group_size=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"a": torch.ones(2, 8)}, TypeError, "a must be a PackedWeight, got Tensor"),
+        ({"b": None}, TypeError, "b must be a PackedWeight, got NoneType"),
+        ({"scaling": torch.ones(2).int()}, TypeError, "scaling must be float16"),
+        ({"scaling": torch.ones(2, 1)}, ValueError, "scaling must be"),
+        ({"scaling": torch.ones(0)}, ValueError, "a must be .* with 0 adapters of rank 3"),
+        ({"a": packed_of(5, 8)}, ValueError, r"2 adapters of rank 3, got \(5, 8\)"),
+        ({"b": packed_of(7, 3)}, ValueError, r"b must be .* with 2 adapters, got \(7, 3\)"),
+        (
+            {"a": PackedWeight(packed_of(6, 8).packed, torch.ones(6, 1).half(), (6, 8))},
+            TypeError,
+            "b.scale must be float16, got float32",
+        ),
+    ],
+)
+def test_packed_adapters_are_checked(fields, error, message):
+    right = {"a": packed_of(6, 8), "b": packed_of(8, 3), "scaling": torch.ones(2)}
+    assert PackedLoRAStack(**right).out_features == 4
+    with pytest.raises(error, match=message):
+        PackedLoRAStack(**{**right, **fields})
+
+
+@pytest.mark.parametrize(
+    ("group_size", "error", "message"),
+    [
+        (12, ValueError, "group_size must divide the columns of a, 44, or be larger, got 12; 4 do"),
+        (0, ValueError, "columns of a, 44, or be larger, got 0"),
+        (8.0, TypeError, "group_size must be an int, got float"),
+        (True, TypeError, "group_size must be an int, got bool"),
+    ],
+)
+def test_groups_that_do_not_fit_an_adapter_are_refused(group_size, error, message):
+    with pytest.raises(error, match=message):
+        STACK.quantized(group_size)
+
+
+def test_a_packed_adapter_of_another_layer_is_refused():
+    packed = random_stack(rows=12).quantized()
+    with pytest.raises(ValueError, match=r"out_features of weight, 13, got b of \[3, 12, 4\]"):
+        int4_lora_linear(X, random_weight(), packed, IDS)

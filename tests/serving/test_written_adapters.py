@@ -9,7 +9,9 @@ from vllm.lora.lora_weights import PackedLoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 
-from int4_lora.integration import AdapterModule, write_adapter
+from int4_lora.integration import AdapterModule, read_adapter, write_adapter
+from int4_lora.integration.adapter.quantize import dequantize_adapter, quantize_adapter
+from support.engines import COLD, engine, next_logprobs, requests_of
 
 EXPERTS = "model.layers.0.mlp.experts"
 SHAPES = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
@@ -125,3 +127,27 @@ def test_fused_experts(tmp_path):
         for number, part in enumerate(("gate_up_proj", "down_proj")):
             b, a = stacked.lora_b[number][expert], stacked.lora_a[number][expert]
             assert_same(delta(b, a, scalings[number]), modules[f"{EXPERTS}.{expert}.{part}"])
+
+
+def test_vllm_alone_refuses_an_adapter_in_int4(tmp_path):
+    with pytest.raises(ValueError, match=r"lora_[AB].weight_\w+ is unsupported LoRA weight"):
+        loaded(tmp_path / "int4", {"model.layers.0.q_proj": pair(8, 16)}, {"q_proj"}, bits=4)
+
+
+def test_an_adapter_in_int4_is_served_dequantised(tiny_models, tiny_adapters, prompts, tmp_path):
+    """Its answers are those of the folder that ``adapter dequantize`` writes, bit for bit."""
+    given = tiny_adapters["b"]
+    quantize_adapter(given, tmp_path / "int4")
+    dequantize_adapter(tmp_path / "int4", tmp_path / "floats")
+    assert read_adapter(tmp_path / "int4").notes[0].startswith("stored in INT4")
+    folders = {"given": given, "int4": tmp_path / "int4", "floats": tmp_path / "floats"}
+    answers = {}
+    with engine(
+        tiny_models["g128"], enable_lora=True, max_loras=3, max_lora_rank=16, **COLD
+    ) as llm:
+        for name, request in requests_of(folders).items():
+            answers[name] = next_logprobs(llm, prompts[:1], [request])
+        base = next_logprobs(llm, prompts[:1], [None])
+    assert answers["int4"] == answers["floats"]
+    assert answers["int4"] != answers["given"]
+    assert answers["int4"] != base

@@ -26,6 +26,7 @@ from int4_lora.integration.adapter.adapter import Adapter
 from int4_lora.integration.adapter.base_weights import BaseWeights
 from int4_lora.integration.adapter.files import TENSOR_FILE
 from int4_lora.integration.adapter.fitting import fit_adapter
+from int4_lora.integration.adapter.int4_form import is_int4
 from int4_lora.integration.adapter.read import read_adapter
 from int4_lora.integration.adapter.shapes import check_shape
 from int4_lora.integration.checkpoint.json_files import read_json_object
@@ -239,6 +240,11 @@ def _device(wanted: str | None) -> str:
 
 def _adapter(folder: Path, checkpoint: Checkpoint) -> Adapter:
     """Read the adapter to start from, and check that it fits the base."""
+    if is_int4(folder):
+        raise ValueError(
+            f"{folder} is an adapter in INT4, which PEFT does not train: write it in floats with "
+            "int4-lora adapter dequantize"
+        )
     adapter = read_adapter(folder)
     fitted, base = fit_adapter(adapter, checkpoint), BaseWeights(checkpoint)
     for name in fitted.modules:

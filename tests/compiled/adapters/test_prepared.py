@@ -29,6 +29,15 @@ def test_b_is_transposed_and_everything_is_a_copy():
     assert torch.equal(back.stack.b, SLICES[1].stack.b)
 
 
+def test_adapters_in_int4_are_dequantised():
+    packed = STACK.quantized()
+    (prepared,), dense = prepare_lora(packed).slices, packed.dequantize()
+    assert torch.equal(prepared.a, dense.a)
+    assert torch.equal(prepared.bt, dense.b.transpose(1, 2))
+    assert torch.equal(prepared.scaling, STACK.scaling)
+    assert not torch.equal(prepared.a, STACK.a)
+
+
 def test_an_adapter_is_replaced_in_place():
     lora = prepare_lora(SLICES)
     first, second = lora.slices

@@ -11,12 +11,17 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import int4_lora
+from int4_lora.integration.cli.adapter import adapter
 from int4_lora.integration.cli.app import app
 from int4_lora.integration.cli.golden import golden
 
 COMMANDS = {
     **{one.callback.__name__: one.callback for one in app.registered_commands},
-    **{f"golden {one.callback.__name__}": one.callback for one in golden.registered_commands},
+    **{
+        f"{name} {one.callback.__name__}": one.callback
+        for name, group in (("adapter", adapter), ("golden", golden))
+        for one in group.registered_commands
+    },
 }
 VALUES = {  # of options whose values are checked by the command itself
     "--seed": "x",
@@ -32,6 +37,8 @@ ARGUMENTS = {
     "merge": ["missing", "target", "--adapter=missing"],
     "unpack": ["missing", "target"],
     "train": ["missing", "data", "--output=target"],
+    "adapter quantize": ["missing", "target"],
+    "adapter dequantize": ["missing", "target"],
     "golden write": ["folder"],
     "golden check": ["folder", "results"],
     "conform": ["int4_lora.reference"],

@@ -19,6 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from int4_lora.integration.adapter import read as adapters
+from int4_lora.integration.adapter.quantize import quantize_adapter
 from int4_lora.integration.checkpoint import inspect
 from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.huggingface import load_packed
@@ -464,6 +465,14 @@ def test_an_adapter_of_other_shapes_is_refused(model, lines, tiny_adapters, tmp_
     with pytest.raises(ValueError, match=r"\[(128|256|512), "):
         train(model, lines, tmp_path / "adapter", settings, start_from=tiny_adapters["b"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_in_int4_is_not_trained_further(model, lines, tiny_adapters, tmp_path):
+    quantize_adapter(tiny_adapters["b"], tmp_path / "int4")
+    settings = replace(SETTINGS, rank=None)
+    with pytest.raises(ValueError, match=r"int4 is an adapter in INT4, .* adapter dequantize"):
+        train(model, lines, tmp_path / "adapter", settings, start_from=tmp_path / "int4")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_warnings_of_the_model_are_notes_told_once(model, lines, tmp_path, monkeypatch):
