@@ -9,17 +9,22 @@ Source: ``docs/format.md`` for the bits, ``docs/numerics.md`` for the roundings.
 from int4_lora.reference.awq import AWQTensors, from_awq, to_awq
 from int4_lora.reference.bounds import error_bound
 from int4_lora.reference.dequantization import dequantize
+from int4_lora.reference.experts import ExpertsLoRA, ExpertsWeight
 from int4_lora.reference.gptq import GPTQTensors, from_gptq, to_gptq
 from int4_lora.reference.linear import int4_linear, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, PackedLoRAStack
 from int4_lora.reference.merging import MergeCost, merge, merge_quantized
+from int4_lora.reference.moe import int4_moe
+from int4_lora.reference.moe_bounds import moe_error_bound
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import pack, unpack
 from int4_lora.reference.quantization import quantize
 
 __all__ = [
     "AWQTensors",
+    "ExpertsLoRA",
+    "ExpertsWeight",
     "GPTQTensors",
     "LoRASlice",
     "LoRAStack",
@@ -33,8 +38,10 @@ __all__ = [
     "from_gptq",
     "int4_linear",
     "int4_lora_linear",
+    "int4_moe",
     "merge",
     "merge_quantized",
+    "moe_error_bound",
     "pack",
     "quantize",
     "shrink",

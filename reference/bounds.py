@@ -50,7 +50,16 @@ from int4_lora.reference.lora import expand, shrink
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, PackedLoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
 
-__all__ = ["FORMATS", "Format", "error_bound", "gamma"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "LayerSums",
+    "Sums",
+    "check_declared",
+    "error_bound",
+    "gamma",
+    "layer_sums",
+]
 
 
 @dataclass(frozen=True)
@@ -126,45 +135,131 @@ def error_bound(
     Source:
         Higham, section 3.1; the roundings are those of ``docs/numerics.md``.
     """
-    if accumulate not in X_DTYPES:
-        raise TypeError(f"accumulate must be a float dtype, got {accumulate}")
-    for name, flag in (("weight_rounded", weight_rounded), ("base_rounded", base_rounded)):
-        if type(flag) is not bool:
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    check_declared(accumulate, weight_rounded=weight_rounded, base_rounded=base_rounded)
     slices, ids = check_operands(x, weight, lora, adapter_ids, bias)
     exact = int4_lora_linear(x.to(torch.float64), weight, lora, adapter_ids, bias)
-    inside_dtype = torch.float64 if x.dtype == torch.float64 else accumulate
-    inside, output = FORMATS[inside_dtype], FORMATS[x.dtype]
-    u = inside.u
-    if x.is_cuda and accumulate == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
-        u = TENSOR_CORE_U
-
-    size = x.abs().to(torch.float64)
-    used = dequantize(weight, torch.float64) if weight_rounded else unrounded_weight(weight)
-    base = size @ used.abs().T  # [tokens, out_features]
-    largest, lost = (base, torch.zeros_like(base)) if weight_rounded else _unscaled(size, weight)
-    if bias is not None:
-        base = base + bias.abs().to(torch.float64)
-    delta = _delta_magnitudes(size, slices, ids, exact)
-    largest = torch.stack([largest, base + delta.sum, delta.largest]).amax(dim=0)
-
-    n = weight.in_features + delta.rank + (delta.rank > 0) + (bias is not None)
-    n = n + (0 if weight_rounded else 2)
-    error = gamma(n, u) * base + gamma(n + 2, u) * delta.sum
-    error = error + gamma(n + 2, FORMATS[torch.float64].u) * (base + delta.sum)
-    error = error + inside.product_underflow * (n + delta.underflows + lost)
-    if not weight_rounded:
-        distance = x.to(torch.float64) @ (used - dequantize(weight, torch.float64)).T
-        error = error + distance.abs()
+    sums = Sums.of(x, accumulate)
+    inside, output = sums.inside, FORMATS[x.dtype]
+    layer = layer_sums(x, weight, slices, ids, bias, sums=sums, weight_rounded=weight_rounded)
+    error, largest = layer.error, layer.largest
     if base_rounded:
         for added in (None, bias) if bias is not None else (None,):
             rounded = int4_lora_linear(x.to(torch.float64), weight, bias=added).abs() + error
             error = error + output.u * rounded + output.output_underflow
             largest = torch.where(rounded >= output.overflow, torch.inf, largest)
-    if inside_dtype != x.dtype:
+    if sums.dtype != x.dtype:
         error = error + output.u * (exact.abs() + error) + output.output_underflow
     unbounded = (largest + error >= inside.overflow) | (exact.abs() + error >= output.overflow)
     return torch.where(unbounded | error.isnan() | ~exact.isfinite(), torch.inf, error)
+
+
+def check_declared(accumulate: object, **flags: object) -> None:
+    """Check the roundings that a backend declares.
+
+    Raises:
+        TypeError: ``accumulate`` is no float dtype, or a flag is no bool.
+    """
+    if accumulate not in X_DTYPES:
+        raise TypeError(f"accumulate must be a float dtype, got {accumulate}")
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How sums are kept.
+
+    Args:
+        dtype: the dtype of the sums.
+        u: its unit roundoff, or that of tensor cores.
+    """
+
+    dtype: torch.dtype
+    u: float
+
+    @classmethod
+    def of(cls, x: Tensor, accumulate: torch.dtype) -> Sums:
+        """Return how sums over x are kept: in float64 if x is float64, else in ``accumulate``."""
+        if x.dtype == torch.float64:
+            return cls(torch.float64, FORMATS[torch.float64].u)
+        if x.is_cuda and accumulate == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
+            return cls(accumulate, TENSOR_CORE_U)
+        return cls(accumulate, FORMATS[accumulate].u)
+
+    @property
+    def inside(self) -> Format:
+        """What rounding to the dtype of the sums loses."""
+        return FORMATS[self.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSums:
+    """What the sums of a layer lose before any rounding to the dtype of x, and how large they get.
+
+    Args:
+        error: float64 ``[tokens, out_features]``, as are all of these.
+        largest: the largest number on the way, which must not overflow.
+        magnitude: the sum of the magnitudes of all products.
+        delta: the part of ``magnitude`` that adapters add.
+    """
+
+    error: Tensor
+    largest: Tensor
+    magnitude: Tensor
+    delta: Tensor
+
+
+def layer_sums(
+    x: Tensor,
+    weight: PackedWeight,
+    slices: tuple[LoRASlice, ...],
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sums: Sums,
+    weight_rounded: bool = True,
+    slack: Tensor | None = None,
+    joins: int = 0,
+) -> LayerSums:
+    """Bound the sums of a layer; the module's docstring gives the formula.
+
+    Args:
+        x: ``[tokens, in_features]``, the exact input.
+        weight: the packed base weight.
+        slices: the adapters.
+        ids: ``[tokens]``, in ``[-1, adapters)``.
+        bias: ``[out_features]``, or None.
+        sums: how sums are kept.
+        weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
+        slack: ``[tokens, in_features]``, how far the input that the backend has may be from x; None
+            if it has x itself. The error then includes what this distance makes of the result.
+        joins: further additions and products in which the results of the layer take part.
+    """
+    inside, truth = sums.inside, FORMATS[torch.float64]
+    size = x.abs().to(torch.float64)
+    size = size if slack is None else size + slack
+    used = dequantize(weight, torch.float64) if weight_rounded else unrounded_weight(weight)
+    base = size @ used.abs().T  # [tokens, out_features]
+    largest, lost = (base, torch.zeros_like(base)) if weight_rounded else _unscaled(size, weight)
+    if bias is not None:
+        base = base + bias.abs().to(torch.float64)
+    delta = _delta_magnitudes(size, slices, ids, base)
+    largest = torch.stack([largest, base + delta.sum, delta.largest]).amax(dim=0)
+
+    n = weight.in_features + delta.rank + (delta.rank > 0) + (bias is not None) + joins
+    n = n + (0 if weight_rounded else 2)
+    error = gamma(n, sums.u) * base + gamma(n + 2, sums.u) * delta.sum
+    error = error + gamma(n + 2, truth.u) * (base + delta.sum)
+    error = error + inside.product_underflow * (n + delta.underflows + lost)
+    if not weight_rounded:
+        distance = used - dequantize(weight, torch.float64)
+        error = error + (x.to(torch.float64) @ distance.T).abs()
+        error = error if slack is None else error + slack @ distance.abs().T
+    if slack is not None:
+        error = error + slack @ dequantize(weight, torch.float64).abs().T
+        error = error + _delta_magnitudes(slack, slices, ids, base).sum
+    return LayerSums(error, largest, base + delta.sum, delta.sum)
 
 
 def gamma(n: Tensor | int, u: float) -> Tensor:

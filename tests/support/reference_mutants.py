@@ -6,6 +6,8 @@ The tests of the reference must notice each one, and the oracle must name those 
 BOUNDS = "reference/test_bounds_constructed.py::"
 DEQUANTIZATION = "reference/test_dequantization.py::EveryFormat"
 DELTA = "reference/test_lora.py::test_the_delta_by_hand"
+MOE = "reference/test_moe.py::"
+MOE_BOUNDS = "reference/test_moe_bounds.py::"
 PACKING = "reference/test_packing.py::KnownWords"
 ROWS = "reference/test_packed_weight.py::EveryFormat"
 
@@ -169,7 +171,7 @@ MUTANTS = {
     ),
     "bound_without_scaling": (
         "bounds",
-        {"gamma(n + 2, u) * delta.sum": "gamma(n, u) * delta.sum"},
+        {"gamma(n + 2, sums.u) * delta.sum": "gamma(n, sums.u) * delta.sum"},
         f"{BOUNDS}test_the_roundings_of_the_scaling_count",
     ),
     "bound_without_scale_on_sums": (
@@ -215,5 +217,80 @@ MUTANTS = {
             )
         },
         "reference/test_lora.py::test_rows_of_slices_write_what_the_slices_write_there",
+    ),
+    "gate_up_swapped": (
+        "moe",
+        {"gate, up = gate_up.chunk": "up, gate = gate_up.chunk"},
+        f"{MOE}test_one_weight_by_hand",
+    ),
+    "routed_weight_missing": (
+        "moe",
+        {"y = p[tokens, slots] * y": "y = 1 * y"},
+        f"{MOE}test_one_weight_by_hand",
+    ),
+    "weights_before_activation": (
+        "moe",
+        {"if weights_first:": "if True:", "if not weights_first:": "if False:"},
+        f"{MOE}test_one_weight_by_hand",
+    ),
+    "expert_adapters_dropped": (
+        "moe",
+        {"return int4_lora_linear(x, weight, slices, ids) if slices else": "return"},
+        f"{MOE}test_adapters_are_the_merged_weights",
+    ),
+    "expert_and_adapter_swapped": (
+        "moe",
+        {
+            "    slices = () if lora is None else lora.slices(name, expert)\n": (
+                "    slices, other = () if lora is None else lora.slices(name, expert), ids\n"
+                "    flat = expert * (lora.adapters if slices else 1) + ids.clamp(min=0)\n"
+                "    if slices:\n"
+                "        y = int4_linear(x, weight)\n"
+                "        for row in (ids >= 0).nonzero().flatten().tolist():\n"
+                "            adapter, other = divmod(int(flat[row]), experts.count)\n"
+                "            slices = lora.slices(name, other)\n"
+                "            y[row] = int4_lora_linear(\n"
+                "                x[row : row + 1], weight, slices or None,\n"
+                "                torch.tensor([adapter]) if slices else None\n"
+                "            )[0]\n"
+                "        return y\n"
+            ),
+        },
+        f"{MOE}test_adapters_are_the_merged_weights",
+    ),
+    "dropped_expert_indexed": (
+        "moe",
+        {"if expert >= 0:": "if True:"},
+        f"{MOE}test_dropped_experts_add_nothing_and_are_not_read",
+    ),
+    "sum_of_experts_reversed": (
+        "moe",
+        {"total + results[:, slot]": "total + results[:, -slot]"},
+        f"{MOE}test_the_sum_is_in_the_order_of_the_slots",
+    ),
+    "unused_experts_read": (
+        "moe",
+        {"y = p[tokens, slots] * y": "y = p[tokens, slots] * y + 0 * experts.down[-1].scale.sum()"},
+        f"{MOE}test_an_unused_expert_may_be_nan",
+    ),
+    "bound_without_slope": (
+        "moe_bounds",
+        {"_slope(g, activation).abs()": "0 * _slope(g, activation)"},
+        f"{MOE_BOUNDS}test_the_error_of_the_gate_passes_through_the_activation",
+    ),
+    "bound_without_curvature": (
+        "moe_bounds",
+        {" + SHARPEST[activation] / 2 * gate.error": ""},
+        f"{MOE_BOUNDS}test_the_error_of_the_gate_passes_through_the_activation",
+    ),
+    "bound_without_both_errors": (
+        "moe_bounds",
+        {" + f.error * up.error": ""},
+        f"{MOE_BOUNDS}test_errors_of_gate_and_up_together",
+    ),
+    "bound_without_the_slack_of_down": (
+        "bounds",
+        {"error = error + slack @ dequantize(weight, torch.float64).abs().T": "pass"},
+        f"{MOE_BOUNDS}test_a_small_error_of_h_is_carried_by_the_weight_of_down",
     ),
 }

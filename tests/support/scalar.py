@@ -3,6 +3,8 @@
 It shares no code and no vectorised trick with the reference.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -71,3 +73,54 @@ def zero_point_of(weight, where, i):
         return int(weight.zero_point[where])
     column = weight.zero_point[:, where[1]].tolist()
     return unpack_row(column, weight.shape[0], weight.bits)[i]
+
+
+def moe(x, experts, topk_ids, topk_weights, lora, adapter_ids, activation, weights_first):
+    """Return y of experts, one token, slot and output at a time, in Python's floats."""
+    weights = {
+        name: [dequantize(weight) for weight in getattr(experts, name)]
+        for name in ("gate_up", "down")
+    }
+    y = np.zeros((x.shape[0], experts.hidden))
+    for token in range(x.shape[0]):
+        for slot in range(topk_ids.shape[1]):
+            expert, p = int(topk_ids[token, slot]), float(topk_weights[token, slot])
+            if expert < 0:
+                continue
+            adapter = -1 if adapter_ids is None else int(adapter_ids[token])
+            row = [float(value) * (p if weights_first else 1.0) for value in x[token]]
+            gate_up = expert_layer(
+                row, weights["gate_up"][expert], lora, "gate_up", expert, adapter
+            )
+            h = []
+            for i in range(experts.inter):
+                h.append(activate(gate_up[i], activation) * gate_up[experts.inter + i])
+            down = expert_layer(h, weights["down"][expert], lora, "down", expert, adapter)
+            for output in range(experts.hidden):
+                y[token, output] += down[output] * (1.0 if weights_first else p)
+    return y
+
+
+def expert_layer(row, dense, lora, name, expert, adapter):
+    """Return the outputs of one layer of one expert for one token."""
+    y = [sum(w * value for w, value in zip(line, row, strict=True)) for line in dense.tolist()]
+    entries = None if lora is None else getattr(lora, name)
+    if entries is None or entries[expert] is None or adapter < 0:
+        return y
+    entry = entries[expert]
+    for stack, start in (
+        [(e.stack, e.start) for e in entry] if isinstance(entry, list) else [(entry, 0)]
+    ):
+        a, b = stack.a[adapter].tolist(), stack.b[adapter].tolist()
+        h = [sum(w * value for w, value in zip(line, row, strict=True)) for line in a]
+        for output, line in enumerate(b):
+            delta = sum(w * value for w, value in zip(line, h, strict=True))
+            y[start + output] += float(stack.scaling[adapter]) * delta
+    return y
+
+
+def activate(value, activation):
+    """Return SiLU of a float, or GELU in its tanh form."""
+    if activation == "silu":
+        return value / (1 + math.exp(-value)) if value > -700 else 0.0
+    return value / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
