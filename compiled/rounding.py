@@ -22,23 +22,25 @@ LARGEST = 65504.0  # of float16
 LOST_BITS = 13  # of a float32's significand in float16
 
 
-def scaled(codes: Tensor, scale: Tensor) -> Tensor:
+def scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return ``RN(codes * scale)``, rounded to the dtype of the scales.
 
     Args:
-        codes: integers of at most 9 bits.
+        codes: integers of at most 9 bits, in any dtype.
         scale: float16, bfloat16 or float32, of a shape that broadcasts with ``codes``.
+        dtype: the dtype of the scales; None for that of ``scale``, which a graph may have widened.
 
     Returns:
-        The products in the dtype of the scales; in a graph, 16-bit products are held in float32.
+        The products in ``dtype``; in a graph, 16-bit products are held in float32.
 
     Example:
         >>> scaled(torch.tensor([3, -8]), torch.tensor([1.0078125], dtype=torch.bfloat16))
         tensor([ 3.0312, -8.0625], dtype=torch.bfloat16)
     """
-    if scale.dtype == torch.float32 or not torch.compiler.is_compiling():
-        return codes.to(scale.dtype) * scale
-    return rounded(codes.to(torch.float32) * scale.to(torch.float32), scale.dtype)
+    dtype = dtype or scale.dtype
+    if dtype == torch.float32 or not torch.compiler.is_compiling():
+        return codes.to(dtype) * scale
+    return rounded(codes.to(torch.float32) * scale.to(torch.float32), dtype)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,9 +65,14 @@ def bfloat16_bits(values: Tensor) -> Tensor:
     return bits + 0x7FFF + ((bits >> 16) & 1)
 
 
+def _is_nan(values: Tensor) -> Tensor:
+    """Return where values are NaN; Inductor's ``isnan`` for CPUs is a loop over elements."""
+    return torch.ne(values, values)
+
+
 def _to_bfloat16(values: Tensor) -> Tensor:
     near = (bfloat16_bits(values) & UPPER).view(torch.float32)
-    return torch.where(values.isnan(), values, near)
+    return torch.where(_is_nan(values), values, near)
 
 
 def _to_float16(values: Tensor) -> Tensor:
@@ -76,4 +83,4 @@ def _to_float16(values: Tensor) -> Tensor:
     normal = torch.where(normal.abs() > LARGEST, normal * torch.inf, normal)
     small = torch.round(values * (1 / STEP)) * STEP
     near = torch.where(values.abs() < SMALLEST_NORMAL, small, normal)
-    return torch.where(values.isnan(), values, near)
+    return torch.where(_is_nan(values), values, near)

@@ -16,6 +16,7 @@ Source: ``docs/format.md`` for the codes; the order is this project's own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ __all__ = ["EXPONENT_OF_ONE", "NIBBLES", "InterleavedWeight", "refuses"]
 EXPONENT_OF_ONE = 0x3F800000  # the exponent bits of 1.0 in float32
 NIBBLES = 8  # codes per word
 ZEROS = 4  # zero-points per 16-bit number
+LANES = 16  # words in a vector of AVX-512
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,16 @@ class InterleavedWeight(GroupedWeight):
         )
 
     @property
+    def _on_cpu(self) -> bool:
+        """Whether Inductor's code for CPUs reads this weight, on a machine whose bytes it knows."""
+        return self.device.type == "cpu" and sys.byteorder == "little"
+
+    @property
+    def _fills_vectors(self) -> bool:
+        """Whether a group's words fill a CPU's vectors; fewer are decoded faster without."""
+        return self._on_cpu and self.words_of_a_group >= LANES
+
+    @property
     def words_of_a_group(self) -> int:
         """The words that a group of a row fills."""
         return self.words.shape[1] // self.groups
@@ -121,11 +133,22 @@ class InterleavedWeight(GroupedWeight):
             group_size=self.group_size,
         )
 
-    def zeros(self, start: int, stop: int) -> Tensor | None:
-        """Return the zero-points of rows: int32 ``[stop - start, groups]``, or None."""
+    def zeros(self, start: int, stop: int, *, in_bytes: bool = False) -> Tensor | None:
+        """Return the zero-points of rows: int32 ``[stop - start, groups]``, or None.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            in_bytes: whether to load bytes. Inductor makes vectors for a CPU of no loop that loads
+                16-bit integers.
+        """
         if self.zero_point is None:
             return None
         row = torch.arange(start, stop, dtype=torch.int32, device=self.device)
+        if in_bytes:
+            pairs = self.zero_point.view(torch.uint8).view(-1, self.groups, ZEROS // 2)
+            numbers = pairs[row // ZEROS, :, row % ZEROS // 2].to(torch.int32)
+            return ((numbers >> (4 * (row % 2))[:, None]) & 15) - 8
         numbers = self.zero_point.index_select(0, row // ZEROS).to(torch.int32)
         return ((numbers >> (4 * (row % ZEROS))[:, None]) & 15) - 8
 
@@ -133,7 +156,7 @@ class InterleavedWeight(GroupedWeight):
         """Yield the codes of each nibble, ``q - z``, and the plane of x that they multiply."""
         planes = x.view(x.shape[0], 1, self.groups, NIBBLES, self.words_of_a_group).to(dtype)
         words = self.words.view(1, self.out_features, self.groups, -1)
-        zeros = self.zeros(0, self.out_features)
+        zeros = self.zeros(0, self.out_features, in_bytes=self._on_cpu)
         offset = 8 if zeros is None else 8 + zeros[None, :, :, None]
         for nibble in range(NIBBLES):
             codes = ((words >> (4 * nibble)) & 15) - offset
@@ -164,11 +187,26 @@ class InterleavedWeight(GroupedWeight):
         words = self.words[start:stop].view(stop - start, self.groups, 1, -1)
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.device)[:, None]
         codes = ((words >> shifts) & 15) - 8  # [rows, groups, 8, words of a group]
-        zeros = self.zeros(start, stop)
+        in_vectors = torch.compiler.is_compiling() and self._fills_vectors
+        zeros, scale = self.zeros(start, stop, in_bytes=in_vectors), self.scale[start:stop]
+        if in_vectors:
+            scale, zeros = _kept(scale), None if zeros is None else _kept(zeros)
         if zeros is not None:
             codes = codes - zeros[:, :, None, None]
-        dense = scaled(codes, self.scale[start:stop, :, None, None])
+        dense = scaled(codes, scale[:, :, None, None], self.scale_dtype)
         return dense.to(dtype).reshape(stop - start, self.in_features)
+
+
+def _kept(values: Tensor) -> Tensor:
+    """Return numbers of rows and groups in float32, for a graph that computes them once.
+
+    Inductor keeps the results of products in memory, and computes all else anew for each weight,
+    with vectors that are as wide as 16-bit scales make them.
+    """
+    values = values.to(torch.float32)
+    pairs = torch.stack([values, torch.zeros_like(values)], dim=-1)
+    first = torch.tensor([[1.0], [0.0]], device=values.device)
+    return (pairs.reshape(-1, 2) @ first).view(values.shape)
 
 
 def _split(words: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 CACHE = "crossovers"
-FORMAT = 7  # increased when a formulation changes, so that old measurements are ignored
+FORMAT = 8  # increased when a formulation changes, so that old measurements are ignored
 MOST_TOKENS = {  # for which a formulation is the default
     INT4PACK.name: 24,
     INT8PACK.name: 24,
