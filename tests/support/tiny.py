@@ -61,8 +61,8 @@ def add_g_idx(folder):
     edit_config(folder, weights(actorder="group"))
 
 
-def shorten_scales(folder):
-    """Leave 3 significant bits to each scale, so that (q - z) s is exact in bfloat16.
+def shorten_scales(folder, bits=4):
+    """Leave 3 significant bits to each scale, 1 with 8-bit codes: (q - z) s is exact in bfloat16.
 
     In float32 transformers does not round the product to the scale's dtype. Now no one rounds.
     """
@@ -71,5 +71,6 @@ def shorten_scales(folder):
     for name, tensor in tensors.items():
         if name.endswith("weight_scale"):
             assert tensor.dtype == torch.bfloat16
-            tensors[name] = (tensor.view(torch.int16) & ~0x1F).view(torch.bfloat16)
+            dropped = 0x1F if bits == 4 else 0x7F
+            tensors[name] = (tensor.view(torch.int16) & ~dropped).view(torch.bfloat16)
     save_file(tensors, file, metadata={"format": "pt"})
