@@ -53,7 +53,7 @@ def metadata_of(checkpoint: Checkpoint, targets: LoRATargets) -> dict[str, Any]:
         ValueError: tensors contradict each other or the config; the message names file, module and
             rule.
     """
-    packed = [name for name in checkpoint.modules() if checkpoint.is_packed(name)]
+    packed = [name for name in checkpoint.modules() if checkpoint.is_pack_quantized(name)]
     values = (
         SCHEMA,
         VERSION,

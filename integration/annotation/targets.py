@@ -69,7 +69,7 @@ def lora_targets(checkpoint: Checkpoint) -> LoRATargets:
 
 def _is_int4(checkpoint: Checkpoint, name: str) -> bool:
     scheme = checkpoint.schemes[name]
-    return checkpoint.is_packed(name) and scheme.bits == 4 and not scheme.activations
+    return checkpoint.is_pack_quantized(name) and scheme.bits == 4 and not scheme.activations
 
 
 def _is_projection(name: str) -> bool:
@@ -87,7 +87,7 @@ def _linears(checkpoint: Checkpoint) -> set[str]:
 
 def _reasons(checkpoint: Checkpoint, int4: Sequence[str]) -> list[str]:
     """Return the reasons why vLLM does not take adapters on the checkpoint's INT4 layers."""
-    packed = [name for name in checkpoint.modules() if checkpoint.is_packed(name)]
+    packed = [name for name in checkpoint.modules() if checkpoint.is_pack_quantized(name)]
     stray = {
         name
         for name in packed

@@ -11,11 +11,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.layouts import AWQ, GPTQ, GPTQ_V2
-from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, check_strategy
-from int4_lora.reference import PackedWeight, from_awq, from_gptq
+from int4_lora.integration.checkpoint.layouts import (
+    AWQ,
+    GPTQ,
+    GPTQ_V2,
+    INT_QUANTIZED,
+    LAYOUTS,
+    PACK_QUANTIZED,
+)
+from int4_lora.integration.checkpoint.scheme import Scheme, check_strategy
+from int4_lora.reference import PackedWeight, from_awq, from_gptq, pack, unpack
+from int4_lora.reference.checks import check_dtype, check_shape
+from int4_lora.reference.dequantization import zero_points
 
-__all__ = ["assemble", "columns", "shape_that_fits"]
+__all__ = ["assemble", "columns", "shape_that_fits", "stored_parts"]
 
 
 def assemble(
@@ -27,7 +36,8 @@ def assemble(
         scheme: how the module is quantised.
         tensors: its tensors, by the last part of their names. In pack-quantized, one scale for the
             whole tensor, and its zero-point, may have the shape [].
-        shape: ``(out_features, in_features)``; not needed for GPTQ and AWQ, whose tensors tell it.
+        shape: ``(out_features, in_features)``; needed for pack-quantized only. The tensors of the
+            other layouts tell it.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
@@ -37,12 +47,35 @@ def assemble(
         weight = from_awq(*(tensors[part] for part in ("qweight", "qzeros", "scales")))
     elif scheme.format in (GPTQ, GPTQ_V2):
         weight = _from_gptq(scheme, tensors)
+    elif LAYOUTS.get(scheme.format) is INT_QUANTIZED:
+        weight = _int_quantized(scheme, tensors)
     else:
         weight = _pack_quantized(scheme, tensors, shape)
     check_strategy(scheme, weight)
-    if scheme.format != PACKED_FORMAT and scheme.group_size is not None:
+    if scheme.format in (AWQ, GPTQ, GPTQ_V2) and scheme.group_size is not None:
         weight = dataclasses.replace(weight, group_size=scheme.group_size)  # checks it
     return weight
+
+
+def stored_parts(scheme: Scheme, weight: PackedWeight) -> dict[str, Tensor]:
+    """Return the codes, scales and zero-points of a weight as compressed-tensors stores them.
+
+    Args:
+        scheme: how the module is quantised; its format is pack-quantized, or one that stores a byte
+            for each code.
+        weight: a weight, or rows of one.
+
+    Returns:
+        The tensors by the last part of their names; without zero-points if the weight has none.
+    """
+    if LAYOUTS.get(scheme.format, PACK_QUANTIZED) is PACK_QUANTIZED:
+        codes, zero_point = weight.packed, weight.zero_point
+    else:
+        codes, zero_point = unpack(weight.packed, weight.in_features, bits=weight.bits), None
+        if (zeros := zero_points(weight)) is not None:
+            zero_point = zeros.reshape(weight.scale.shape)
+    parts = {LAYOUTS.get(scheme.format, PACK_QUANTIZED).codes: codes, "weight_scale": weight.scale}
+    return parts if zero_point is None else {**parts, "weight_zero_point": zero_point}
 
 
 def columns(
@@ -110,18 +143,46 @@ def shape_that_fits(scheme: Scheme, tensors: Mapping[str, Tensor]) -> tuple[int,
     )
 
 
+def _flat(scheme: Scheme, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with the one scale of a tensor, and its zero-point, in the shape [1]."""
+    return {
+        part: tensor.reshape(1)
+        if part in ("weight_scale", "weight_zero_point")
+        and scheme.strategy == "tensor"
+        and tensor.ndim == 0
+        else tensor
+        for part, tensor in tensors.items()
+    }
+
+
+def _int_quantized(scheme: Scheme, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    """Pack the codes, and the zero-points where a packed weight has them packed."""
+    tensors = _flat(scheme, tensors)
+    codes, zero_point = tensors["weight"], tensors.get("weight_zero_point")
+    check_dtype("weight", codes, (torch.int8,))
+    check_shape("weight", codes, (None, None), "[out_features, in_features]")
+    if zero_point is not None and scheme.strategy in ("channel", "group"):
+        check_dtype("weight_zero_point", zero_point, (torch.int8,))
+        scale_shape = tuple(tensors["weight_scale"].shape)
+        check_shape("weight_zero_point", zero_point, scale_shape, "the shape of weight_scale")
+        zero_point = pack(zero_point, bits=scheme.bits, dim=0)
+    return PackedWeight(
+        packed=pack(codes, bits=scheme.bits),
+        scale=tensors["weight_scale"],
+        shape=(codes.shape[0], codes.shape[1]),
+        zero_point=zero_point,
+        g_idx=tensors.get("weight_g_idx"),
+        group_size=scheme.group_size,
+        bits=scheme.bits,
+    )
+
+
 def _pack_quantized(
     scheme: Scheme, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None
 ) -> PackedWeight:
     if shape is None:
         raise ValueError("weight_shape is missing")
-    flat = {
-        part: tensor.reshape(1)
-        for part, tensor in tensors.items()
-        if part in ("weight_scale", "weight_zero_point") and scheme.strategy == "tensor"
-        if tensor.ndim == 0
-    }
-    tensors = {**tensors, **flat}
+    tensors = _flat(scheme, tensors)
     return PackedWeight(
         packed=tensors["weight_packed"],
         scale=tensors["weight_scale"],

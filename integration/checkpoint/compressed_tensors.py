@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.layouts import AWQ, PACK_QUANTIZED
+from int4_lora.integration.checkpoint.layouts import AWQ, INT_QUANTIZED, LAYOUTS, PACK_QUANTIZED
 from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
-from int4_lora.integration.checkpoint.scheme import Scheme
+from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme
 from int4_lora.reference import PackedWeight
 
 __all__ = [
@@ -46,8 +46,10 @@ def decompress(checkpoint: Checkpoint, name: str) -> Tensor:
         ValueError: a file cannot be read.
         Exception: any exception that compressed-tensors raises.
     """
-    scheme = upstream_scheme(checkpoint.schemes[name])
-    return decompress_tensors(stored_tensors(checkpoint, name), scheme)
+    scheme = checkpoint.schemes[name]
+    return decompress_tensors(
+        stored_tensors(checkpoint, name), upstream_scheme(scheme), scheme.format
+    )
 
 
 def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
@@ -57,6 +59,10 @@ def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     AWQ's tensors are converted by compressed-tensors, if it can; else they, and GPTQ's, which it
     does not read, are those of the packed weight.
     """
+    if checkpoint.layout(name) is INT_QUANTIZED:
+        return {
+            full.rpartition(".")[2]: checkpoint.tensor(full) for full in checkpoint.stored(name)
+        }
     if checkpoint.layout(name) is not PACK_QUANTIZED:
         return _converted(checkpoint, name)
     stored = {
@@ -93,10 +99,22 @@ def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
     return {part: tensor for part, tensor in tensors.items() if tensor is not None}
 
 
-def decompress_tensors(tensors: Mapping[str, Tensor], scheme: Any) -> Tensor:
-    """Decompress one module's tensors with compressed-tensors, given its ``QuantizationScheme``."""
-    base = import_upstream("compressors.pack_quantized.base")
-    compressor = base.PackedQuantizationCompressor
+def decompress_tensors(
+    tensors: Mapping[str, Tensor], scheme: Any, form: str = PACKED_FORMAT
+) -> Tensor:
+    """Decompress one module's tensors with compressed-tensors.
+
+    Args:
+        tensors: returned by ``stored_tensors``.
+        scheme: upstream's ``QuantizationScheme``.
+        form: the format of the module.
+    """
+    if LAYOUTS.get(form) is INT_QUANTIZED:
+        base = import_upstream("compressors").BaseCompressor
+        compressor = base.get_value_from_registry(form)
+    else:
+        base = import_upstream("compressors.pack_quantized.base")
+        compressor = base.PackedQuantizationCompressor
     dense: Tensor = compressor.decompress(dict(tensors), scheme)["weight"]
     return dense
 

@@ -201,7 +201,8 @@ def inspect(
 def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
     scheme = checkpoint.schemes[name]
     layout = checkpoint.layout(name)
-    parts = ["weight", *(part for part in layout.parts if part != "weight_shape")]
+    names = dict.fromkeys(("weight", *layout.parts))
+    parts = [part for part in names if part != "weight_shape"]
     present = [part for part in parts if f"{name}.{part}" in checkpoint.tensors]
     if checkpoint.is_packed(name):
         checkpoint.check(name)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT
 
-__all__ = ["AWQ", "GPTQ", "GPTQ_V2", "LAYOUTS", "PACK_QUANTIZED", "Layout"]
+__all__ = ["AWQ", "GPTQ", "GPTQ_V2", "INT_QUANTIZED", "LAYOUTS", "PACK_QUANTIZED", "Layout"]
 
 GPTQ, GPTQ_V2, AWQ = "gptq", "gptq_v2", "awq"
+UNPACKED_FORMATS = ("int-quantized", "naive-quantized")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ PACK_QUANTIZED = Layout(
     checked=("weight_g_idx",),
     rows=True,
 )
+INT_QUANTIZED = Layout(
+    parts=("weight", "weight_scale", "weight_zero_point", "weight_g_idx"),
+    codes="weight",
+    scale="weight_scale",
+    g_idx="weight_g_idx",
+    checked=("weight_g_idx",),
+    rows=True,
+)
+"""Codes and zero-points of one byte each, not packed."""
 OF_GPTQ = Layout(
     parts=("qweight", "scales", "qzeros", "g_idx"),
     codes="qweight",
@@ -59,5 +69,11 @@ OF_AWQ = Layout(
     checked=(),
     rows=False,
 )
-LAYOUTS = {PACKED_FORMAT: PACK_QUANTIZED, GPTQ: OF_GPTQ, GPTQ_V2: OF_GPTQ, AWQ: OF_AWQ}
+LAYOUTS = {
+    PACKED_FORMAT: PACK_QUANTIZED,
+    **dict.fromkeys(UNPACKED_FORMATS, INT_QUANTIZED),
+    GPTQ: OF_GPTQ,
+    GPTQ_V2: OF_GPTQ,
+    AWQ: OF_AWQ,
+}
 """The layouts that are read as a ``PackedWeight``, by the ``format`` of a scheme."""

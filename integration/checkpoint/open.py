@@ -18,7 +18,13 @@ from torch import Tensor
 from int4_lora.integration.checkpoint.assembly import assemble, shape_that_fits
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.checkpoint.json_files import read_json_object
-from int4_lora.integration.checkpoint.layouts import AWQ, LAYOUTS, PACK_QUANTIZED, Layout
+from int4_lora.integration.checkpoint.layouts import (
+    AWQ,
+    INT_QUANTIZED,
+    LAYOUTS,
+    PACK_QUANTIZED,
+    Layout,
+)
 from int4_lora.integration.checkpoint.misplaced_adapters import (
     check_is_no_adapter,
     check_no_adapter_within,
@@ -161,6 +167,10 @@ class Checkpoint:
         scheme = self.schemes[name]
         return scheme.format in LAYOUTS and scheme.kind == "int" and scheme.bits in (4, 8)
 
+    def is_pack_quantized(self, name: str) -> bool:
+        """Return whether ``packed_weight`` can read a module, whose codes are stored in words."""
+        return self.is_packed(name) and self.layout(name) is PACK_QUANTIZED
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
 
@@ -182,7 +192,7 @@ class Checkpoint:
         """Return a quantised module's shape: ``(out_features, in_features)``.
 
         It is the stored ``weight_shape``. If a packed module stores none, it is the only shape for
-        which the other tensors and the config agree. The tensors of GPTQ and AWQ tell it.
+        which the other tensors and the config agree. The tensors of other layouts tell it.
 
         Raises:
             ValueError: ``weight_shape`` does not hold two positive integers, or it is missing and
@@ -300,7 +310,7 @@ class Checkpoint:
         if not self.is_packed(name):
             raise ValueError(
                 f"{where}: is {scheme.format} ({scheme.kind}, {scheme.bits} bits), "
-                f"not {PACKED_FORMAT} of int, 4 or 8 bits"
+                f"not {PACKED_FORMAT} or int-quantized of int, 4 or 8 bits"
             )
         self._check_parts(where, name, scheme)
         shape = self.shape_of(name) if self.layout(name) is PACK_QUANTIZED else None
@@ -329,10 +339,12 @@ class Checkpoint:
         return torch.empty(tuple(stored.shape), dtype=DTYPES[stored.dtype], device="meta")
 
     def _check_parts(self, where: str, name: str, scheme: Scheme) -> None:
-        if self.layout(name) is not PACK_QUANTIZED:
+        layout = self.layout(name)
+        if layout not in (PACK_QUANTIZED, INT_QUANTIZED):
             self._check_other_parts(where, name, scheme)
             return
-        needed = {"weight_packed": "a packed", "weight_scale": "a quantised"}
+        kind = "a packed" if layout is PACK_QUANTIZED else "a quantised"
+        needed = {layout.codes: kind, "weight_scale": "a quantised"}
         if not scheme.symmetric:
             needed["weight_zero_point"] = "an asymmetric"
         elif f"{name}.weight_zero_point" in self.tensors:
@@ -342,6 +354,12 @@ class Checkpoint:
         if scheme.actorder == "group":
             what = "weight_g_idx of a module with actorder 'group'"
             self._check_stored(where, f"{name}.weight_g_idx", what)
+        if layout is INT_QUANTIZED:
+            if f"{name}.weight_packed" in self.tensors:
+                raise ValueError(
+                    f"{where}: weight_packed is stored beside weight, and {scheme.format} has none"
+                )
+            return
         packed = self.tensors[f"{name}.weight_packed"]
         if len(packed.shape) != 2:
             experts = ": experts that are packed into one tensor are not read"

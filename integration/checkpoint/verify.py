@@ -75,7 +75,8 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
         return Finding(name, "unreadable", str(error))
     ours = dequantize(weight)
     try:
-        theirs = decompress_tensors(tensors, upstream_scheme(checkpoint.schemes[name]))
+        scheme = checkpoint.schemes[name]
+        theirs = decompress_tensors(tensors, upstream_scheme(scheme), scheme.format)
     except Exception as error:  # its tensor code can raise any exception
         detail = f"compressed-tensors cannot decompress it: {type(error).__name__}: {error}"
         return Finding(name, "upstream_wrong", detail.partition("\n")[0])

@@ -41,6 +41,7 @@ __all__ = ["merge"]
 class _To(str, Enum):
     DENSE = "dense"
     INT4 = "int4"
+    INT8 = "int8"
 
 
 class _Scales(str, Enum):
@@ -65,10 +66,10 @@ def merge(
         typer.Option(help="The dtype of a dense result; by default that of the scales."),
     ] = None,
     scales: Annotated[
-        _Scales, typer.Option(help="How the scales of an INT4 result are chosen.")
+        _Scales, typer.Option(help="How the scales of a quantised result are chosen.")
     ] = _Scales.SEARCH,
     max_error: Annotated[
-        float, typer.Option(help="The largest relative error that an INT4 module may have.")
+        float, typer.Option(help="The largest relative error that a quantised module may have.")
     ] = MOST_ERROR,
     unlisted: Unlisted = None,
     jobs: Jobs = None,
@@ -78,11 +79,12 @@ def merge(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint with adapters merged in, dense or INT4.
+    """Write a checkpoint with adapters merged in, dense, INT4 or INT8.
 
-    An INT4 result is quantised again: the relative error that this adds to each module's weight is
-    printed. A killed run continues when the same command is run again. Exit code 1 if a module's
-    error exceeds --max-error, 2 if the input cannot be used; in both cases DST is not written.
+    An INT4 or INT8 result is quantised again: the relative error that this adds to each module's
+    weight is printed. A killed run continues when the same command is run again. Exit code 1 if a
+    module's error exceeds --max-error, 2 if the input cannot be used; in both cases DST is not
+    written.
 
     Example: int4-lora merge ./llama-w4a16 ./merged --adapter ./sql=0.7 --to int4
     """

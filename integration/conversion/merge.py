@@ -24,14 +24,18 @@ from int4_lora.integration.conversion.accounting import check_accounted
 from int4_lora.integration.conversion.changes import Changes, changes_of
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.merge_report import MOST_ERROR, REPORT, accepted_report
-from int4_lora.integration.conversion.requantized_modules import REPLACED, RequantizedModule
+from int4_lora.integration.conversion.requantized_modules import (
+    RequantizedModule,
+    replaced_tensors,
+)
 from int4_lora.integration.conversion.row_blocks import check_packed
 from int4_lora.integration.conversion.saved_copies import without_copies
 from int4_lora.integration.conversion.unpack import plan_dense, tasks_in_order
 
 __all__ = ["To", "merge_checkpoint", "plan_merge"]
 
-To = Literal["dense", "int4"]
+To = Literal["dense", "int4", "int8"]
+BITS = {"int4": 4, "int8": 8}
 
 
 def merge_checkpoint(
@@ -53,8 +57,9 @@ def merge_checkpoint(
         source: an INT4 checkpoint's folder, or its name on the hub.
         target: the folder to write.
         adapters: the folders of adapters, and the factor of each.
-        to: "dense" rounds the sum once; "int4" requantises each packed module that an adapter
-            changes, in the same groups, and copies the tensors that no adapter changes.
+        to: "dense" rounds the sum once; "int4" and "int8" requantise each packed module that an
+            adapter changes, in the same groups and bits, and copy the tensors that no adapter
+            changes. At least one of these modules must have that many bits.
         dtype: the dtype of a dense result, as in ``unpack_checkpoint``.
         search: whether to search for scales, or to use min-max scales.
         max_error: the largest relative error of a requantised module that is accepted.
@@ -63,7 +68,7 @@ def merge_checkpoint(
         settings: how to run the conversion.
 
     Returns:
-        What was written, and for "int4" the report of the requantisation error.
+        What was written, and unless it is dense the report of the requantisation error.
 
     Raises:
         ImportError: a module needs compressed-tensors, and it is not installed.
@@ -102,8 +107,8 @@ def plan_merge(
     """Return the plan of ``merge_checkpoint``, after checking the adapters and every header."""
     if not adapters:
         raise ValueError("merge needs at least one adapter")
-    if to not in ("dense", "int4"):
-        raise ValueError(f"to must be 'dense' or 'int4', got {to!r}")
+    if to != "dense" and to not in BITS:
+        raise ValueError(f"to must be 'dense', 'int4' or 'int8', got {to!r}")
     for adapter, weight in adapters:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{adapter.path}: its weight must be a finite number, got {weight!r}")
@@ -120,9 +125,11 @@ def plan_merge(
         folders = tuple(adapter.path for adapter, _ in fitted)
         plan = plan_dense(checkpoint, dtype, changes, folders)
     elif dtype is not None:
-        raise ValueError("dtype is of a dense result; merged INT4 keeps the dtypes of the source")
+        raise ValueError(
+            "dtype is of a dense result; a merged quantised result keeps the dtypes of the source"
+        )
     else:
-        plan = _plan_int4(checkpoint, fitted, changes, search=search, max_error=max_error)
+        plan = _plan_quantised(checkpoint, fitted, changes, to, search=search, max_error=max_error)
     notes = [
         f"{adapter.path}: {note}"
         for adapter, _ in fitted
@@ -145,23 +152,30 @@ def _reported(adapter: Adapter, weight: float) -> dict[str, object]:
     return {"name": adapter.path.name, "weight": weight, "replaced": replaced}
 
 
-def _plan_int4(
+def _plan_quantised(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     changes: Changes,
+    to: To,
     *,
     search: bool,
     max_error: float,
 ) -> Conversion:
     if not max_error >= 0:
         raise ValueError(f"max_error must be 0 or more, got {max_error}")
-    checkpoint.check_compressed_tensors("merging into INT4")
+    checkpoint.check_compressed_tensors(f"merging into {to.upper()}")
     changed = [name for name in checkpoint.modules() if name in changes.modules]
+    found = {checkpoint.schemes[name].bits for name in changed}
+    if found and BITS[to] not in found:
+        raise ValueError(
+            f"{checkpoint.path}: the modules that the adapters change have "
+            f"{' and '.join(map(str, sorted(found)))} bits, and stay so: to cannot be {to!r}"
+        )
     for name in changed:
         check_packed(checkpoint, name)
     tasks = tasks_in_order(
         checkpoint.tensors,
-        {f"{name}.{part}": name for name in changed for part in REPLACED},
+        {full: name for name in changed for full in replaced_tensors(checkpoint, name)},
         lambda name: RequantizedModule(checkpoint, name, changes.modules[name], search=search),
         lambda name, stored: changes.plain_task(name, stored, None),
     )

@@ -28,7 +28,7 @@ from int4_lora.integration.conversion.repacked_modules import RepackedModule
 from int4_lora.integration.conversion.tasks import Copy
 from int4_lora.integration.conversion.unpack import check_all_is_read, tasks_in_order
 
-__all__ = ["convert_checkpoint", "plan_convert"]
+__all__ = ["convert_checkpoint", "modules_with_g_idx", "plan_convert", "quantization_of"]
 
 HEADS = ("lm_head", "embed_out")
 
@@ -75,7 +75,7 @@ def plan_convert(checkpoint: Checkpoint, to: str = PACKED_FORMAT) -> Conversion:
         raise ValueError(f"{checkpoint.path}: quant_method is {METHOD!r} already")
     checkpoint.check_listed()
     check_all_is_read(checkpoint)
-    ordered = _with_g_idx(checkpoint)
+    ordered = modules_with_g_idx(checkpoint)
     tasks = tasks_in_order(
         checkpoint.tensors,
         {full: name for name in checkpoint.modules() for full in checkpoint.stored(name)},
@@ -93,10 +93,13 @@ def plan_convert(checkpoint: Checkpoint, to: str = PACKED_FORMAT) -> Conversion:
     )
 
 
-def _with_g_idx(checkpoint: Checkpoint) -> set[str]:
+def modules_with_g_idx(checkpoint: Checkpoint) -> set[str]:
     """Check every module, and return those that get a ``weight_g_idx``.
 
     The modules of one config group get it if one of them needs it: actorder is the group's.
+
+    Args:
+        checkpoint: an open checkpoint of AWQ or GPTQ.
     """
     needing = {
         checkpoint.schemes[name]
@@ -118,7 +121,7 @@ def _notes(ordered: set[str]) -> list[str]:
 def _config(checkpoint: Checkpoint, ordered: set[str]) -> dict[str, Any]:
     """Return config.json with compressed-tensors' ``quantization_config`` in each place."""
     config = copy.deepcopy(dict(checkpoint.config))
-    quantization = _quantization(checkpoint, ordered)
+    quantization = quantization_of(checkpoint, ordered)
     for _, part in list(parts_of(config)):
         for key in CONFIG_KEYS:
             if part.get(key) is not None:
@@ -126,10 +129,14 @@ def _config(checkpoint: Checkpoint, ordered: set[str]) -> dict[str, Any]:
     return config
 
 
-def _quantization(checkpoint: Checkpoint, ordered: set[str]) -> dict[str, Any]:
+def quantization_of(checkpoint: Checkpoint, ordered: set[str]) -> dict[str, Any]:
     """Return a ``quantization_config`` of one group for each scheme, the most frequent first.
 
     The first group targets all linear layers that the others and ``ignore`` do not name.
+
+    Args:
+        checkpoint: an open checkpoint of AWQ or GPTQ.
+        ordered: returned by ``modules_with_g_idx``.
     """
     counts = Counter(checkpoint.schemes.values())
     groups = {}

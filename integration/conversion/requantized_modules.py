@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from int4_lora.integration.checkpoint.assembly import stored_parts
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.deltas import Change
@@ -18,9 +19,20 @@ from int4_lora.integration.conversion.scale_search import requantize
 from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, sources_of_module
 from int4_lora.reference import PackedWeight
 
-__all__ = ["REPLACED", "RequantizedModule"]
+__all__ = ["RequantizedModule", "replaced_tensors"]
 
-REPLACED = ("weight_packed", "weight_scale", "weight_zero_point")  # g_idx and shape are copied
+REPLACED = ("weight_scale", "weight_zero_point")  # beside the codes; g_idx and shape are copied
+
+
+def replaced_tensors(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
+    """Return the full names of the tensors of a module that merging changes.
+
+    Args:
+        checkpoint: an open checkpoint of compressed-tensors.
+        name: the name of a packed module.
+    """
+    full = (f"{name}.{part}" for part in (checkpoint.layout(name).codes, *REPLACED))
+    return tuple(tensor for tensor in full if tensor in checkpoint.tensors)
 
 
 class RequantizedModule(Task):
@@ -38,11 +50,9 @@ class RequantizedModule(Task):
     ) -> None:
         self.checkpoint, self.name, self.search = checkpoint, name, search
         self.deltas = tuple(deltas)
-        stored = (checkpoint.tensors.get(f"{name}.{part}") for part in REPLACED)
+        stored = {full: checkpoint.tensors[full] for full in replaced_tensors(checkpoint, name)}
         self.outputs = tuple(
-            OutputTensor(f"{name}.{part}", tensor.dtype, tuple(tensor.shape))
-            for part, tensor in zip(REPLACED, stored, strict=True)
-            if tensor is not None
+            OutputTensor(full, tensor.dtype, tuple(tensor.shape)) for full, tensor in stored.items()
         )
 
     @property
@@ -92,16 +102,11 @@ class RequantizedModule(Task):
 
     def _write(self, write: Write, start: int, block: PackedWeight) -> None:
         """Write the rows of each tensor for one block of rows of the weight."""
-        values = {
-            "weight_packed": block.packed,
-            "weight_scale": block.scale,
-            "weight_zero_point": block.zero_point,
-        }
+        values = stored_parts(self.checkpoint.schemes[self.name], block)
         shared = rows_of(self.checkpoint, self.name)
         for output in self.outputs:
             part = output.name.rpartition(".")[2]
             rows = values[part]
-            assert rows is not None, "the block has the tensors of the whole"
             first = start // shared[part]
             count = output.shape[0] if output.shape else 1  # one scale may have the shape []
             write(output.name, first * (output.nbytes // count), rows.contiguous())

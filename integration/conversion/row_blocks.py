@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from int4_lora.integration.checkpoint.assembly import assemble, columns
-from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
+from int4_lora.integration.checkpoint.layouts import INT_QUANTIZED
+from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import read_rows, read_tensor
 from int4_lora.reference import PackedWeight
 
@@ -77,9 +78,10 @@ def rows_of(checkpoint: Checkpoint, name: str) -> dict[str, int]:
     """
     scheme = checkpoint.schemes[name]
     block = scheme.group_size[0] if isinstance(scheme.group_size, tuple) else 1
-    packed_zeros = scheme.strategy in ("channel", "group")
+    layout = checkpoint.layout(name)
+    packed_zeros = layout is not INT_QUANTIZED and scheme.strategy in ("channel", "group")
     return {
-        "weight_packed": 1,
+        layout.codes: 1,
         "weight_scale": block,
         "weight_zero_point": 32 // scheme.bits if packed_zeros else block,
     }
@@ -89,7 +91,7 @@ def _block(checkpoint: Checkpoint, name: str, start: int, stop: int, width: int)
     """Return the rows ``[start, stop)`` of a packed weight."""
     shared = rows_of(checkpoint, name)
     tensors = {}
-    for kind in PARTS:
+    for kind in checkpoint.layout(name).parts:
         full = f"{name}.{kind}"
         if kind == "weight_shape" or full not in checkpoint.tensors:
             continue

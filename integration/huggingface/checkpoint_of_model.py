@@ -32,12 +32,6 @@ def checkpoint_of(model: nn.Module, given: str | os.PathLike[str] | None) -> Che
         ValueError: the model does not know where it was loaded from, or the checkpoint cannot be
             read.
     """
-    checkpoint = _open(model, given)
-    checkpoint.check_compressed_tensors("keeping layers packed")
-    return checkpoint
-
-
-def _open(model: nn.Module, given: str | os.PathLike[str] | None) -> Checkpoint:
     if given is not None:
         return open_checkpoint(given)
     name = getattr(model, "name_or_path", "")

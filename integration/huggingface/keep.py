@@ -142,10 +142,12 @@ def _weight(
     """
     words = module.get_parameter("weight_packed").detach()
     weight = checkpoint.packed_weight(stored).to(words.device)
-    place = checkpoint.tensors[f"{stored}.weight_packed"]
-    if not is_mapped(words, place, files) and not torch.equal(weight.packed, words):
+    full = checkpoint.stored(stored)[0]
+    place = checkpoint.tensors[full]
+    mapped = checkpoint.is_pack_quantized(stored) and is_mapped(words, place, files)
+    if not mapped and not torch.equal(weight.packed, words):
         raise ValueError(
-            f"{place.file}: {stored}.weight_packed differs from the model's {name}.weight_packed: "
+            f"{place.file}: {full} differs from the model's {name}.weight_packed: "
             "the model was loaded from another checkpoint"
         )
     return dataclasses.replace(weight, packed=words)
@@ -160,6 +162,8 @@ def _read(
     in memory for as long as the model's other tensors are views of it.
     """
     name = f"{stored}.weight_packed"
+    if not checkpoint.is_pack_quantized(stored):  # converted: no file has these words
+        return weight
     if not is_mapped(weight.packed, checkpoint.tensors[name], files):
         return weight
     return dataclasses.replace(weight, packed=checkpoint.tensor(name))
@@ -170,12 +174,15 @@ def _linear(
 ) -> Int4Linear:
     """Return the packed layer for a module, with its bias, its mode and its hooks."""
     shape = checkpoint.tensors.get(f"{stored}.weight_shape")
+    shape_dtype = None if shape is None else DTYPES.get(shape.dtype, torch.int64)
+    if not checkpoint.is_pack_quantized(stored):
+        shape_dtype = torch.int64
     layer = Int4Linear(
         weight,
         module._parameters.get("bias"),
         dtype=module.get_parameter("weight_scale").dtype,
-        shape_dtype=None if shape is None else DTYPES.get(shape.dtype, torch.int64),
-        scalars=not checkpoint.tensors[f"{stored}.weight_scale"].shape,
+        shape_dtype=shape_dtype,
+        scalars=not checkpoint.tensors[f"{stored}.{checkpoint.layout(stored).scale}"].shape,
     )
     layer.train(module.training)
     carry_hooks(module, layer)

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import transformers
 
+from int4_lora.integration.checkpoint.open import open_checkpoint
+from int4_lora.integration.checkpoint.other_schemes import OTHER_SCHEMES
 from int4_lora.integration.huggingface.checkpoint_of_model import folder_of
+from int4_lora.integration.huggingface.converted import from_converted
 from int4_lora.integration.huggingface.keep import keep_packed
 from int4_lora.integration.huggingface.zero_points import packed_zero_points
 
@@ -30,7 +33,9 @@ SHARED = (  # the arguments that the config is loaded with, too
 
 
 def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> Any:
-    """Load an INT4 checkpoint with transformers; its INT4 linears stay packed.
+    """Load an INT4 or INT8 checkpoint with transformers; its quantised linears stay packed.
+
+    A checkpoint of AWQ or GPTQ is converted in memory, as ``int4-lora convert`` writes it.
 
     The class is the one that ``config.json`` names in ``architectures``, or that
     ``AutoModelForCausalLM`` finds. Unless ``dtype`` is given, it is the checkpoint's.
@@ -58,16 +63,29 @@ def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> A
     path = os.fspath(path_or_id)
     shared = {key: from_pretrained[key] for key in SHARED if key in from_pretrained}
     config = transformers.AutoConfig.from_pretrained(path, **shared)
+    place = {key: from_pretrained[key] for key in PLACE if from_pretrained.get(key)}
+    folder = folder_of(path, config, **place) if _is_of_another_method(config) else None
     with packed_zero_points():
-        loaded = model_class(config).from_pretrained(path, **from_pretrained)
+        kind = model_class(config)
+        if folder is None:
+            loaded = kind.from_pretrained(path, **from_pretrained)
+        else:
+            loaded = from_converted(kind, open_checkpoint(folder), config, from_pretrained)
     model, *told = loaded if from_pretrained.get("output_loading_info") else (loaded,)
     asked = from_pretrained.get("dtype", from_pretrained.get("torch_dtype"))
     dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
     if isinstance(dtype, torch.dtype):
         _cast_the_rest(model, dtype)
-    place = {key: from_pretrained[key] for key in PLACE if from_pretrained.get(key)}
-    kept = keep_packed(model, folder_of(path, model.config, **place) if place else None)
+    if place and folder is None:
+        folder = folder_of(path, model.config, **place)
+    kept = keep_packed(model, folder)
     return (kept, *told) if told else kept
+
+
+def _is_of_another_method(config: Any) -> bool:
+    """Return whether a config is that of an AWQ or GPTQ checkpoint."""
+    quantization = getattr(config, "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") in OTHER_SCHEMES
 
 
 def model_class(config: Any) -> Any:

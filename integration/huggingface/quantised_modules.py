@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from int4_lora.integration.checkpoint.layouts import INT_QUANTIZED
 from int4_lora.integration.checkpoint.open import Checkpoint
 
 __all__ = ["Findings", "describe", "quantised_modules", "sort_modules"]
@@ -80,7 +81,7 @@ def sort_modules(found: Mapping[str, nn.Module], checkpoint: Checkpoint) -> Find
 def _refusal(module: nn.Module, checkpoint: Checkpoint, stored: str) -> str | None:
     """Return why a module cannot be an INT4 linear, or None if it can."""
     scheme = checkpoint.schemes[stored]
-    if not checkpoint.is_packed(stored):
+    if not checkpoint.is_packed(stored) or checkpoint.layout(stored) is INT_QUANTIZED:
         return f"its format is {scheme.format} ({scheme.kind}, {scheme.bits} bits)"
     if scheme.activations:
         return "its activations are quantised, too"

@@ -1,11 +1,13 @@
 """The opt-in vLLM backend: ``--quantization int4_lora``.
 
 vLLM finds ``entry.install`` by its entry point. ``config.py`` is what the flag selects,
-``scheme.py`` loads the INT4 weights, ``lora_layers.py`` adds the adapters. The plug-in's state of a
-layer is a ``ServedLayer``, its state of an engine a ``ServedEngine``. ``contract.py`` lists
-everything of vLLM that the plug-in relies on.
+``scheme.py`` loads packed weights, ``converted_scheme.py`` those of AWQ and GPTQ,
+``lora_layers.py`` adds the adapters. The plug-in's state of a layer is a ``ServedLayer``, its state
+of an engine a ``ServedEngine``. ``contract.py`` lists everything of vLLM that the plug-in relies
+on.
 
-Only ``config``, ``scheme``, ``lora_layers``, ``stock_trial`` and ``vocabulary`` import vLLM.
+Only ``config``, ``scheme``, ``converted_scheme``, ``lora_layers``, ``stock_trial`` and
+``vocabulary`` import vLLM.
 
 Source: ``docs/vllm-maintainers.md``.
 """

@@ -23,10 +23,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.platforms import current_platform
 
-from int4_lora.integration.checkpoint.scheme import read_actorder
+from int4_lora.integration.checkpoint.scheme import Scheme, read_actorder
+from int4_lora.integration.vllm_plugin.converted_scheme import ConvertedScheme
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
+from int4_lora.integration.vllm_plugin.other_methods import (
+    CONVERT,
+    dense_modules,
+    in_terms_of_compressed_tensors,
+    read_source,
+)
 from int4_lora.integration.vllm_plugin.quantised_vocabulary import (
     QuantisedEmbedding,
     give_weight_for_lora,
@@ -39,9 +47,13 @@ __all__ = ["Int4LoRAConfig"]
 
 
 class Int4LoRAConfig(CompressedTensorsConfig):
-    """compressed-tensors' configuration, its INT4 linears computed by ``int4_lora.compiled``."""
+    """compressed-tensors' configuration, its INT4 linears computed by ``int4_lora.compiled``.
+
+    That of an AWQ or GPTQ checkpoint is put in the terms of compressed-tensors.
+    """
 
     metadata = LoRAMetadata()
+    source: Scheme | None = None  # of an AWQ or GPTQ checkpoint
     _engine: ServedEngine | None = None
     _ordered_targets: frozenset[str] = frozenset()  # whose weights have a g_idx
 
@@ -59,14 +71,16 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         """Return whether the model takes adapters on INT4 layers.
 
         The checkpoint's ``lora_compatible`` decides. Where it is absent: whether the model has an
-        INT4 layer, or, before its layers are built, whether the config has a group of INT4 weights.
+        layer of ours, or, before its layers are built, whether the config has a group of INT4
+        weights, or on a CPU of INT8 weights.
         """
         if self.metadata.compatible is not None:
             return self.metadata.compatible
         if self._engine is not None:
             return any(layer.int4 for layer in self._engine.layers)
         groups = (scheme.get("weights") for scheme in self.target_scheme_map.values() if scheme)
-        return any(getattr(weights, "num_bits", None) == 4 for weights in groups)
+        bits = _bits_of(current_platform.device_type)
+        return any(getattr(weights, "num_bits", None) in bits for weights in groups)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Int4LoRAConfig:
@@ -80,13 +94,16 @@ class Int4LoRAConfig(CompressedTensorsConfig):
                 "int4_lora does not take transforms (transform_config of config.json): quantise "
                 "without them, or leave out --quantization int4_lora"
             )
+        source = read_source(config)
+        if source is not None:
+            config = in_terms_of_compressed_tensors(config, source)
         groups, ordered = config.get("config_groups", {}), set()
         for group in groups.values():
             if read_actorder((group.get("weights") or {}).get("actorder")) == "group":
                 ordered |= set(group.get("targets") or ())
         made = super().from_config({**config, "config_groups": _without_order(groups)})
         assert isinstance(made, Int4LoRAConfig)
-        made._ordered_targets = frozenset(ordered)
+        made._ordered_targets, made.source = frozenset(ordered), source
         return made
 
     def maybe_update_config(
@@ -97,6 +114,8 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         config = {} if hf_config is None else hf_config.to_dict()
         folder = Path(model_name)
         self.metadata = read_metadata(config, folder if folder.is_dir() else None)
+        if self.source is not None and folder.is_dir():
+            self.ignore = [*self.ignore, *dense_modules(folder)]
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """Return vLLM's method for a layer, or ours for a quantised embedding; record the layer."""
@@ -106,6 +125,11 @@ class Int4LoRAConfig(CompressedTensorsConfig):
             engine.layers.append(layer.int4_lora)
         method = super().get_quant_method(layer, prefix)
         if isinstance(method, FusedMoEMethodBase):
+            if self.source is not None:
+                raise ValueError(
+                    f"int4_lora: {prefix} is a mixture of experts, whose tensors are not converted "
+                    f"at load: {CONVERT}"
+                )
             experts = ServedLayer(prefix, engine, fallback_reason="a mixture of experts")
             engine.layers.append(experts)
         if method is None or not isinstance(layer, VocabParallelEmbedding):
@@ -118,7 +142,7 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         return method
 
     def get_scheme(self, layer: Any, layer_name: str | None = None) -> Any:
-        """Return our scheme for the INT4 weights of linear layers, and vLLM's for others."""
+        """Return our scheme for linear layers of INT4, or on a CPU INT8, and vLLM's for others."""
         scheme = super().get_scheme(layer, layer_name)
         if not isinstance(layer, LinearBase) or scheme is None:
             return scheme
@@ -126,10 +150,12 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         if type(scheme) is not CompressedTensorsWNA16:
             served.fallback_reason = type(scheme).__name__
             return scheme
-        if scheme.num_bits != 4:
+        if scheme.num_bits not in _bits_of(served.engine.device):
             served.fallback_reason = f"of {scheme.num_bits} bits"
             return scheme
         served.int4, served.fallback_reason = True, None
+        if self.source is not None:
+            return ConvertedScheme(scheme, served, self.source)
         matched = self.get_scheme_dict(layer, layer_name)
         ordered = any(self.target_scheme_map[name] is matched for name in self._ordered_targets)
         return Int4Scheme(scheme, served, ordered=ordered)
@@ -146,6 +172,14 @@ class Int4LoRAConfig(CompressedTensorsConfig):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the engine's state behind: it belongs to the process that runs the layers."""
         return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+
+
+def _bits_of(device: str) -> tuple[int, ...]:
+    """Return the bits of the weights that ours computes on a type of device.
+
+    On a GPU, vLLM's own kernels take 8 bits. On a CPU it has none.
+    """
+    return (4, 8) if device == "cpu" else (4,)
 
 
 def _without_order(groups: dict[str, Any]) -> dict[str, Any]:

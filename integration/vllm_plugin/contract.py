@@ -168,6 +168,18 @@ SYMBOLS = (
         "holds the activation order",
     ),
     Symbol(
+        "vllm.model_executor.parameter",
+        "PackedvLLMParameter.__init__",
+        ("packed_factor", "packed_dim"),
+        "holds the words of AWQ and GPTQ",
+    ),
+    Symbol(
+        "vllm.model_executor.parameter",
+        "GroupQuantScaleParameter",
+        (),
+        "holds the scales of AWQ and GPTQ",
+    ),
+    Symbol(
         COMPRESSED,
         "CompressedTensorsConfig.get_scheme_dict",
         ("layer", "layer_name"),
@@ -278,6 +290,7 @@ SYMBOLS = (
     ),
     Symbol("vllm.envs", "VLLM_CPU_INT4_W4A8", (), "activations of 16 bits in vLLM's kernel"),
     Symbol("vllm.platforms", "current_platform._enum", (), "where the stand-in is registered"),
+    Symbol("vllm.platforms", "current_platform.device_type", (), "which bits ours computes"),
     Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
     Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
     Symbol(
@@ -340,6 +353,7 @@ ATTRIBUTES = (
     Attribute(
         COMPRESSED, "CompressedTensorsConfig", "target_scheme_map", "whether a group has INT4"
     ),
+    Attribute(COMPRESSED, "CompressedTensorsConfig", "ignore", "gets AWQ's dense modules"),
     *(
         Attribute(SCHEMES, "CompressedTensorsWNA16", name, "copied to Int4Scheme")
         for name in ("strategy", "num_bits", "group_size", "symmetric", "layer_name")

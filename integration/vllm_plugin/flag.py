@@ -20,7 +20,8 @@ __all__ = ["NAME", "Int4LoRAFlag"]
 
 logger = init_logger("vllm.int4_lora")
 NAME = "int4_lora"
-METHOD = "compressed-tensors"
+METHODS = ("compressed-tensors", "awq", "gptq")
+TAKEN = "compressed-tensors, AWQ and GPTQ"
 WITHOUT = f"leave out --quantization {NAME}"
 
 
@@ -30,7 +31,7 @@ class Int4LoRAFlag(QuantizationConfig):
     def __new__(cls) -> Int4LoRAFlag:
         """Refuse: vLLM makes an instance for a model that is not quantised."""
         raise ValueError(
-            f"int4_lora takes {METHOD} checkpoints, and this model has no quantization_config: "
+            f"int4_lora takes {TAKEN} checkpoints, and this model has no quantization_config: "
             f"{WITHOUT}"
         )
 
@@ -41,15 +42,15 @@ class Int4LoRAFlag(QuantizationConfig):
         """Answer where the operator set the flag; else log that it exists, for such models."""
         method = hf_quant_cfg.get("quant_method")
         if user_quant == NAME:
-            if method != METHOD:
+            if method not in METHODS:
                 raise ValueError(
-                    f"int4_lora takes {METHOD} checkpoints, and this one is {method!r}: {WITHOUT}"
+                    f"int4_lora takes {TAKEN} checkpoints, and this one is {method!r}: {WITHOUT}"
                 )
             return NAME
         compatible = hf_quant_cfg.get("lora_compatible") or getattr(
             hf_config, "lora_compatible", False
         )
-        if method == METHOD and compatible:
+        if method in METHODS and compatible:
             logger.info_once(
                 "int4_lora: the model says lora_compatible; --quantization int4_lora serves its "
                 "INT4 linears and adapters in one kernel"

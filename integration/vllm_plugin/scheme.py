@@ -1,4 +1,4 @@
-"""The INT4 weights of vLLM's layers, loaded as the checkpoint stores them and run by our kernels.
+"""The packed weights of vLLM's layers, loaded as the checkpoint stores them, run by our kernels.
 
 Source: vLLM's ``CompressedTensorsWNA16``, which allocates and loads them, and computes where its
 kernel is faster or ours is wrong.
@@ -44,7 +44,7 @@ ORDER = "weight_g_idx"
 
 
 class Int4Scheme(CompressedTensorsWNA16):
-    """vLLM's scheme for packed INT4 weights, with our layout and kernels after loading.
+    """vLLM's scheme for packed INT4 and INT8 weights, with our layout and kernels after loading.
 
     Args:
         stock: the scheme that vLLM chose for the layer.
@@ -216,6 +216,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             shape=(layer.output_size_per_partition, layer.input_size_per_partition),
             zero_point=None if zero_point is None else zero_point.data,
             g_idx=layer.weight_g_idx.data if self.ordered else None,
+            bits=self.num_bits,
         )
 
 

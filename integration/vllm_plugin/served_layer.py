@@ -47,7 +47,8 @@ class ServedLayer:
     Args:
         name: the layer's full name in vLLM's model.
         engine: what all layers of the engine share.
-        int4: whether the checkpoint has an INT4 weight for it.
+        int4: whether the checkpoint has a weight for it that our kernels take: INT4, or on a CPU
+            INT8.
         fallback_reason: why vLLM's own kernel computes the base, or None while ours does.
         kind: what the time of the base depends on; only of INT4 layers.
         scale_dtypes: of the checkpoint's scales, as they were loaded.

@@ -1,9 +1,10 @@
 """A stand-in for vLLM's kernel, for layers that none of vLLM's kernels takes.
 
 vLLM chooses a kernel before it allocates a layer's tensors. It refuses layers that no kernel takes:
-on a CPU, those whose in_features or out_features 32 does not divide. This one is asked last, and it
-takes the layers that our scheme is about to allocate. It also stands for vLLM's kernel where the
-weight has an activation order, which vLLM's kernels do not know. It never computes.
+on a CPU, those of 8 bits, and those whose in_features or out_features 32 does not divide. This one
+is asked last, and it takes the layers that our scheme is about to allocate. It also stands for
+vLLM's kernel where the weight has an activation order, which vLLM's kernels do not know. It never
+computes.
 
 Source: vLLM's ``register_linear_kernel`` and ``choose_mp_linear_kernel``.
 """
@@ -36,11 +37,11 @@ class StandInKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-        """Return whether our scheme asks, and for INT4."""
+        """Return whether our scheme asks, and for INT4 or INT8."""
         if not _wanted.get():
             return False, "only layers of int4_lora are taken"
-        if c.weight_type.size_bits != 4:
-            return False, f"int4_lora takes 4 bits, not {c.weight_type.size_bits}"
+        if c.weight_type.size_bits not in (4, 8):
+            return False, f"int4_lora takes 4 and 8 bits, not {c.weight_type.size_bits}"
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -76,5 +77,5 @@ def _nothing_computes(layer: Any) -> str:
     shape = [layer.output_size_per_partition, layer.input_size_per_partition]
     return (
         f"int4_lora: {layer.int4_lora.name} of {shape} is left to vLLM ({reason}), which has no "
-        f"kernel for its shape or its activation order: {way_out}"
+        f"kernel for its bits, its shape or its activation order: {way_out}"
     )

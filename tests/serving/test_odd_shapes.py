@@ -47,5 +47,7 @@ def test_stock_refuses_them_with_the_flag_in_the_process_or_without(flag, odd_mo
         settings = {"quantization": "int4_lora", "additional_config": {"int4_lora": options}}
     with pytest.raises(Exception) as caught, engine(odd_model, **settings):  # noqa: PT011
         pass
-    sentence = "no kernel for its shape or its activation order: leave out the option backend"
+    sentence = (
+        "no kernel for its bits, its shape or its activation order: leave out the option backend"
+    )
     assert (sentence if flag else "Failed to find a kernel") in str(caught.value)

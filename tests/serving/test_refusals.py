@@ -229,14 +229,9 @@ def test_a_model_that_is_not_quantised(model):
 
 
 def test_another_format(model):
-    edit_config(model, lambda _, q: q.update(quant_method="gptq"))
-    sentence = "compressed-tensors checkpoints, and this one is 'gptq': leave out --quantization"
+    edit_config(model, lambda _, q: q.update(quant_method="fp8"))
+    sentence = "AWQ and GPTQ checkpoints, and this one is 'fp8': leave out --quantization"
     assert sentence in refused(model, **FLAG)
-
-
-def test_eight_bits_are_left_to_vllm(tiny_models):
-    """VLLM's CPU backend has no kernel for 8 bits: its own sentence stands."""
-    assert "Failed to find a kernel" in refused(tiny_models["w8-g128"], **COLD)
 
 
 def test_weights_are_reloaded(model, prompts, tmp_path):

@@ -3,8 +3,12 @@
 Scales are multiples of 2^-10 up to 127 / 1024, so that float16 holds every weight exactly.
 """
 
+import json
+import shutil
+
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from support import layouts
 
@@ -94,3 +98,51 @@ def make(folder, variant, *, shards=1, **changes):
     model = Other(method, **how).llama()
     config = {**CONFIGS[method], **fields, **changes}
     return model, model.save(folder, config, shards=shards)
+
+
+def rewritten(source, folder, method, **changes):
+    """Write a pack-quantized model in AWQ's or GPTQ's layout, its weights unchanged.
+
+    Args:
+        source: the model's folder, with one file of tensors.
+        folder: the folder to write.
+        method: "awq" or "gptq".
+        changes: fields of the config that differ from ``CONFIGS``.
+    """
+    shutil.copytree(source, folder)
+    config = {**CONFIGS[method], **changes}
+    bits, second = config["bits"], config.get("checkpoint_format") == "gptq_v2"
+    stored, tensors = load_file(folder / "model.safetensors"), {}
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        if not part.startswith("weight_"):
+            tensors[name] = tensor
+        if part != "weight_packed":
+            continue
+        scale = stored[f"{module}.weight_scale"]
+        codes = unsigned(tensor, bits)
+        zero = np.full(scale.shape, 2 ** (bits - 1))
+        if f"{module}.weight_zero_point" in stored:
+            zero = unsigned(stored[f"{module}.weight_zero_point"].T, bits).T[: len(scale)]
+        tensors[f"{module}.scales"] = scale.T.contiguous()
+        if method == "awq":
+            tensors[f"{module}.qweight"] = packed_by_awq(codes.T)
+            tensors[f"{module}.qzeros"] = packed_by_awq(zero.T)
+            continue
+        order = np.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1])
+        g_idx = stored.get(f"{module}.weight_g_idx", torch.tensor(order, dtype=torch.int32))
+        tensors[f"{module}.qweight"] = packed(codes.T, bits, axis=0)
+        tensors[f"{module}.qzeros"] = packed(zero.T - (not second), bits, axis=1)
+        tensors[f"{module}.g_idx"] = g_idx
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] = config
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def unsigned(words, bits):
+    """Return the unsigned numbers in words that are packed along the columns, as NumPy."""
+    shifts = bits * np.arange(32 // bits, dtype=np.uint32)
+    numbers = (words.contiguous().numpy().view(np.uint32)[:, :, None] >> shifts) & (2**bits - 1)
+    return numbers.reshape(len(numbers), -1).astype(np.int64)

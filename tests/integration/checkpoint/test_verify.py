@@ -48,8 +48,8 @@ def test_the_summary(tiny_models):
 
 
 def test_an_upstream_that_ignores_g_idx_is_named(tiny_models, monkeypatch):
-    def forgetful(tensors, scheme):
-        return decompress({k: v for k, v in tensors.items() if k != "weight_g_idx"}, scheme)
+    def forgetful(tensors, *how):
+        return decompress({k: v for k, v in tensors.items() if k != "weight_g_idx"}, *how)
 
     decompress = verification.decompress_tensors
     monkeypatch.setattr(verification, "decompress_tensors", forgetful)
@@ -93,7 +93,7 @@ def test_what_nothing_explains_is_different(tiny_models, monkeypatch):
 
 
 def test_an_upstream_that_raises_is_named(tiny_models, monkeypatch):
-    def broken(tensors, scheme):
+    def broken(*given):
         raise RuntimeError("size mismatch\nand more")
 
     monkeypatch.setattr(verification, "decompress_tensors", broken)

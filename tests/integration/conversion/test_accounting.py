@@ -207,7 +207,10 @@ def test_a_module_of_another_format_with_two_weights_is_refused(tmp_path):
         "a.weight_packed": torch.zeros(4, 8, dtype=torch.uint8),
         "a.weight_scale": torch.ones(4, 1),
     }
-    config = {**quantization(strategy="channel", num_bits=8), "format": "int-quantized"}
+    config = {
+        **quantization(strategy="channel", num_bits=8, type="float"),
+        "format": "float-quantized",
+    }
     made.save(tmp_path / "x", {"quantization_config": config})
     result = run("unpack", tmp_path / "x", tmp_path / "dense")
     assert result.exit_code == 2

@@ -75,7 +75,8 @@ def test_dense_gives_the_logits_of_base_and_adapter(tiny_models, adapters, tmp_p
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_int4_reports_the_error_that_running_it_shows(tiny_models, adapters, tmp_path, variant):
     source, target = tiny_models[variant], tmp_path / "merged"
-    options = [f"--adapter={adapters[0]}", f"--adapter={adapters[1]}=0.5", "--to=int4"]
+    to = f"--to=int{VARIANTS[variant].get('num_bits', 4)}"
+    options = [f"--adapter={adapters[0]}", f"--adapter={adapters[1]}=0.5", to]
     outcome = convert("merge", source, target, *options)
     report = json.loads((target / "merge_report.json").read_text())
     assert outcome["report"] == report
