@@ -1,4 +1,4 @@
-"""The ground truth: INT4 weights and LoRA adapters, defined in eager PyTorch.
+"""The ground truth: INT4 and FP4 weights and LoRA adapters, defined in eager PyTorch.
 
 It imports torch and the standard library only, and accepts float64 operands. Start reading at
 ``linear.py``, whose docstring is the definition.
@@ -10,6 +10,8 @@ from int4_lora.reference.awq import AWQTensors, from_awq, to_awq
 from int4_lora.reference.bounds import error_bound
 from int4_lora.reference.dequantization import dequantize
 from int4_lora.reference.experts import ExpertsLoRA, ExpertsWeight
+from int4_lora.reference.float4_quantization import quantize_float4
+from int4_lora.reference.float4_weight import Float4Weight
 from int4_lora.reference.gptq import GPTQTensors, from_gptq, to_gptq
 from int4_lora.reference.linear import int4_linear, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
@@ -25,6 +27,7 @@ __all__ = [
     "AWQTensors",
     "ExpertsLoRA",
     "ExpertsWeight",
+    "Float4Weight",
     "GPTQTensors",
     "LoRASlice",
     "LoRAStack",
@@ -44,6 +47,7 @@ __all__ = [
     "moe_error_bound",
     "pack",
     "quantize",
+    "quantize_float4",
     "shrink",
     "to_awq",
     "to_gptq",

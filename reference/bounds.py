@@ -18,6 +18,8 @@ The scaling may be multiplied into x A^T, into B or into the delta. Add what the
 - ``weight_rounded=False``, (q - z) * s is not rounded to the scale's dtype: the distance
   |x (W' - W)^T| between the two exact results, and two more roundings of each product (the
   weight is held in the accumulation dtype, or the scale is applied to a partial sum);
+- an FP4 weight is unrounded in the truth: the distance is added where it is rounded, and one more
+  rounding where it is not, since its scale is a quotient;
 - ``base_rounded=True``, the base is rounded to the dtype of x before the delta is added: one
   rounding of x W^T, and one of x W^T + bias, since opaque kernels round before or after the bias
   or both;
@@ -41,14 +43,15 @@ from torch import Tensor
 from int4_lora.reference.checks import X_DTYPES
 from int4_lora.reference.dequantization import (
     centred_codes,
-    dequantize,
+    exact_weight,
+    rounded_weight,
     scale_of_each_weight,
     unrounded_weight,
 )
+from int4_lora.reference.float4_weight import BaseWeight, Float4Weight
 from int4_lora.reference.linear import check_operands, int4_lora_linear
 from int4_lora.reference.lora import expand, shrink
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, PackedLoRAStack
-from int4_lora.reference.packed_weight import PackedWeight
 
 __all__ = [
     "FORMATS",
@@ -91,7 +94,7 @@ TENSOR_CORE_U = 2.0**-23  # NVIDIA's tensor cores truncate where they align part
 @torch.no_grad()
 def error_bound(
     x: Tensor,
-    weight: PackedWeight,
+    weight: BaseWeight,
     lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None = None,
     adapter_ids: Tensor | None = None,
     bias: Tensor | None = None,
@@ -106,7 +109,7 @@ def error_bound(
 
     Args:
         x: ``[tokens, in_features]``, as in ``int4_lora_linear``.
-        weight: the packed base weight.
+        weight: the packed base weight, INT4 or FP4.
         lora: adapters, slices, or None.
         adapter_ids: ``[tokens]``, or None without adapters.
         bias: ``[out_features]``, or None.
@@ -114,7 +117,8 @@ def error_bound(
             are: rounding them to this dtype is not covered. For float16 or bfloat16 operands on a
             CUDA device float32 has u = 2^-23, since tensor cores truncate: pass the operands on
             the backend's device.
-        weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
+        weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use, or an FP4
+            weight to bfloat16.
         base_rounded: whether the base is rounded to the dtype of x before bias or delta is added.
 
     Returns:
@@ -127,6 +131,7 @@ def error_bound(
         ValueError: an operand whose shape, value or device does not fit.
 
     Example:
+        >>> from int4_lora.reference import PackedWeight
         >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
         >>> weight = PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8))
         >>> error_bound(torch.ones(1, 8), weight).item() < 2**-24 * 8 * 21.1
@@ -212,7 +217,7 @@ class LayerSums:
 
 def layer_sums(
     x: Tensor,
-    weight: PackedWeight,
+    weight: BaseWeight,
     slices: tuple[LoRASlice, ...],
     ids: Tensor,
     bias: Tensor | None = None,
@@ -226,7 +231,7 @@ def layer_sums(
 
     Args:
         x: ``[tokens, in_features]``, the exact input.
-        weight: the packed base weight.
+        weight: the packed base weight, INT4 or FP4.
         slices: the adapters.
         ids: ``[tokens]``, in ``[-1, adapters)``.
         bias: ``[out_features]``, or None.
@@ -236,10 +241,12 @@ def layer_sums(
             if it has x itself. The error then includes what this distance makes of the result.
         joins: further additions and products in which the results of the layer take part.
     """
-    inside, truth = sums.inside, FORMATS[torch.float64]
+    inside, is_fp4 = sums.inside, isinstance(weight, Float4Weight)
     size = x.abs().to(torch.float64)
     size = size if slack is None else size + slack
-    used = dequantize(weight, torch.float64) if weight_rounded else unrounded_weight(weight)
+    truth = exact_weight(weight)
+    used = truth if x.dtype == torch.float64 else rounded_weight(weight).to(torch.float64)
+    used = used if weight_rounded else unrounded_weight(weight)
     base = size @ used.abs().T  # [tokens, out_features]
     largest, lost = (base, torch.zeros_like(base)) if weight_rounded else _unscaled(size, weight)
     if bias is not None:
@@ -248,16 +255,16 @@ def layer_sums(
     largest = torch.stack([largest, base + delta.sum, delta.largest]).amax(dim=0)
 
     n = weight.in_features + delta.rank + (delta.rank > 0) + (bias is not None) + joins
-    n = n + (0 if weight_rounded else 2)
+    n = n + (0 if weight_rounded else 3 if is_fp4 else 2)  # the scale of FP4 is a quotient
     error = gamma(n, sums.u) * base + gamma(n + 2, sums.u) * delta.sum
-    error = error + gamma(n + 2, truth.u) * (base + delta.sum)
+    error = error + gamma(n + 2, FORMATS[torch.float64].u) * (base + delta.sum)
     error = error + inside.product_underflow * (n + delta.underflows + lost)
-    if not weight_rounded:
-        distance = used - dequantize(weight, torch.float64)
+    if weight_rounded is is_fp4:  # the truth may have another weight
+        distance = used - truth
         error = error + (x.to(torch.float64) @ distance.T).abs()
         error = error if slack is None else error + slack @ distance.abs().T
     if slack is not None:
-        error = error + slack @ dequantize(weight, torch.float64).abs().T
+        error = error + slack @ truth.abs().T
         error = error + _delta_magnitudes(slack, slices, ids, base).sum
     return LayerSums(error, largest, base + delta.sum, delta.sum)
 
@@ -268,7 +275,7 @@ def gamma(n: Tensor | int, u: float) -> Tensor:
     return torch.where(nu < 1, nu / (1 - nu), torch.inf)
 
 
-def _unscaled(size: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor]:
+def _unscaled(size: Tensor, weight: BaseWeight) -> tuple[Tensor, Tensor]:
     """Return the largest intermediate number, and the factor by which underflow reaches the output.
 
     A backend may hold W' in the accumulation dtype, or multiply a sum of x (q - z) by the scale.

@@ -12,6 +12,9 @@ group     i          j // g, or g_idx[j]
 block     i // rows  j // columns
 ========  =========  ====================
 
+An FP4 weight has codes c and scales that are divided by a global scale S: w = c * s / S, rounded
+once to bfloat16. Float64 sums take it unrounded.
+
 Source: ``compressed_tensors/quantization/lifecycle/forward.py``; the single rounding was
 checked against it over every float16 and bfloat16 scale
 (``tests/integration/checkpoint/test_compressed_tensors.py``).
@@ -23,12 +26,18 @@ import torch
 from torch import Tensor
 
 from int4_lora.reference.checks import X_DTYPES
+from int4_lora.reference.float4 import code_values, group_scales, unrounded_float4
+from int4_lora.reference.float4_weight import BaseWeight, Float4Weight, check_weight, dense_dtype
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import unpack
+from int4_lora.reference.rounding import round_once
 
 __all__ = [
     "centred_codes",
     "dequantize",
+    "exact_weight",
+    "linear_weight",
+    "rounded_weight",
     "scale_columns",
     "scale_of_each_weight",
     "scale_rows",
@@ -37,46 +46,83 @@ __all__ = [
 ]
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the dense weight ``w[i, j] = RN((q[i, j] - z[i', j']) * s[i', j'])``.
+def dequantize(weight: BaseWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the dense weight, ``w[i, j] = RN((q[i, j] - z[i', j']) * s[i', j'])`` for INT4.
 
     RN rounds to nearest even in the dtype of the scale: one rounding, since q - z is a small
     integer and exact. Signs of zero, infinities and NaN follow from the multiplication.
 
+    For FP4, ``w[i, j] = RN(c[i, j] * s[i, j // g] / S)``: RN rounds once, to ``dtype``, which is
+    bfloat16 by default; in float64 it is the quotient that float64 division gives.
+
     Args:
-        weight: the packed weight.
-        dtype: if given, the rounded weight is then cast to it.
+        weight: the packed weight, or the FP4 weight.
+        dtype: if given, the rounded weight of a PackedWeight is then cast to it, and that of a
+            Float4Weight is rounded to it instead.
 
     Returns:
-        ``[out_features, in_features]`` in the scale's dtype, or ``dtype``.
+        ``[out_features, in_features]`` in the scale's dtype, or bfloat16 for FP4, or ``dtype``.
 
     Raises:
-        TypeError: ``weight`` is no PackedWeight, or ``dtype`` is not a float dtype.
+        TypeError: ``weight`` is neither a PackedWeight nor a Float4Weight, or ``dtype`` is not a
+            float dtype.
 
     Example:
         >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
         >>> dequantize(PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8)))
         tensor([[-4.0000, -3.5000, -3.0000, -2.5000, -2.0000, -1.5000, -1.0000,  3.5000]])
     """
-    if not isinstance(weight, PackedWeight):
-        raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
+    check_weight(weight)
     if dtype is not None and dtype not in X_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    if isinstance(weight, Float4Weight):
+        return round_once(unrounded_float4(weight), dense_dtype(weight) if dtype is None else dtype)
     scale = scale_of_each_weight(weight)
     dense = centred_codes(weight).to(scale.dtype) * scale
     return dense if dtype is None else dense.to(dtype)
 
 
-def unrounded_weight(weight: PackedWeight, dtype: torch.dtype = torch.float64) -> Tensor:
+def linear_weight(weight: BaseWeight, accumulate: torch.dtype) -> Tensor:
+    """Return the weight that the linears multiply, where sums are in ``accumulate``.
+
+    It is ``exact_weight`` for float64 sums, else ``rounded_weight``, in the dtype of the sums.
+    """
+    if accumulate == torch.float64:
+        return exact_weight(weight)
+    return rounded_weight(weight).to(accumulate)
+
+
+def exact_weight(weight: BaseWeight) -> Tensor:
+    """Return the weight of the float64 truth: ``[out_features, in_features]``, float64.
+
+    That of a PackedWeight is rounded to the dtype of its scales, that of a Float4Weight is not.
+    """
+    return dequantize(weight, torch.float64)
+
+
+def rounded_weight(weight: BaseWeight) -> Tensor:
+    """Return the weight in the dtype to which the linears round it, which float32 may hold."""
+    return dequantize(weight)
+
+
+def unrounded_weight(weight: BaseWeight, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return ``(q - z) * s`` multiplied in ``dtype``: ``[out_features, in_features]``.
 
-    In float64 it is exact: the weight without the rounding of ``dequantize``.
+    In float64 it is exact: the weight without the rounding of ``dequantize``. An FP4 weight is
+    rounded from float64 to ``dtype``.
     """
+    if isinstance(weight, Float4Weight):
+        return round_once(unrounded_float4(weight), dtype)
     return centred_codes(weight).to(dtype) * scale_of_each_weight(weight).to(dtype)
 
 
-def centred_codes(weight: PackedWeight) -> Tensor:
-    """Return ``q - z`` of every weight: int16 ``[out_features, in_features]``, exact."""
+def centred_codes(weight: BaseWeight) -> Tensor:
+    """Return ``q - z`` of every weight: int16 ``[out_features, in_features]``, exact.
+
+    Of an FP4 weight, the values of its codes: float64.
+    """
+    if isinstance(weight, Float4Weight):
+        return code_values(weight)
     codes = unpack(weight.packed, weight.in_features, bits=weight.bits).to(torch.int16)
     zero_point = zero_points(weight)
     if zero_point is None:
@@ -94,8 +140,16 @@ def zero_points(weight: PackedWeight) -> Tensor | None:
     return weight.zero_point.reshape(-1, weight.scale.shape[-1])
 
 
-def scale_of_each_weight(weight: PackedWeight) -> Tensor:
-    """Return the scale of every weight: ``[out_features, in_features]``."""
+def scale_of_each_weight(weight: BaseWeight) -> Tensor:
+    """Return the scale of every weight: ``[out_features, in_features]``.
+
+    Of an FP4 weight, the scale over the global scale, in float64.
+    """
+    if isinstance(weight, Float4Weight):
+        scale = group_scales(weight)
+        if weight.global_scale is not None:
+            scale = scale / weight.global_scale.to(torch.float64)
+        return scale.repeat_interleave(weight.group_size, dim=1)
     table = weight.scale.reshape(-1, weight.scale.shape[-1])  # [1, 1] for one scale per tensor
     return table[scale_rows(weight)[:, None], scale_columns(weight)]
 

@@ -24,7 +24,8 @@ from int4_lora.reference.checks import (
     check_one_device,
     check_shape,
 )
-from int4_lora.reference.dequantization import dequantize
+from int4_lora.reference.dequantization import linear_weight
+from int4_lora.reference.float4_weight import BaseWeight, check_weight
 from int4_lora.reference.lora import (
     accumulation_dtype,
     check_accumulates,
@@ -38,17 +39,16 @@ from int4_lora.reference.lora_stack import (
     PackedLoRAStack,
     check_slices_fit,
 )
-from int4_lora.reference.packed_weight import PackedWeight
 
 __all__ = ["as_slices", "check_operands", "check_slices", "int4_linear", "int4_lora_linear"]
 
 
-def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def int4_linear(x: Tensor, weight: BaseWeight, bias: Tensor | None = None) -> Tensor:
     """Apply an INT4 linear layer: ``y = RN_x(x W^T + bias)``.
 
     Args:
         x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
-        weight: the packed base weight.
+        weight: the packed base weight, INT4 or FP4.
         bias: ``[out_features]``, float, or None.
 
     Returns:
@@ -59,6 +59,7 @@ def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
         ValueError: an operand whose shape or device does not fit.
 
     Example:
+        >>> from int4_lora.reference import PackedWeight
         >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
         >>> weight = PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8))
         >>> int4_linear(torch.eye(8)[:2], weight)
@@ -73,7 +74,7 @@ def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
 
 def int4_lora_linear(
     x: Tensor,
-    weight: PackedWeight,
+    weight: BaseWeight,
     lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None = None,
     adapter_ids: Tensor | None = None,
     bias: Tensor | None = None,
@@ -86,7 +87,7 @@ def int4_lora_linear(
 
     Args:
         x: ``[tokens, in_features]``, float16, bfloat16, float32 or float64; tokens may be 0.
-        weight: the packed base weight.
+        weight: the packed base weight, INT4 or FP4.
         lora: adapters of the whole output, slices that do not overlap, or None. Of adapters in INT4
             the dequantised A and B are used.
         adapter_ids: int32 or int64 ``[tokens]``, each in ``[-1, adapters)``; needed with ``lora``.
@@ -100,6 +101,7 @@ def int4_lora_linear(
         ValueError: an operand whose shape, value or device does not fit.
 
     Example:
+        >>> from int4_lora.reference import PackedWeight
         >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
         >>> weight = PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8))
         >>> lora = LoRAStack.stack([(torch.ones(1, 8), torch.ones(1, 1), 0.25)])
@@ -113,7 +115,7 @@ def int4_lora_linear(
     slices, ids = check_operands(x, weight, lora, adapter_ids, bias)
     accumulate = accumulation_dtype(x)
     with without_autocast(x):
-        y = x.to(accumulate) @ dequantize(weight, accumulate).T  # [tokens, out_features]
+        y = x.to(accumulate) @ linear_weight(weight, accumulate).T  # [tokens, out_features]
     for part in slices:
         delta = expand(shrink(x, part.stack, ids), part.stack, ids)  # [tokens, part]
         y = y + pad(delta, (part.start, weight.out_features - part.stop))
@@ -153,7 +155,7 @@ def as_slices(
 
 
 def check_slices(
-    weight: PackedWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None
+    weight: BaseWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None
 ) -> tuple[LoRASlice, ...]:
     """Check that ``lora`` fits ``weight``; return it as slices.
 
@@ -161,8 +163,7 @@ def check_slices(
         TypeError: an argument of the wrong type.
         ValueError: widths that do not fit, slices that overlap or leave the output.
     """
-    if not isinstance(weight, PackedWeight):
-        raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
+    check_weight(weight)
     slices = as_slices(lora)
     for part in slices:
         check_one_device(weight=weight.packed, lora=part.stack.a)
@@ -179,7 +180,7 @@ def check_slices(
 
 def check_operands(
     x: Tensor,
-    weight: PackedWeight,
+    weight: BaseWeight,
     lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice] | None,
     adapter_ids: Tensor | None,
     bias: Tensor | None,

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference.dequantization import dequantize, scale_columns, scale_rows
+from int4_lora.reference.dequantization import (
+    dequantize,
+    exact_weight,
+    scale_columns,
+    scale_rows,
+)
+from int4_lora.reference.float4_weight import BaseWeight, dense_dtype
 from int4_lora.reference.linear import check_slices
 from int4_lora.reference.lora_stack import LoRASlice, LoRAStack, PackedLoRAStack
 from int4_lora.reference.packed_weight import PackedWeight
@@ -38,18 +44,18 @@ class MergeCost:
 
 @torch.no_grad()
 def merge(
-    weight: PackedWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice], adapter: int
+    weight: BaseWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice], adapter: int
 ) -> Tensor:
     """Return the dense weight ``RN(W + scaling * B A)`` of one adapter.
 
     Args:
-        weight: the packed base weight.
+        weight: the packed base weight, INT4 or FP4.
         lora: adapters of the whole output, or slices of it.
         adapter: the adapter's index, in ``[0, adapters)``.
 
     Returns:
-        ``[out_features, in_features]`` in the scale's dtype, rounded once from float64; no
-        gradient.
+        ``[out_features, in_features]`` in the scale's dtype, bfloat16 for FP4, rounded once
+        from float64; no gradient.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -65,7 +71,7 @@ def merge(
     Source:
         arXiv:2106.09685, section 4.1.
     """
-    return round_once(_merged(weight, lora, adapter), weight.scale.dtype)
+    return round_once(_merged(weight, lora, adapter), dense_dtype(weight))
 
 
 @torch.no_grad()
@@ -101,6 +107,8 @@ def merge_quantized(
     Source:
         arXiv:2106.09685, section 4.1.
     """
+    if not isinstance(weight, PackedWeight):
+        raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
     exact = _merged(weight, lora, adapter)
     table = (1, 1) if weight.scale.ndim == 1 else (weight.scale.shape[0], weight.scale.shape[1])
     codes, scale, zero_point = quantize_groups(
@@ -135,7 +143,7 @@ def stored_zero_point(weight: PackedWeight, zero_point: Tensor) -> Tensor | None
 
 
 def _merged(
-    weight: PackedWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice], adapter: int
+    weight: BaseWeight, lora: LoRAStack | PackedLoRAStack | Sequence[LoRASlice], adapter: int
 ) -> Tensor:
     """Return W + scaling * B A in float64: ``[out_features, in_features]``."""
     slices = check_slices(weight, lora)
@@ -146,7 +154,7 @@ def _merged(
     adapters = slices[0].stack.adapters
     if not 0 <= adapter < adapters:
         raise ValueError(f"adapter must be in [0, {adapters}), got {adapter}")
-    dense = dequantize(weight, torch.float64)
+    dense = exact_weight(weight)
     for part in slices:
         a = part.stack.a[adapter].to(torch.float64)  # [rank, in_features]
         b = part.stack.b[adapter].to(torch.float64)  # [part, rank]

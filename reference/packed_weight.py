@@ -22,7 +22,7 @@ from int4_lora.reference.checks import (
 )
 from int4_lora.reference.packing import check_bits, code_range, pack, unpack, words_for
 
-__all__ = ["PackedWeight", "Strategy"]
+__all__ = ["PackedWeight", "Strategy", "as_shape", "row_index"]
 
 Strategy = Literal["tensor", "channel", "group", "block"]
 
@@ -81,7 +81,7 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        object.__setattr__(self, "shape", _as_shape(self.shape))
+        object.__setattr__(self, "shape", as_shape(self.shape))
         check_dtype("packed", self.packed, (torch.int32,))
         check_dtype("scale", self.scale, SCALE_DTYPES)
         _check_packed(self)
@@ -156,7 +156,7 @@ class PackedWeight:
             >>> weight.rows(slice(1, 2)).scale
             tensor([[0.2500]])
         """
-        index = _row_index(index, self.out_features).to(self.packed.device)
+        index = row_index(index, self.out_features).to(self.packed.device)
         scale, zero_point = self.scale, self.zero_point
         if self.strategy in ("channel", "group"):
             scale = scale[index]
@@ -176,8 +176,17 @@ class PackedWeight:
         )
 
 
-def _row_index(index: Tensor | slice, rows: int) -> Tensor:
-    """Check ``index`` against the number of rows; return it as an int64 tensor."""
+def row_index(index: Tensor | slice, rows: int) -> Tensor:
+    """Check ``index`` against the number of rows; return it as an int64 tensor.
+
+    Args:
+        index: int64 ``[rows]``, or a slice.
+        rows: the rows of the weight.
+
+    Raises:
+        TypeError: ``index`` is neither an int64 tensor nor a slice.
+        ValueError: no rows, or a row out of range.
+    """
     if isinstance(index, slice):
         ends = [end for end in (index.start, index.stop) if end is not None]
         if not all(-rows <= end <= rows for end in ends):  # Python would crop the slice
@@ -208,7 +217,16 @@ def _block_index(index: Tensor, size: int) -> Tensor:
     return blocks
 
 
-def _as_shape(shape: object) -> tuple[int, int]:
+def as_shape(shape: object) -> tuple[int, int]:
+    """Return a shape as two positive ints.
+
+    Args:
+        shape: a tuple or list, or a checkpoint's int64 ``[2]`` tensor.
+
+    Raises:
+        TypeError: it does not hold ints.
+        ValueError: it does not hold two positive lengths.
+    """
     if isinstance(shape, Tensor):
         check_dtype("shape", shape, (torch.int64,))
         shape = tuple(shape.tolist()) if shape.ndim == 1 else shape

@@ -121,7 +121,9 @@ def test_unbalanced_groups_need_not_divide():
 
 def test_refuses():
     weight = random_weight()
-    with pytest.raises(TypeError, match="weight must be a PackedWeight, got Tensor"):
+    with pytest.raises(
+        TypeError, match="weight must be a PackedWeight or Float4Weight, got Tensor"
+    ):
         dequantize(weight.packed)
     with pytest.raises(TypeError, match=r"dtype must be float16, .* got torch\.int8"):
         dequantize(weight, torch.int8)

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from int4_lora.reference import LoRAStack, PackedWeight, pack
+from int4_lora.reference import Float4Weight, LoRAStack, PackedWeight, pack
 
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = ("tensor", "channel", "group", "block", "g_idx", "g_idx_unbalanced", "g_idx_minus_one")
@@ -44,6 +44,18 @@ def random_weight(
         group_size=block if layout == "block" else None,
         bits=bits,
     )
+
+
+def random_float4(name="nvfp4", *, rows=13, columns=64, seed=0):
+    """Return a random FP4 weight of every code, whose groups all differ."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(256, (rows, columns // 2), generator=generator).to(torch.uint8)
+    if name == "mxfp4":
+        scale = torch.randint(118, 128, (rows, columns // 32), generator=generator)
+        return Float4Weight(packed, scale.to(torch.uint8), (rows, columns))
+    scale = torch.randint(0x28, 0x7E, (rows, columns // 16), generator=generator).to(torch.uint8)
+    global_scale = torch.tensor([2688 / 0.7])
+    return Float4Weight(packed, scale.view(torch.float8_e4m3fn), (rows, columns), global_scale)
 
 
 def random_g_idx(layout, columns, groups, generator):
