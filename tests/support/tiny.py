@@ -61,15 +61,20 @@ def add_g_idx(folder):
     edit_config(folder, weights(actorder="group"))
 
 
-def shorten_scales(folder):
-    """Leave 3 significant bits to each scale, so that (q - z) s is exact in bfloat16.
+def shorten_scales(folder, bits=4):
+    """Leave so few significant bits to each scale that (q - z) s is exact in bfloat16.
 
     In float32 transformers does not round the product to the scale's dtype. Now no one rounds.
+
+    Args:
+        folder: the model's folder.
+        bits: of its codes: scales keep 3 significant bits for 4, and 1 for 8.
     """
+    lost = {4: 0x1F, 8: 0x7F}[bits]
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if name.endswith("weight_scale"):
             assert tensor.dtype == torch.bfloat16
-            tensors[name] = (tensor.view(torch.int16) & ~0x1F).view(torch.bfloat16)
+            tensors[name] = (tensor.view(torch.int16) & ~lost).view(torch.bfloat16)
     save_file(tensors, file, metadata={"format": "pt"})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from int4_lora.integration.huggingface.zero_points import packed_zero_points
-from support.tiny import SQUARE, make_tiny, shorten_scales
+from support.tiny import SQUARE, VARIANTS, make_tiny, shorten_scales
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def square(tmp_path_factory):
     def folder_of(variant):
         if variant not in made:
             made[variant] = make_tiny(root / variant, variant, SQUARE)
-            shorten_scales(made[variant])
+            shorten_scales(made[variant], VARIANTS[variant].get("num_bits", 4))
         return made[variant]
 
     return folder_of
