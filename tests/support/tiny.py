@@ -62,15 +62,19 @@ def add_g_idx(folder):
 
 
 def shorten_scales(folder, bits=4):
-    """Leave 3 significant bits to each scale, 1 with 8-bit codes: (q - z) s is exact in bfloat16.
+    """Leave so few significant bits to each scale that (q - z) s is exact in bfloat16.
 
     In float32 transformers does not round the product to the scale's dtype. Now no one rounds.
+
+    Args:
+        folder: the model's folder.
+        bits: of its codes: scales keep 3 significant bits for 4, and 1 for 8.
     """
+    lost = {4: 0x1F, 8: 0x7F}[bits]
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if name.endswith("weight_scale"):
             assert tensor.dtype == torch.bfloat16
-            dropped = 0x1F if bits == 4 else 0x7F
-            tensors[name] = (tensor.view(torch.int16) & ~dropped).view(torch.bfloat16)
+            tensors[name] = (tensor.view(torch.int16) & ~lost).view(torch.bfloat16)
     save_file(tensors, file, metadata={"format": "pt"})
