@@ -213,9 +213,10 @@ static void write_result(const char *path, const char *dtype, long rows, long co
 }
 
 static void answer(const char *out) {
-    char function[32], wanted[16], dtype[8];
+    char function[32], wanted[16], dtype[8], format[16];
     Tensor x, packed;
     if (!attribute("function", function, sizeof function)) die("no function in", out);
+    if (attribute("weight_format", format, sizeof format)) return; /* FP4 */
     attribute("result_dtype", wanted, sizeof wanted);
     strcpy(dtype, !strcmp(wanted, "bfloat16") ? "BF16" : !strcmp(wanted, "float16") ? "F16" : "F32");
     long n = number("out_features", 0), k = number("in_features", 0);

@@ -23,6 +23,9 @@ from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import pack, unpack
 from int4_lora.reference.quantization import quantize
 
+manifest = {"formats": ("int4", "nvfp4", "mxfp4")}
+"""What the reference claims when it is a backend of its own conformance suite."""
+
 __all__ = [
     "AWQTensors",
     "ExpertsLoRA",

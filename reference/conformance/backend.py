@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.reference import LoRAStack, PackedWeight, dequantize
+from int4_lora.reference import Float4Weight, LoRAStack, PackedWeight, dequantize
 from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
 from int4_lora.reference.conformance.judging.verdict import Finding
 from int4_lora.reference.conformance.manifest import FUNCTIONS, Manifest
@@ -121,7 +121,7 @@ class Backend:
         with _watched(operands):
             _poison(operands)
             result = called(*arguments, **options)
-        return dequantize(result) if isinstance(result, PackedWeight) else result
+        return dequantize(result) if isinstance(result, (PackedWeight, Float4Weight)) else result
 
     def past_ids(self, operands: Operands) -> tuple[Tensor, ...]:
         """Return the different adapter ids of earlier calls with as many tokens, latest first."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from int4_lora.reference import Float4Weight
 from int4_lora.reference.conformance.cases.operands import Operands
 
 __all__ = ["FUNCTIONS", "Manifest"]
@@ -29,6 +30,7 @@ FUNCTIONS = (
     "from_gptq",
     "from_awq",
 )
+FORMATS = ("int4", "nvfp4", "mxfp4")
 STRATEGIES = ("tensor", "channel", "group", "block")
 DTYPES = {
     "float16": torch.float16,
@@ -40,9 +42,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """The claims of a backend; the defaults claim everything but float64.
+    """The claims of a backend; the defaults claim everything but float64 and FP4 weights.
 
     Args:
+        formats: of weights, of "int4", "nvfp4", "mxfp4".
         dtypes: of x.
         scale_dtypes: of the weight's scales.
         scale_dtype_of_x: whether the scales must have the dtype of x.
@@ -81,6 +84,7 @@ class Manifest:
         adapters to a 16-bit base.
     """
 
+    formats: tuple[str, ...] = ("int4",)
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     scale_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     scale_dtype_of_x: bool = False
@@ -153,6 +157,18 @@ class Manifest:
         return reasons
 
     def _of_weight(self, operands: Operands) -> list[tuple[bool, str]]:
+        weight = operands.base_weight
+        if weight is None:
+            return []
+        form = weight.format if isinstance(weight, Float4Weight) else "int4"
+        return [
+            (form not in self.formats, f"{form} weights"),
+            (weight.in_features % self.in_multiple != 0, f"in_features {weight.in_features}"),
+            (weight.out_features % self.out_multiple != 0, f"out_features {weight.out_features}"),
+            *self._of_int4_weight(operands),
+        ]
+
+    def _of_int4_weight(self, operands: Operands) -> list[tuple[bool, str]]:
         weight = operands.packed_weight
         if weight is None:
             return []
@@ -181,8 +197,6 @@ class Manifest:
                 self.finite_scales and not bool(weight.scale.isfinite().all()),
                 "scales that are not finite",
             ),
-            (weight.in_features % self.in_multiple != 0, f"in_features {weight.in_features}"),
-            (weight.out_features % self.out_multiple != 0, f"out_features {weight.out_features}"),
         ]
 
 
@@ -216,6 +230,7 @@ RULES: dict[str, Callable[[object], bool]] = {
     "dtypes": lambda value: _all(value, _is_dtype),
     "scale_dtypes": lambda value: _all(value, _is_dtype),
     "groups": lambda value: value is None or _all(value, _is_size),
+    "formats": lambda value: _all(value, FORMATS.__contains__),
     "strategies": lambda value: _all(value, STRATEGIES.__contains__),
     "symmetric": lambda value: value is None or _is_bool(value),
     "in_multiple": lambda value: _is_size(value) and value != 0,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from int4_lora.reference import PackedWeight
 from int4_lora.reference.conformance.cases.case import Case
 from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
 from int4_lora.reference.conformance.judging.answers import WEIGHTS
@@ -93,7 +94,7 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
             tokens = [token]
             operands = operands.with_tokens(torch.tensor(tokens))
             break
-    if weight.strategy != "block":
+    if not (isinstance(weight, PackedWeight) and weight.strategy == "block"):
         low = output // STEP * STEP
         high = min(low + STEP, stop)
         if fails(operands.with_outputs(low, high)):

@@ -42,6 +42,8 @@ def planted_reference(folder, changed):
 class PlantedBackend:
     """A planted copy of the reference, called with operands of the real one."""
 
+    manifest = int4_lora.reference.manifest
+
     def __init__(self, planted):
         self.planted = planted
         self.pack, self.unpack = planted.pack, planted.unpack
@@ -70,8 +72,8 @@ class PlantedBackend:
 
     def _weight(self, weight):
         fields = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
-        del fields["column_order"]
-        return self.planted.PackedWeight(**fields)
+        fields.pop("column_order", None)
+        return getattr(self.planted, type(weight).__name__)(**fields)
 
     def _lora(self, lora):
         def copy(stack):

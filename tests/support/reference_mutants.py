@@ -9,6 +9,7 @@ DELTA = "reference/test_lora.py::test_the_delta_by_hand"
 MOE = "reference/test_moe.py::"
 MOE_BOUNDS = "reference/test_moe_bounds.py::"
 PACKING = "reference/test_packing.py::KnownWords"
+FLOAT4 = "reference/test_float4.py::test_values_by_hand"
 ROWS = "reference/test_packed_weight.py::EveryFormat"
 
 # name: (module, {right: wrong}, the test that must notice)
@@ -129,6 +130,40 @@ MUTANTS = {
         },
         "reference/test_linear.py::test_slices_write_their_own_outputs",
     ),
+    "fp4_nibble_order": (
+        "float4",
+        {"[packed & 0xF, packed >> 4], dim=2": "[packed >> 4, packed & 0xF], dim=2"},
+        FLOAT4,
+    ),
+    "fp4_sign": (
+        "float4",
+        {
+            ", -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)": (
+                ", 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)"
+            )
+        },
+        FLOAT4,
+    ),
+    "fp4_table": (
+        "float4",
+        {
+            "2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)": (
+                "2.0, 2.5, 3.0, 3.5, -0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5)"
+            )
+        },
+        FLOAT4,
+    ),
+    "global_scale_missing": (
+        "float4",
+        {"    return product / weight.global_scale.to(torch.float64)": "    return product"},
+        FLOAT4,
+    ),
+    "global_scale_multiplied": (
+        "float4",
+        {"return product / weight": "return product * weight"},
+        FLOAT4,
+    ),
+    "e8m0_bias": ("float4", {"(1023 - 127)": "(1023 - 126)"}, FLOAT4),
     "gradients_leak": (
         "lora",
         {"torch.where(chosen, x, 0).to": "x.to"},

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from int4_lora.integration.conformance.golden.recorded import NO_FILE, read_result
 from int4_lora.integration.conformance.golden.write import VERSION
-from int4_lora.reference import AWQTensors, GPTQTensors, LoRASlice, LoRAStack, PackedWeight
+from int4_lora.reference import (
+    AWQTensors,
+    Float4Weight,
+    GPTQTensors,
+    LoRASlice,
+    LoRAStack,
+    PackedWeight,
+)
 from int4_lora.reference.conformance import Answer, Manifest, Operands, Outcome, answer, judge
 from int4_lora.reference.conformance.diagnosis.search import Diagnostician
 from int4_lora.reference.conformance.evidence import JudgedCall, Witness
@@ -45,8 +52,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: {error}") from error
     if not isinstance(index, dict) or index.get("format") != "int4-lora golden":
         raise ValueError(f"{file}: it is no index of golden files")
-    if index.get("version") != VERSION:
-        raise ValueError(f"{file}: version must be {VERSION}, got {index.get('version')!r}")
+    if index.get("version") not in range(1, VERSION + 1):
+        raise ValueError(f"{file}: version must be 1 to {VERSION}, got {index.get('version')!r}")
     named = isinstance(index.get("cases"), list) and all(
         isinstance(case, dict) and isinstance(case.get("file"), str) and "/" not in case["file"]
         for case in index["cases"]
@@ -184,8 +191,15 @@ def _answer(
 
 def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
     attributes = entry["attributes"]
-    weight = None
-    if "weight.packed" in tensors:
+    weight: PackedWeight | Float4Weight | None = None
+    if "weight_format" in attributes:
+        weight = Float4Weight(
+            tensors["weight.packed"],
+            tensors["weight.scale"],
+            shape=(attributes["out_features"], attributes["in_features"]),
+            global_scale=tensors.get("weight.global_scale"),
+        )
+    elif "weight.packed" in tensors:
         block = attributes.get("block")
         weight = PackedWeight(
             tensors["weight.packed"],

@@ -16,13 +16,13 @@ from torch import Tensor
 import int4_lora
 from int4_lora.atomic_files import replace_files
 from int4_lora.integration.conformance.golden.ordered_sums import ordered_sums
-from int4_lora.reference import LoRAStack
+from int4_lora.reference import Float4Weight, LoRAStack
 from int4_lora.reference.conformance import Case, Manifest, Operands, answer, tensors_of
 from int4_lora.reference.conformance.judging.yardstick import yardstick_rms
 
 __all__ = ["DECLARATIONS", "VERSION", "exportable", "file_name", "write_golden"]
 
-VERSION = 1
+VERSION = 2  # 1 has no FP4 weights, and is the same otherwise
 DECLARATIONS: dict[str, dict[str, Any]] = {
     "": {},
     "weight_unrounded": {"weight_rounded": False},
@@ -136,10 +136,16 @@ def _attributes(case: Case, operands: Operands) -> dict[str, Any]:
     if case.function == "unpack":
         return {"dim": operands.dim, "size": operands.size}
     attributes: dict[str, Any] = {}
-    weight = operands.packed_weight
+    weight = operands.base_weight
     if case.function == "from_gptq":
         attributes["zero_plus_one"] = operands.zero_plus_one
-    if weight is not None:
+    if isinstance(weight, Float4Weight):
+        attributes |= {
+            "out_features": weight.out_features,
+            "in_features": weight.in_features,
+            "weight_format": weight.format,
+        }
+    elif weight is not None:
         attributes |= {
             "out_features": weight.out_features,
             "in_features": weight.in_features,

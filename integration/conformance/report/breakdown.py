@@ -113,7 +113,7 @@ def _of_weight(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
 
 
 def _of_outputs(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
-    weight = operands.weight
+    weight = operands.packed_weight
     spans = [(part.start, part.stop) for part in operands.slices]
     if len(spans) > 1 or any(start for start, _ in spans):
         slot = torch.full((wrong.shape[1],), -1)

@@ -17,8 +17,14 @@ MISTAKES: dict[str, str] = {
     ),
     "packed_along_inputs": "The words of AWQ or GPTQ are unpacked along the wrong axis.",
     "nibble_order": (
-        "The eight 4-bit codes of each packed word are read or written in the wrong order."
+        "The eight 4-bit codes of each packed word are read or written in the wrong order, or the "
+        "two FP4 codes of each byte."
     ),
+    "fp4_sign": "The sign bit of FP4 codes is left out or inverted.",
+    "global_scale_missing": "NVFP4's scales are not divided by the global scale.",
+    "global_scale_multiplied": "NVFP4's scales are multiplied by the global scale, not divided.",
+    "e8m0_bias": "MXFP4's E8M0 scales are read with a wrong bias, or as plain numbers.",
+    "fp4_table": "FP4 codes are not looked up in the table 0, 0.5, 1, 1.5, 2, 3, 4, 6.",
     "offset": "The wrong number is subtracted from the stored codes.",
     "sign_extension": "The sign bit of the packed word reaches the codes.",
     "zero_point_sign": "The zero-point is added to the code instead of subtracted from it.",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from int4_lora.reference import (
     AWQTensors,
+    Float4Weight,
     GPTQTensors,
     LoRASlice,
     LoRAStack,
@@ -27,7 +28,15 @@ from int4_lora.reference.conformance.cases.draws import Draws
 from int4_lora.reference.linear import as_slices
 from int4_lora.reference.lora_stack import rows_of
 
-__all__ = ["Operands", "adapters", "group_of_each_column", "tensors_of", "tokens", "weight"]
+__all__ = [
+    "Operands",
+    "adapters",
+    "float4_weight",
+    "group_of_each_column",
+    "tensors_of",
+    "tokens",
+    "weight",
+]
 
 SCALINGS = (2 / 3, 2.0, 0.37, -1.5, 1.25)  # none is 1, and no two are equal
 
@@ -56,7 +65,7 @@ class Operands:
     packed: Tensor | None = None
     size: int = 0
     dim: int = 1
-    weight: PackedWeight | None = None
+    weight: PackedWeight | Float4Weight | None = None
     dtype: torch.dtype | None = None
     x: Tensor | None = None
     h: Tensor | None = None
@@ -68,10 +77,17 @@ class Operands:
 
     @property
     def packed_weight(self) -> PackedWeight | None:
-        """The weight, or that which the tensors of another layout hold."""
+        """The INT4 weight, or that which the tensors of another layout hold; None for FP4."""
         if isinstance(self.layout, GPTQTensors):
             return from_gptq(*self.layout, zero_plus_one=self.zero_plus_one)
-        return self.weight if self.layout is None else from_awq(*self.layout)
+        if isinstance(self.layout, AWQTensors):
+            return from_awq(*self.layout)
+        return self.weight if isinstance(self.weight, PackedWeight) else None
+
+    @property
+    def base_weight(self) -> PackedWeight | Float4Weight | None:
+        """The weight, INT4 or FP4, or that which the tensors of another layout hold."""
+        return self.weight if isinstance(self.weight, Float4Weight) else self.packed_weight
 
     @property
     def slices(self) -> tuple[LoRASlice, ...]:
@@ -153,7 +169,9 @@ def tensors_of(operands: Operands) -> dict[str, Tensor]:
     for name in ("codes", "packed", "x", "h", "adapter_ids", "bias"):
         tensors[name] = getattr(operands, name)
     if operands.weight is not None:
-        for name in ("packed", "scale", "zero_point", "g_idx"):
+        is_float4 = isinstance(operands.weight, Float4Weight)
+        others = ("global_scale",) if is_float4 else ("zero_point", "g_idx")
+        for name in ("packed", "scale", *others):
             tensors[f"weight.{name}"] = getattr(operands.weight, name)
     if operands.layout is not None:
         tensors.update(operands.layout._asdict())
@@ -206,6 +224,28 @@ def weight(
         g_idx=group_of_each_column(draws, what, g_idx, columns, groups),
         group_size=block if strategy == "block" else None,
     )
+
+
+def float4_weight(
+    draws: Draws, name: str, rows: int = 64, columns: int = 256, *, what: str = "weight"
+) -> Float4Weight:
+    """Return a random FP4 weight whose scales differ, so that swapping two groups shows.
+
+    Args:
+        draws: the random numbers.
+        name: "nvfp4" or "mxfp4".
+        rows: out_features.
+        columns: in_features.
+        what: the name under which the numbers are drawn.
+    """
+    packed = draws.integers(f"{what}.packed", (rows, columns // 2), 0, 255).to(torch.uint8)
+    if name == "mxfp4":
+        scale = draws.integers(f"{what}.scale", (rows, columns // 32), 120, 124)
+        return Float4Weight(packed, scale.to(torch.uint8), (rows, columns))
+    scale = draws.integers(f"{what}.scale", (rows, columns // 16), 0x60, 0x7D)  # 32 to 416
+    global_scale = ((1 + draws.uniform(f"{what}.global_scale", (1,))) * 2048).to(torch.float32)
+    e4m3 = scale.to(torch.uint8).view(torch.float8_e4m3fn)
+    return Float4Weight(packed, e4m3, (rows, columns), global_scale)
 
 
 def group_of_each_column(

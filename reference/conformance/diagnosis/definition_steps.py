@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference import LoRASlice, PackedWeight
+from int4_lora.reference import Float4Weight, LoRASlice, PackedWeight
 from int4_lora.reference.bounds import FORMATS, gamma
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import DELTA_ROUNDINGS, WEIGHTS
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import scale_columns, scale_rows
+from int4_lora.reference.float4_weight import BaseWeight, dense_dtype
+from int4_lora.reference.rounding import round_once
 
 __all__ = [
     "RIGHT",
@@ -56,6 +58,10 @@ class Way:
         starts: slices -> the first output of each.
         outputs: result -> the result as it is written.
         layout: operands -> the weight that the tensors of another layout hold.
+        float4_codes: bytes -> FP4 codes ``[out_features, in_features]``.
+        float4_values: FP4 codes -> their values in float64.
+        float4_scales: FP4 weight -> its scales in float64, ``[out_features, groups]``.
+        float4_global: (codes times scales, global scale) -> weights in float64.
         zero_points_too: whether zero-points are read with this way's shifts, mask and code; else
             with those of ``RIGHT``.
     """
@@ -76,7 +82,28 @@ class Way:
     starts: Callable[[Sequence[LoRASlice]], list[int]]
     outputs: Callable[[Tensor], Tensor]
     zero_points_too: bool = True
+    float4_codes: Callable[[Tensor], Tensor] = lambda packed: torch.stack(
+        [packed & 0xF, packed >> 4], dim=2
+    ).flatten(1)
+    float4_values: Callable[[Tensor], Tensor] = lambda codes: e2m1_values(codes)
+    float4_scales: Callable[[Float4Weight], Tensor] = lambda weight: float4_scale_values(weight)
+    float4_global: Callable[[Tensor, Tensor], Tensor] = lambda product, over: product / over
     layout: Callable[[Operands], PackedWeight | None] = lambda operands: operands.packed_weight
+
+
+def e2m1_values(codes: Tensor) -> Tensor:
+    """Return the values of E2M1 codes: (1 + m / 2) 2^(e - 1), or m / 2 where e is 0."""
+    sizes = [(1 + m / 2) * 2.0 ** (e - 1) if e else m / 2 for e in range(4) for m in range(2)]
+    size = torch.tensor(sizes, dtype=torch.float64)[(codes & 7).to(torch.int64)]
+    return torch.where(codes >> 3 & 1 == 1, -size, size)
+
+
+def float4_scale_values(weight: Float4Weight) -> Tensor:
+    """Return the scales of an FP4 weight as float64 ``[out_features, groups]``."""
+    if weight.format == "nvfp4":
+        return weight.scale.to(torch.float64)
+    values = [*(2.0 ** (byte - 127) for byte in range(255)), float("nan")]
+    return torch.tensor(values, dtype=torch.float64)[weight.scale.to(torch.int64)]
 
 
 def rounded_product(
@@ -132,8 +159,19 @@ def centred(way: Way, weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     return codes, way.zero_points(table, weight)[rows, columns], scales
 
 
-def dense_weight(way: Way, weight: PackedWeight) -> Tensor:
+def exact_float4(way: Way, weight: Float4Weight) -> Tensor:
+    """Return an FP4 weight as ``way`` reads it, not rounded: float64, of the weight's shape."""
+    scale = way.float4_scales(weight).repeat_interleave(weight.group_size, dim=1)
+    product = way.float4_values(way.float4_codes(weight.packed)) * scale
+    if weight.global_scale is None:
+        return product
+    return way.float4_global(product, weight.global_scale.to(torch.float64))
+
+
+def dense_weight(way: Way, weight: BaseWeight) -> Tensor:
     """Return the weight as ``way`` reads it: float64 ``[out_features, in_features]``."""
+    if isinstance(weight, Float4Weight):
+        return round_once(exact_float4(way, weight), dense_dtype(weight)).to(torch.float64)
     codes, zero_points, scales = centred(way, weight)
     return way.columns(way.product(codes, zero_points, scales, way.centre), weight)
 
@@ -166,7 +204,7 @@ def answer_of(
     if function == "unpack" and operands.packed is not None:
         codes = read_codes(way, operands.packed, operands.size, operands.dim)
         return _exactly(way.outputs(codes.to(torch.int8)))
-    weight = way.layout(operands)
+    weight = operands.base_weight if operands.layout is None else way.layout(operands)
     if function in WEIGHTS and weight is not None:
         dense = way.outputs(dense_weight(way, weight))
         if operands.dtype is not None:
@@ -191,7 +229,10 @@ def _layer(
     if x is None or weight is None:
         raise ValueError("a layer needs x and weight")
     wide = way.inputs(x.double())
-    dense = dense_weight(way, weight)
+    if isinstance(weight, Float4Weight):
+        dense = exact_float4(way, weight)
+    else:
+        dense = dense_weight(way, weight)
     base, size = wide @ dense.T, wide.abs() @ dense.abs().T
     exact, rank, deltas = base.clone(), 0, torch.zeros_like(base)
     for part, start in zip(operands.slices, way.starts(operands.slices), strict=True):
@@ -205,8 +246,8 @@ def _layer(
     if operands.bias is not None:
         exact, size = exact + operands.bias.double(), size + operands.bias.double().abs()
     tolerance = _gamma(weight.in_features + rank + 8, x, manifest) * size
-    if not manifest.weight_rounded:
-        tolerance = tolerance + FORMATS[weight.scale.dtype].u * (wide.abs() @ dense.abs().T)
+    if isinstance(weight, Float4Weight) or not manifest.weight_rounded:
+        tolerance = tolerance + FORMATS[dense_dtype(weight)].u * (wide.abs() @ dense.abs().T)
     output = FORMATS[x.dtype]
     if manifest.delta_rounded:
         tolerance = tolerance + DELTA_ROUNDINGS * output.u * deltas

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from int4_lora.reference import dequantize
 from int4_lora.reference.bounds import FORMATS
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import Answer, answer
 from int4_lora.reference.conformance.judging.systematic_error import systematic_error
 from int4_lora.reference.conformance.judging.yardstick import one_by_one, yardstick
 from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.dequantization import rounded_weight
 
 __all__ = ["accumulated_low"]
 
@@ -67,7 +67,7 @@ def _fits(
         return False
     held = answer(function, operands, manifest)
     low = dataclasses.replace(manifest, accumulate=dtype, base_rounded=True)
-    dense = dequantize(weight, torch.float64)
+    dense = rounded_weight(weight).to(torch.float64)
     casts = 4 * FORMATS[dtype].u * (x.double().abs() @ dense.abs().T)
     bound = answer(function, operands, low).bound + casts
     judged = held.bound.isfinite() & result.isfinite()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from int4_lora.reference import LoRASlice, PackedWeight
 from int4_lora.reference.conformance.diagnosis.definition_steps import RIGHT, Way, rounded_product
+from int4_lora.reference.conformance.diagnosis.float4_mistakes import FLOAT4_MISTAKES
 from int4_lora.reference.conformance.diagnosis.layout_mistakes import LAYOUT_MISTAKES
 from int4_lora.reference.dequantization import scale_columns
 
@@ -25,7 +26,7 @@ __all__ = ["IDENTIFIERS", "MISTAKES", "Mistake"]
 
 IDENTIFIERS = (
     *LAYOUT_MISTAKES,  # first: offset explains what gptq_zero_plus_one does, too
-    "nibble_order",
+    *FLOAT4_MISTAKES,  # nibble_order is a mistake of INT4, too
     "offset",
     "sign_extension",
     "zero_point_sign",
@@ -277,6 +278,11 @@ MISTAKES: tuple[Mistake, ...] = (
             lambda: 4 * torch.arange(7, -1, -1, dtype=torch.int32)),
     Mistake("nibble_order", "the codes of each byte in the other order", "shifts",
             lambda: 4 * torch.tensor([1, 0, 3, 2, 5, 4, 7, 6], dtype=torch.int32)),
+    *(
+        Mistake(name, variant, step, wrong)
+        for name, variants in FLOAT4_MISTAKES.items()
+        for variant, (step, wrong) in variants.items()
+    ),
     *(
         Mistake("offset", f"q = u - {by}", "code", lambda stored, by=by: stored - by)
         for by in (7, 9, 0)

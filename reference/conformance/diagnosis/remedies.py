@@ -47,7 +47,32 @@ REMEDIES: dict[str, Remedy] = {
     "nibble_order": Remedy(
         "the codes of a word, or of its bytes, in the other order",
         "code = (word >> (28 - 4 * i)) & 0xF",
-        "shift by 4 i: the first code of a word is in its lowest bits",
+        "shift by 4 i: the first code of a word, or of a byte of FP4, is in its lowest bits",
+    ),
+    "fp4_sign": Remedy(
+        "an FP4 code's highest bit left out, or the sign inverted",
+        "w = table[code & 7] * s",
+        "the highest bit of a code is its sign, set for negative values",
+    ),
+    "global_scale_missing": Remedy(
+        "NVFP4's scales used without the global scale",
+        "w = value * scale.float()",
+        "divide by the global scale: `value * scale / global_scale`",
+    ),
+    "global_scale_multiplied": Remedy(
+        "NVFP4's global scale multiplied, as ModelOpt stores it, not divided",
+        "w = value * scale.float() * global_scale",
+        "divide: compressed-tensors stores the reciprocal of ModelOpt's weight_scale_2",
+    ),
+    "e8m0_bias": Remedy(
+        "MXFP4's scales read with another bias, or as numbers",
+        "s = torch.exp2(scale.float() - 126)",
+        "a scale s means `2 ** (s - 127)`, and 255 is NaN",
+    ),
+    "fp4_table": Remedy(
+        "FP4 codes read as whole numbers, or the table's values doubled",
+        "value = code - 16 if code >= 8 else code",
+        "look the magnitude up: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for the codes 0 to 7",
     ),
     "offset": Remedy(
         "7, 9 or 0 subtracted from the stored number instead of 8",

@@ -36,6 +36,7 @@ from int4_lora.reference.bounds import FORMATS, gamma
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import unrounded_weight
+from int4_lora.reference.float4_weight import BaseWeight, dense_dtype
 from int4_lora.reference.lora_stack import LoRAStack
 
 __all__ = ["WEIGHTS", "Answer", "answer", "delta_magnitude", "exact_answer"]
@@ -88,10 +89,10 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
     x = operands.activations
     loose = [exact]
     if not manifest.weight_rounded:
-        loose.append(_layer_on(unrounded_weight(_of(operands.weight)), operands))
+        loose.append(_layer_on(unrounded_weight(_weight_of(operands)), operands))
     bound = error_bound(
         x,
-        _of(operands.weight),
+        _weight_of(operands),
         operands.lora,
         operands.adapter_ids,
         operands.bias,
@@ -109,7 +110,7 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
 
 def delta_magnitude(operands: Operands) -> Tensor:
     """Return |scaling| (|x| |A|^T) |B|^T: float64 ``[tokens, out_features]``."""
-    x, ids, weight = operands.activations, _of(operands.adapter_ids), _of(operands.weight)
+    x, ids, weight = operands.activations, _of(operands.adapter_ids), _weight_of(operands)
     total = torch.zeros(len(x), weight.out_features, dtype=torch.float64, device=x.device)
     for part in operands.slices:
         magnitudes = _magnitudes(part.stack)
@@ -129,22 +130,22 @@ def exact_answer(function: str, operands: Operands) -> Tensor:
     if function == "unpack":
         return unpack(_of(operands.packed), operands.size, dim=operands.dim)
     if function in WEIGHTS:
-        return dequantize(_of(operands.packed_weight), operands.dtype)
+        return dequantize(_weight_of(operands), operands.dtype)
     wide = operands.activations.to(torch.float64)
     if function == "shrink":
         return shrink(wide, operands.slices[0].stack, _of(operands.adapter_ids))
     if function == "expand":
         return expand(wide, operands.slices[0].stack, _of(operands.adapter_ids))
     return int4_lora_linear(
-        wide, _of(operands.weight), operands.lora, operands.adapter_ids, operands.bias
+        wide, _weight_of(operands), operands.lora, operands.adapter_ids, operands.bias
     )
 
 
 def _layer_on(dense: Tensor, operands: Operands) -> Tensor:
     """Return the exact layer on another dense weight."""
     x = operands.activations.double()
-    with_adapters = int4_lora_linear(x, _of(operands.weight), operands.lora, operands.adapter_ids)
-    base = int4_lora_linear(x, _of(operands.weight))
+    with_adapters = int4_lora_linear(x, _weight_of(operands), operands.lora, operands.adapter_ids)
+    base = int4_lora_linear(x, _weight_of(operands))
     delta = torch.where(base.isfinite(), with_adapters - base, 0.0)  # [tokens, out_features]
     bias = 0.0 if operands.bias is None else operands.bias.double()
     result: Tensor = x @ dense.T + delta + bias
@@ -152,13 +153,13 @@ def _layer_on(dense: Tensor, operands: Operands) -> Tensor:
 
 
 def _weight_answer(operands: Operands, manifest: Manifest, exact: Tensor) -> Answer:
-    weight = _of(operands.packed_weight)
-    dtype = operands.dtype or weight.scale.dtype
+    weight = _weight_of(operands)
+    dtype = operands.dtype or dense_dtype(weight)
     bound = torch.zeros(exact.shape, dtype=torch.float64, device=exact.device)
     if manifest.weight_rounded:
         return Answer(exact, dtype, bound, (exact,))
     unrounded = unrounded_weight(weight)
-    rounded, last = FORMATS[weight.scale.dtype], FORMATS[dtype]
+    rounded, last = FORMATS[dense_dtype(weight)], FORMATS[dtype]
     once = exact.double().abs() * (rounded.u + last.u)
     bound = once + rounded.output_underflow + last.output_underflow
     return Answer(exact, dtype, torch.where(bound.isnan(), torch.inf, bound), (exact, unrounded))
@@ -176,6 +177,14 @@ def _part_bound(function: str, operands: Operands, manifest: Manifest, exact: Te
     bound = (gamma(n, inside.u) + gamma(n, truth.u)) * magnitude
     bound = bound + inside.product_underflow * (n + magnitude)
     return torch.where(bound.isnan() | ~exact.isfinite(), torch.inf, bound)
+
+
+def _weight_of(operands: Operands) -> BaseWeight:
+    """Return the weight, INT4 or FP4; there must be one."""
+    weight = operands.base_weight
+    if weight is None:
+        raise ValueError("an operand that the function needs is None: weight")
+    return weight
 
 
 def _of(value: T | None) -> T:

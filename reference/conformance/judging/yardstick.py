@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from int4_lora.reference import dequantize
 from int4_lora.reference.bounds import FORMATS
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import WEIGHTS, Answer
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS, error_of, rms_of
 from int4_lora.reference.conformance.manifest import Manifest
-from int4_lora.reference.dequantization import unrounded_weight
+from int4_lora.reference.dequantization import linear_weight, unrounded_weight
 
 __all__ = [
     "ORDERS",
@@ -65,7 +64,7 @@ def yardstick(
         raise ValueError(f"{function} needs x and weight")
     inside = manifest.sums_of(x)
     if manifest.weight_rounded:
-        dense = dequantize(weight, inside)
+        dense = linear_weight(weight, inside)
     else:
         dense = unrounded_weight(weight, inside)
     y = one_by_one(x.to(inside), dense, order)

@@ -59,6 +59,7 @@ def test_a_manifest_is_read_from_a_mapping():
         ({"in_multiple": 0}, TypeError),
         ({"accumulate": None}, TypeError),
         ({"strategies": ["rows"]}, TypeError),
+        ({"formats": ["int8"]}, TypeError),
         ({"symmetric": "yes"}, TypeError),
     ],
 )
@@ -76,6 +77,10 @@ def test_an_invalid_manifest_is_refused(claims, error):
         ({"groups": [128]}, "int4_linear/group_32/bf16", "groups of 32"),
         ({"groups": [128]}, "int4_linear/channel/bf16", "one scale for a row"),
         ({"strategies": ["group"]}, "int4_linear/block_asym/bf16", "strategy block"),
+        ({}, "int4_linear/nvfp4/bf16", "nvfp4 weights"),
+        ({"formats": ["nvfp4"]}, "int4_linear/mxfp4/bf16", "mxfp4 weights"),
+        ({"formats": ["nvfp4"]}, "int4_linear/group_128/bf16", "int4 weights"),
+        ({"formats": ["mxfp4"], "in_multiple": 512}, "int4_linear/mxfp4/bf16", "in_features 256"),
         ({"symmetric": True}, "int4_linear/group_128_asym/bf16", "a weight with zero-points"),
         ({"symmetric": False}, "int4_linear/group_128/bf16", "a weight without zero-points"),
         ({"g_idx": False}, "int4_linear/g_idx/bf16", "g_idx"),

@@ -10,6 +10,7 @@ from support.reference_mutants import MUTANTS
 FORMAT = "dequantize/*/bf16,unpack/*,pack/*,int4_linear/*/bf16,int4_lora_linear/on_*/bf16"
 ADAPTERS = "shrink/*/bf16,expand/*/bf16,int4_lora_linear/*/bf16"
 LAYOUTS = "from_*"
+FLOAT4 = "*/nvfp4*/*,*/mxfp4*/*,*/on_nvfp4/*,*/on_mxfp4/*"
 PLANTED = {
     "nibble_order": ("nibble_order", FORMAT),
     "offset": ("offset", FORMAT),
@@ -26,6 +27,12 @@ PLANTED = {
     "awq_order_ignored": ("awq_order_ignored", LAYOUTS),
     "gptq_zero_plus_one": ("gptq_zero_plus_one", LAYOUTS),
     "packed_along_inputs": ("packed_along_inputs", LAYOUTS),
+    "fp4_nibble_order": ("nibble_order", FLOAT4),
+    "fp4_sign": ("fp4_sign", FLOAT4),
+    "fp4_table": ("fp4_table", FLOAT4),
+    "global_scale_missing": ("global_scale_missing", FLOAT4),
+    "global_scale_multiplied": ("global_scale_multiplied", FLOAT4),
+    "e8m0_bias": ("e8m0_bias", FLOAT4),
     "adapter_minus_one_indexed": ("adapter_minus_one_indexed", ADAPTERS),
     "scaling_missing": ("scaling_missing", ADAPTERS),
     "scaling_twice": ("scaling_twice", ADAPTERS),

@@ -28,18 +28,22 @@ CASES = (
     "pack/ragged,unpack/ragged,unpack/zero_points,dequantize/ragged_asym/*,dequantize/cast/*,"
     "int4_linear/ragged*/bf16,int4_linear/exact/fp16,int4_lora_linear/on_ragged_asym/bf16,"
     "int4_lora_linear/slices_qkv/bf16,shrink/rank_3/bf16,expand/rank_3/bf16,from_gptq/g_idx/fp16,"
-    "from_gptq/version_2/bf16,from_awq/columns_44/fp16"
+    "from_gptq/version_2/bf16,from_awq/columns_44/fp16,dequantize/nvfp4_all_scales/bf16,"
+    "dequantize/mxfp4/bf16,int4_linear/nvfp4_token/bf16"
 )
 runner = CliRunner()
 
 
 def results_of(under_test, folder, target, patterns=CASES):
-    """Write what a backend returns for each case."""
+    """Write what a backend returns for each case that it claims, and which formats it claims."""
     target.mkdir()
     backend = Backend(under_test, "under test")
+    claims = {"formats": backend.manifest.formats}
+    (target / "manifest.json").write_text(json.dumps(claims))
     for case in exportable(select(patterns)):
-        if case.function in backend.functions:
-            result = backend.call(case.function, case.operands())
+        operands = case.operands()
+        if backend.skips(case.function, operands, "cpu") is None:
+            result = backend.call(case.function, operands)
             save_file({"result": result.contiguous()}, target / file_name(case.name))
     return target
 
@@ -66,7 +70,7 @@ def test_the_files_in_the_repository_are_written_again_byte_for_byte(golden):
 
 def test_the_index_says_what_the_files_hold(golden):
     index = json.loads((golden / "index.json").read_text())
-    assert (index["format"], index["version"]) == ("int4-lora golden", 1)
+    assert (index["format"], index["version"]) == ("int4-lora golden", 2)
     for entry in index["cases"]:
         tensors = load_file(golden / entry["file"])
         bounds = {case["tensor"] for case in entry["bounds"].values()}
@@ -85,12 +89,28 @@ def test_the_reference_passes_and_a_faulty_backend_does_not(golden, tmp_path):
     assert code == 1
     assert "low_precision_accumulate" in report["diagnosis"]
     skipped = [case for case in report["cases"] if case["status"] == "skipped"]
-    assert {case["message"] for case in skipped} == {"no result file"}
+    assert {case["message"] for case in skipped} == {
+        "no result file",
+        "nvfp4 weights",
+        "mxfp4 weights",
+    }
+
+
+def test_version_1_is_checked_still(golden, tmp_path):
+    copied = shutil.copytree(golden, tmp_path / "golden")
+    results = results_of(int4_lora.reference, copied, tmp_path / "results")
+    index = json.loads((copied / "index.json").read_text())
+    kept = [entry for entry in index["cases"] if "weight_format" not in entry["attributes"]]
+    assert len(kept) == len(index["cases"]) - 3
+    edit_index(copied, "version", 1)
+    edit_index(copied, "cases", kept)
+    code, report = checked(copied, results)
+    assert (code, report["counts"]["passed"]) == (0, len(kept))
 
 
 def test_one_wrong_number_is_found_in_each_kind_of_case(golden, tmp_path):
     results = results_of(int4_lora.reference, golden, tmp_path / "results")
-    for file in sorted(results.iterdir()):
+    for file in sorted(results.glob("*.safetensors")):
         right = load_file(file)["result"]
         wrong = right.clone()
         wrong.view(-1)[-1] += 1
@@ -114,8 +134,13 @@ def test_results_are_a_backend_of_conform(golden, tmp_path):
 def test_a_declared_rounding_has_a_bound_of_its_own(golden, tmp_path):
     results = results_of(int4_lora.reference, golden, tmp_path / "results")
     (results / "manifest.json").write_text('{"weight_rounded": false, "base_rounded": true}')
-    code, _ = checked(golden, results)
-    assert code == 0
+    code, report = checked(golden, results)
+    assert (code, report["counts"]["skipped"]) == (0, 3)  # FP4 is not claimed
+    claims = {**int4_lora.reference.manifest, "weight_rounded": False}  # it rounds FP4 weights
+    (results / "manifest.json").write_text(json.dumps(claims))
+    code, report = checked(golden, results)
+    failed = [case["case"] for case in report["cases"] if case["status"] == "failed"]
+    assert (code, failed) == (1, ["int4_linear/nvfp4_token/bf16"])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +152,7 @@ def test_a_declared_rounding_has_a_bound_of_its_own(golden, tmp_path):
             lambda golden, results: (golden / "index.json").write_text(
                 '{"format": "int4-lora golden", "version": 9}'
             ),
-            "version must be 1, got 9",
+            "version must be 1 to 2, got 9",
         ),
         (lambda golden, results: edit_index(golden, "cases", None), "cases that each name"),
         (lambda golden, results: edit_index(golden, "seed", "one"), "it needs a seed"),
@@ -244,7 +269,7 @@ def test_a_backend_in_c_passes_and_fails_with_a_fault(golden, tmp_path):
         if name == "right":
             assert code == 0
             assert {"int4_lora_linear/slices_qkv/bf16", "int4_linear/exact/fp16"} <= passed
-            assert report["counts"] == {"passed": 14, "failed": 0, "skipped": 6}
+            assert report["counts"] == {"passed": 14, "failed": 0, "skipped": 9}
         else:
             assert code == 1
             assert "offset" in report["diagnosis"]
