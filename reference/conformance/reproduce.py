@@ -82,9 +82,9 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
     """
     operands, wrong = asked.operands, asked.finding.wrong if asked.finding else None
     x, weight = operands.x, operands.weight
-    if x is None or weight is None:
+    if x is None or (weight is None and operands.experts is None):
         return [], 0, 0
-    tokens, start, stop = list(range(x.shape[0])), 0, weight.out_features
+    tokens, start, stop = list(range(x.shape[0])), 0, 0 if weight is None else weight.out_features
     if wrong is None or not bool(wrong.any()):
         return tokens, start, stop
     output = int(wrong.nonzero()[0][1])
@@ -93,7 +93,7 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
             tokens = [token]
             operands = operands.with_tokens(torch.tensor(tokens))
             break
-    if weight.strategy != "block":
+    if weight is not None and weight.strategy != "block":
         low = output // STEP * STEP
         high = min(low + STEP, stop)
         if fails(operands.with_outputs(low, high)):

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from int4_lora.reference.conformance.cases.behaviour import behaviour_cases
 from int4_lora.reference.conformance.cases.case import Case
+from int4_lora.reference.conformance.cases.experts import expert_cases
 from int4_lora.reference.conformance.cases.format import format_cases
 from int4_lora.reference.conformance.cases.layouts import layout_cases
 from int4_lora.reference.conformance.cases.linear import linear_cases
@@ -23,6 +24,7 @@ CASES: tuple[Case, ...] = (
     *lora_cases(),
     *behaviour_cases(),
     *layout_cases(),
+    *expert_cases(),
 )
 """Every case, in the order in which they run."""
 
