@@ -141,16 +141,17 @@ class ExpertsLoRA:
             object.__setattr__(self, name, tuple(entries))
             for expert, entry in enumerate(entries):
                 adapters = _adapters_of(f"{name}[{expert}]", entry)
-                first = first or (adapters and (f"{name}[{expert}]", adapters)) or None
+                if adapters and first is None:
+                    first = (f"{name}[{expert}]", adapters)
                 if adapters and first is not None and adapters != first[1]:
                     raise ValueError(
                         f"all experts must have the same adapters: {first[0]} has {first[1]}, "
                         f"{name}[{expert}] has {adapters}"
                     )
-        if None not in (self.gate_up, self.down) and len(self.gate_up) != len(self.down):  # type: ignore[arg-type]
+        gate_up, down = self.gate_up, self.down
+        if gate_up is not None and down is not None and len(gate_up) != len(down):
             raise ValueError(
-                "gate_up and down must be for the same experts, "
-                f"got {len(self.gate_up)} and {len(self.down)}"  # type: ignore[arg-type]
+                f"gate_up and down must be for the same experts, got {len(gate_up)} and {len(down)}"
             )
 
     @property

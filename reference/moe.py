@@ -39,6 +39,8 @@ __all__ = [
     "Activation",
     "activated",
     "check_moe",
+    "check_options",
+    "check_top_k",
     "expert_layer",
     "int4_moe",
     "routed",
@@ -141,7 +143,7 @@ def expert_layer(
 
 def routed(topk_ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield each used expert with the tokens that chose it, and in which of their k slots."""
-    for expert in topk_ids.unique().tolist():
+    for expert in sorted({*topk_ids.flatten().tolist()}):
         if expert >= 0:
             tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
             yield expert, tokens, slots
@@ -168,10 +170,7 @@ def check_moe(
     check_dtype("x", x, X_DTYPES)
     check_shape("x", x, (None, experts.hidden), "[tokens, hidden]")
     _check_routing(x, experts, topk_ids, topk_weights)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if type(weights_first) is not bool:
-        raise TypeError(f"weights_first must be a bool, got {type(weights_first).__name__}")
+    check_options(activation, weights_first)
     if lora is not None:
         _check_lora(x, experts, lora)
     if adapter_ids is None:
@@ -184,17 +183,38 @@ def check_moe(
     return adapter_ids
 
 
+def check_options(activation: object, weights_first: object) -> None:
+    """Check the arguments that are not tensors.
+
+    Raises:
+        TypeError: ``weights_first`` is not a bool.
+        ValueError: ``activation`` is not one of ``ACTIVATIONS``.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if type(weights_first) is not bool:
+        raise TypeError(f"weights_first must be a bool, got {type(weights_first).__name__}")
+
+
+def check_top_k(topk_ids: Tensor, experts: int) -> None:
+    """Check that ``topk_ids`` chooses at least one and at most all experts for each token.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not 1 <= topk_ids.shape[1] <= experts:
+        raise ValueError(
+            f"topk_ids must choose between 1 and all {experts} experts for each token, "
+            f"got k = {topk_ids.shape[1]}"
+        )
+
+
 def _check_routing(
     x: Tensor, experts: ExpertsWeight, topk_ids: Tensor, topk_weights: Tensor
 ) -> None:
     check_dtype("topk_ids", topk_ids, ID_DTYPES)
     check_shape("topk_ids", topk_ids, (x.shape[0], None), "[tokens, k]")
-    k = topk_ids.shape[1]
-    if not 1 <= k <= experts.count:
-        raise ValueError(
-            f"topk_ids must choose between 1 and all {experts.count} experts for each token, "
-            f"got k = {k}"
-        )
+    check_top_k(topk_ids, experts.count)
     check_dtype("topk_weights", topk_weights, X_DTYPES)
     check_shape("topk_weights", topk_weights, topk_ids.shape, "[tokens, k]")
     check_accumulates("topk_weights", topk_weights, x)

@@ -27,6 +27,7 @@ Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,7 +137,7 @@ def moe_error_bound(
     error, sizes, largest = (torch.zeros_like(exact) for _ in range(3))
     for expert, tokens, slots in routed(topk_ids):
         ids, weight = adapter_ids[tokens], p[tokens, slots]
-        start = _Number(wide[tokens], torch.zeros_like(wide[tokens]))
+        start = _Number.of(wide[tokens], torch.zeros_like(wide[tokens]))
         if weights_first:
             start, weight = steps.multiplied(start, weight), torch.ones_like(weight)
         gate, up = steps.layer("gate_up", expert, start, experts, lora, ids).halves()
@@ -168,17 +169,22 @@ class _Number:
     Args:
         exact: ``[tokens, width]``.
         error: ``[tokens, width]``; infinite where something may overflow.
-        largest: ``[tokens, width]``, of the last layer: its largest sum of magnitudes.
+        largest: ``[tokens, width]``, the largest sum on the way to a layer's results; 0 for others.
     """
 
     exact: Tensor
     error: Tensor
-    largest: Tensor | None = None
+    largest: Tensor
+
+    @classmethod
+    def of(cls, exact: Tensor, error: Tensor) -> _Number:
+        """Return a number that is no result of a layer."""
+        return cls(exact, error, torch.zeros_like(exact))
 
     def halves(self) -> tuple[_Number, _Number]:
         """Return the gate and up."""
-        parts = zip(self.exact.chunk(2, dim=1), self.error.chunk(2, dim=1), strict=True)
-        gate, up = (_Number(exact, error) for exact, error in parts)
+        parts = (tensor.chunk(2, dim=1) for tensor in (self.exact, self.error, self.largest))
+        gate, up = (_Number(*part) for part in zip(*parts, strict=True))
         return gate, up
 
 
@@ -209,9 +215,9 @@ class _Steps:
         error = slope.clamp(max=STEEPEST[activation]) * gate.error
         gammas = gamma(ACTIVATION_ROUNDINGS, self.sums.u) + gamma(ACTIVATION_ROUNDINGS, 2.0**-53)
         error = error + gammas * (g.abs() + gate.error) + 2 * self.sums.inside.product_underflow
-        f = _Number(activated(g, activation), error)
+        f = _Number.of(activated(g, activation), error)
         if self.rounded:
-            f = _Number(f.exact, f.error + self._rounding(f))
+            f = _Number.of(f.exact, f.error + self._rounding(f))
         error = f.exact.abs() * up.error + v.abs() * f.error + f.error * up.error
         return self._step(f.exact * v, error)
 
@@ -250,11 +256,11 @@ class _Steps:
 
     def _rounded_layer(self, exact: Tensor, layer: LayerSums, base: Tensor) -> Tensor:
         """Return the error with the base, the parts of the delta and their sum rounded."""
-        error = layer.error + self._rounding(_Number(base, layer.error))
+        error = layer.error + self._rounding(_Number.of(base, layer.error))
         if self.rounded is not None and bool(layer.delta.any()):
             error = error + DELTA_ROUNDINGS * self.rounded.u * layer.delta
             error = error + DELTA_ROUNDINGS * self.rounded.output_underflow
-        return error + self._rounding(_Number(exact, error))
+        return error + self._rounding(_Number.of(exact, error))
 
     def _step(self, exact: Tensor, error: Tensor) -> _Number:
         """Return a product that is rounded to the dtype of the sums, and maybe to that of x."""
@@ -262,8 +268,8 @@ class _Steps:
         error = error + (self.sums.u + 2.0**-53) * size + inside.product_underflow
         error = torch.where(size + error >= inside.overflow, torch.inf, error)
         if self.rounded:
-            error = error + self._rounding(_Number(exact, error))
-        return _Number(exact, error)
+            error = error + self._rounding(_Number.of(exact, error))
+        return _Number.of(exact, error)
 
     def _rounding(self, number: _Number) -> Tensor:
         """Return what rounding to the dtype of x loses: infinite where it may overflow."""
@@ -276,7 +282,9 @@ class _Steps:
 
 def _slope(g: Tensor, activation: Activation) -> Tensor:
     """Return the derivative of the activation at g."""
-    with torch.enable_grad():
-        leaf = g.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(activated(leaf, activation).sum(), leaf)
-    return slope
+    if activation == "silu":
+        sigmoid = torch.sigmoid(g)
+        return sigmoid * (1 + g * (1 - sigmoid))
+    factor, cubic = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(factor * (g + cubic * g**3))
+    return (1 + t) / 2 + g / 2 * (1 - t * t) * factor * (1 + 3 * cubic * g**2)

@@ -33,7 +33,8 @@ class Backend:
 
     Args:
         under_test: has one or more of ``FUNCTIONS`` as attributes, and optionally ``prepare``,
-            ``prepare_lora``, ``manifest`` and ``declared``.
+            ``prepare_lora``, ``prepare_experts``, ``prepare_experts_lora``, ``manifest``,
+            ``declared`` and ``declared_experts``.
         name: its name in reports.
 
     Raises:
@@ -76,8 +77,9 @@ class Backend:
 
     def declared(self, operands: Operands, prepared: Prepared) -> Manifest:
         """Return the manifest, with the roundings that ``declared`` returns for a call."""
-        declared = _function(self.under_test, "declared")
-        if declared is None or operands.weight is None or operands.x is None:
+        of_experts = operands.experts is not None
+        declared = _function(self.under_test, "declared_experts" if of_experts else "declared")
+        if declared is None or operands.x is None or (operands.weight is None and not of_experts):
             return self.manifest
         with _watched(operands):
             claims = declared(operands.x, prepared.weight, prepared.lora)
@@ -90,6 +92,11 @@ class Backend:
             Modified: an operand was written to.
         """
         with _watched(operands):
+            if operands.experts is not None:
+                return Prepared(
+                    self._prepared("prepare_experts", operands.experts),
+                    self._prepared("prepare_experts_lora", operands.experts_lora),
+                )
             return Prepared(
                 self._prepared("prepare", operands.weight),
                 self._prepared("prepare_lora", operands.lora),
@@ -114,9 +121,13 @@ class Backend:
         """
         prepared = prepared or self.prepare(operands)
         called, arguments = self._called(function, _arguments(function, operands, prepared))
-        options: dict[str, int] = {"dim": operands.dim} if operands.dim != 1 else {}
+        options: dict[str, Any] = {"dim": operands.dim} if operands.dim != 1 else {}
         if not operands.zero_plus_one:
             options["zero_plus_one"] = False
+        if operands.activation != "silu":
+            options["activation"] = operands.activation
+        if operands.weights_first:
+            options["weights_first"] = True
         self._remember(operands.adapter_ids)
         with _watched(operands):
             _poison(operands)
@@ -226,6 +237,14 @@ def _arguments(function: str, operands: Operands, prepared: Prepared) -> tuple[o
             operands.adapter_ids,
             operands.bias,
         ),
+        "int4_moe": (
+            operands.x,
+            prepared.weight,
+            operands.topk_ids,
+            operands.topk_weights,
+            prepared.lora,
+            operands.adapter_ids,
+        ),
     }
     arguments = every[function]
     while arguments and arguments[-1] is None:
@@ -241,6 +260,7 @@ def _poison(operands: Operands) -> None:
     widths = [part.stack.rank for part in operands.slices]
     widths += [part.stop for part in operands.slices]
     widths += [] if operands.weight is None else [operands.weight.out_features]
+    widths += [] if operands.experts is None else [operands.experts.hidden, operands.experts.inter]
     for width in widths:
         for bytes_each in {value.element_size(), 4}:
             size = value.shape[0] * width * bytes_each

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference import Float4Weight
+from int4_lora.reference import Float4Weight, LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.conformance.cases.operands import Operands
 
 __all__ = ["FUNCTIONS", "Manifest"]
@@ -29,6 +29,7 @@ FUNCTIONS = (
     "expand",
     "from_gptq",
     "from_awq",
+    "int4_moe",
 )
 FORMATS = ("int4", "nvfp4", "mxfp4")
 STRATEGIES = ("tensor", "channel", "group", "block")
@@ -69,6 +70,7 @@ class Manifest:
         base_rounded: whether the base is rounded to the dtype of x before bias or delta is added.
         delta_rounded: whether x A^T, B multiplied by the scaling, and the delta are rounded to the
             dtype of x.
+        steps_rounded: whether the results of an expert's steps are rounded to the dtype of x.
 
     Raises:
         TypeError: a claim of the wrong type.
@@ -80,8 +82,8 @@ class Manifest:
 
     Source:
         ``accumulate``, ``weight_rounded`` and ``base_rounded`` are those of
-        ``int4_lora.reference.error_bound``; ``delta_rounded`` describes operators that add
-        adapters to a 16-bit base.
+        ``int4_lora.reference.error_bound``, ``steps_rounded`` that of ``moe_error_bound``;
+        ``delta_rounded`` describes operators that add adapters to a 16-bit base.
     """
 
     formats: tuple[str, ...] = ("int4",)
@@ -106,6 +108,7 @@ class Manifest:
     weight_rounded: bool = True
     base_rounded: bool = False
     delta_rounded: bool = False
+    steps_rounded: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in RULES.items():
@@ -137,18 +140,23 @@ class Manifest:
 
     def why_not(self, operands: Operands) -> str | None:
         """Return why these operands are outside the claims, or None."""
-        reasons = (*self._of_activations(operands), *self._of_weight(operands))
+        experts = operands.experts
+        weights = (
+            [operands.base_weight] if experts is None else [experts.gate_up[0], experts.down[0]]
+        )
+        of_weights = [why for weight in weights for why in self._of_weight(operands, weight)]
+        reasons = (*self._of_activations(operands), *of_weights)
         return next((why for holds, why in reasons if holds), None)
 
     def _of_activations(self, operands: Operands) -> list[tuple[bool, str]]:
-        x, slices = operands.x if operands.h is None else operands.h, operands.slices
+        x, slices = operands.x if operands.h is None else operands.h, _slices(operands)
         reasons: list[tuple[bool, str]] = []
         if x is not None:
             reasons.append((x.dtype not in self.dtypes, f"x is {_name(x.dtype)}"))
         if slices:
             rank = max(part.stack.rank for part in slices)
             count = slices[0].stack.adapters
-            sliced = not self.slices and not isinstance(operands.lora, type(slices[0].stack))
+            sliced = not self.slices and _are_slices(operands)
             reasons.append((sliced, "slices"))
             reasons.append((self.max_rank is not None and rank > self.max_rank, f"rank {rank}"))
             many = self.max_adapters is not None and count > self.max_adapters
@@ -156,8 +164,9 @@ class Manifest:
         reasons.append((not self.bias and operands.bias is not None, "a bias"))
         return reasons
 
-    def _of_weight(self, operands: Operands) -> list[tuple[bool, str]]:
-        weight = operands.base_weight
+    def _of_weight(
+        self, operands: Operands, weight: PackedWeight | Float4Weight | None
+    ) -> list[tuple[bool, str]]:
         if weight is None:
             return []
         form = weight.format if isinstance(weight, Float4Weight) else "int4"
@@ -165,13 +174,10 @@ class Manifest:
             (form not in self.formats, f"{form} weights"),
             (weight.in_features % self.in_multiple != 0, f"in_features {weight.in_features}"),
             (weight.out_features % self.out_multiple != 0, f"out_features {weight.out_features}"),
-            *self._of_int4_weight(operands),
+            *([] if isinstance(weight, Float4Weight) else self._of_int4_weight(operands, weight)),
         ]
 
-    def _of_int4_weight(self, operands: Operands) -> list[tuple[bool, str]]:
-        weight = operands.packed_weight
-        if weight is None:
-            return []
+    def _of_int4_weight(self, operands: Operands, weight: PackedWeight) -> list[tuple[bool, str]]:
         size = 0
         if weight.strategy == "group":
             size = weight.in_features // weight.scale.shape[1]
@@ -198,6 +204,26 @@ class Manifest:
                 "scales that are not finite",
             ),
         ]
+
+
+def _slices(operands: Operands) -> tuple[LoRASlice, ...]:
+    """Return the adapters of a layer, or those of all layers of all experts."""
+    lora = operands.experts_lora
+    if lora is None:
+        return operands.slices
+    return tuple(
+        part
+        for expert in range(lora.count)
+        for layer in ("gate_up", "down")
+        for part in lora.slices(layer, expert)
+    )
+
+
+def _are_slices(operands: Operands) -> bool:
+    """Return whether any layer has slices instead of adapters of the whole output."""
+    lora = operands.experts_lora
+    entries = (operands.lora,) if lora is None else (*(lora.gate_up or ()), *(lora.down or ()))
+    return any(entry is not None and not isinstance(entry, LoRAStack) for entry in entries)
 
 
 def _read(value: object) -> object:
@@ -251,6 +277,7 @@ RULES: dict[str, Callable[[object], bool]] = {
             "weight_rounded",
             "base_rounded",
             "delta_rounded",
+            "steps_rounded",
         ),
         _is_bool,
     ),

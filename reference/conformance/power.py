@@ -28,6 +28,11 @@ from int4_lora.reference.conformance.diagnosis.definition_steps import (
     answer_of,
     dense_weight,
 )
+from int4_lora.reference.conformance.diagnosis.expert_mistakes import (
+    EXPERT_MISTAKES,
+    ExpertMistake,
+    answer_with,
+)
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS, MISTAKES, Mistake
 from int4_lora.reference.conformance.judging.answers import Answer, answer
 from int4_lora.reference.conformance.judging.check import one_thread
@@ -166,7 +171,7 @@ def _of_mistake(mistake: Mistake) -> Planted:
 
     def rule(question: Question, count: float) -> str | None:
         weight, function = question.operands.packed_weight, question.case.function
-        if question.case.procedure != "answer" or function == "pack":
+        if question.case.procedure != "answer" or function in ("pack", "int4_moe"):
             return None
         if mistake.step in OF_WEIGHTS and weight is not None:
             right, wrong = dense_weight(RIGHT, weight), dense_weight(way, weight)
@@ -185,6 +190,27 @@ def _of_mistake(mistake: Mistake) -> Planted:
         return f"{int(count)} of {question.held.exact.numel():,} results"
 
     return Planted(mistake.name, COUNTS, rule, words)
+
+
+def _of_expert_mistake(mistake: ExpertMistake) -> Planted:
+    """Make a mistake of experts in some results, of medium effect."""
+
+    def rule(question: Question, count: float) -> str | None:
+        if question.case.procedure != "answer" or question.case.function != "int4_moe":
+            return None
+        wrong = answer_with(mistake, question.operands, Manifest(), question.earlier_ids)
+        if wrong is None:
+            return None
+        exact = question.held.exact
+        chosen = _medium(exact, wrong.exact, int(count), finite=False)
+        return None if chosen is None else question.rule(torch.where(chosen, wrong.exact, exact))
+
+    return Planted(
+        mistake.name,
+        COUNTS,
+        rule,
+        lambda question, count: f"{int(count)} of {question.held.exact.numel():,} results",
+    )
 
 
 def _medium(right: Tensor, wrong: Tensor, count: int, *, finite: bool) -> Tensor | None:
@@ -274,6 +300,8 @@ def _one_result(short: str) -> Planted:
         case = question.case
         if case.procedure != "answer" or case.equal or not case.name.endswith(short):
             return None
+        if case.function == "int4_moe":  # its bound is that of three sums
+            return None
         if not bool(movable.any()):
             return None
         at = tuple(movable.nonzero()[int(movable.sum()) // 2].tolist())
@@ -326,17 +354,19 @@ def _in_bounds(share: float) -> str:
     return f"{share:g} of its bound" if share >= 1 else f"1/{1 / share:,.0f} of its bound"
 
 
-def _first_of_each_name() -> list[Mistake]:
-    names: dict[str, Mistake] = {}
+def _first_of_each_name() -> list[Planted]:
+    names: dict[str, Planted] = {}
     for mistake in MISTAKES:
-        names.setdefault(mistake.name, mistake)
+        names.setdefault(mistake.name, _of_mistake(mistake))
+    for of_experts in EXPERT_MISTAKES:
+        names.setdefault(of_experts.name, _of_expert_mistake(of_experts))
     return list(names.values())
 
 
 PLANTED: tuple[Planted, ...] = tuple(
     sorted(
         (
-            *(_of_mistake(mistake) for mistake in _first_of_each_name()),
+            *_first_of_each_name(),
             Planted(
                 "scale_rounded",
                 (1, 2, 4, 8),

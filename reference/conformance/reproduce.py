@@ -83,9 +83,9 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
     """
     operands, wrong = asked.operands, asked.finding.wrong if asked.finding else None
     x, weight = operands.x, operands.weight
-    if x is None or weight is None:
+    if x is None or (weight is None and operands.experts is None):
         return [], 0, 0
-    tokens, start, stop = list(range(x.shape[0])), 0, weight.out_features
+    tokens, start, stop = list(range(x.shape[0])), 0, 0 if weight is None else weight.out_features
     if wrong is None or not bool(wrong.any()):
         return tokens, start, stop
     output = int(wrong.nonzero()[0][1])
@@ -94,7 +94,8 @@ def smallest(asked: Asked, fails: Callable[[Operands], bool]) -> tuple[list[int]
             tokens = [token]
             operands = operands.with_tokens(torch.tensor(tokens))
             break
-    if not (isinstance(weight, PackedWeight) and weight.strategy == "block"):
+    in_blocks = isinstance(weight, PackedWeight) and weight.strategy == "block"
+    if weight is not None and not in_blocks:
         low = output // STEP * STEP
         high = min(low + STEP, stop)
         if fails(operands.with_outputs(low, high)):

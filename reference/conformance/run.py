@@ -30,6 +30,9 @@ UNDECLARED: tuple[dict[str, Any], ...] = (
     {"weight_rounded": False, "base_rounded": True},
     {"base_rounded": True, "delta_rounded": True},
     {"weight_rounded": False, "base_rounded": True, "delta_rounded": True},
+    {"steps_rounded": False, "weight_rounded": False},
+    {"steps_rounded": True},
+    {"steps_rounded": True, "weight_rounded": False},
 )
 STATISTICAL = "low_precision_accumulate"  # the only mistake that is not reproduced exactly
 RANK = (*(name for name in IDENTIFIERS if name != STATISTICAL), STATISTICAL)
@@ -235,9 +238,10 @@ def undeclared(case: Case, asked: Asked) -> list[Explanation]:
     if case.equal or case.function in ("pack", "unpack"):
         return []
     explanations: list[Explanation] = []
+    of_experts = case.function == "int4_moe"
     for flags in UNDECLARED:
         manifest = replace(asked.manifest, **flags)
-        if manifest == asked.manifest:
+        if manifest == asked.manifest or ("steps_rounded" in flags) != of_experts:
             continue
         with one_thread():
             finding = judged(case, asked.operands, asked.result, manifest)

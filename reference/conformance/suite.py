@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from int4_lora.reference.conformance.cases.behaviour import behaviour_cases
 from int4_lora.reference.conformance.cases.case import Case
+from int4_lora.reference.conformance.cases.experts import expert_cases
 from int4_lora.reference.conformance.cases.float4 import float4_cases
 from int4_lora.reference.conformance.cases.format import format_cases
 from int4_lora.reference.conformance.cases.layouts import layout_cases
@@ -25,6 +26,7 @@ CASES: tuple[Case, ...] = (
     *behaviour_cases(),
     *layout_cases(),
     *float4_cases(),
+    *expert_cases(),
 )
 """Every case, in the order in which they run."""
 

@@ -18,7 +18,7 @@ from int4_lora.reference import (
 from int4_lora.reference.bounds import FORMATS, Sums
 from int4_lora.reference.dequantization import unrounded_weight
 from int4_lora.reference.moe import activated
-from int4_lora.reference.moe_bounds import SHARPEST, STEEPEST, _Number, _Steps
+from int4_lora.reference.moe_bounds import SHARPEST, STEEPEST, _Number, _slope, _Steps
 from support.experts import random_experts, random_experts_lora, random_routing
 from support.weights import random_x
 
@@ -84,6 +84,7 @@ def test_slope_and_curvature_are_the_largest(name):
     g = torch.linspace(-20, 20, 400_001, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(activated(g, name).sum(), g, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), g)
+    torch.testing.assert_close(_slope(g.detach(), name), slope.detach(), rtol=1e-9, atol=1e-12)
     assert 0.97 * STEEPEST[name] <= slope.abs().max() <= STEEPEST[name]
     assert 0.97 * SHARPEST[name] <= curvature.abs().max() <= SHARPEST[name]
 
@@ -123,8 +124,8 @@ def test_the_error_of_the_gate_passes_through_the_activation(name):
     g = torch.linspace(-12, 12, 2001, dtype=torch.float64)[:, None]
     steps = _Steps(Sums.of(g, torch.float64), None, weight_rounded=True, joins=0)
     for slack in (1e-3, 0.1, 1.0, 30.0):
-        up = _Number(torch.full_like(g, 3.0), torch.zeros_like(g))
-        h = steps.gated(_Number(g, torch.full_like(g, slack)), up, name)
+        up = _Number.of(torch.full_like(g, 3.0), torch.zeros_like(g))
+        h = steps.gated(_Number.of(g, torch.full_like(g, slack)), up, name)
         reached = torch.zeros_like(g)
         for part in torch.linspace(-1, 1, 41).tolist():
             moved = activated(g + part * slack, name) * 3
@@ -136,7 +137,7 @@ def test_the_error_of_the_gate_passes_through_the_activation(name):
 def test_errors_of_gate_and_up_together():
     g = torch.linspace(-3, 3, 301, dtype=torch.float64)[:, None]
     steps = _Steps(Sums.of(g, torch.float64), None, weight_rounded=True, joins=0)
-    gate, up = _Number(g, torch.full_like(g, 0.2)), _Number(-g - 1, torch.full_like(g, 0.5))
+    gate, up = _Number.of(g, torch.full_like(g, 0.2)), _Number.of(-g - 1, torch.full_like(g, 0.5))
     h = steps.gated(gate, up, "silu")
     errors = [
         (activated(g + dg, "silu") * (up.exact + dv) - h.exact).abs()

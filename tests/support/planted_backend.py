@@ -64,6 +64,21 @@ class PlantedBackend:
         lora = self._lora(lora)
         return self.planted.int4_lora_linear(x, self._weight(weight), lora, adapter_ids, bias)
 
+    def int4_moe(self, x, experts, topk_ids, topk_weights, lora=None, adapter_ids=None, **options):
+        layers = ([self._weight(w) for w in layer] for layer in (experts.gate_up, experts.down))
+        routing = (topk_ids, topk_weights)
+        planted, lora = self.planted.ExpertsWeight(*layers), self._experts_lora(lora)
+        return self.planted.int4_moe(x, planted, *routing, lora, adapter_ids, **options)
+
+    def _experts_lora(self, lora):
+        if lora is None:
+            return None
+        layers = (
+            None if layer is None else [self._lora(entry) for entry in layer]
+            for layer in (lora.gate_up, lora.down)
+        )
+        return self.planted.ExpertsLoRA(*layers)
+
     def shrink(self, x, lora, adapter_ids):
         return self.planted.shrink(x, self._lora(lora), adapter_ids)
 

@@ -278,8 +278,8 @@ MUTANTS = {
         {
             "    slices = () if lora is None else lora.slices(name, expert)\n": (
                 "    slices, other = () if lora is None else lora.slices(name, expert), ids\n"
-                "    flat = expert * (lora.adapters if slices else 1) + ids.clamp(min=0)\n"
-                "    if slices:\n"
+                "    flat = expert * (lora.adapters if lora else 1) + ids.clamp(min=0)\n"
+                "    if lora is not None:\n"
                 "        y = int4_linear(x, weight)\n"
                 "        for row in (ids >= 0).nonzero().flatten().tolist():\n"
                 "            adapter, other = divmod(int(flat[row]), experts.count)\n"

@@ -20,6 +20,8 @@ from int4_lora.integration.conformance.golden.recorded import NO_FILE, read_resu
 from int4_lora.integration.conformance.golden.write import VERSION
 from int4_lora.reference import (
     AWQTensors,
+    ExpertsLoRA,
+    ExpertsWeight,
     Float4Weight,
     GPTQTensors,
     LoRASlice,
@@ -35,6 +37,8 @@ from int4_lora.reference.conformance.manifest import DTYPES
 from int4_lora.reference.conformance.reproduce import affected
 
 __all__ = ["check_golden", "read_index"]
+
+LAYERS = ("gate_up", "down")  # of an expert
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -165,7 +169,10 @@ def _has_bound_for(entry: dict[str, Any], manifest: Manifest) -> bool:
 def _declaration(entry: dict[str, Any], manifest: Manifest) -> dict[str, Any] | None:
     """Return the bounds for the declared roundings, or None where the files hold none."""
     words = [] if manifest.weight_rounded else ["weight_unrounded"]
-    words += ["base_rounded"] if manifest.base_rounded else []
+    if entry["function"] == "int4_moe":
+        words += ["steps_rounded"] if manifest.steps_rounded else []
+    else:
+        words += ["base_rounded"] if manifest.base_rounded else []
     bounds: dict[str, dict[str, Any]] = entry["bounds"]
     return bounds.get("_".join(words) or "none") or bounds.get("none")
 
@@ -209,6 +216,8 @@ def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
             g_idx=tensors.get("weight.g_idx"),
             group_size=None if block is None else tuple(block),
         )
+    if "experts" in attributes:
+        return _operands_of_experts(attributes, tensors)
     named = {name: tensors.get(name) for name in ("codes", "packed", "x", "h", "bias")}
     return Operands(
         **named,
@@ -220,6 +229,45 @@ def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
         adapter_ids=tensors.get("adapter_ids"),
         layout=_layout(entry["function"], tensors),
         zero_plus_one=attributes.get("zero_plus_one", True),
+    )
+
+
+def _operands_of_experts(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
+    """Return the arguments of ``int4_moe``."""
+    count, hidden, inter = (attributes[name] for name in ("experts", "hidden", "inter"))
+
+    def weight(prefix: str, shape: tuple[int, int]) -> PackedWeight:
+        fields = {
+            name: tensors.get(f"{prefix}.{name}")
+            for name in ("packed", "scale", "zero_point", "g_idx")
+        }
+        return PackedWeight(shape=shape, **fields)  # type: ignore[arg-type]
+
+    def lora(layer: str, expert: int) -> LoRAStack | list[LoRASlice] | None:
+        start = f"experts.{expert}.{layer}.lora."
+        chosen = {
+            f"lora.{name.removeprefix(start)}": tensor
+            for name, tensor in tensors.items()
+            if name.startswith(start)
+        }
+        starts = attributes.get("slices", {}).get(f"{expert}.{layer}")
+        return _lora({} if starts is None else {"slices": starts}, chosen)
+
+    layers = {layer: [lora(layer, expert) for expert in range(count)] for layer in LAYERS}
+    given = {layer: entries if any(entries) else None for layer, entries in layers.items()}
+    adapted = any(entries is not None for entries in given.values())
+    return Operands(
+        x=tensors["x"],
+        experts=ExpertsWeight(
+            gate_up=[weight(f"experts.{e}.gate_up", (2 * inter, hidden)) for e in range(count)],
+            down=[weight(f"experts.{e}.down", (hidden, inter)) for e in range(count)],
+        ),
+        topk_ids=tensors["topk_ids"],
+        topk_weights=tensors["topk_weights"],
+        experts_lora=ExpertsLoRA(**given) if adapted else None,
+        adapter_ids=tensors.get("adapter_ids"),
+        activation=attributes["activation"],
+        weights_first=attributes["weights_first"],
     )
 
 

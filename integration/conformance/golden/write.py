@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import int4_lora
 from int4_lora.atomic_files import replace_files
 from int4_lora.integration.conformance.golden.ordered_sums import ordered_sums
-from int4_lora.reference import Float4Weight, LoRAStack
+from int4_lora.reference import ExpertsWeight, Float4Weight, LoRAStack
 from int4_lora.reference.conformance import Case, Manifest, Operands, answer, tensors_of
 from int4_lora.reference.conformance.judging.yardstick import yardstick_rms
 
@@ -30,6 +31,14 @@ DECLARATIONS: dict[str, dict[str, Any]] = {
     "weight_unrounded_base_rounded": {"weight_rounded": False, "base_rounded": True},
 }
 """The roundings that a backend may declare, by the name of the bound in the file."""
+
+EXPERT_DECLARATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "weight_unrounded": {"weight_rounded": False},
+    "steps_rounded": {"steps_rounded": True},
+    "weight_unrounded_steps_rounded": {"weight_rounded": False, "steps_rounded": True},
+}
+"""The same for ``int4_moe``."""
 
 
 def exportable(cases: Sequence[Case]) -> list[Case]:
@@ -97,14 +106,18 @@ def _sort_header(file: Path) -> None:
 
 def _vector(case: Case, operands: Operands) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the entry in the index, and the tensors of the file."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(operands).items()}
+    tensors = {  # copies: experts may share tensors, which a file may not
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors_of(operands).items()
+    }
     bounds: dict[str, dict[str, Any]] = {}
     held = answer(case.function, operands, Manifest())
     expected = held.exact.double() if held.exact.is_floating_point() else held.exact
     tensors["expected"] = expected.contiguous()
     equal = case.equal or not bool(held.bound.any())
     if not equal:
-        for name, flags in DECLARATIONS.items():
+        of_experts = case.function == "int4_moe"
+        for name, flags in (EXPERT_DECLARATIONS if of_experts else DECLARATIONS).items():
             if name and case.function in ("shrink", "expand"):
                 continue
             manifest = Manifest(**flags)
@@ -135,6 +148,8 @@ def _attributes(case: Case, operands: Operands) -> dict[str, Any]:
         return {"dim": operands.dim}
     if case.function == "unpack":
         return {"dim": operands.dim, "size": operands.size}
+    if operands.experts is not None:
+        return _attributes_of_experts(operands, operands.experts)
     attributes: dict[str, Any] = {}
     weight = operands.base_weight
     if case.function == "from_gptq":
@@ -158,6 +173,26 @@ def _attributes(case: Case, operands: Operands) -> dict[str, Any]:
     if operands.lora is not None and not isinstance(operands.lora, LoRAStack):
         attributes["slices"] = [part.start for part in operands.slices]
     return attributes
+
+
+def _attributes_of_experts(operands: Operands, experts: ExpertsWeight) -> dict[str, Any]:
+    """Return the arguments of ``int4_moe`` that are not tensors."""
+    lora = operands.experts_lora
+    slices = {
+        f"{expert}.{layer}": [part.start for part in lora.slices(layer, expert)]
+        for layer in ("gate_up", "down")
+        for expert, entry in enumerate((lora and getattr(lora, layer)) or ())
+        if lora is not None and not isinstance(entry, LoRAStack) and entry is not None
+    }
+    return {
+        "experts": experts.count,
+        "hidden": experts.hidden,
+        "inter": experts.inter,
+        "strategy": experts.gate_up[0].strategy,
+        "activation": operands.activation,
+        "weights_first": operands.weights_first,
+        **({"slices": slices} if slices else {}),
+    }
 
 
 def _metadata(entry: dict[str, Any]) -> dict[str, str]:

@@ -63,6 +63,19 @@ MISTAKES: dict[str, str] = {
         "multiple of the block."
     ),
     "stale_adapter_ids": "The adapter ids of an earlier call are used.",
+    "expert_adapters_dropped": "The adapters of experts are left out, in all layers or in one.",
+    "expert_and_adapter_swapped": (
+        "The pair of an expert and an adapter is looked up with the two exchanged."
+    ),
+    "gate_up_swapped": "The activation is applied to up, or to other rows than those of the gate.",
+    "weights_before_activation": (
+        "The routed weights multiply the input of the experts instead of their results, or the "
+        "other way round."
+    ),
+    "routed_weight_missing": "The routed weights are left out, or divided by their sum.",
+    "shared_order": "The pair that PEFT stores for all experts is split in the wrong order.",
+    "dropped_expert_indexed": "The expert id -1 is used as an index instead of being left out.",
+    "repeated_expert_once": "An expert that a token lists twice counts once.",
     "unknown": "None of the known mistakes reproduces these results.",
 }
 """What a backend does wrong, in a sentence, by the names of ``IDENTIFIERS``."""

@@ -6,7 +6,7 @@ Source: ``docs/conformance.md``, "A backend".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from int4_lora.reference import (
     AWQTensors,
+    ExpertsLoRA,
+    ExpertsWeight,
     Float4Weight,
     GPTQTensors,
     LoRASlice,
@@ -27,6 +29,7 @@ from int4_lora.reference import (
 from int4_lora.reference.conformance.cases.draws import Draws
 from int4_lora.reference.linear import as_slices
 from int4_lora.reference.lora_stack import rows_of
+from int4_lora.reference.moe import Activation
 
 __all__ = [
     "Operands",
@@ -38,6 +41,7 @@ __all__ = [
     "weight",
 ]
 
+TENSORS = ("codes", "packed", "x", "h", "adapter_ids", "bias", "topk_ids", "topk_weights")
 SCALINGS = (2 / 3, 2.0, 0.37, -1.5, 1.25)  # none is 1, and no two are equal
 
 
@@ -59,6 +63,12 @@ class Operands:
         bias: ``[out_features]``.
         layout: the tensors for ``from_gptq`` or ``from_awq``; a g_idx may be None.
         zero_plus_one: for ``from_gptq``.
+        experts: for ``int4_moe``, as are all of these.
+        topk_ids: ``[tokens, k]``.
+        topk_weights: ``[tokens, k]``.
+        experts_lora: the adapters of the experts.
+        activation: "silu" or "gelu_tanh".
+        weights_first: whether topk_weights multiply x.
     """
 
     codes: Tensor | None = None
@@ -74,6 +84,12 @@ class Operands:
     bias: Tensor | None = None
     layout: GPTQTensors | AWQTensors | None = None
     zero_plus_one: bool = True
+    experts: ExpertsWeight | None = None
+    topk_ids: Tensor | None = None
+    topk_weights: Tensor | None = None
+    experts_lora: ExpertsLoRA | None = None
+    activation: Activation = "silu"
+    weights_first: bool = False
 
     @property
     def packed_weight(self) -> PackedWeight | None:
@@ -114,7 +130,7 @@ class Operands:
     def to(self, device: torch.device | str) -> Operands:
         """Return the same operands with every tensor on ``device``."""
         changed: dict[str, Any] = {}
-        for name in ("codes", "packed", "weight", "x", "h", "adapter_ids", "bias"):
+        for name in (*TENSORS, "weight", "experts", "experts_lora"):
             value = getattr(self, name)
             changed[name] = None if value is None else value.to(device)
         if self.layout is not None:
@@ -137,7 +153,7 @@ class Operands:
         """
         changed = {
             name: value[chosen.to(value.device)]
-            for name in ("x", "h", "adapter_ids")
+            for name in ("x", "h", "adapter_ids", "topk_ids", "topk_weights")
             if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, **changed)
@@ -166,19 +182,44 @@ def tensors_of(operands: Operands) -> dict[str, Tensor]:
         ['x']
     """
     tensors: dict[str, Tensor | None] = {}
-    for name in ("codes", "packed", "x", "h", "adapter_ids", "bias"):
+    for name in TENSORS:
         tensors[name] = getattr(operands, name)
     if operands.weight is not None:
-        is_float4 = isinstance(operands.weight, Float4Weight)
-        others = ("global_scale",) if is_float4 else ("zero_point", "g_idx")
-        for name in ("packed", "scale", *others):
-            tensors[f"weight.{name}"] = getattr(operands.weight, name)
+        tensors.update(_of_weight("weight", operands.weight))
+    for index, (gate_up, down) in enumerate(_of_experts(operands)):
+        tensors.update(_of_weight(f"experts.{index}.gate_up", gate_up))
+        tensors.update(_of_weight(f"experts.{index}.down", down))
+    if operands.experts_lora is not None:
+        tensors.update(_of_experts_lora(operands.experts_lora))
     if operands.layout is not None:
         tensors.update(operands.layout._asdict())
     for index, part in enumerate(operands.slices):
         for name in ("a", "b", "scaling"):
             tensors[f"lora.{index}.{name}"] = getattr(part.stack, name)
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _of_weight(prefix: str, weight: PackedWeight | Float4Weight) -> dict[str, Tensor | None]:
+    """Return the tensors of a weight by name."""
+    is_fp4 = isinstance(weight, Float4Weight)
+    others = ("global_scale",) if is_fp4 else ("zero_point", "g_idx")
+    return {f"{prefix}.{name}": getattr(weight, name) for name in ("packed", "scale", *others)}
+
+
+def _of_experts(operands: Operands) -> Iterable[tuple[PackedWeight, PackedWeight]]:
+    experts = operands.experts
+    return () if experts is None else zip(experts.gate_up, experts.down, strict=True)
+
+
+def _of_experts_lora(lora: ExpertsLoRA) -> dict[str, Tensor | None]:
+    """Return the tensors of adapters by name: ``experts.3.down.lora.0.a`` and so on."""
+    return {
+        f"experts.{expert}.{layer}.lora.{index}.{name}": getattr(part.stack, name)
+        for expert in range(lora.count)
+        for layer in ("gate_up", "down")
+        for index, part in enumerate(lora.slices(layer, expert))
+        for name in ("a", "b", "scaling")
+    }
 
 
 def weight(

@@ -1,7 +1,8 @@
 """The mistakes that INT4 + LoRA code has had, each as one replaced step of the definition.
 
 A name may have several variants, since one mistake can be made in several ways. A mistake is named
-only where one of its variants reproduces the result. The table is at the end.
+only where one of its variants reproduces the result. The table is at the end; that of experts is in
+``expert_mistakes.py``.
 
 Source: ``docs/conformance.md``, which says where each was met.
 """
@@ -46,6 +47,14 @@ IDENTIFIERS = (
     "slices_swapped",
     "tail_lost",
     "stale_adapter_ids",
+    "expert_adapters_dropped",
+    "expert_and_adapter_swapped",
+    "gate_up_swapped",
+    "weights_before_activation",
+    "routed_weight_missing",
+    "shared_order",
+    "dropped_expert_indexed",
+    "repeated_expert_once",
     "unknown",
 )
 """Every name that a diagnosis can give."""

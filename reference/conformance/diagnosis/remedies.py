@@ -168,6 +168,48 @@ REMEDIES: dict[str, Remedy] = {
         "graphs[len(x)].replay()",
         "copy the ids into the graph's input before each replay: `static_ids.copy_(adapter_ids)`",
     ),
+    "expert_adapters_dropped": Remedy(
+        "the adapters of experts left out, of all layers or of one",
+        "y = fused_experts(x, w13, w2, topk_weights, topk_ids)",
+        "add each expert's adapters to both of its layers, or refuse adapters on experts",
+    ),
+    "expert_and_adapter_swapped": Remedy(
+        "the pair of an expert and an adapter looked up with the two exchanged",
+        "a = lora_a.flatten(0, 1)[expert * adapters + adapter]",
+        "a stack `[adapters, experts, ...]` has the pair at `adapter * experts + expert`",
+    ),
+    "gate_up_swapped": Remedy(
+        "up activated instead of the gate, in the weight, in the adapters or in both; or rows "
+        "taken in turn",
+        "h = y[:, :inter] * act(y[:, inter:])",
+        "the gate is the first half of the rows: `act(y[:, :inter]) * y[:, inter:]`",
+    ),
+    "weights_before_activation": Remedy(
+        "routed weights that multiply x instead of the results, or results instead of x",
+        "h = act(gate(p * x)) * up(p * x)",
+        "multiply the result of down, or x where `weights_first` is set",
+    ),
+    "routed_weight_missing": Remedy(
+        "results of experts summed without their weights, or with weights divided by their sum",
+        "y.index_add_(0, tokens, down)",
+        "multiply by the weights as they are given: the router normalises them or does not",
+    ),
+    "shared_order": Remedy(
+        "the pair that PEFT stores for all experts split in the wrong order",
+        "b = lora_b.reshape(out, experts, rank)[:, expert]",
+        "A has the rows of an expert together, `a.reshape(experts, rank, in)`, B the columns of a "
+        "rank, `b.reshape(out, rank, experts)`",
+    ),
+    "dropped_expert_indexed": Remedy(
+        "an expert id of -1 used as an index: the last expert, or the first",
+        "w = weights[topk_ids]",
+        "leave slots with -1 out",
+    ),
+    "repeated_expert_once": Remedy(
+        "one of two slots with the same expert lost",
+        "routing[tokens, topk_ids] = topk_weights",
+        "add: `routing.scatter_add_(1, topk_ids, topk_weights)`",
+    ),
     "unknown": Remedy(
         "none of these mistakes; the diagnosis lists the wrong tokens, outputs, columns or groups",
         "",

@@ -28,6 +28,10 @@ from int4_lora.reference.conformance.diagnosis.definition_steps import (
     answer_of,
     read_codes,
 )
+from int4_lora.reference.conformance.diagnosis.expert_mistakes import (
+    EXPERT_MISTAKES,
+    answer_with,
+)
 from int4_lora.reference.conformance.diagnosis.low_precision import accumulated_low
 from int4_lora.reference.conformance.diagnosis.mistakes import MISTAKES, Mistake
 from int4_lora.reference.conformance.judging.answers import answer, exact_answer
@@ -100,6 +104,8 @@ class Diagnostician:
             return self._explained(search, [ids.to("cpu") for ids in past_ids])
 
     def _explained(self, search: _Search, past_ids: Sequence[Tensor]) -> list[Explanation]:
+        if search.function == "int4_moe":
+            return _of_experts(search)
         possible = [mistake for mistake in MISTAKES if search.changes(mistake)]
         explanations = [
             _explain([mistake], sure=search.sure) for mistake in possible if search.fits([mistake])
@@ -235,6 +241,18 @@ def _is_near(got: Tensor, wrong: AnswerOfWay, exact: Tensor, size: Tensor) -> bo
     before = ((got - exact) / size)[judged].square().sum()
     classes_differ = bool((exact.isfinite() != got.isfinite()).any())
     return classes_differ or bool(left.sqrt() <= LEFT_OVER * before.sqrt() and before > 0)
+
+
+def _of_experts(search: _Search) -> list[Explanation]:
+    """Return the mistakes of experts that reproduce a result."""
+    exact, explanations = search.exact.double(), []
+    for mistake in EXPERT_MISTAKES:
+        wrong = answer_with(mistake, search.operands, search.manifest, search.earlier_ids)
+        if wrong is None or _same(wrong.exact, exact):
+            continue
+        if _is_near(search.got.double(), wrong, exact, search.size):
+            explanations.append(Explanation((mistake.name,), (mistake.variant,), search.sure))
+    return explanations
 
 
 def _of_past_ids(search: _Search, past_ids: Sequence[Tensor]) -> list[Explanation]:

@@ -8,6 +8,7 @@ dequantize,     the reference's bits                            equal, or u |w| 
 from_gptq,                                                      declares an unrounded weight
 from_awq
 int4_linear     the reference on float64 operands               ``error_bound``
+int4_moe        the same                                        ``moe_error_bound``
 shrink, expand  the same                                        gamma_n of the sums
 ==============  ==============================================  ===============================
 
@@ -28,6 +29,8 @@ from int4_lora.reference import (
     error_bound,
     expand,
     int4_lora_linear,
+    int4_moe,
+    moe_error_bound,
     pack,
     shrink,
     unpack,
@@ -86,6 +89,11 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
     if function in ("shrink", "expand"):
         wide = torch.float64 if operands.activations.dtype == torch.float64 else torch.float32
         return Answer(exact, wide, _part_bound(function, operands, manifest, exact), (exact,))
+    if function == "int4_moe":
+        bound = _experts_bound(operands, manifest)
+        return Answer(
+            exact, operands.activations.dtype, bound, (exact,), _free(bound, exact, manifest)
+        )
     x = operands.activations
     loose = [exact]
     if not manifest.weight_rounded:
@@ -103,9 +111,29 @@ def answer(function: str, operands: Operands, manifest: Manifest) -> Answer:
     if manifest.delta_rounded and operands.slices:
         u = FORMATS[x.dtype].u
         bound = bound + DELTA_ROUNDINGS * u * delta_magnitude(operands).nan_to_num(nan=torch.inf)
+    return Answer(exact, x.dtype, bound, tuple(loose), _free(bound, exact, manifest))
+
+
+def _free(bound: Tensor, exact: Tensor, manifest: Manifest) -> Tensor | None:
+    """Return where sums in a narrow dtype may overflow, or None for wide sums."""
     narrow = FORMATS[manifest.accumulate].overflow < FORMATS[torch.float32].overflow / 2
-    free = bound.isinf() & exact.isfinite() if narrow else None
-    return Answer(exact, x.dtype, bound, tuple(loose), free)
+    return bound.isinf() & exact.isfinite() if narrow else None
+
+
+def _experts_bound(operands: Operands, manifest: Manifest) -> Tensor:
+    return moe_error_bound(
+        operands.activations,
+        _of(operands.experts),
+        _of(operands.topk_ids),
+        _of(operands.topk_weights),
+        operands.experts_lora,
+        operands.adapter_ids,
+        activation=operands.activation,
+        weights_first=operands.weights_first,
+        accumulate=manifest.accumulate,
+        weight_rounded=manifest.weight_rounded,
+        steps_rounded=manifest.steps_rounded,
+    )
 
 
 def delta_magnitude(operands: Operands) -> Tensor:
@@ -136,6 +164,17 @@ def exact_answer(function: str, operands: Operands) -> Tensor:
         return shrink(wide, operands.slices[0].stack, _of(operands.adapter_ids))
     if function == "expand":
         return expand(wide, operands.slices[0].stack, _of(operands.adapter_ids))
+    if function == "int4_moe":
+        return int4_moe(
+            wide,
+            _of(operands.experts),
+            _of(operands.topk_ids),
+            _of(operands.topk_weights),
+            operands.experts_lora,
+            operands.adapter_ids,
+            activation=operands.activation,
+            weights_first=operands.weights_first,
+        )
     return int4_lora_linear(
         wide, _weight_of(operands), operands.lora, operands.adapter_ids, operands.bias
     )

@@ -9,6 +9,7 @@ Source: flash-attention's tests: "at most twice the error of the same maths in l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from int4_lora.reference.conformance.judging.answers import WEIGHTS, Answer
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS, error_of, rms_of
 from int4_lora.reference.conformance.manifest import Manifest
 from int4_lora.reference.dequantization import linear_weight, unrounded_weight
+from int4_lora.reference.moe import activated, routed
 
 __all__ = [
     "ORDERS",
@@ -50,7 +52,7 @@ def yardstick(
     """Return the result of an eager backend that makes the declared roundings.
 
     Args:
-        function: "int4_linear", "int4_lora_linear", "shrink" or "expand".
+        function: "int4_linear", "int4_lora_linear", "int4_moe", "shrink" or "expand".
         operands: its arguments.
         manifest: the dtype that sums are kept in, and the roundings that are made.
         order: of the products.
@@ -59,6 +61,8 @@ def yardstick(
         return _shrunk(operands, manifest, order)[0]
     if function == "expand":
         return _expanded(operands, manifest, order)
+    if function == "int4_moe":
+        return _experts(operands, manifest, order)
     x, weight = operands.x, operands.weight
     if x is None or weight is None:
         raise ValueError(f"{function} needs x and weight")
@@ -82,6 +86,49 @@ def yardstick(
     if operands.bias is not None:
         y = y + operands.bias.to(inside)
     return y.to(x.dtype)
+
+
+def _experts(operands: Operands, manifest: Manifest, order: Order) -> Tensor:
+    """Return the sum over each token's experts, slot after slot."""
+    x, experts, ids, p = operands.x, operands.experts, operands.topk_ids, operands.topk_weights
+    if x is None or experts is None or ids is None or p is None:
+        raise ValueError("int4_moe needs x, experts, topk_ids and topk_weights")
+    inside = manifest.sums_of(x)
+    step = x.dtype if manifest.steps_rounded else inside  # what a step returns
+    p = p.to(inside)[..., None]
+    results = torch.zeros(*ids.shape, experts.hidden, dtype=step, device=x.device)
+    for expert, tokens, slots in routed(ids):
+        part = replace(operands, experts=None, experts_lora=None, topk_ids=None, topk_weights=None)
+        part, weight = part.with_tokens(tokens), p[tokens, slots]
+        chosen = x[tokens].to(inside)
+        chosen = (weight * chosen if operands.weights_first else chosen).to(step)
+        gate, up = _of_expert("gate_up", expert, chosen, operands, part, manifest, order).chunk(
+            2, 1
+        )
+        h = (activated(gate, operands.activation).to(step) * up).to(step)
+        y = _of_expert("down", expert, h, operands, part, manifest, order)
+        results[tokens, slots] = y if operands.weights_first else (weight * y).to(step)
+    total = results[:, 0]
+    for slot in range(1, ids.shape[1]):
+        total = total + results[:, slot]
+    return total.to(x.dtype)
+
+
+def _of_expert(
+    name: str,
+    expert: int,
+    x: Tensor,
+    operands: Operands,
+    part: Operands,
+    manifest: Manifest,
+    order: Order,
+) -> Tensor:
+    """Return a layer of an expert, rounded to the dtype of x."""
+    lora = operands.experts_lora
+    slices = () if lora is None else lora.slices(name, expert)
+    layer = replace(part, x=x, weight=getattr(operands.experts, name)[expert], lora=slices)
+    rounded = {"base_rounded": manifest.steps_rounded, "delta_rounded": manifest.steps_rounded}
+    return yardstick("int4_lora_linear", layer, replace(manifest, **rounded), order)
 
 
 def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 
 from int4_lora.reference.conformance import Backend, run, select, settled
 from support import conformance_backends as backends
+from support import expert_backends
 from support.planted_backend import planted_reference
 from support.reference_mutants import MUTANTS
 
@@ -11,6 +12,7 @@ FORMAT = "dequantize/*/bf16,unpack/*,pack/*,int4_linear/*/bf16,int4_lora_linear/
 ADAPTERS = "shrink/*/bf16,expand/*/bf16,int4_lora_linear/*/bf16"
 LAYOUTS = "from_*"
 FLOAT4 = "*/nvfp4*/*,*/mxfp4*/*,*/on_nvfp4/*,*/on_mxfp4/*"
+EXPERTS = "int4_moe/*"
 PLANTED = {
     "nibble_order": ("nibble_order", FORMAT),
     "offset": ("offset", FORMAT),
@@ -37,6 +39,12 @@ PLANTED = {
     "scaling_missing": ("scaling_missing", ADAPTERS),
     "scaling_twice": ("scaling_twice", ADAPTERS),
     "slices_swapped": ("slices_swapped", ADAPTERS),
+    "gate_up_swapped": ("gate_up_swapped", EXPERTS),
+    "routed_weight_missing": ("routed_weight_missing", EXPERTS),
+    "weights_before_activation": ("weights_before_activation", EXPERTS),
+    "expert_adapters_dropped": ("expert_adapters_dropped", EXPERTS),
+    "expert_and_adapter_swapped": ("expert_and_adapter_swapped", EXPERTS),
+    "dropped_expert_indexed": ("dropped_expert_indexed", EXPERTS),
 }
 
 
@@ -129,6 +137,29 @@ def test_an_honest_backend_conforms(name):
     results = outcomes(getattr(backends, name)(), "*")
     assert [outcome.case for outcome in results if outcome.status == "failed"] == []
     assert any(outcome.status == "passed" for outcome in results)
+
+
+@pytest.mark.parametrize("name", expert_backends.FAULTS)
+def test_a_fault_of_experts_is_named(name):
+    results = outcomes(getattr(expert_backends, name)(), "int4_moe/*")
+    assert set(diagnoses(results)) == {(expert_backends.FAULTS[name],)}
+
+
+@pytest.mark.parametrize("name", expert_backends.HONEST)
+def test_honest_experts_conform(name):
+    backend = Backend(getattr(expert_backends, name)(), name)
+    results = list(run(backend, select("int4_moe/*")))
+    assert [(r.case, r.message) for r in results if r.status == "failed"] == []
+    assert sum(outcome.status == "passed" for outcome in results) > 35
+
+
+@pytest.mark.parametrize("name", ["Rounded", "Unrounded"])
+def test_an_undeclared_rounding_of_experts_fails_and_is_told(name):
+    undeclared = type("Undeclared", (getattr(expert_backends, name),), {"manifest": None})
+    results = outcomes(undeclared(), "int4_moe/mixed/bf16")
+    assert diagnoses(results) == [("unknown",)]
+    flag = {"Rounded": "steps_rounded=True", "Unrounded": "weight_rounded=False"}[name]
+    assert any(flag in text for text in results[0].variants)
 
 
 @pytest.mark.parametrize("name", ["Unrounded", "BaseRounded"])

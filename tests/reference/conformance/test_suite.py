@@ -16,6 +16,10 @@ from int4_lora.reference.conformance.diagnosis.definition_steps import (
     answer_of,
     dense_weight,
 )
+from int4_lora.reference.conformance.diagnosis.expert_mistakes import (
+    EXPERT_MISTAKES,
+    answer_with,
+)
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS, MISTAKES
 from int4_lora.reference.conformance.judging.answers import answer, exact_answer
 from int4_lora.reference.conformance.judging.check import one_thread
@@ -86,7 +90,7 @@ def bits(tensor):
 @pytest.mark.parametrize("case", REGULAR, ids=lambda case: case.name)
 def test_the_steps_are_the_reference(case):
     """The definition in steps, which mistakes are put in, is the definition."""
-    if case.function == "pack":
+    if case.function in ("pack", "int4_moe"):
         return
     operands = case.operands()
     exact = exact_answer(case.function, operands).double()
@@ -99,8 +103,8 @@ def test_the_steps_are_the_reference(case):
 
 
 def test_every_identifier_has_a_mistake_and_every_mistake_changes_something():
-    named = {mistake.name for mistake in MISTAKES} | {"low_precision_accumulate", "unknown"}
-    assert named == set(IDENTIFIERS)
+    named = {mistake.name for mistake in (*MISTAKES, *EXPERT_MISTAKES)}
+    assert named | {"low_precision_accumulate", "unknown"} == set(IDENTIFIERS)
     changed = set()
     for case in select(
         "int4_l*/on_*,int4_l*/g_idx*/bf16,int4_l*/slices*/bf16,int4_l*/scale_*/*,"
@@ -119,6 +123,19 @@ def test_every_identifier_has_a_mistake_and_every_mistake_changes_something():
         changed |= {key for key, other in wrong.items() if not torch.equal(other, right)}
     missing = {(mistake.name, mistake.variant) for mistake in MISTAKES} - changed
     assert {name for name, _ in missing} <= {"tail_lost"}, missing
+
+
+def test_every_mistake_of_experts_changes_something():
+    changed = set()
+    cases = ("mixed", "dropped", "same_expert_twice", "g_idx", "large_weights", "group_128_asym")
+    for case in select(",".join(f"int4_moe/{name}/bf16" for name in cases)):
+        operands = case.operands()
+        right = exact_answer(case.function, operands)
+        for mistake in EXPERT_MISTAKES:
+            wrong = answer_with(mistake, operands, Manifest(), operands.adapter_ids.roll(1))
+            if wrong is not None and not torch.equal(wrong.exact, right):
+                changed.add((mistake.name, mistake.variant))
+    assert changed == {(mistake.name, mistake.variant) for mistake in EXPERT_MISTAKES}
 
 
 def test_the_eager_yardstick_is_the_declared_order():

@@ -18,6 +18,7 @@ from int4_lora.integration.conformance.golden.ordered_sums import ordered_sums
 from int4_lora.integration.conformance.golden.write import exportable, file_name
 from int4_lora.reference.conformance import Backend, Manifest, select
 from int4_lora.reference.conformance.judging.yardstick import yardstick
+from support import expert_backends
 from support.conformance_backends import HalfSums
 
 pytestmark = pytest.mark.versions
@@ -273,3 +274,34 @@ def test_a_backend_in_c_passes_and_fails_with_a_fault(golden, tmp_path):
         else:
             assert code == 1
             assert "offset" in report["diagnosis"]
+
+
+EXPERTS = (
+    "int4_moe/mixed/bf16,int4_moe/gate_and_up_apart/bf16,int4_moe/shared/bf16,int4_moe/g*/bf16"
+)
+
+
+@pytest.fixture(scope="module")
+def golden_experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden") / "experts"
+    assert runner.invoke(app, ["golden", "write", str(folder), "--cases", EXPERTS]).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", expert_backends.HONEST)
+def test_experts_pass_at_the_roundings_that_they_declare(name, golden_experts, tmp_path):
+    backend = getattr(expert_backends, name)()
+    results = results_of(backend, golden_experts, tmp_path / "right", EXPERTS)
+    (results / "manifest.json").write_text(json.dumps(backend.manifest or {}))
+    code, report = checked(golden_experts, results)
+    assert (code, report["counts"]["failed"], report["counts"]["skipped"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["SharedOrder", "DroppedDown"])
+def test_a_mistake_of_experts_is_named(name, golden_experts, tmp_path):
+    backend = getattr(expert_backends, name)()
+    code, report = checked(
+        golden_experts, results_of(backend, golden_experts, tmp_path / "wrong", EXPERTS)
+    )
+    assert code == 1
+    assert expert_backends.FAULTS[name] in report["diagnosis"]
