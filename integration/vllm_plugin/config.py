@@ -115,7 +115,7 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         folder = Path(model_name)
         self.metadata = read_metadata(config, folder if folder.is_dir() else None)
         if self.source is not None and folder.is_dir():
-            self.ignore = [*self.ignore, *dense_modules(folder)]
+            self.ignore: list[str] = [*self.ignore, *dense_modules(folder)]
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """Return vLLM's method for a layer, or ours for a quantised embedding; record the layer."""

@@ -218,9 +218,12 @@ def _operands(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Operands:
         )
     if "experts" in attributes:
         return _operands_of_experts(attributes, tensors)
-    named = {name: tensors.get(name) for name in ("codes", "packed", "x", "h", "bias")}
     return Operands(
-        **named,
+        codes=tensors.get("codes"),
+        packed=tensors.get("packed"),
+        x=tensors.get("x"),
+        h=tensors.get("h"),
+        bias=tensors.get("bias"),
         size=attributes.get("size", 0),
         dim=attributes.get("dim", 1),
         weight=weight,

@@ -22,6 +22,7 @@ from int4_lora.reference.conformance.cases.operands import Operands, adapters, t
 __all__ = ["expert_cases", "with_experts"]
 
 BF16 = torch.bfloat16
+Options = dict[str, Any]  # of ``with_experts``
 
 
 def expert_cases() -> Iterator[Case]:
@@ -35,12 +36,11 @@ def expert_cases() -> Iterator[Case]:
         )
     for short in ("bf16", "fp32"):
         dtype, quick = FLOATS[short], short == "bf16"
-        for name, exercises, options in (
-            ("no_adapters", "experts alone", {"lora": False}),
-            ("gelu_tanh", "GELU in its tanh form", {"activation": "gelu_tanh"}),
-            ("weights_first", "routed weights that multiply x", {"weights_first": True}),
+        for name, exercises, make in (
+            ("no_adapters", "experts alone", with_experts(dtype, lora=False)),
+            ("gelu_tanh", "GELU in its tanh form", with_experts(dtype, activation="gelu_tanh")),
+            ("weights_first", "routed weights times x", with_experts(dtype, weights_first=True)),
         ):
-            make = with_experts(dtype, **options)
             yield _case(f"{name}/{short}", exercises, make, quick=quick and name != "no_adapters")
     yield _case(
         "mixed/fp64",
@@ -124,8 +124,8 @@ def _of_adapters() -> Iterator[Case]:
 
 
 def _of_weights() -> Iterator[Case]:
-    wide: dict[str, Any] = {"hidden": 256, "inter": 128, "experts": 3}
-    for name, exercises, options in (
+    wide: Options = {"hidden": 256, "inter": 128, "experts": 3}
+    variants: tuple[tuple[str, str, Options], ...] = (
         ("group_32_asym", "groups of 32, with zero-points", {"symmetric": False}),
         ("group_128", "groups of 128", {"group": 128, **wide}),
         (
@@ -141,7 +141,8 @@ def _of_weights() -> Iterator[Case]:
             {"hidden": 44, "inter": 26, "group": None, "count": 24},
         ),
         ("scale_fp32", "scales of a wider dtype", {"scale_dtype": torch.float32}),
-    ):
+    )
+    for name, exercises, options in variants:
         yield _case(f"{name}/bf16", exercises, with_experts(BF16, **options))
 
 

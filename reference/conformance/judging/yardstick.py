@@ -127,8 +127,9 @@ def _of_expert(
     lora = operands.experts_lora
     slices = () if lora is None else lora.slices(name, expert)
     layer = replace(part, x=x, weight=getattr(operands.experts, name)[expert], lora=slices)
-    rounded = {"base_rounded": manifest.steps_rounded, "delta_rounded": manifest.steps_rounded}
-    return yardstick("int4_lora_linear", layer, replace(manifest, **rounded), order)
+    steps = manifest.steps_rounded
+    rounded = replace(manifest, base_rounded=steps, delta_rounded=steps)
+    return yardstick("int4_lora_linear", layer, rounded, order)
 
 
 def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:
