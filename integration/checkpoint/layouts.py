@@ -5,13 +5,15 @@ Source: ``docs/format.md``.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT
 
-__all__ = ["AWQ", "GPTQ", "GPTQ_V2", "LAYOUTS", "PACK_QUANTIZED", "Layout"]
+__all__ = ["AWQ", "FLOAT4", "GPTQ", "GPTQ_V2", "LAYOUTS", "PACK_QUANTIZED", "Layout"]
 
 GPTQ, GPTQ_V2, AWQ = "gptq", "gptq_v2", "awq"
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,15 @@ OF_AWQ = Layout(
 )
 LAYOUTS = {PACKED_FORMAT: PACK_QUANTIZED, GPTQ: OF_GPTQ, GPTQ_V2: OF_GPTQ, AWQ: OF_AWQ}
 """The layouts that are read as a ``PackedWeight``, by the ``format`` of a scheme."""
+
+OF_MXFP4 = Layout(
+    parts=("weight_packed", "weight_scale"),
+    codes="weight_packed",
+    scale="weight_scale",
+    g_idx=None,
+    checked=(),
+    rows=True,
+)
+OF_NVFP4 = dataclasses.replace(OF_MXFP4, parts=(*OF_MXFP4.parts, "weight_global_scale"))
+FLOAT4 = {NVFP4: OF_NVFP4, MXFP4: OF_MXFP4}
+"""The layouts that are read as a ``Float4Weight``, by the ``format`` of a scheme."""

@@ -158,6 +158,11 @@ def _plan_int4(
     checkpoint.check_compressed_tensors("merging into INT4")
     changed = [name for name in checkpoint.modules() if name in changes.modules]
     for name in changed:
+        if not checkpoint.is_packed(name):
+            raise ValueError(
+                f"{checkpoint.path}: {name}: it is {checkpoint.schemes[name].format}, into which "
+                "adapters are not merged: the result can be dense alone"
+            )
         check_packed(checkpoint, name)
     tasks = tasks_in_order(
         checkpoint.tensors,
