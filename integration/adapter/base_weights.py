@@ -88,7 +88,7 @@ class BaseWeights:
         """
         checkpoint, name = self.checkpoint, self.stored_name(module)
         if name in checkpoint.schemes:
-            if not checkpoint.is_packed(name):
+            if not checkpoint.is_packed(name) and not checkpoint.is_float4(name):
                 scheme = checkpoint.schemes[name]
                 kind = f"{scheme.format} of {scheme.kind}, {scheme.bits} bits"
                 raise ValueError(
@@ -107,7 +107,9 @@ class BaseWeights:
 
     def _read_shape(self, name: str) -> tuple[int, ...] | None:
         checkpoint = self.checkpoint
-        if name in checkpoint.schemes and checkpoint.is_packed(name):
+        if name in checkpoint.schemes and (
+            checkpoint.is_packed(name) or checkpoint.is_float4(name)
+        ):
             return checkpoint.shape_of(name)
         stored = checkpoint.tensors.get(f"{name}.weight")
         return None if stored is None else tuple(stored.shape)

@@ -204,14 +204,16 @@ def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
     names = dict.fromkeys(("weight", *layout.parts))
     parts = [part for part in names if part != "weight_shape"]
     present = [part for part in parts if f"{name}.{part}" in checkpoint.tensors]
-    if checkpoint.is_packed(name):
+    if checkpoint.is_packed(name) or checkpoint.is_float4(name):
         checkpoint.check(name)
     elif "weight_scale" not in present or not {"weight", "weight_packed"} & {*present}:
         raise ValueError(
             f"{checkpoint.path}: {name}: a {scheme.format} module needs weight_scale, and weight "
             f"or weight_packed, got {present}"
         )
-    nan, infinite, zero = _special_scales(checkpoint.tensor(f"{name}.{layout.scale}"))
+    scale = checkpoint.tensor(f"{name}.{layout.scale}")
+    special = _special_float4_scales if checkpoint.is_float4(name) else _special_scales
+    nan, infinite, zero = special(scale)
     return ModuleReport(
         name=name,
         format=scheme.format,
@@ -233,7 +235,8 @@ def _module(checkpoint: Checkpoint, name: str) -> ModuleReport:
 
 def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
     """Return the dense shape, from weight_shape or from the shape of the stored weight."""
-    if f"{name}.weight_shape" in checkpoint.tensors or checkpoint.is_packed(name):
+    known = checkpoint.is_packed(name) or checkpoint.is_float4(name)
+    if f"{name}.weight_shape" in checkpoint.tensors or known:
         return list(checkpoint.shape_of(name))
     if f"{name}.weight" in checkpoint.tensors:
         return list(checkpoint.tensors[f"{name}.weight"].shape)
@@ -263,6 +266,14 @@ def _special_scales(scale: Tensor) -> tuple[int, int, int]:
     infinite = int((sizes == infinity).sum()) if largest >= infinity else 0
     zero = sizes.numel() - int(torch.count_nonzero(sizes)) if smallest == 0 else 0
     return nan, infinite, zero
+
+
+def _special_float4_scales(scale: Tensor) -> tuple[int, int, int]:
+    """Return how many FP4 scales are NaN, infinite (none can be) and zero."""
+    if scale.dtype == torch.uint8:  # E8M0
+        return int((scale == 255).sum()), 0, 0
+    magnitude = scale.view(torch.uint8) & 0x7F
+    return int((magnitude == 0x7F).sum()), 0, int((magnitude == 0).sum())
 
 
 def _adapter(

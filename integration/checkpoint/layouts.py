@@ -5,14 +5,25 @@ Source: ``docs/format.md``.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT
 
-__all__ = ["AWQ", "GPTQ", "GPTQ_V2", "INT_QUANTIZED", "LAYOUTS", "PACK_QUANTIZED", "Layout"]
+__all__ = [
+    "AWQ",
+    "FLOAT4",
+    "GPTQ",
+    "GPTQ_V2",
+    "INT_QUANTIZED",
+    "LAYOUTS",
+    "PACK_QUANTIZED",
+    "Layout",
+]
 
 GPTQ, GPTQ_V2, AWQ = "gptq", "gptq_v2", "awq"
 UNPACKED_FORMATS = ("int-quantized", "naive-quantized")
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -77,3 +88,15 @@ LAYOUTS = {
     AWQ: OF_AWQ,
 }
 """The layouts that are read as a ``PackedWeight``, by the ``format`` of a scheme."""
+
+OF_MXFP4 = Layout(
+    parts=("weight_packed", "weight_scale"),
+    codes="weight_packed",
+    scale="weight_scale",
+    g_idx=None,
+    checked=(),
+    rows=True,
+)
+OF_NVFP4 = dataclasses.replace(OF_MXFP4, parts=(*OF_MXFP4.parts, "weight_global_scale"))
+FLOAT4 = {NVFP4: OF_NVFP4, MXFP4: OF_MXFP4}
+"""The layouts that are read as a ``Float4Weight``, by the ``format`` of a scheme."""

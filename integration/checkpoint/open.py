@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.checkpoint.assembly import assemble, shape_that_fits
+from int4_lora.integration.checkpoint.float4_assembly import (
+    assemble_float4,
+    check_float4_parts,
+)
 from int4_lora.integration.checkpoint.hub import local_folder
 from int4_lora.integration.checkpoint.json_files import read_json_object
 from int4_lora.integration.checkpoint.layouts import (
     AWQ,
+    FLOAT4,
     INT_QUANTIZED,
     LAYOUTS,
     PACK_QUANTIZED,
@@ -53,7 +58,7 @@ from int4_lora.integration.checkpoint.safetensors_files import (
 from int4_lora.integration.checkpoint.safetensors_header import StoredTensor
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, read_schemes
 from int4_lora.integration.checkpoint.spellings import spellings
-from int4_lora.reference import PackedWeight
+from int4_lora.reference import Float4Weight, PackedWeight
 
 __all__ = ["FLOATS", "PARTS", "Checkpoint", "Unlisted", "open_checkpoint"]
 
@@ -141,10 +146,11 @@ class Checkpoint:
 
     def layout(self, name: str) -> Layout:
         """Return the names of the tensors of a quantised module."""
-        return LAYOUTS.get(self.schemes[name].format, PACK_QUANTIZED)
+        form = self.schemes[name].format
+        return LAYOUTS.get(form) or FLOAT4.get(form, PACK_QUANTIZED)
 
     def stored(self, name: str) -> list[str]:
-        """Return the full names of the tensors of a packed module, its codes' first."""
+        """Return the full names of the tensors of a packed or FP4 module, its codes' first."""
         full = (f"{name}.{part}" for part in self.layout(name).parts)
         return [tensor for tensor in full if tensor in self.tensors]
 
@@ -170,6 +176,11 @@ class Checkpoint:
     def is_pack_quantized(self, name: str) -> bool:
         """Return whether ``packed_weight`` can read a module, whose codes are stored in words."""
         return self.is_packed(name) and self.layout(name) is PACK_QUANTIZED
+
+    def is_float4(self, name: str) -> bool:
+        """Return whether ``float4_weight`` can read a module: NVFP4 or MXFP4."""
+        scheme = self.schemes[name]
+        return scheme.format in FLOAT4 and scheme.kind == "float" and scheme.bits == 4
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -198,6 +209,8 @@ class Checkpoint:
             ValueError: ``weight_shape`` does not hold two positive integers, or it is missing and
                 none or several shapes are possible.
         """
+        if name in self.schemes and self.is_float4(name):
+            return self._float4_weight(name, self._described).shape
         full = f"{name}.weight_shape"
         if full in self.tensors:
             return self._stored_shape(name, self.tensors[full])
@@ -272,6 +285,39 @@ class Checkpoint:
         """
         return self._packed_weight(name, self.tensor)
 
+    def float4_weight(self, name: str) -> Float4Weight:
+        """Read the FP4 weight of one quantised module.
+
+        Args:
+            name: the module's full name, one of ``modules()``.
+
+        Returns:
+            The weight, with the checkpoint's tensors unchanged.
+
+        Raises:
+            TypeError: a tensor has the wrong dtype.
+            ValueError: the module does not exist or has another format, or a tensor is missing or
+                contradicts the other tensors or the config; the message names file, module and
+                rule.
+        """
+        return self._float4_weight(name, self.tensor)
+
+    def _float4_weight(self, name: str, get: Callable[[str], Tensor]) -> Float4Weight:
+        """Return an FP4 weight, reading its tensors with ``get``."""
+        if name not in self.schemes:
+            raise ValueError(f"{self.path}: no quantised module named {name!r}")
+        scheme = self.schemes[name]
+        if not self.is_float4(name):
+            raise ValueError(
+                f"{self.path}: {name}: is {scheme.format} ({scheme.kind}, {scheme.bits} bits), "
+                f"not {' or '.join(FLOAT4)}"
+            )
+        try:
+            check_float4_parts(scheme, self.parts[name])
+            return assemble_float4(scheme, self._parts(name, get))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._where(name)}: {error}") from error
+
     def check(self, name: str) -> None:
         """Check a quantised module by its headers and its ``weight_shape`` alone.
 
@@ -279,6 +325,9 @@ class Checkpoint:
             TypeError: a tensor has the wrong dtype.
             ValueError: as in ``packed_weight``, as far as shapes and dtypes show it.
         """
+        if name in self.schemes and self.is_float4(name):
+            self._float4_weight(name, self._described)
+            return
         self._packed_weight(name, self._described)
 
     def check_values(self, name: str) -> PackedWeight:
@@ -324,7 +373,7 @@ class Checkpoint:
         return f"{self.tensors[self.stored(name)[0]].file}: {name}"
 
     def _parts(self, name: str, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a packed module but its shape, by the last part of their names."""
+        """Return a module's tensors but its shape, by the last part of their names."""
         return {
             part: get(f"{name}.{part}")
             for part in self.layout(name).parts

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.checkpoint.compressed_tensors import (
+    decompress_module,
     decompress_tensors,
     stored_tensors,
     upstream_scheme,
 )
 from int4_lora.integration.checkpoint.open import Checkpoint
-from int4_lora.reference import PackedWeight, dequantize
+from int4_lora.reference import Float4Weight, PackedWeight, dequantize
+from int4_lora.reference.rounding import round_once
 
 __all__ = ["Finding", "Verdict", "verify"]
 
@@ -34,7 +36,8 @@ class Finding:
         name: the module's name.
         verdict: "same" if the bits are equal; "upstream_wrong" if compressed-tensors fails or makes
             a known mistake; "different" if its bits differ otherwise; "unreadable" if the tensors
-            cannot be read or contradict each other; "not_int4" for a format that is not compared.
+            cannot be read or contradict each other; "not_int4" for a format that is not compared:
+            neither INT4, INT8 nor FP4.
         detail: the reason for the verdict; empty for "same".
     """
 
@@ -65,6 +68,8 @@ def verify(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _verify(checkpoint: Checkpoint, name: str) -> Finding:
+    if checkpoint.is_float4(name):
+        return _verify_float4(checkpoint, name)
     if not checkpoint.is_packed(name):
         scheme = checkpoint.schemes[name]
         return Finding(name, "not_int4", f"{scheme.format}, {scheme.kind}, {scheme.bits} bits")
@@ -89,6 +94,55 @@ def _verify(checkpoint: Checkpoint, name: str) -> Finding:
     if ours.shape == theirs.shape and ours.dtype == theirs.dtype:
         wrong = f"{int((ours != theirs).sum())} of {ours.numel()} weights differ"
     return Finding(name, "different", wrong)
+
+
+def _verify_float4(checkpoint: Checkpoint, name: str) -> Finding:
+    """Compare an FP4 module in bfloat16, to which compressed-tensors' weight is rounded."""
+    try:
+        weight = checkpoint.float4_weight(name)
+    except (OSError, TypeError, ValueError) as error:
+        return Finding(name, "unreadable", str(error))
+    ours = dequantize(weight)
+    try:
+        theirs = round_once(decompress_module(checkpoint, name), ours.dtype)
+    except ValueError as error:
+        detail = str(error).removeprefix(f"{checkpoint.path}: {name}: ")
+        return Finding(name, "upstream_wrong", detail)
+    if same_bits(ours, theirs):
+        return Finding(name, "same")
+    if ours.shape != theirs.shape:
+        return Finding(name, "different", "another shape or dtype")
+    known = _nan_scales(weight) | _one_place_apart(ours, theirs)
+    if not bool((known | _same_elements(ours, theirs)).all()):
+        differ = int((~_same_elements(ours, theirs)).sum())
+        return Finding(name, "different", f"{differ} of {ours.numel()} weights differ")
+    reasons = []
+    if bool(_nan_scales(weight).any()):
+        reasons.append("E8M0 scales of 255, which are NaN, are taken for 2^128")
+    apart = int((_one_place_apart(ours, theirs) & ~_nan_scales(weight)).sum())
+    if apart:
+        reasons.append(
+            f"{apart} of {ours.numel()} weights are rounded in steps, and are one place off"
+        )
+    return Finding(name, "upstream_wrong", "; ".join(reasons))
+
+
+def _nan_scales(weight: Float4Weight) -> Tensor:
+    """Return which weights have an E8M0 scale of 255: bool, of the weight's shape."""
+    is_nan = (weight.scale.view(torch.uint8) == 255) & (weight.format == "mxfp4")
+    return is_nan.repeat_interleave(weight.group_size, dim=1)
+
+
+def _one_place_apart(first: Tensor, second: Tensor) -> Tensor:
+    """Return which bfloat16 elements are neighbours of one sign."""
+    bits = [tensor.contiguous().view(torch.int16).to(torch.int32) for tensor in (first, second)]
+    return ((bits[0] - bits[1]).abs() == 1) & ~first.isnan() & ~second.isnan()
+
+
+def _same_elements(first: Tensor, second: Tensor) -> Tensor:
+    """Return which bfloat16 elements have the same bits, or are both NaN."""
+    same = first.contiguous().view(torch.int16) == second.contiguous().view(torch.int16)
+    return same | (first.isnan() & second.isnan())
 
 
 def _known_mistakes(weight: PackedWeight) -> Iterator[tuple[str, PackedWeight]]:

@@ -172,6 +172,11 @@ def _plan_quantised(
             f"{' and '.join(map(str, sorted(found)))} bits, and stay so: to cannot be {to!r}"
         )
     for name in changed:
+        if not checkpoint.is_packed(name):
+            raise ValueError(
+                f"{checkpoint.path}: {name}: it is {checkpoint.schemes[name].format}, into which "
+                "adapters are not merged: the result can be dense alone"
+            )
         check_packed(checkpoint, name)
     tasks = tasks_in_order(
         checkpoint.tensors,

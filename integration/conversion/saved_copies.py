@@ -21,7 +21,9 @@ from int4_lora.integration.adapter.base_weights import BaseWeights
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import read_rows, read_tensor
 from int4_lora.integration.conversion.byte_tables import dense_rows
+from int4_lora.integration.conversion.float4_modules import float4_blocks
 from int4_lora.integration.conversion.row_blocks import row_blocks
+from int4_lora.reference import dequantize
 
 __all__ = ["without_copies"]
 
@@ -80,6 +82,10 @@ def _equals(base: BaseWeights, name: str, saved: Tensor) -> bool:
 
 def _blocks(base: BaseWeights, module: str) -> Iterator[tuple[int, Tensor]]:
     """Yield the dense weight of a module in blocks of rows."""
+    if module in base.checkpoint.schemes and base.checkpoint.is_float4(module):
+        for start, weight in float4_blocks(base.checkpoint, module):
+            yield start, dequantize(weight)
+        return
     if module in base.checkpoint.schemes:
         for start, block in row_blocks(base.checkpoint, module):
             yield start, dense_rows(block)

@@ -31,6 +31,7 @@ from int4_lora.integration.conversion.dense_modules import (
     DecompressedModule,
     DenseModule,
 )
+from int4_lora.integration.conversion.float4_modules import Float4Module
 from int4_lora.integration.conversion.row_blocks import check_packed
 from int4_lora.integration.conversion.tasks import Task
 
@@ -60,9 +61,7 @@ CODES = {  # the tensor that holds the codes, and the number of codes in each of
     "float-quantized": ("weight", 1),
     "int-quantized": ("weight", 1),
     "naive-quantized": ("weight", 1),
-    "mxfp4-pack-quantized": ("weight_packed", 2),
     "mxfp8-quantized": ("weight", 1),
-    "nvfp4-pack-quantized": ("weight_packed", 2),
 }
 UNREAD = (  # endings of codes and of their scales in layouts that are not read
     ("_packed", "_scale"),  # experts, as transformers names them in memory
@@ -141,7 +140,7 @@ def plan_dense(
             for name in checkpoint.modules()
             for full in (
                 checkpoint.stored(name)
-                if checkpoint.is_packed(name)
+                if checkpoint.is_packed(name) or checkpoint.is_float4(name)
                 else [f"{name}.{part}" for part in module_tensors(checkpoint, name)]
             )
         },
@@ -226,6 +225,9 @@ def _dense_module(
     if checkpoint.is_packed(name):
         check_packed(checkpoint, name)
         return DenseModule(checkpoint, name, dtype, deltas)
+    if checkpoint.is_float4(name):
+        checkpoint.check(name)
+        return Float4Module(checkpoint, name, dtype, deltas)
     scheme = checkpoint.schemes[name]
     form = scheme.format
     if form not in CODES:
