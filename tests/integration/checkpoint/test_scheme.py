@@ -115,7 +115,8 @@ def test_refuses_configs(copied_model, message, change):
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        (r"is pack-quantized \(int, 3 bits\), not pack-quantized of int", weights(num_bits=3)),
+        (r"is pack-quantized \(int, 3 bits\), not pack-quantized or int-quantized of int",
+         weights(num_bits=3)),
         (r"is pack-quantized \(float, 4 bits\), not", weights(type="float")),
         (r"is float-quantized \(int, 4 bits\), not pack-quantized",
          lambda c, q: q["config_groups"]["group_0"].update(format="float-quantized")),
