@@ -142,7 +142,7 @@ class Float4Weight:
         return dataclasses.replace(
             self,
             packed=self.packed[index],
-            scale=self.scale[index],
+            scale=self.scale.view(torch.uint8)[index].view(self.scale.dtype),  # torch 2.8
             shape=(len(index), self.in_features),
         )
 
