@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import (
+    PreparedExperts,
+    PreparedExpertsLoRA,
     PreparedLoRA,
     PreparedWeight,
     formulation_for,
     int4_linear,
     int4_lora_linear,
+    int4_moe,
     prepare,
+    prepare_experts,
+    prepare_experts_lora,
     prepare_lora,
 )
 from int4_lora.reference.conformance import Manifest
@@ -29,8 +34,11 @@ class CompiledBackend:
 
     int4_linear = staticmethod(int4_linear)
     int4_lora_linear = staticmethod(int4_lora_linear)
+    int4_moe = staticmethod(int4_moe)
     prepare = staticmethod(prepare)
     prepare_lora = staticmethod(prepare_lora)
+    prepare_experts = staticmethod(prepare_experts)
+    prepare_experts_lora = staticmethod(prepare_experts_lora)
 
     def declared(
         self, x: Tensor, weight: PreparedWeight, lora: PreparedLoRA | None
@@ -41,3 +49,9 @@ class CompiledBackend:
             "weight_rounded": chosen.weight_rounded,
             "base_rounded": chosen.base_rounded,
         }
+
+    def declared_experts(
+        self, x: Tensor, experts: PreparedExperts, lora: PreparedExpertsLoRA | None
+    ) -> dict[str, bool]:
+        """Return the roundings of all calls of ``int4_moe``."""
+        return {"weight_rounded": False, "steps_rounded": True}
