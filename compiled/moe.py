@@ -116,10 +116,11 @@ def _forward(
     p = topk_weights.flatten().index_select(0, rows.places).to(sums).unsqueeze(1)
     if weights_first:
         chosen = (p * chosen.to(sums)).to(x.dtype)
-    y = _layer(chosen, experts.gate_up, lora and lora.gate_up, rows)
+    of_gate_up, of_down = (None, None) if lora is None else (lora.gate_up, lora.down)
+    y = _layer(chosen, experts.gate_up, of_gate_up, rows)
     gate, up = y.to(sums).chunk(2, dim=1)  # [rows, inter] each
     h = (activated(gate, activation) * up).to(x.dtype)
-    y = _layer(h, experts.down, lora and lora.down, rows).to(sums)
+    y = _layer(h, experts.down, of_down, rows).to(sums)
     return total.index_add(0, rows.tokens, y if weights_first else p * y).to(x.dtype)
 
 

@@ -30,6 +30,20 @@ MUTANTS = {
         "adapters.terms", {"+ -start % width) % width": "+ start % width) % width"},
         ["compiled/adapters/test_terms.py"],
     ),
+    "a_gradient_of_the_last_block": (
+        "graphs.blocks", {"beta = 1\n": "beta = 0\n"},
+        ["compiled/graphs/test_blocks.py::test_the_gradient_of_x_is_summed_block_by_block"],
+    ),
+    "a_zero_point_of_the_next_row": (
+        "layouts.interleaved",
+        {"return ((numbers >> (4 * (row % 2))[:, None]) & 15) - 8":
+         "return ((numbers >> (4 - 4 * (row % 2))[:, None]) & 15) - 8"},
+        RANKS,
+    ),
+    "a_pair_of_another_expert": (
+        "moe", {"pairs = of_rows * experts + flat": "pairs = of_rows + adapters * flat"},
+        ["compiled/test_moe.py::test_rows_are_brought_together_by_expert_and_adapter"],
+    ),
     "repeated_groups_count": (
         "formulations.whole_blocks",
         {"torch.where(own, weight.scale.index_select(1, group), 0)":
