@@ -10,8 +10,9 @@ import torch
 from int4_lora.integration.demo import comparison, findings, models
 from int4_lora.integration.demo.linear_check import LinearCheck
 from int4_lora.integration.demo.served import STOCK, Engine, Served
-from int4_lora.reference import LoRAStack, dequantize, int4_lora_linear, linear
+from int4_lora.reference import LoRAStack, int4_lora_linear, linear
 from int4_lora.reference.conformance.judging.answers import Answer
+from int4_lora.reference.dequantization import linear_weight
 from support.tiny import VARIANTS
 from support.upstream_versions import IGNORES_G_IDX
 
@@ -159,10 +160,10 @@ def test_one_output_beyond_its_bound_is_enough(run, monkeypatch):
 def test_a_wrong_dequantise_is_beyond_the_bound(run, monkeypatch):
     """The exact result that linears are judged by shares no code with the reference."""
 
-    def wrong(weight, dtype=None):
-        return dequantize(weight, dtype) * (1 + 1e-6)
+    def wrong(weight, accumulate):
+        return linear_weight(weight, accumulate) * (1 + 1e-6)
 
-    monkeypatch.setattr(linear, "dequantize", wrong)
+    monkeypatch.setattr(linear, "linear_weight", wrong)
     found = json.loads(run("--json").stdout)
     assert found["worst_of_bound"] > 1
     assert "bounds away" in found["wrong_linear"]
