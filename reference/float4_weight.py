@@ -142,7 +142,8 @@ class Float4Weight:
         return dataclasses.replace(
             self,
             packed=self.packed[index],
-            scale=self.scale.view(torch.uint8)[index].view(self.scale.dtype),  # torch 2.8
+            # as bytes: torch 2.8 takes no rows of float8
+            scale=self.scale.view(torch.uint8)[index].view(self.scale.dtype),
             shape=(len(index), self.in_features),
         )
 
