@@ -19,6 +19,7 @@ __all__ = [
     "SLOW_ON_CPU",
     "batched_product",
     "factor_dtype",
+    "first_of_pairs",
     "narrow_product",
     "product",
 ]
@@ -106,6 +107,22 @@ def batched_product(left: Tensor, right: Tensor, sums: torch.dtype) -> Tensor:
     if _out_dtype_is_known(left, right, sums):
         return torch.bmm(left, right, out_dtype=sums)
     return left.to(sums) @ right.to(sums)
+
+
+def first_of_pairs(pairs: Tensor) -> Tensor:
+    """Return the first number of each pair, for a graph that computes them once.
+
+    It is the product with (1, 0): exact, except that -0 becomes 0. Inductor keeps a product in
+    memory. Everything else it would compute anew at each use, with vectors as wide as 16-bit
+    operands make them.
+
+    Args:
+        pairs: float32 ``[n, 2]``; the second numbers are finite.
+
+    Returns:
+        float32 ``[n, 1]``.
+    """
+    return pairs @ torch.tensor([[1.0], [0.0]], device=pairs.device)
 
 
 def _out_dtype_is_known(left: Tensor, right: Tensor, sums: torch.dtype) -> bool:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
+from int4_lora.compiled.products import first_of_pairs
 from int4_lora.compiled.rounding import UPPER, bfloat16_bits, rounded
 
 __all__ = [
@@ -123,17 +124,15 @@ def _tiles(blocks: int, threads: int, most: int) -> list[Tile]:
 def scales_of(weight: Int4PackWeight) -> Tensor:
     """Return the table's scales without the offsets: float32 ``[groups, out_features]``.
 
-    They are the product of the table with (1, 0), which is exact, except that -0 becomes 0.
-    Inductor keeps a product in memory; it would fuse a slice into every use, and gather the scale
-    of each weight. Scales in 16 bits would make its vectors twice as wide, and reinterpreting the
-    bits of such vectors is a loop over their elements: decoding took 12 times as long.
+    A slice would be fused into every use, which gathers the scale of each weight. Scales in 16 bits
+    would make Inductor's vectors twice as wide, and reinterpreting the bits of such vectors is a
+    loop over their elements: decoding took 12 times as long.
 
     Args:
         weight: the weight.
     """
     flat = weight.table.reshape(-1, 2).to(torch.float32)
-    first = torch.tensor([[1.0], [0.0]], device=flat.device)
-    return (flat @ first).view(weight.table.shape[:2])
+    return first_of_pairs(flat).view(weight.table.shape[:2])
 
 
 def _dense(weight: Int4PackWeight, tile: Tile, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ def base(x: Tensor, weight: Int8Weight) -> Tensor:
 def _aligned(x: Tensor) -> Tensor:
     """Return a copy of x at the start of its own memory.
 
-    With a row more than x, the copy is no clone, which Inductor leaves out.
+    It has a row more than x while it is made: Inductor leaves out a plain clone.
     """
     return torch.nn.functional.pad(x, (0, 0, 0, 1))[: x.shape[0]]
 

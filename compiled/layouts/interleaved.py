@@ -25,6 +25,7 @@ from torch import Tensor
 
 from int4_lora.compiled.layouts.grouped import GroupedWeight, uneven_groups
 from int4_lora.compiled.layouts.layout import in_blocks
+from int4_lora.compiled.products import first_of_pairs
 from int4_lora.compiled.rounding import scaled
 from int4_lora.reference import PackedWeight, pack, unpack
 
@@ -139,7 +140,7 @@ class InterleavedWeight(GroupedWeight):
         Args:
             start: the first row.
             stop: the row after the last.
-            in_bytes: whether to load bytes. Inductor makes vectors for a CPU of no loop that loads
+            in_bytes: whether to load bytes. Inductor does not vectorise loops for a CPU that load
                 16-bit integers.
         """
         if self.zero_point is None:
@@ -198,15 +199,10 @@ class InterleavedWeight(GroupedWeight):
 
 
 def _kept(values: Tensor) -> Tensor:
-    """Return numbers of rows and groups in float32, for a graph that computes them once.
-
-    Inductor keeps the results of products in memory, and computes all else anew for each weight,
-    with vectors that are as wide as 16-bit scales make them.
-    """
+    """Return numbers of rows and groups in float32, which a graph computes once."""
     values = values.to(torch.float32)
     pairs = torch.stack([values, torch.zeros_like(values)], dim=-1)
-    first = torch.tensor([[1.0], [0.0]], device=values.device)
-    return (pairs.reshape(-1, 2) @ first).view(values.shape)
+    return first_of_pairs(pairs.reshape(-1, 2)).view(values.shape)
 
 
 def _split(words: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ Source: ``docs/format.md``, "FP4"; arXiv:2106.09685, section 4.1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -16,15 +15,8 @@ from int4_lora.integration.checkpoint.float4_assembly import assemble_float4
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import read_rows, read_tensor
 from int4_lora.integration.conversion.deltas import Change
-from int4_lora.integration.conversion.tasks import (
-    OutputTensor,
-    Task,
-    Write,
-    cast,
-    dtype_name,
-    sources_of_module,
-    tensors_of_module,
-)
+from int4_lora.integration.conversion.dense_modules import DenseModule
+from int4_lora.integration.conversion.tasks import Write, cast
 from int4_lora.reference import Float4Weight, dequantize
 
 __all__ = ["Float4Module", "float4_blocks"]
@@ -61,7 +53,7 @@ def float4_blocks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Floa
         yield start, assemble_float4(checkpoint.schemes[name], tensors)
 
 
-class Float4Module(Task):
+class Float4Module(DenseModule):
     """The dense weight of an FP4 module.
 
     Args:
@@ -78,24 +70,7 @@ class Float4Module(Task):
         dtype: torch.dtype | None,
         deltas: Sequence[Change] = (),
     ) -> None:
-        self.checkpoint, self.name, self.deltas = checkpoint, name, tuple(deltas)
-        self.dtype = dtype or torch.bfloat16
-        shape = checkpoint.shape_of(name)
-        self.outputs = (OutputTensor(f"{name}.weight", dtype_name(self.dtype), shape),)
-
-    @property
-    def consumed(self) -> tuple[str, ...]:
-        """The module's tensors."""
-        return tensors_of_module(self.checkpoint, self.name)
-
-    @property
-    def sources(self) -> dict[str, Any]:
-        """The module's tensors, the dtype of the result, and the adapters' steps."""
-        return {
-            "fp4": sources_of_module(self.checkpoint, self.name),
-            "as": self.outputs[0].dtype,
-            "deltas": [delta.source for delta in self.deltas],
-        }
+        super().__init__(checkpoint, name, dtype or torch.bfloat16, deltas)
 
     def run(self, write: Write) -> None:
         """Dequantise and merge the module, a block of rows at a time."""
@@ -107,6 +82,6 @@ class Float4Module(Task):
             finite = exact.isfinite()
             for delta in self.deltas:
                 delta.apply_to(exact, start)
-            what = f"{where}: the {'merged ' if self.deltas else ''}weight"
-            dense = cast(exact, self.dtype, what, must_be_finite=finite)
+            merged = "merged " if self.deltas else ""
+            dense = cast(exact, self.dtype, f"{where}: the {merged}weight", must_be_finite=finite)
             write(output.name, start * row_bytes, dense)
