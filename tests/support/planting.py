@@ -9,7 +9,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 OTHERS = ["reference", "compiled", "integration"]  # folders of the umbrella that are packages too
-PACKAGES = ["int4_lora", "int4_lora.reference", "int4_lora.compiled"]
+PACKAGES = ["int4_lora", *(f"int4_lora.{name}" for name in OTHERS)]
 
 
 def plant(folder, module="", changes=None):
