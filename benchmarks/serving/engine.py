@@ -49,23 +49,30 @@ class Engine:
         }
         return {**facts, "peak_starts_again": forget_the_peak()}
 
-    def run(self, rows, prompt, new, adapters):
-        """Run requests that arrive at the same time.
+    def run(self, rows, prompt, new, adapters, at_a_time=None):
+        """Run requests that arrive at the same time, or a few at a time.
 
         Args:
             rows: the number of requests.
             prompt: the length of each prompt in tokens; the tokens are the same in every run.
             new: the number of tokens to generate for each request.
             adapters: the number of each row's adapter, or None.
+            at_a_time: the number of rows that arrive together, all by default; the next rows
+                arrive when these have ended.
 
         Returns:
-            For each row, the seconds from the start to each token, and the tokens.
+            For each row, the seconds from the start of the first row to each token, and the tokens.
         """
         given = [self._prompt(row, prompt) for row in range(rows)]
         requests = [None if adapter is None else self._adapters[adapter] for adapter in adapters]
-        self._asked += 1
-        name, asked = str(self._asked), self._sampling(new)
-        times, tokens, _ = stepped(self._llm, name, given, requests, asked)
+        asked, times, tokens, passed = self._sampling(new), [], [], 0.0
+        for start in range(0, rows, at_a_time or rows):
+            part = slice(start, start + (at_a_time or rows))
+            self._asked += 1
+            some = stepped(self._llm, str(self._asked), given[part], requests[part], asked)
+            times += [[passed + seconds for seconds in row] for row in some[0]]
+            tokens += some[1]
+            passed = max(row[-1] for row in times)
         return {"times": times, "tokens": tokens}
 
     def memory(self):

@@ -50,6 +50,26 @@ def llama(hidden, layers):
     }
 
 
+def adapters_share(hidden):
+    """Return the operations of an adapter of every linear layer, over those of their bases.
+
+    A token multiplies a base of ``out x in`` numbers, and ``RANK x (in + out)`` of an adapter.
+    """
+    sizes = llama(hidden, 1)
+    kept = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    inner = sizes["intermediate_size"]
+    shapes = [
+        (hidden, hidden),
+        (kept, hidden),
+        (kept, hidden),
+        (hidden, hidden),
+        (inner, hidden),
+        (inner, hidden),
+        (hidden, inner),
+    ]
+    return RANK * sum(a + b for a, b in shapes) / sum(a * b for a, b in shapes)
+
+
 def prepare(cache, hidden, layers):
     """Return the files; make them if the cache lacks them.
 

@@ -74,22 +74,24 @@ def bars_table(runs, engines, options):
 
 def engines_table(engines):
     """Return each engine's time to load, memory and idle time as a table."""
-    head = ["engine", "load, s", "peak to load, MiB", "held then", "peak serving", "threads",
-            "first request, ms", "tenth", "idle, % of a processor"]  # fmt: skip
+    head = ["engine", "load, s", "again", "peak to load, MiB", "held then", "peak serving",
+            "threads", "first request, ms", "tenth", "first of the cold start", "tenth",
+            "idle, % of a processor"]  # fmt: skip
     rows = []
     for name, facts in engines.items():
-        first, tenth = (1e3 * facts["first_requests"][number] for number in (0, 9))
+        starts = facts, facts["cold"]
+        first = [1e3 * start["first_requests"][number] for start in starts for number in (0, 9)]
         loaded, served = facts["load_bytes"], facts["serving_bytes"]
         sizes = [loaded["peak"], loaded["now"], served["peak"]]
         idle = facts["idle_share"]
         rows.append(
             [
                 name,
-                f"{facts['load_seconds']:.0f}",
+                f"{facts['cold']['load_seconds']:.1f}",
+                f"{facts['load_seconds']:.1f}",
                 *("-" if size is None else f"{size / MIB:.0f}" for size in sizes),
                 str(facts["threads"]),
-                f"{first:.1f}",
-                f"{tenth:.1f}",
+                *(f"{milliseconds:.1f}" for milliseconds in first),
                 "-" if idle is None else f"{100 * idle:.2f}",
             ]
         )
@@ -101,6 +103,8 @@ def remarks(runs, engines, options):
     lines = [
         "memory: of the process; the KV cache is 1 GiB of it, unless VLLM_CPU_KVCACHE_SPACE is "
         "set; the peak serving starts from what is held after loading",
+        "load: the first start has nothing on the disk but the model; the second has the times and "
+        "graphs of the first, and is the engine that is measured",
         "first requests: 64 tokens and 8 more, one request at a time after loading, each with an "
         "adapter that is new to the engine",
         f"{options.max_loras} slots: 16 adapters "
@@ -108,7 +112,8 @@ def remarks(runs, engines, options):
             "have a slot each."
             if options.max_loras >= 16
             else f"share them; {options.max_loras} rows with different adapters run at once, the "
-            "others wait, and each adapter is copied into a slot from memory when its turn comes."
+            "others wait, and each adapter is copied into a slot from memory when its turn comes. "
+            "So their time is held against as many rows at a time without adapters."
         ),
     ]
     for name, facts in engines.items():

@@ -15,12 +15,14 @@ MIXES = {
     "4 adapters": lambda row: row % 4,
     "16 adapters": lambda row: row % ADAPTERS,
     "mixed": lambda row: None if row % 2 else row // 2 % 4,  # every second row has no adapter
+    "base, 4 at a time": lambda row: None,  # as 16 adapters run in four slots
 }
+AT_A_TIME = {"base, 4 at a time": 4}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that arrive at the same time.
+    """Requests that arrive at the same time, or a few at a time.
 
     Args:
         kind: "prefill" or "decode".
@@ -54,6 +56,16 @@ class Workload:
         return [MIXES[self.mix](row) for row in range(self.rows)]
 
     @property
+    def uses_adapters(self):
+        """Whether a row has an adapter."""
+        return any(adapter is not None for adapter in self.adapters)
+
+    @property
+    def at_a_time(self):
+        """The number of rows that arrive together; the next rows arrive when these have ended."""
+        return AT_A_TIME.get(self.mix, self.rows)
+
+    @property
     def judged(self):
         """The measure for the ratios.
 
@@ -76,7 +88,7 @@ def workloads(new, quick=False):
         ("prefill", 16, tokens // 16, 1, ("base", "16 adapters")),
         ("decode", 1, 4, 1 + new, ("base", "1 adapter")),
         ("decode", 8, 4, 1 + new, ("base", "1 adapter", "4 adapters", "mixed")),
-        ("decode", 16, 4, 1 + new, ("base", "16 adapters")),
+        ("decode", 16, 4, 1 + new, ("base", "base, 4 at a time", "16 adapters")),
     ]
     return [Workload(*shape, mix) for *shape, mixes in shapes for mix in mixes]
 

@@ -11,6 +11,7 @@ Source: vLLM's ``BaseLinearLayerWithLoRA`` for the layout of the adapters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -270,13 +271,12 @@ class ServedLayer:
         signatures = tuple(part.signature for part in lora.slices)
         rank = lora.slices[0].rank
         if weight is not None:
+            packed = functools.cache(weight.packed_weight)  # for all numbers of tokens
             return self.engine.fault_of_kind(
                 ("adapters", weight.signature, signatures, bias is None),
                 f"{self.name} with adapters of rank {rank}",
                 lambda tokens: graph_key_of_layer(weight, dtype, tokens, lora),
-                lambda tokens: fault_of_layer(
-                    weight.packed_weight(), weight, dtype, tokens, lora, bias
-                ),
+                lambda tokens: fault_of_layer(packed(), weight, dtype, tokens, lora, bias),
             )
         outputs, device = lora.slices[-1].stop, lora.slices[0].a.device.type
         return self.engine.fault_of_kind(

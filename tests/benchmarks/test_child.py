@@ -133,7 +133,7 @@ def test_rounds_ask_everything_of_everybody_in_another_order(module, monkeypatch
     }
     given = module("serving.workloads").workloads(3)
     found = turns.run(given, rounds=2)
-    bases = sum(one.mix == "base" for one in given)
+    bases = sum(not one.uses_adapters for one in given)
     assert len(found) == 2 * len(given) + bases
     assert all(len(one["rounds"]) == 2 and one["cold"] for one in found)
     assert_only_who_runs_goes_on(asked)

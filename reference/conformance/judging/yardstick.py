@@ -140,10 +140,11 @@ def one_by_one(x: Tensor, dense: Tensor, order: Order = range) -> Tensor:
         dense: ``[outputs, columns]``, or ``[tokens, outputs, columns]`` with one for each token.
         order: of the products.
     """
-    by_column = dense.movedim(-1, 0).contiguous()
+    columns, by_column = x.T.unsqueeze(-1).unbind(), dense.movedim(-1, 0).contiguous().unbind()
     total = torch.zeros(x.shape[0], dense.shape[-2], dtype=x.dtype, device=x.device)
+    product = torch.empty_like(total)
     for column in order(x.shape[1]):
-        total += x[:, column, None] * by_column[column]
+        total += torch.mul(columns[column], by_column[column], out=product)
     return total
 
 
