@@ -4,6 +4,7 @@ Source: ``benchmarks/results/README.md``.
 """
 
 import os
+import re
 from pathlib import Path
 
 from benchmarks import turns
@@ -81,14 +82,14 @@ class Turns(turns.Turns):
         The first start finds no times and no graphs on the disk, the second those of the first.
         Each runs first requests, with an adapter not yet loaded in each.
         """
-        cold, _ = self._start(name, files, arguments, python)
+        cold = self._start(name, files, arguments, python)
         self.children.pop(name).close()
-        warm, log = self._start(name, files, arguments, python)
+        warm = self._start(name, files, arguments, python)
         self.engines[name] = {
             **warm,
             "arguments": arguments,
             "cold": cold,
-            "log": lines_about_us(log.read_text(encoding="utf-8", errors="replace")),
+            "log": lines_about_us(self._log(name).read_text(encoding="utf-8", errors="replace")),
         }
         self.children[name].pause()
         self._say(
@@ -96,10 +97,11 @@ class Turns(turns.Turns):
         )
 
     def _start(self, name, files, arguments, python):
-        """Start an engine, run its first requests, and return the facts and the log's path."""
-        log = self._folder / f"{name.replace(' ', '-')}.log"
+        """Start an engine, run its first requests, and return the facts."""
         environment = environment_of(self._folder)
-        self.children[name] = child = Child("benchmarks.serving.engine", log, environment, python)
+        self.children[name] = child = Child(
+            "benchmarks.serving.engine", self._log(name), environment, python
+        )
         adapters = [str(folder) for folder in files.adapters]
         facts = child.ask("load", model=str(files.model), adapters=adapters, arguments=arguments)
         lora = arguments.get("enable_lora", False)
@@ -107,7 +109,10 @@ class Turns(turns.Turns):
         for number in range(FIRST_REQUESTS):
             answer = child.ask("run", **FIRST, adapters=[number if lora else None])
             first.append(answer["times"][0][-1])
-        return {**facts, "first_requests": first}, log
+        return {**facts, "first_requests": first}
+
+    def _log(self, name):
+        return self._folder / f"{name.replace(' ', '-')}.log"
 
     def run(self, workloads, rounds, seed=0):
         """Run every workload once unmeasured, then once in each round.
@@ -156,6 +161,7 @@ class Turns(turns.Turns):
 
 
 def lines_about_us(log):
-    """Return the plug-in's lines from a log, without their times."""
+    """Return the plug-in's lines from a log, without their times and this machine's folders."""
     lines = [line.partition("int4_lora: ")[2] for line in log.splitlines()]
+    lines = [re.sub(r"(?<= from )/\S*/", "", line) for line in lines]
     return list(dict.fromkeys(line for line in lines if line))

@@ -199,7 +199,27 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+SLOW = {  # their tests compile for more than ten seconds
+    "a_gradient_of_the_last_block",
+    "columns_not_arranged_for_blocks",
+    "delta_of_x_for_every_token",
+    "nan_of_x_reaches_adapters",
+    "outputs_of_blocks_in_pairs",
+    "parts_in_the_order_of_blocks",
+    "rounding_left_to_a_cast",
+    "rounding_of_small_numbers_forgotten",
+    "second_order_lost",
+    "x_kept_for_nothing",
+    "zero_points_of_the_first_part",
+    "zero_points_of_the_first_part_of_8_bits",
+}
+assert SLOW <= set(MUTANTS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name in SLOW)) for name in MUTANTS],
+)
 def test_a_planted_fault_fails_a_test(tmp_path, name):
     module, changes, files = MUTANTS[name]
     check_noticed(tmp_path, f"compiled.{module}", changes, files)
