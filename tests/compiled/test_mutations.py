@@ -213,7 +213,7 @@ SLOW = {  # their tests compile for more than ten seconds
     "zero_points_of_the_first_part",
     "zero_points_of_the_first_part_of_8_bits",
 }
-assert SLOW <= set(MUTANTS)
+assert set(MUTANTS) >= SLOW
 
 
 @pytest.mark.parametrize(
