@@ -1,6 +1,8 @@
 """Faults planted in a copy of the installed package, and tests run against the copy."""
 
+import functools
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -37,8 +39,29 @@ def run(folder, *arguments):
 
 def run_tests(folder, files):
     """Run test files against the planted package, until one fails."""
-    options = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    return run(folder, *options, *(str(TESTS / file) for file in files))
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / file) for file in files)]
+    if sys.platform != "linux":
+        return run(folder, "-m", "pytest", *arguments)
+    server, output = _server(), folder / "output"
+    command = {"package": str(folder), "arguments": arguments, "output": str(output)}
+    server.stdin.write(json.dumps(command) + "\n")
+    server.stdin.flush()
+    code = json.loads(server.stdout.readline())
+    return subprocess.CompletedProcess(arguments, code, output.read_text(), "")
+
+
+@functools.cache
+def _server():
+    """Return the process of this one that forks; it ends when its input is closed."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "support.forked_tests"],
+        env=environment,
+        cwd=TESTS.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def check_noticed(folder, module, changes, files):
