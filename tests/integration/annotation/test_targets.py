@@ -14,8 +14,8 @@ from int4_lora.integration.checkpoint.scheme import Scheme
 
 STORED = StoredTensor(Path("model.safetensors"), "I32", (1, 1), 0, 4, (0, 0, 0, 0))
 OF_THE_VOCABULARY = (
-    "is quantised, and vLLM serves only a vocabulary whose lm_head alone is packed, in 4 bits, on all "
-    "devices: add it to the ignore list"
+    "is quantised, and vLLM serves only a vocabulary whose lm_head alone is packed, in 4 bits, on "
+    "all devices: add it to the ignore list"
 )
 LAYERS = ("model.layers.0", "model.layers.1")
 

@@ -98,7 +98,8 @@ BAD_CONFIGS = [
     ("awq", {"version": "marlin"}, "version must be 'gemm', got 'marlin'"),
     ("awq", {"backend": "llm-awq"}, "backend 'llm-awq' packs weights in another layout"),
     ("awq", {"bits": 8}, "bits must be 4, got 8"),
-    ("awq", {"zero_point": False}, "zero_point must be true"),
+    ("awq", {"zero_point": False}, "zero-points must be 8 in a symmetric weight, got"),
+    ("awq", {"zero_point": "no"}, "zero_point must be true or false, got 'no'"),
     ("awq", {"quant_method": "bitsandbytes"}, "got 'bitsandbytes': its codes are packed for its"),
     ("awq", {"quant_method": "auto-round"}, "'awq' or 'gptq', got 'auto-round'"),
 ]  # fmt: skip
