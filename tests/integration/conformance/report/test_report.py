@@ -149,9 +149,7 @@ def test_a_map_of_fp4_has_groups_scales_and_the_codes_that_are_wrong():
     assert int(drawn.classes[unpack_float4(weight.packed) == 15].max()) == 5
     assert drawn.columns.lines == tuple(range(16, weight.in_features, 16))
     assert not drawn.columns.words
-    (by_code,) = (
-        each for each in breakdowns("dequantize", call, drawn.wrong) if "code" in each.by
-    )
+    (by_code,) = (each for each in breakdowns("dequantize", call, drawn.wrong) if "code" in each.by)
     assert by_code.by == "value of the code"
     assert "-6" in by_code.only
     assert "+6" not in by_code.only
