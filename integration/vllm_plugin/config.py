@@ -180,7 +180,7 @@ def _is_packed(scheme: Any) -> bool:
     weights = scheme.get("weights")
     return (
         getattr(weights, "num_bits", None) in PACKED_BITS
-        and getattr(weights, "type", None) == "int"
+        and bool(getattr(weights, "type", None) == "int")
         and scheme.get("input_activations") is None
     )
 

@@ -181,7 +181,7 @@ def _errors(function: str, call: JudgedCall) -> tuple[Unit, Tensor]:
     if function in WEIGHTS and weight is not None and not bool(call.held.bound.any()):
         return STEPS, _in_scales(error, scale_of_each_weight(weight).double())
     if function in WEIGHTS and isinstance(call.operands.weight, Float4Weight):
-        return FLOAT4_STEPS, _in_scales(error, float4_scale_of_each_weight(call.operands.weight))
+        return FLOAT4_STEPS, _in_scales(error, _float4_scale_of_each_weight(call.operands.weight))
     share = torch.where(error > 0, error / call.held.bound, 0.0)
     return BOUNDS, torch.where(call.held.bound.isinf(), 0.0, share).nan_to_num(nan=torch.inf)
 
@@ -190,7 +190,7 @@ def _in_scales(error: Tensor, scale: Tensor) -> Tensor:
     return torch.where(error > 0, error / scale.abs(), 0.0).nan_to_num(nan=torch.inf)
 
 
-def float4_scale_of_each_weight(weight: Float4Weight) -> Tensor:
+def _float4_scale_of_each_weight(weight: Float4Weight) -> Tensor:
     """Return the scale of every FP4 code, divided by the global scale: float64 ``[out, in]``."""
     scale = group_scales(weight).repeat_interleave(weight.group_size, dim=1)
     if weight.global_scale is None:
