@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from int4_lora.reference.checks import SCALE_DTYPES, check_dtype, check_shape
+from int4_lora.reference.checks import SCALE_DTYPES, check_dtype, check_shape, check_symmetric
 from int4_lora.reference.dequantization import zero_points
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import pack, unpack
@@ -42,20 +42,22 @@ class AWQTensors(NamedTuple):
     scales: Tensor
 
 
-def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
+def from_awq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, *, symmetric: bool = False
+) -> PackedWeight:
     """Return the packed weight of a module in AWQ's layout "gemm", exactly.
 
     Args:
         qweight: int32 ``[in_features, out_features / 8]``, nibbles in AWQ's order.
         qzeros: int32 ``[groups, out_features / 8]``, nibbles in the same order.
         scales: ``[groups, out_features]``, float16, bfloat16 or float32.
-
-    Returns:
-        The packed weight; it always has zero-points.
+        symmetric: whether every zero-point is 8, as GPTQModel writes it with ``zero_point`` false;
+            the result then stores none.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: a tensor has the wrong shape, or the groups do not divide in_features.
+        ValueError: a tensor has the wrong shape, the groups do not divide in_features, or a
+            zero-point is not 8 although ``symmetric``.
 
     Example:
         >>> from int4_lora.reference import dequantize
@@ -65,7 +67,7 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
         tensor([[0., 1., 2., 3., 4., 5., 6., 7.]])
 
     Source:
-        ``WQLinear_GEMM`` in AutoAWQ 0.2.
+        ``WQLinear_GEMM`` in AutoAWQ 0.2; ``AWQuantLinear`` in GPTQModel 7.
     """
     check_dtype("qweight", qweight, (torch.int32,))
     check_dtype("qzeros", qzeros, (torch.int32,))
@@ -74,11 +76,14 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
     columns, words = qweight.shape
     check_shape("scales", scales, (None, 8 * words), "[groups, out_features]")
     check_shape("qzeros", qzeros, (scales.shape[0], words), "[groups, out_features / 8]")
+    zero_point = _unpack(qzeros)  # [groups, out]
+    if symmetric:
+        check_symmetric(zero_point, 4)
     return PackedWeight(
         packed=pack(_unpack(qweight).T),
         scale=scales.T.contiguous(),
         shape=(8 * words, columns),
-        zero_point=pack(_unpack(qzeros).T, dim=0),
+        zero_point=None if symmetric else pack(zero_point.T, dim=0),
     )
 
 

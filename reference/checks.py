@@ -22,6 +22,7 @@ __all__ = [
     "check_dtype",
     "check_one_device",
     "check_shape",
+    "check_symmetric",
 ]
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -68,6 +69,27 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meanin
     if not fits:
         shape = ", ".join("*" if length is None else str(length) for length in expected)
         raise ValueError(f"{name} must be {meaning} = [{shape}], got {list(value.shape)}")
+
+
+def check_symmetric(zero_point: Tensor, bits: int) -> None:
+    """Check that the zero-points of GPTQ or AWQ are those of a symmetric weight.
+
+    Args:
+        zero_point: int8 ``[groups, out_features]``, the stored numbers minus 2**(bits - 1).
+        bits: of the stored numbers, for the message.
+
+    Raises:
+        ValueError: a zero-point is not 0.
+    """
+    if zero_point.is_meta:
+        return
+    skewed = zero_point.nonzero()
+    if len(skewed):
+        first, half = tuple(skewed[0].tolist()), 2 ** (bits - 1)
+        raise ValueError(
+            f"zero-points must be {half} in a symmetric weight, got "
+            f"{int(zero_point[first]) + half} at {list(first)}"
+        )
 
 
 def as_device(device: object) -> torch.device:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from int4_lora.reference.checks import SCALE_DTYPES, check_dtype, check_shape
+from int4_lora.reference.checks import SCALE_DTYPES, check_dtype, check_shape, check_symmetric
 from int4_lora.reference.dequantization import scale_columns, zero_points
 from int4_lora.reference.packed_weight import PackedWeight
 from int4_lora.reference.packing import check_bits, code_range, pack, unpack
@@ -166,13 +166,8 @@ def _read_zero_points(
             f"zero-point {2**bits}, which {bits} bits do not hold, got {high - low} at "
             f"{too_large[0].tolist()}; a file of version 2 (gptq_v2) stores zero-points as they are"
         )
-    skewed = zero_point.nonzero()
-    if symmetric and len(skewed):
-        first = tuple(skewed[0].tolist())
-        raise ValueError(
-            f"zero-points must be {-low} in a symmetric weight, got {int(zero_point[first]) - low} "
-            f"at {list(first)}"
-        )
+    if symmetric:
+        check_symmetric(zero_point, bits)
     return zero_point
 
 

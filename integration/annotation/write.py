@@ -35,11 +35,11 @@ class Annotation:
 
     Args:
         path: the checkpoint's folder.
-        lora_compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on its INT4
+        lora_compatible: whether vLLM with ``--quantization int4_lora`` takes adapters on its packed
             layers.
         incompatible_because: the reasons why it does not, one sentence each.
         lora_target_modules: the last parts of the names of modules that adapters can target.
-        suggested_lora_targets: the entries of ``lora_target_modules`` that name only INT4
+        suggested_lora_targets: the entries of ``lora_target_modules`` that name only packed
             projections of layers.
         modules: the number of modules in ``lora_metadata.json``.
         changed: the names of the files that were written, or in a preview would be written.

@@ -44,7 +44,8 @@ def assemble(
         ValueError: tensors contradict each other or the config.
     """
     if scheme.format == AWQ:
-        weight = from_awq(*(tensors[part] for part in ("qweight", "qzeros", "scales")))
+        stored = (tensors[part] for part in ("qweight", "qzeros", "scales"))
+        weight = from_awq(*stored, symmetric=scheme.symmetric)
     elif scheme.format in (GPTQ, GPTQ_V2):
         weight = _from_gptq(scheme, tensors)
     elif LAYOUTS.get(scheme.format) is INT_QUANTIZED:

@@ -56,8 +56,8 @@ def stored_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """Return the tensors of one module, by the last part of their names in compressed-tensors.
 
     ``weight_shape`` is int64, in whichever dtype it is stored, or if it is not stored at all.
-    AWQ's tensors are converted by compressed-tensors, if it can; else they, and GPTQ's, which it
-    does not read, are those of the packed weight.
+    AWQ's tensors with zero-points are converted by compressed-tensors, if it can; others, and
+    GPTQ's, which it does not read, are those of the packed weight.
     """
     if checkpoint.layout(name) is INT_QUANTIZED:
         return {
@@ -79,7 +79,8 @@ def _converted(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
         converter = import_upstream("entrypoints.convert.converters").AutoAWQConverter
     except (AttributeError, ImportError):  # before 0.16
         converter = None
-    if converter is None or checkpoint.schemes[name].format != AWQ:
+    scheme = checkpoint.schemes[name]
+    if converter is None or scheme.format != AWQ or scheme.symmetric:
         return tensors_of(checkpoint.packed_weight(name))
     whole = {
         f"m.{full.rpartition('.')[2]}": checkpoint.tensor(full) for full in checkpoint.stored(name)

@@ -77,7 +77,7 @@ OF_AWQ = Layout(
     codes="qweight",
     scale="scales",
     g_idx=None,
-    checked=(),
+    checked=("qzeros",),
     rows=False,
 )
 LAYOUTS = {

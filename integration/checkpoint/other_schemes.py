@@ -4,7 +4,8 @@ A config describes all modules alike; which ones are quantised shows in the tens
 ``dynamic`` changes fields for some modules.
 
 Source: ``QuantizeConfig`` of AutoGPTQ 0.7 and GPTQModel 5; ``AwqConfig`` of transformers;
-``quant_config`` of AutoAWQ 0.2.
+``quant_config`` of AutoAWQ 0.2; ``AWQConfig`` of GPTQModel 7, whose symmetric weights
+(``zero_point`` false) store zero-points of 8.
 """
 
 from __future__ import annotations
@@ -110,15 +111,13 @@ def _read_awq(
     bits = _one_of(quantization, "bits", "w_bit", default=4)
     if bits != 4 or type(bits) is not int:
         raise ValueError(f"{file}: bits must be 4, got {bits!r}")
-    if not _read_bool(str(file), quantization, "zero_point", default=True):
-        raise ValueError(f"{file}: zero_point must be true: AWQ's layout always stores qzeros")
     size = _one_of(quantization, "group_size", "q_group_size", default=128)
     strategy, group_size = _read_group_size(str(file), size)
     scheme = Scheme(
         format=AWQ,
         kind="int",
         bits=4,
-        symmetric=False,
+        symmetric=not _read_bool(str(file), quantization, "zero_point", default=True),
         strategy=strategy,
         group_size=group_size,
         actorder=None,

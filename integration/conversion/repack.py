@@ -113,8 +113,8 @@ def _notes(ordered: set[str]) -> list[str]:
     if not ordered:
         return []
     return [
-        f"{len(ordered)} modules have a weight_g_idx: vLLM 0.30 and later, and compressed-tensors "
-        "0.19 and later, do not load them"
+        f"{len(ordered)} modules have a weight_g_idx: vLLM 0.30 and later without --quantization "
+        "int4_lora, and compressed-tensors 0.19 and later, do not load them"
     ]
 
 

@@ -23,7 +23,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.platforms import current_platform
 
 from int4_lora.integration.checkpoint.scheme import Scheme, read_actorder
 from int4_lora.integration.vllm_plugin.converted_scheme import ConvertedScheme
@@ -44,6 +43,8 @@ from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 
 __all__ = ["Int4LoRAConfig"]
+
+PACKED_BITS = (4, 8)
 
 
 class Int4LoRAConfig(CompressedTensorsConfig):
@@ -68,19 +69,18 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         return self.metadata.target_modules
 
     def is_lora_compatible(self) -> bool:
-        """Return whether the model takes adapters on INT4 layers.
+        """Return whether the model takes adapters on packed layers.
 
-        The checkpoint's ``lora_compatible`` decides. Where it is absent: whether the model has an
-        layer of ours, or, before its layers are built, whether the config has a group of INT4
-        weights, or on a CPU of INT8 weights.
+        The checkpoint's ``lora_compatible`` decides. Where it is absent: whether the model has a
+        packed linear layer of 4 or 8 bits, or, before its layers are built, whether the config has
+        a group of such weights. On a GPU, vLLM computes the base of 8 bits.
         """
         if self.metadata.compatible is not None:
             return self.metadata.compatible
         if self._engine is not None:
-            return any(layer.int4 for layer in self._engine.layers)
-        groups = (scheme.get("weights") for scheme in self.target_scheme_map.values() if scheme)
-        bits = _bits_of(current_platform.device_type)
-        return any(getattr(weights, "num_bits", None) in bits for weights in groups)
+            return any(layer.packed for layer in self._engine.layers)
+        groups = (scheme for scheme in self.target_scheme_map.values() if scheme)
+        return any(_is_packed(scheme) for scheme in groups)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Int4LoRAConfig:
@@ -150,6 +150,7 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         if type(scheme) is not CompressedTensorsWNA16:
             served.fallback_reason = type(scheme).__name__
             return scheme
+        served.packed = scheme.num_bits in PACKED_BITS
         if scheme.num_bits not in _bits_of(served.engine.device):
             served.fallback_reason = f"of {scheme.num_bits} bits"
             return scheme
@@ -174,12 +175,22 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         return {name: value for name, value in self.__dict__.items() if name != "_engine"}
 
 
+def _is_packed(scheme: Any) -> bool:
+    """Return whether a config group quantises weights alone, to whole numbers of 4 or 8 bits."""
+    weights = scheme.get("weights")
+    return (
+        getattr(weights, "num_bits", None) in PACKED_BITS
+        and bool(getattr(weights, "type", None) == "int")
+        and scheme.get("input_activations") is None
+    )
+
+
 def _bits_of(device: str) -> tuple[int, ...]:
     """Return the bits of the weights that ours computes on a type of device.
 
     On a GPU, vLLM's own kernels take 8 bits. On a CPU it has none.
     """
-    return (4, 8) if device == "cpu" else (4,)
+    return PACKED_BITS if device == "cpu" else (4,)
 
 
 def _without_order(groups: dict[str, Any]) -> dict[str, Any]:

@@ -290,7 +290,6 @@ SYMBOLS = (
     ),
     Symbol("vllm.envs", "VLLM_CPU_INT4_W4A8", (), "activations of 16 bits in vLLM's kernel"),
     Symbol("vllm.platforms", "current_platform._enum", (), "where the stand-in is registered"),
-    Symbol("vllm.platforms", "current_platform.device_type", (), "which bits ours computes"),
     Symbol("vllm.config", "get_current_vllm_config", (), "options, LoRA settings, model folder"),
     Symbol("vllm.forward_context", "get_forward_context", (), "layers by name within a graph"),
     Symbol(

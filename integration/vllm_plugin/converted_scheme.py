@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     GroupQuantScaleParameter,
@@ -27,6 +27,7 @@ from int4_lora.integration.checkpoint.assembly import assemble
 from int4_lora.integration.checkpoint.compressed_tensors import tensors_of
 from int4_lora.integration.checkpoint.layouts import AWQ
 from int4_lora.integration.checkpoint.scheme import Scheme
+from int4_lora.integration.vllm_plugin.column_order import ColumnOrder
 from int4_lora.integration.vllm_plugin.loading import keeping_scale_dtype
 from int4_lora.integration.vllm_plugin.scheme import ORDER, TENSORS, Int4Scheme
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
@@ -78,7 +79,7 @@ class ConvertedScheme(Int4Scheme):
         )
         for name in (*TENSORS, "weight_shape", ORDER):
             parameter = layer._parameters.pop(name, None)
-            if parameter is not None:
+            if parameter is not None and name != ORDER:
                 parameter.data = parameter.data.new_empty(0)
                 self._allocated[name] = parameter
         per_word = 32 // self.num_bits
@@ -106,21 +107,25 @@ class ConvertedScheme(Int4Scheme):
         )
         layer.register_parameter("scales", parameter)
         if not along_outputs:
-            layer.register_parameter("g_idx", self._order(columns, input_size))
+            self.order = self._order_of(len(output_partition_sizes), input_size)
+            order = BasevLLMParameter(
+                data=torch.full((columns,), -1, dtype=torch.int32), weight_loader=self.order.load
+            )
+            layer.register_parameter("g_idx", order)
 
     def _columns_of_a_group(self, all_columns: int) -> int:
         return all_columns if self.group_size == -1 else self.group_size
 
-    def _order(self, columns: int, all_columns: int) -> BasevLLMParameter:
-        """Return the parameter that ``g_idx`` is loaded into.
+    def _order_of(self, modules: int, all_columns: int) -> ColumnOrder:
+        """Return what loads ``g_idx``.
 
         Without an activation order it numbers the groups, and each rank needs its part only.
         """
         usual = torch.arange(all_columns, dtype=torch.int32)
         usual //= self._columns_of_a_group(all_columns)
-        place = torch.full((columns,), -1, dtype=torch.int32)
-        load = _one_order(self.served.name, None if self.ordered else usual)
-        return BasevLLMParameter(data=place, weight_loader=load)
+        return ColumnOrder(
+            self.served.name, "g_idx", modules, None if self.source.actorder == "group" else usual
+        )
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Convert the loaded weight, free the loaded tensors, and go on as ``Int4Scheme``.
@@ -133,20 +138,27 @@ class ConvertedScheme(Int4Scheme):
         tensors = {
             name: parameter.data for name, parameter in loaded.items() if parameter is not None
         }
-        if not self.ordered:
-            tensors.pop("g_idx", None)
+        del loaded
+        tensors.pop("g_idx", None)
+        order = self.order.take()
+        if self.source.actorder == "group" and order is not None:
+            tensors["g_idx"] = order
         try:
             weight = assemble(self.source, tensors, None)
         except (TypeError, ValueError) as error:
             raise type(error)(f"int4_lora: {self.served.name}: {error}") from error
-        del loaded, tensors
-        self.ordered = weight.g_idx is not None
+        del tensors
         converted = tensors_of(weight)
         for name, parameter in self._allocated.items():
             if name in converted:
                 parameter.data = converted[name]
                 layer.register_parameter(name, parameter)
-        super().process_weights_after_loading(layer)
+        g_idx = weight.g_idx
+        del weight, converted
+        self._lay_out(layer, g_idx)
+        for name, parameter in self._allocated.items():
+            if layer._parameters.get(name) is not parameter:  # the layout has taken its place
+                parameter.data = parameter.data.new_empty(0)
 
 
 def _words(
@@ -161,30 +173,3 @@ def _words(
         packed_factor=per_word,
         weight_loader=load,
     )
-
-
-def _one_order(layer: str, usual: Tensor | None) -> Callable[..., Any]:
-    """Return a loader of ``g_idx``, which all modules merged into a layer share.
-
-    Args:
-        layer: its name.
-        usual: the only values that are taken, or None for any.
-    """
-
-    def load(param: nn.Parameter, loaded: Tensor, *_: Any, **__: Any) -> None:
-        order = loaded.to(param.device, param.dtype)
-        if usual is not None:
-            if not torch.equal(order, usual.to(param.device)):
-                raise ValueError(
-                    f"int4_lora: {layer}: g_idx must number the groups in column order where "
-                    "config.json says desc_act false"
-                )
-            return
-        if bool((param.data >= 0).any()) and not torch.equal(param.data, order):
-            raise ValueError(
-                f"int4_lora: the modules that vLLM merges into {layer} have different g_idx, and "
-                "the merged layer can have only one: serve a dense model (int4-lora unpack)"
-            )
-        param.data.copy_(order)
-
-    return load

@@ -24,6 +24,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from int4_lora.compiled import PreparedWeight, prepare
 from int4_lora.integration.vllm_plugin.base_choice import VLLM
+from int4_lora.integration.vllm_plugin.column_order import ColumnOrder
 from int4_lora.integration.vllm_plugin.loading import keeping_scale_dtype
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.integration.vllm_plugin.stand_in_kernel import StandInKernel, standing_in
@@ -66,6 +67,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             layer_name=stock.layer_name,
         )
         self.served, self.ordered = served, ordered
+        self.order = ColumnOrder(served.name, ORDER)
 
     def create_weights(
         self,
@@ -101,6 +103,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             )
         if self.ordered:
             self.kernel = StandInKernel(self.kernel.config, *TENSORS)
+            self.order.modules = len(output_partition_sizes)
             self._allocate_order(layer, input_size)
         self.served.kind = Kind(
             outputs=tuple(output_partition_sizes),
@@ -124,12 +127,20 @@ class Int4Scheme(CompressedTensorsWNA16):
         """Allocate the ``weight_g_idx`` of the checkpoint."""
         order = BasevLLMParameter(
             data=torch.full((columns,), -1, dtype=torch.int32),
-            weight_loader=_one_order(self.served.name),
+            weight_loader=self.order.load,
         )
         layer.register_parameter(ORDER, order)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Lay the loaded weight out for our kernels, or hand it to vLLM's."""
+        """Lay the loaded weight out for our kernels, or hand it to vLLM's.
+
+        Raises:
+            ValueError: some of the merged modules have an activation order, and others none.
+        """
+        self._lay_out(layer, self.order.take())
+
+    def _lay_out(self, layer: Any, g_idx: Tensor | None) -> None:
+        """Lay the loaded weight out, whose columns are in the order ``g_idx``."""
         served, kind = self.served, self.served.kind
         assert kind is not None
         if served.fallback_reason is None and len(served.scale_dtypes) > 1:
@@ -138,17 +149,17 @@ class Int4Scheme(CompressedTensorsWNA16):
             scale = layer.weight_scale  # its dtype is known only after loading
             self._try_stock(dataclasses.replace(kind, scale_dtype=scale.dtype), scale.device)
         if served.fallback_reason is None:
-            served.fallback_reason = self._take_weight(layer)
+            served.fallback_reason = self._take_weight(layer, g_idx)
         if served.fallback_reason is not None:
-            self._leave_to_stock(layer, kind.dtype)
+            self._leave_to_stock(layer, kind.dtype, g_idx)
         served.engine.weight_loaded(served)
 
-    def _leave_to_stock(self, layer: Any, dtype: torch.dtype) -> None:
+    def _leave_to_stock(self, layer: Any, dtype: torch.dtype, g_idx: Tensor | None) -> None:
         """Let vLLM's kernel lay the weight out; let ours compute many tokens if so chosen."""
         served = self.served
         choice = served.choice
         ours_from = None if choice is None else choice.plan.ours_from
-        packed = None if ours_from is None else self._packed_weight(layer)
+        packed = None if ours_from is None else self._packed_weight(layer, g_idx)
         scale = layer.weight_scale  # vLLM's kernels take scales in the dtype of x alone
         scale.data = scale.data.to(dtype)
         as_vllm_does = served.engine.options.backend == "stock-base" or of_the_operator()
@@ -188,9 +199,9 @@ class Int4Scheme(CompressedTensorsWNA16):
         choice = self.served.choice = engine.trials[kind]
         self.served.fallback_reason = choice.reason if choice.plan.base == VLLM else None
 
-    def _take_weight(self, layer: Any) -> str | None:
+    def _take_weight(self, layer: Any, g_idx: Tensor | None) -> str | None:
         """Make our layout the layer's only copy; return why that is impossible, or None."""
-        packed = self._packed_weight(layer)
+        packed = self._packed_weight(layer, g_idx)
         with torch.inference_mode(False), torch.no_grad():
             prepared = prepare(packed)
         fault = self.served.base_fault(packed, prepared, kernel_bias(layer))
@@ -207,7 +218,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         layer.weight_packed = nn.Parameter(placeholder, requires_grad=False)
         return None
 
-    def _packed_weight(self, layer: Any) -> PackedWeight:
+    def _packed_weight(self, layer: Any, g_idx: Tensor | None) -> PackedWeight:
         """Return the loaded tensors as the checkpoint has them."""
         zero_point = getattr(layer, "weight_zero_point", None)
         return PackedWeight(
@@ -215,7 +226,7 @@ class Int4Scheme(CompressedTensorsWNA16):
             scale=layer.weight_scale.data,
             shape=(layer.output_size_per_partition, layer.input_size_per_partition),
             zero_point=None if zero_point is None else zero_point.data,
-            g_idx=layer.weight_g_idx.data if self.ordered else None,
+            g_idx=g_idx,
             bits=self.num_bits,
         )
 
@@ -224,25 +235,6 @@ def kernel_bias(layer: Any) -> Tensor | None:
     """Return the bias that the layer's kernel adds on this rank, or None."""
     added_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     return None if layer.skip_bias_add or added_elsewhere else layer.bias
-
-
-def _one_order(layer: str) -> Callable[..., Any]:
-    """Return a loader of the order of a layer's columns, which all modules merged into it share.
-
-    Args:
-        layer: its name.
-    """
-
-    def load(param: nn.Parameter, loaded: Tensor, *_: Any, **__: Any) -> None:
-        order = loaded.to(param.device, param.dtype)
-        if bool((param.data >= 0).any()) and not torch.equal(param.data, order):
-            raise ValueError(
-                f"int4_lora: the modules that vLLM merges into {layer} have different "
-                f"{ORDER}, and the merged layer can have only one: quantise with actorder static"
-            )
-        param.data.copy_(order)
-
-    return load
 
 
 def _in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:

@@ -50,6 +50,7 @@ class ServedLayer:
         engine: what all layers of the engine share.
         int4: whether the checkpoint has a weight for it that our kernels take: INT4, or on a CPU
             INT8.
+        packed: whether the checkpoint has a packed weight for it, of 4 or 8 bits.
         fallback_reason: why vLLM's own kernel computes the base, or None while ours does.
         kind: what the time of the base depends on; only of INT4 layers.
         scale_dtypes: of the checkpoint's scales, as they were loaded.
@@ -69,6 +70,7 @@ class ServedLayer:
     name: str
     engine: ServedEngine = field(default_factory=ServedEngine)
     int4: bool = False
+    packed: bool = False
     fallback_reason: str | None = "no INT4 weights"
     kind: Kind | None = None
     scale_dtypes: set[torch.dtype] = field(default_factory=set)

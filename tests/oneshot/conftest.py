@@ -1,5 +1,8 @@
-"""Checkpoints that llm-compressor's ``oneshot`` wrote, annotated; only where it is installed."""
+"""Checkpoints that quantisers wrote: llm-compressor's oneshot, AutoAWQ, AutoRound and GPTQModel."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +11,23 @@ import pytest
 from int4_lora.integration.demo.tokenizer import save_tokenizer
 from support.tiny import LLAMA
 
+GPTQ = {"method": "gptq", "bits": 4, "group_size": 32}
+AWQ = {"method": "awq", "bits": 4, "group_size": 32}
+OTHERS = {  # checkpoints that are not of compressed-tensors: the tool, and its settings
+    "gptqmodel": ("gptqmodel", GPTQ),
+    "gptqmodel desc_act": (
+        "gptqmodel",
+        {**GPTQ, "desc_act": True, "act_group_aware": False, "sym": False, "format": "gptq_v2"},
+    ),
+    "gptqmodel 8 bits": ("gptqmodel", {**GPTQ, "bits": 8, "group_size": 64}),
+    "gptqmodel awq": ("gptqmodel", AWQ),  # symmetric
+    "auto_round gptq": ("auto_round", {**GPTQ, "sym": True}),
+    "auto_round awq": ("auto_round", {**AWQ, "sym": False}),
+    "autoawq": (
+        "autoawq",
+        {"method": "awq", "zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"},
+    ),
+}
 TEXT = Path(__file__).parents[2] / "docs" / "format.md"
 
 
@@ -32,12 +52,16 @@ def dense(tmp_path_factory):
     return folder
 
 
+def lines():
+    """Return a text that is here: the longer lines of a page of the documentation."""
+    return [line for line in TEXT.read_text(encoding="utf-8").splitlines() if len(line) > 60][:32]
+
+
 def sentences():
-    """Return a small data set that is here: the longer lines of a page of the documentation."""
+    """Return the text as a data set."""
     import datasets
 
-    lines = [line for line in TEXT.read_text(encoding="utf-8").splitlines() if len(line) > 60]
-    return datasets.Dataset.from_dict({"text": lines[:32]})
+    return datasets.Dataset.from_dict({"text": lines()})
 
 
 def recipe(name):
@@ -70,3 +94,23 @@ def quantised(request, dense, tmp_path_factory):
     model = oneshot(model=model, **arguments)
     model.save_pretrained(folder, save_compressed=True)
     return SimpleNamespace(name=request.param, folder=folder, bits=bits, symmetric=symmetric)
+
+
+@pytest.fixture(scope="session", params=OTHERS)
+def other(request, dense, tmp_path_factory):
+    """Return an AWQ or GPTQ checkpoint: its name, method and folder, and its decoded weights."""
+    from safetensors.torch import load_file
+
+    tool, settings = OTHERS[request.param]
+    root = tmp_path_factory.mktemp("other")
+    folder, decoded = root / "written", root / "decoded.safetensors"
+    asked = {"tool": tool, "settings": settings, "source": str(dense), "folder": str(folder)}
+    asked |= {"text": lines(), "decoded": str(decoded)}
+    program = Path(__file__).with_name("quantise.py")
+    command = [sys.executable, "-W", "ignore", program, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    weights = load_file(decoded)
+    return SimpleNamespace(
+        name=request.param, method=settings["method"], folder=folder, decoded=weights
+    )

@@ -30,14 +30,13 @@ def test_it_is_annotated(quantised, tmp_path):
     new = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert {name for name in new if new[name] != old.get(name)} == {*annotated.changed}
     assert annotated.changed == ("lora_metadata.json", "config.json")
-    targets = ALL if quantised.bits == 4 else ()
-    assert (annotated.lora_compatible, annotated.lora_target_modules) == (bool(targets), targets)
+    assert (annotated.lora_compatible, annotated.lora_target_modules) == (True, ALL)
     config = json.loads(new["config.json"])
-    assert read_metadata(config, folder) == LoRAMetadata(bool(targets), targets)
+    assert read_metadata(config, folder) == LoRAMetadata(True, ALL)
     described = json.loads(new["lora_metadata.json"])["modules"]
     assert list(described) == open_checkpoint(folder).modules()
     assert {module["symmetric"] for module in described.values()} == {quantised.symmetric}
     assert {module["group_size"] for module in described.values()} <= {128, None}
     assert annotate(folder).changed == ()
     loaded = transformers.AutoConfig.from_pretrained(folder)
-    assert read_metadata(loaded.to_dict()) == LoRAMetadata(bool(targets), targets)
+    assert read_metadata(loaded.to_dict()) == LoRAMetadata(True, ALL)

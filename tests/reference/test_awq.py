@@ -81,6 +81,19 @@ def test_a_symmetric_weight_is_written_with_zero_points_of_8():
     assert torch.equal(dequantize(from_awq(*tensors)), dequantize(weight))
 
 
+def test_a_symmetric_weight_comes_back_symmetric():
+    weight = quantize(torch.randn(16, 64), group_size=32)
+    tensors = to_awq(weight)
+    back = from_awq(*tensors, symmetric=True)
+    assert back.zero_point is None
+    assert torch.equal(back.packed, weight.packed)
+    spoilt = tensors.qzeros.clone()
+    spoilt[1, 0] += 0x10  # output 2 of the first word is in its nibble 1
+    said = r"zero-points must be 8 in a symmetric weight, got 9 at \[1, 2\]"
+    with pytest.raises(ValueError, match=said):
+        from_awq(tensors.qweight, spoilt, tensors.scales, symmetric=True)
+
+
 REFUSED = {
     "qweight_dtype": (
         TypeError,

@@ -1,9 +1,13 @@
 """AWQ and GPTQ checkpoints, converted while vLLM loads them; what cannot be, by name."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support import other_checkpoints
+from support.activation_order import ordered
 from support.engines import COLD, engine, layers_of, logprobs, requests_of
 from support.served_truth import truth_and_allowed
 
@@ -34,6 +38,39 @@ def test_they_are_served_right(case, tiny_models, tiny_adapters, prompts, tmp_pa
     assert (torch.tensor(answers, dtype=torch.float64) - right).abs().amax() <= allowed
     held = {name for layer in layers.values() for name in layer._parameters}
     assert not held & {"qweight", "qzeros", "scales", "g_idx"}  # one copy
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "changes"),
+    [
+        ("g128", "gptq", {"group_size": 128, "desc_act": True}),
+        pytest.param("g128", "gptq", {"group_size": 128}, marks=pytest.mark.nightly),
+        pytest.param("asym-g32", "awq", {}, marks=pytest.mark.nightly),
+    ],
+)
+def test_weights_are_loaded_again(variant, method, changes, tiny_models, prompts, tmp_path):
+    """Also the activation order, which every module merged into a layer loads."""
+    source = tiny_models[variant]
+    if changes.get("desc_act"):
+        source = ordered(source, tmp_path / "ordered")
+    model = other_checkpoints.rewritten(source, tmp_path / "model", method, **changes)
+    other = shutil.copytree(model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(".scales"):
+            tensors[name] = 2 * tensor
+        if name.endswith("down_proj.g_idx") and changes.get("desc_act"):
+            tensors[name] = tensor.roll(1)
+    save_file(tensors, other / "model.safetensors")
+    with engine(other, **COLD) as llm:
+        right = logprobs(llm, prompts[:1], [None])
+    with engine(model, **COLD) as llm:
+        before = logprobs(llm, prompts[:1], [None])
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        assert logprobs(llm, prompts[:1], [None]) == right != before
+        layers = layers_of(llm)
+    held = {name for layer in layers.values() for name in layer._parameters}
+    assert not held & {"qweight", "qzeros", "scales", "g_idx"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from int4_lora.integration.vllm_plugin.base_choice import VLLM, Choice, Plan
 from int4_lora.integration.vllm_plugin.options import Options
 from int4_lora.integration.vllm_plugin.served_engine import KERNELS, ServedEngine
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer, adapter_slots, add_eagerly
-from support.engines import CONFIG
+from support.engines import CONFIG, WEIGHTS
 from support.weights import random_weight
 
 INPUTS, OUTPUTS, SLOTS = 256, 128, 3
@@ -191,10 +191,10 @@ def test_a_draft_model_has_no_adapters(ngram):
 
 
 @pytest.mark.parametrize(
-    ("said", "int4", "compatible"),
+    ("said", "packed", "compatible"),
     [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
 )
-def test_the_configuration_says_what_the_checkpoint_says(said, int4, compatible):
+def test_the_configuration_says_what_the_checkpoint_says(said, packed, compatible):
     from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
     from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata
 
@@ -202,10 +202,35 @@ def test_the_configuration_says_what_the_checkpoint_says(said, int4, compatible)
     assert config.is_lora_compatible()  # it has a group of INT4 weights
     config.metadata = LoRAMetadata(said, ("q_proj",))
     config._engine = ServedEngine()
-    config._engine.layers.append(ServedLayer("a", config._engine, int4=int4))
+    config._engine.layers.append(ServedLayer("a", config._engine, packed=packed))
     assert config.is_lora_compatible() == compatible
     assert config.lora_compatible == said
     assert config.lora_target_modules == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("weights", "group", "compatible"),
+    [
+        ({"num_bits": 8}, {}, True),
+        ({"num_bits": 8, "type": "float"}, {}, False),
+        ({"num_bits": 8}, {"input_activations": {"num_bits": 8, "type": "int"}}, False),
+    ],
+)
+def test_a_config_is_compatible_by_its_groups(weights, group, compatible):
+    """Before layers are built; W8A16 is packed, FP8 and W8A8 are not."""
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+
+    made = {"targets": ["Linear"], "weights": {**WEIGHTS, **weights}, **group}
+    config = Int4LoRAConfig.from_config({**CONFIG, "config_groups": {"group_0": made}})
+    assert config.is_lora_compatible() == compatible
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_config_of_awq_or_gptq_is_compatible(method):
+    from int4_lora.integration.vllm_plugin.config import Int4LoRAConfig
+    from support.other_checkpoints import CONFIGS
+
+    assert Int4LoRAConfig.from_config(CONFIGS[method]).is_lora_compatible()
 
 
 @pytest.fixture

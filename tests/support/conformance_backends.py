@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 
 import int4_lora.reference as reference
-from int4_lora.reference import dequantize, error_bound, int4_lora_linear
+from int4_lora.reference import Float4Weight, dequantize, error_bound, int4_lora_linear
+from int4_lora.reference.awq import AWQTensors
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.diagnosis.definition_steps import answer_of
 from int4_lora.reference.conformance.judging.yardstick import one_by_one, yardstick
@@ -16,6 +17,7 @@ from int4_lora.reference.dequantization import (
     scale_of_each_weight,
     unrounded_weight,
 )
+from int4_lora.reference.gptq import GPTQTensors
 from int4_lora.reference.linear import as_slices
 
 
@@ -130,6 +132,8 @@ class FirstGroup(Layer):
 class Stepwise:
     """A backend that computes in the steps of a way, rounded once."""
 
+    manifest = {"formats": ["int4", "nvfp4", "mxfp4"]}  # noqa: RUF012
+
     def __init__(self, way):
         self.way, self.earlier = way, {}
 
@@ -138,7 +142,17 @@ class Stepwise:
 
     def dequantize(self, weight, dtype=None):
         dense = self.answer("dequantize", Operands(weight=weight, dtype=dtype))
-        return dense.to(dtype or weight.scale.dtype)
+        of_float4 = isinstance(weight, Float4Weight)
+        return dense.to(dtype or (torch.bfloat16 if of_float4 else weight.scale.dtype))
+
+    def from_gptq(self, qweight, qzeros, scales, g_idx=None, *, zero_plus_one=True):
+        layout = GPTQTensors(qweight, qzeros, scales, g_idx)
+        operands = Operands(layout=layout, zero_plus_one=zero_plus_one)
+        return self.answer("from_gptq", operands).to(scales.dtype)
+
+    def from_awq(self, qweight, qzeros, scales):
+        operands = Operands(layout=AWQTensors(qweight, qzeros, scales))
+        return self.answer("from_awq", operands).to(scales.dtype)
 
     def shrink(self, x, lora, adapter_ids):
         operands = Operands(x=x, lora=lora, adapter_ids=adapter_ids)

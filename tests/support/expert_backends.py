@@ -7,6 +7,9 @@ from torch.nn.functional import gelu, silu
 
 import int4_lora.reference as reference
 from int4_lora.reference import ExpertsLoRA, LoRAStack, dequantize
+from int4_lora.reference.conformance import Manifest
+from int4_lora.reference.conformance.cases.operands import Operands
+from int4_lora.reference.conformance.judging.answers import answer
 from int4_lora.reference.dequantization import unrounded_weight
 
 
@@ -171,6 +174,30 @@ class DroppedDown(Changed):
 
     def lora(self, lora, experts):
         return ExpertsLoRA(lora.gate_up, [None] * experts)
+
+
+class Mistaken:
+    """Experts of mistakes of the diagnosis, one made after the other."""
+
+    def __init__(self, mistakes):
+        self.mistakes, self.earlier = mistakes, {}
+
+    def int4_moe(self, x, experts, topk_ids, topk_weights, lora=None, adapter_ids=None, **options):
+        operands = Operands(
+            x=x,
+            experts=experts,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            experts_lora=lora,
+            adapter_ids=adapter_ids,
+            **options,
+        )
+        earlier = self.earlier.get(len(x))
+        if adapter_ids is not None:
+            self.earlier[len(x)] = adapter_ids.clone()
+        for mistake in self.mistakes:
+            operands = mistake.change(operands, earlier) or operands
+        return answer("int4_moe", operands, Manifest()).exact.to(x.dtype)
 
 
 FAULTS = {

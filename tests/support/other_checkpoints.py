@@ -30,6 +30,7 @@ VARIANTS = {
     "gptq_channel": ("gptq", {"group_size": -1}, {"size": None}),
     "gptq_8_bits": ("gptq", {"bits": 8}, {"bits": 8}),
     "awq": ("awq", {}, {}),
+    "awq_sym": ("awq", {"zero_point": False}, {"zeros": False}),
     "awq_channel": ("awq", {"group_size": -1, "version": "GEMM"}, {"size": None}),
 }
 
@@ -72,10 +73,10 @@ class Other(layouts.Model):
         self.stored[f"{name}.scales"] = torch.tensor(scale.T.copy(), dtype=torch.float16)
         self.stored[f"{name}.g_idx"] = torch.tensor(group, dtype=torch.int32)
 
-    def awq(self, name, rows, columns, *, size=32):
-        """Add a layer as AutoAWQ stores it."""
+    def awq(self, name, rows, columns, *, size=32, zeros=True):
+        """Add a layer as AutoAWQ stores it; without zero-points, as GPTQModel does."""
         group = np.arange(columns) // (size or columns)
-        codes, zero, scale = self._values(name, rows, columns, size, 4, True, group)
+        codes, zero, scale = self._values(name, rows, columns, size, 4, zeros, group)
         self.stored[f"{name}.qweight"] = packed_by_awq(codes.T)
         self.stored[f"{name}.qzeros"] = packed_by_awq(zero.T)
         self.stored[f"{name}.scales"] = torch.tensor(scale.T.copy(), dtype=torch.float16)

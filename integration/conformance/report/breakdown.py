@@ -1,4 +1,4 @@
-"""Where the wrong elements of a result are: by adapter, slice, group and place in a word.
+"""Where the wrong elements of a result are: by adapter, expert, slice, group, code and place.
 
 Source: ``docs/commands/conform.md``, "--report".
 """
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from int4_lora.integration.conformance.report.error_map import WORD
-from int4_lora.reference import AWQTensors
+from int4_lora.reference import AWQTensors, Float4Weight
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.evidence import JudgedCall
 from int4_lora.reference.conformance.judging.answers import WEIGHTS
 from int4_lora.reference.dequantization import scale_columns
+from int4_lora.reference.float4 import E2M1, unpack_float4
 
 __all__ = ["Breakdown", "Part", "breakdowns"]
 
@@ -95,10 +96,42 @@ def _divisions(function: str, call: JudgedCall, wrong: Tensor) -> Iterator[Break
         yield _divided("adapter of the token", wrong, 0, ids, present, names)
     if function in ("shrink", "expand"):
         return
+    if operands.topk_ids is not None and operands.topk_ids.shape[0] == wrong.shape[0]:
+        yield _of_experts(operands.topk_ids.long(), wrong)
+        return
     yield from _of_outputs(operands, wrong)
 
 
+def _of_experts(ids: Tensor, wrong: Tensor) -> Breakdown:
+    """Return the share of wrong elements of the tokens that use each expert."""
+    parts = []
+    for expert in sorted(set(ids.flatten().tolist())):
+        rows = (ids == expert).any(dim=1)
+        name = "a dropped slot (-1)" if expert == -1 else f"expert {expert}"
+        parts.append(Part(name, float(wrong[rows].double().mean())))
+    return Breakdown("expert of the token, each token under all that it uses", tuple(parts))
+
+
+def _of_float4(weight: Float4Weight, wrong: Tensor) -> Iterator[Breakdown]:
+    """Yield the divisions of an FP4 weight: by group, by nibble, and by the value of the code."""
+    columns = torch.arange(weight.in_features)
+    groups = list(range(weight.scale.shape[1]))
+    names = [str(group) for group in groups]
+    yield _divided("group", wrong, 1, columns // weight.group_size, groups, names)
+    nibbles = ("the low nibble", "the high nibble")
+    yield _divided("place of the code in its byte", wrong, 1, columns % 2, (0, 1), nibbles)
+    codes = unpack_float4(weight.packed)
+    parts = [
+        Part(f"{E2M1[code]:+g}", float(wrong[codes == code].double().mean()))
+        for code in sorted(set(codes.flatten().tolist()))
+    ]
+    yield Breakdown("value of the code", tuple(parts))
+
+
 def _of_weight(operands: Operands, wrong: Tensor) -> Iterator[Breakdown]:
+    if isinstance(operands.weight, Float4Weight):
+        yield from _of_float4(operands.weight, wrong)
+        return
     weight = operands.packed_weight
     if weight is None:
         return

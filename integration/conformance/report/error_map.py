@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int4_lora.reference import AWQTensors
+from int4_lora.reference import AWQTensors, Float4Weight
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.evidence import JudgedCall
 from int4_lora.reference.conformance.judging.answers import WEIGHTS
 from int4_lora.reference.dequantization import scale_columns, scale_of_each_weight
+from int4_lora.reference.float4 import group_scales
 
 __all__ = ["BOUNDS", "NOT_FINITE", "RIGHT_CLOSE", "Axis", "ErrorMap", "Unit", "error_map"]
 
@@ -72,6 +73,19 @@ STEPS = Unit(
         "wrong by a rounding (up to 1/20 of the scale)",
         "up to half the scale",
         "about the scale: off by one code",
+        "more",
+        OTHER_CLASS,
+    ),
+)
+FLOAT4_STEPS = Unit(
+    "error / scale",
+    (0.05, 0.25, 2.25),
+    (
+        "right",
+        "",
+        "wrong by a rounding (up to 1/20 of the scale), or in the sign of zero",
+        "up to a quarter of the scale",
+        "up to 2 scales: off by one code",
         "more",
         OTHER_CLASS,
     ),
@@ -165,10 +179,23 @@ def _errors(function: str, call: JudgedCall) -> tuple[Unit, Tensor]:
         return CODES, (got.double() - exact.double()).abs()
     error = (got.double() - exact.double()).abs()
     if function in WEIGHTS and weight is not None and not bool(call.held.bound.any()):
-        scale = scale_of_each_weight(weight).double().abs()
-        return STEPS, torch.where(error > 0, error / scale, 0.0).nan_to_num(nan=torch.inf)
+        return STEPS, _in_scales(error, scale_of_each_weight(weight).double())
+    if function in WEIGHTS and isinstance(call.operands.weight, Float4Weight):
+        return FLOAT4_STEPS, _in_scales(error, _float4_scale_of_each_weight(call.operands.weight))
     share = torch.where(error > 0, error / call.held.bound, 0.0)
     return BOUNDS, torch.where(call.held.bound.isinf(), 0.0, share).nan_to_num(nan=torch.inf)
+
+
+def _in_scales(error: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(error > 0, error / scale.abs(), 0.0).nan_to_num(nan=torch.inf)
+
+
+def _float4_scale_of_each_weight(weight: Float4Weight) -> Tensor:
+    """Return the scale of every FP4 code, divided by the global scale: float64 ``[out, in]``."""
+    scale = group_scales(weight).repeat_interleave(weight.group_size, dim=1)
+    if weight.global_scale is None:
+        return scale
+    return scale / weight.global_scale.to(torch.float64)
 
 
 def _wrong(call: JudgedCall, errors: Tensor, unit: Unit) -> Tensor:
@@ -222,6 +249,9 @@ def _outputs(operands: Operands, length: int) -> Axis:
 
 def _columns(operands: Operands, length: int) -> Axis:
     """Return the axis of columns of a weight: lines at groups, words of codes but for AWQ."""
+    if isinstance(operands.weight, Float4Weight):
+        size = operands.weight.group_size
+        return Axis("column", length, lines=tuple(range(size, length, size)), lines_mean="groups")
     weight = operands.packed_weight
     if weight is None:
         return Axis("column", length)

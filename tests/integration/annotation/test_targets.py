@@ -13,6 +13,10 @@ from int4_lora.integration.checkpoint.safetensors_header import StoredTensor, re
 from int4_lora.integration.checkpoint.scheme import Scheme
 
 STORED = StoredTensor(Path("model.safetensors"), "I32", (1, 1), 0, 4, (0, 0, 0, 0))
+OF_THE_VOCABULARY = (
+    "is quantised, and vLLM serves only a vocabulary whose lm_head alone is packed, in 4 bits, on "
+    "all devices: add it to the ignore list"
+)
 LAYERS = ("model.layers.0", "model.layers.1")
 
 
@@ -77,7 +81,15 @@ def test_a_llama():
         pytest.param(
             {**dict.fromkeys(in_layers("q_proj"), scheme()), LAYERS[0] + ".k_proj": scheme(),
              LAYERS[1] + ".k_proj": scheme(bits=8), LAYERS[0] + ".v_proj": scheme(bits=8)}, [],
-            ("k_proj", "q_proj"), ("q_proj",), id="8 bits",
+            ("k_proj", "q_proj", "v_proj"), ("k_proj", "q_proj", "v_proj"), id="8 bits beside 4",
+        ),
+        pytest.param(
+            {**dict.fromkeys(in_layers("q_proj"), scheme(bits=8)), "lm_head": scheme()}, [],
+            ("q_proj",), ("q_proj",), id="8 bits and a head of 4",
+        ),
+        pytest.param(
+            dict.fromkeys(in_layers("q_proj", "k_proj"), scheme(actorder="group")), [],
+            ("k_proj", "q_proj"), ("k_proj", "q_proj"), id="activation order",
         ),
         pytest.param(
             {**dict.fromkeys(in_layers("q_proj"), scheme()),
@@ -97,38 +109,22 @@ def test_what_is_suggested_names_nothing_else(quantised, dense, modules, suggest
     ("quantised", "reason"),
     [
         (
-            dict.fromkeys(in_layers("q_proj"), scheme(bits=8)),
-            "no linear layer is pack-quantized INT4 alone: model.layers.0.q_proj is "
-            "pack-quantized of int, 8 bits",
-        ),
-        (
             dict.fromkeys(in_layers("q_proj"), scheme(activations=True)),
-            "no linear layer is pack-quantized INT4 alone: model.layers.0.q_proj is "
+            "no linear layer is pack-quantized in its weights alone: model.layers.0.q_proj is "
             "pack-quantized of int, 4 bits, with quantised activations",
         ),
         (
             in_layers("experts.0.up_proj"),
-            "only experts or the vocabulary are INT4, and their adapters are not computed here: "
+            "only experts or the vocabulary are packed, and their adapters are not computed here: "
             "model.layers.0.experts.0.up_proj",
-        ),
-        (
-            dict.fromkeys(in_layers("q_proj"), scheme(actorder="group")),
-            "model.layers.0.q_proj is ordered by activation, which vLLM refuses: quantise with "
-            "actorder static or none, and 1 more like it",
-        ),
-        (
-            {**dict.fromkeys(in_layers("k_proj"), scheme()), "x.1.up": scheme(actorder="group")},
-            "x.1.up is ordered by activation, which vLLM refuses: quantise with actorder static "
-            "or none",
         ),
         (
             {**dict.fromkeys(in_layers("k_proj"), scheme()), "x.1.up": scheme(strategy="tensor")},
             "x.1.up is of a strategy that vLLM does not serve: quantise by channel or group",
         ),
         (
-            [*in_layers("q_proj"), "lm_head"],
-            "lm_head is quantised, and vLLM cannot put adapters beside it: add it to the ignore "
-            "list",
+            {**dict.fromkeys(in_layers("q_proj"), scheme()), "lm_head": scheme(bits=8)},
+            f"lm_head {OF_THE_VOCABULARY}",
         ),
     ],
 )
@@ -147,36 +143,54 @@ def test_a_packed_module_on_the_ignore_list():
     )
 
 
-@pytest.mark.parametrize("actorder", [None, "group"])
+def with_orders(folder, orders, actorder):
+    """Return a checkpoint of some modules in the first layer, each with a ``weight_g_idx``."""
+    named = {f"{LAYERS[0]}.{name}": order for name, order in orders.items()}
+    file = folder / "model.safetensors"
+    tensors = {
+        f"{name}.weight_g_idx": torch.tensor(order, dtype=torch.int32)
+        for name, order in named.items()
+        if order is not None
+    }
+    save_file(tensors, file)
+    opened = checkpoint(dict.fromkeys(named, scheme(actorder=actorder)))
+    tensors = opened.tensors | read_headers(file)
+    return dataclasses.replace(opened, path=folder, tensors=tensors)
+
+
+@pytest.mark.parametrize("g_idx", [[0, 1, 1, 0], [-1] * 4, [0] * 4])
+def test_a_stored_g_idx_is_loaded_where_the_config_names_an_order(tmp_path, g_idx):
+    """Otherwise vLLM has no parameter for weight_g_idx, whatever its values are."""
+    assert lora_targets(with_orders(tmp_path, {"q_proj": g_idx}, "group")).compatible
+    (reason,) = lora_targets(with_orders(tmp_path, {"q_proj": g_idx}, None)).incompatible_because
+    assert reason.startswith(f"{LAYERS[0]}.q_proj stores a weight_g_idx, which vLLM does not load")
+
+
 @pytest.mark.parametrize(
-    ("g_idx", "reason"),
+    ("orders", "names"),
     [
-        ([0, 1, 1, 0], "is ordered by activation, which vLLM refuses"),
-        ([-1] * 4, "stores a weight_g_idx in column order, which vLLM does not load"),
-        ([0] * 4, "stores a weight_g_idx in column order, which vLLM does not load"),
+        ({"q_proj": [0, 1, 1, 0], "k_proj": [0, 1, 1, 0], "o_proj": [1, 0, 0, 1]}, ()),
+        ({"q_proj": [0, 1, 1, 0], "k_proj": [1, 0, 1, 0]}, ("k_proj",)),
+        ({"q_proj": [0, 1, 1, 0], "k_proj": None}, ("k_proj",)),
+        ({"q_proj": [0, 0, 0, 0], "k_proj": None, "v_proj": [-1] * 4}, ()),  # all in column order
+        ({"gate_proj": [0, 1, 1, 0], "up_proj": [0, 1, 0, 1]}, ("up_proj",)),
     ],
 )
-def test_a_stored_g_idx_is_an_order_unless_it_is_that_of_the_columns(
-    tmp_path, g_idx, reason, actorder
-):
-    """VLLM 0.32 has no parameter for weight_g_idx, whatever its values are."""
-    name = in_layers("q_proj")[1]
-    file = tmp_path / "model.safetensors"
-    save_file({f"{name}.weight_g_idx": torch.tensor(g_idx, dtype=torch.int32)}, file)
-    opened = checkpoint({name: scheme(actorder=actorder)})
-    opened = dataclasses.replace(opened, path=tmp_path, tensors=opened.tensors | read_headers(file))
-    (found,) = lora_targets(opened).incompatible_because
-    assert found.startswith(f"{name} {reason}")
+def test_modules_that_vllm_merges_have_one_activation_order(tmp_path, orders, names):
+    found = lora_targets(with_orders(tmp_path, orders, "group")).incompatible_because
+    assert [reason.split()[0] for reason in found] == [f"{LAYERS[0]}.{name}" for name in names]
+    assert all("has another activation order than" in reason for reason in found)
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens", "transformer.wte", "embed_out"])
 def test_vocabulary_is_no_target(name):
     found = lora_targets(checkpoint([*in_layers("q_proj"), name]))
     assert found.modules == found.suggested == ("q_proj",)
-    assert [reason.split()[0] for reason in found.incompatible_because] == [name]
+    reasons = [] if name == "lm_head" else [f"{name} {OF_THE_VOCABULARY}"]
+    assert [*found.incompatible_because] == reasons
 
 
 def test_every_reason_is_given():
-    found = lora_targets(checkpoint({"lm_head": scheme(strategy="block", actorder="group")}))
-    assert len(found.incompatible_because) == 4
+    found = lora_targets(checkpoint({"lm_head": scheme(strategy="block", bits=8)}))
+    assert len(found.incompatible_because) == 3
     assert found.modules == found.suggested == ()

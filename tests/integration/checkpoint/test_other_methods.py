@@ -98,7 +98,8 @@ BAD_CONFIGS = [
     ("awq", {"version": "marlin"}, "version must be 'gemm', got 'marlin'"),
     ("awq", {"backend": "llm-awq"}, "backend 'llm-awq' packs weights in another layout"),
     ("awq", {"bits": 8}, "bits must be 4, got 8"),
-    ("awq", {"zero_point": False}, "zero_point must be true"),
+    ("awq", {"zero_point": False}, "zero-points must be 8 in a symmetric weight, got"),
+    ("awq", {"zero_point": "no"}, "zero_point must be true or false, got 'no'"),
     ("awq", {"quant_method": "bitsandbytes"}, "got 'bitsandbytes': its codes are packed for its"),
     ("awq", {"quant_method": "auto-round"}, "'awq' or 'gptq', got 'auto-round'"),
 ]  # fmt: skip
@@ -149,6 +150,13 @@ BAD_TENSORS = [
     ("awq", {"qweight": lambda t: t.T}, "scales must be"),
     ("awq", {"scales": lambda t: t.double()}, "scales must be float16, bfloat16 or float32"),
     ("awq", {"qzeros": lambda t: t.repeat(1, 8)}, "= [2, 8], got [2, 64]"),
+    ("awq", {"qzeros": None}, "qzeros of an awq module is missing"),
+    ("awq", {"qzeros": lambda t: t.half()}, "qzeros must be int32, got float16"),
+    ("awq", {"scales": None}, "scales of an awq module is missing"),
+    ("awq", {"scales": lambda t: t[:1]}, "= [1, 8], got [2, 8]"),
+    ("awq", {"qweight": lambda t: t[:63]}, "2 groups, which do not divide in_features = 63"),
+    ("awq", {"qweight": lambda t: t.flatten()}, "qweight must be"),
+    ("awq_sym", {"qzeros": lambda t: t + 1}, "zero-points must be 8 in a symmetric weight, got 9"),
 ]  # fmt: skip
 
 

@@ -25,7 +25,8 @@ def test_no_weight_changes(tmp_path, variant):
     for name in checkpoint.modules():
         weight = checkpoint.packed_weight(name)
         assert torch.equal(bits_of(dequantize(weight)), bits_of(model.dense[f"{name}.weight"]))
-        assert weight.symmetric == (variant in ("gptq_v1", "gptq_channel", "gptq_8_bits"))
+        symmetric = ("gptq_v1", "gptq_channel", "gptq_8_bits", "awq_sym")
+        assert weight.symmetric == (variant in symmetric)
         assert (weight.g_idx is not None) == (variant == "gptq_desc_act")
         assert weight.bits == (8 if variant == "gptq_8_bits" else 4)
     others = {name: tensor for name, tensor in model.dense.items() if "_proj" not in name}

@@ -156,6 +156,6 @@ def test_adapters_are_checked_and_annotated(kimi, loras, tmp_path):
     result = run("annotate", copied)
     assert result.exit_code == 0
     assert "lora_compatible: false" in result.output
-    assert "only experts or the vocabulary are INT4" in result.output
+    assert "only experts or the vocabulary are packed" in result.output
     described = json.loads((copied / "lora_metadata.json").read_text())["modules"]
     assert {name: tuple(one["shape"]) for name, one in described.items()} == EXPERTS

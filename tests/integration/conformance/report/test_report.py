@@ -28,6 +28,7 @@ from int4_lora.reference.conformance import IDENTIFIERS, Backend, Manifest, run,
 from int4_lora.reference.conformance.evidence import JudgedCall
 from int4_lora.reference.conformance.judging.answers import answer
 from int4_lora.reference.conformance.judging.verdict import judge
+from int4_lora.reference.float4 import unpack_float4
 from support.conformance_faults import ThreeFaults
 
 Image = pytest.importorskip("PIL.Image")
@@ -123,6 +124,60 @@ def test_a_page_needs_nothing_else_and_its_links_lead_somewhere(three_faults):
         assert "url(" not in text
         assert shown.tags.count("script") == 1
         assert len(text) < 3_000_000
+
+
+class WithoutSign:
+    """A backend that leaves the sign of FP4 codes out."""
+
+    manifest = {"formats": ["nvfp4"]}  # noqa: RUF012
+
+    def dequantize(self, weight, dtype=None):
+        return int4_lora.reference.dequantize(weight, dtype).abs()
+
+
+def test_a_map_of_fp4_has_groups_scales_and_the_codes_that_are_wrong():
+    (outcome,) = outcomes_of(WithoutSign(), "dequantize/nvfp4/bf16")
+    call = outcome.evidence.failure
+    drawn = error_map("dequantize", call)
+    weight = call.operands.weight
+    negative = unpack_float4(weight.packed) >= 8
+    assert torch.equal(drawn.wrong & negative, drawn.wrong)
+    assert drawn.unit.name == "error / scale"
+    # twice the value of the code: -0.5, -1 are off by 1, 2 scales; -6 by 12
+    classes = drawn.classes[unpack_float4(weight.packed) == 9].unique().tolist()
+    assert max(classes) == 4
+    assert int(drawn.classes[unpack_float4(weight.packed) == 15].max()) == 5
+    assert drawn.columns.lines == tuple(range(16, weight.in_features, 16))
+    assert not drawn.columns.words
+    (by_code,) = (each for each in breakdowns("dequantize", call, drawn.wrong) if "code" in each.by)
+    assert by_code.by == "value of the code"
+    assert "-6" in by_code.only
+    assert "+6" not in by_code.only
+    assert "value of the code" in read([outcome]).text
+
+
+class DropsAnExpert:
+    """A backend whose expert 1 returns zeros."""
+
+    def int4_moe(self, x, experts, topk_ids, topk_weights, *more, **options):
+        kept = torch.where(topk_ids == 1, 0.0, topk_weights)
+        return int4_lora.reference.int4_moe(x, experts, topk_ids, kept, *more, **options)
+
+
+def test_a_map_of_experts_tells_the_tokens_of_the_wrong_one():
+    (outcome,) = outcomes_of(DropsAnExpert(), "int4_moe/mixed/bf16")
+    call = outcome.evidence.failure
+    drawn = error_map("int4_moe", call)
+    uses = (call.operands.topk_ids == 1).any(dim=1)
+    assert torch.equal(drawn.wrong.any(dim=1), uses)
+    assert (drawn.rows.name, drawn.columns.name) == ("token", "output")
+    (by_expert,) = (
+        each for each in breakdowns("int4_moe", call, drawn.wrong) if "expert" in each.by
+    )
+    shares = {part.name: part.share for part in by_expert.parts}
+    assert shares["expert 1"] > 0.9
+    assert min(shares.values()) < 0.7
+    assert "expert of the token" in read([outcome]).text
 
 
 def test_the_budget_of_images_is_kept(three_faults, monkeypatch):
