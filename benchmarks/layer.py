@@ -70,7 +70,9 @@ def options_of(arguments):
         "--format", choices=FORMATS, default="int4", help="how the weight is stored (%(default)s)"
     )
     parser.add_argument(
-        "--group-size", type=int, help="columns that share a scale (int4: 128, int8: a whole row)"
+        "--group-size",
+        type=int,
+        help="columns that share a scale (int4: 128, int8: a whole row; fixed for fp4)",
     )
     parser.add_argument(
         "--in-a-graph",
@@ -100,6 +102,9 @@ def options_of(arguments):
         parser.error("--contended needs a CPU, a system that can stop processes, and 1 or more")
     options.tokens = options.tokens or TOKENS_OF[options.device]
     options.shapes = options.shapes or SHAPES_OF[options.device]
+    fixed = FORMATS[options.format].is_float
+    if fixed and options.group_size not in (None, FORMATS[options.format].group_size):
+        parser.error(f"--group-size is {FORMATS[options.format].group_size} for {options.format}")
     options.group_size = options.group_size or FORMATS[options.format].group_size
     for rows, columns in options.shapes:
         if columns % (options.group_size or columns):

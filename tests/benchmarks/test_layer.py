@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from int4_lora.compiled import layouts
 from int4_lora.reference import dequantize, int4_lora_linear, pack, unpack
 
-FORMATS = ("int4", "int8")
+FORMATS = ("int4", "int8", "nvfp4", "mxfp4")
 NAMES = ("ours", "ours + LoRA", "dense", "A", "B", "A + L")
 CELL = {
     "rows": 4096, "columns": 1024, "tokens": 2, "format": "int4", "dtype": "bfloat16",
@@ -55,9 +55,7 @@ def test_every_group_spans_all_codes_and_no_copies_share_a_tensor(layer):
 
 
 @pytest.mark.parametrize("group_size", [512, 128])
-def test_a_layer_of_bytes_is_measured_beside_the_dense_layer_alone(
-    layer, module, monkeypatch, group_size
-):
+def test_a_layer_of_bytes_is_measured_beside_the_dense_layer_alone(layer, module, group_size):
     layer()  # with few copies
     made = module("operands").Layer(128, 512, 5, torch.bfloat16, group_size, format="int8")
     codes = unpack(made.weight.packed, 512, bits=8).view(128, -1, group_size)
@@ -78,11 +76,27 @@ def test_a_layer_of_bytes_is_measured_beside_the_dense_layer_alone(
     assert (list(ready), failed) == (names, {})
 
 
+@pytest.mark.parametrize(("format", "group_size"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_a_layer_of_fp4_is_measured_beside_the_dense_layer(layer, module, format, group_size):
+    layer()  # with few copies
+    made = module("operands").Layer(128, 512, 3, torch.bfloat16, group_size, format=format)
+    assert made.dense.float().std().item() == pytest.approx(512**-0.5, rel=0.5)
+    offered = [*module("contenders").our_layers(made), *module("contenders").formulations(made)]
+    ready, failed = module("judgement").select(
+        offered, module("modes").one_call, module("judgement").Judge(made)
+    )
+    names = ["ours", "ours + LoRA", "dense", "formulation gemv", "formulation tiles"]
+    assert (list(ready), failed) == (names, {})
+
+
 def test_options_of_a_format(module, capsys):
     options_of = module("layer").options_of
     assert [options_of(["--device", "cpu", "--format", one]).group_size for one in FORMATS] == [
-        128, None,
+        128, None, 16, 32,
     ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        options_of(["--device", "cpu", "--format", "mxfp4", "--group-size", "16"])
+    assert "--group-size is 32 for mxfp4" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         options_of(["--device", "cpu", "--shapes", "64x192"])
     assert "--shapes 64x192: --group-size must divide in_features" in capsys.readouterr().err
