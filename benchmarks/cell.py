@@ -94,7 +94,8 @@ def cell(rows, columns, tokens, dtype, options, copy_bytes_per_second, busy=None
     Returns:
         The row, as written to the results.
     """
-    layer = Layer(rows, columns, tokens, dtype, options.group_size, options.device)
+    sizes = (rows, columns, tokens, dtype, options.group_size or columns, options.device)
+    layer = Layer(*sizes, format=options.format)
     mode = mode_of(options.device, options.in_a_graph)
     peers, refused = contenders_among(layer, PEERS)
     offered = [*our_layers(layer), *peers]
@@ -131,6 +132,7 @@ def described(layer, mode, measured, contenders):
         "columns": layer.columns,
         "tokens": layer.tokens,
         "dtype": str(layer.dtype).removeprefix("torch."),
+        "format": layer.format,
         "group_size": layer.group_size,
         "adapters": layer.stack.adapters,
         "rank": layer.stack.rank,

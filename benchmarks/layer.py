@@ -1,4 +1,7 @@
-"""Measure one INT4 layer with adapters beside its peers: ``python -m benchmarks.layer``.
+"""Measure one layer with adapters beside its peers: ``python -m benchmarks.layer``.
+
+``--format`` says how the weight is stored; the peers take INT4 only, the dense layer is always
+measured.
 
 Print each row as JSON, then the tables; ``--output NAME`` writes ``results/NAME.json``, ``.md``
 and ``.png``. On CUDA, everything but the eager reference is replayed from CUDA graphs.
@@ -23,6 +26,7 @@ from benchmarks.command import RESULTS, write
 from benchmarks.contention import STOPS, BusyProcesses
 from benchmarks.machine import chosen_device, machine
 from benchmarks.report import bars, plot, report
+from benchmarks.weights import FORMATS
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672))  # out_features, in_features
 DTYPES = ("bfloat16", "float16", "float32")
@@ -49,7 +53,7 @@ def shape_of(text):
 
 
 def options_of(arguments):
-    """Return the checked options, with defaults filled in."""
+    """Return the checked options, with defaults filled in; a group size of None is a whole row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__)
     parser.add_argument("--output", help="write results/OUTPUT.json, .md and .png")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
@@ -62,7 +66,14 @@ def options_of(arguments):
         help=f"out_features x in_features, as OUTxIN or an index into {SHAPES}",
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of x")
-    parser.add_argument("--group-size", type=int, default=128, help="columns that share a scale")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="int4", help="how the weight is stored (%(default)s)"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        help="columns that share a scale (int4: 128, int8: a whole row; fixed for fp4)",
+    )
     parser.add_argument(
         "--in-a-graph",
         action="store_true",
@@ -81,7 +92,8 @@ def options_of(arguments):
     parser.add_argument("--budget", type=float, default=15, help="seconds for each row")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     options = parser.parse_args(arguments)
-    if options.group_size < 1 or options.rounds < 2 or min(options.tokens or [1]) < 1:
+    least = min(options.tokens or [1]), 1 if options.group_size is None else options.group_size
+    if options.rounds < 2 or min(least) < 1:
         parser.error("--group-size and --tokens must be 1 or more, --rounds 2 or more")
     options.device = chosen_device(parser, options.device)
     if options.device == "cuda" and options.in_a_graph:
@@ -90,6 +102,13 @@ def options_of(arguments):
         parser.error("--contended needs a CPU, a system that can stop processes, and 1 or more")
     options.tokens = options.tokens or TOKENS_OF[options.device]
     options.shapes = options.shapes or SHAPES_OF[options.device]
+    fixed = FORMATS[options.format].is_float
+    if fixed and options.group_size not in (None, FORMATS[options.format].group_size):
+        parser.error(f"--group-size is {FORMATS[options.format].group_size} for {options.format}")
+    options.group_size = options.group_size or FORMATS[options.format].group_size
+    for rows, columns in options.shapes:
+        if columns % (options.group_size or columns):
+            parser.error(f"--shapes {rows}x{columns}: --group-size must divide in_features")
     return options
 
 

@@ -2,14 +2,16 @@
 
 The script trains a byte-level Llama on Python's standard library, quantises it with
 compressed-tensors, and trains an adapter on this project's pages. The table compares the losses on
-a held-out part of the pages: of the dense model, of the INT4 model, of INT4 with the adapter, and
-of the adapter merged to dense, to INT4 with min-max scales, and to INT4 with searched scales.
+a held-out part of the pages: of the dense model, of the INT4 model, of INT4 with the adapter in
+float32, bfloat16 and INT4, and of the adapter merged to dense, to INT4 with min-max scales, and to
+INT4 with searched scales. The error of the adapter in INT4 is that of B A, over all modules.
 ``--output NAME`` writes ``results/NAME.json`` and ``.md``.
 
 Source: ``docs/owning-checkpoints.md``.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -20,6 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine
+from int4_lora.integration import read_adapter
+from int4_lora.integration.adapter.quantize import quantize_adapter
 from int4_lora.integration.conversion import merge_checkpoint, unpack_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -82,8 +86,37 @@ def loss(model, tokens):
     return sum(losses) / count
 
 
+@torch.no_grad()
+def adapted(model, modules):
+    """Add the pairs of an adapter to the linears of a model, and return it.
+
+    Args:
+        model: a model of transformers.
+        modules: the adapter's pairs, by the name of the linear.
+    """
+    for name, pair in modules.items():
+        a, b = pair.a.float(), pair.b.float()
+
+        def add(_, inputs, y, a=a, b=b, scaling=pair.scaling):
+            return y + scaling * (inputs[0] @ a.T) @ b.T
+
+        model.get_submodule(name).register_forward_hook(add)
+    return model
+
+
+def error_of_adapter(before, after):
+    """Return |B' A' - B A| / |B A| over all modules, in Frobenius norms."""
+    lost = norm = 0.0
+    for name, pair in before.items():
+        exact = pair.b.double() @ pair.a.double()
+        quantised = after[name].b.double() @ after[name].a.double()
+        lost += float((quantised - exact).square().sum())
+        norm += float(exact.square().sum())
+    return math.sqrt(lost / norm)
+
+
 def measured(folder, steps, steps_of_lora):
-    """Return the losses by name, and the reports of merging into INT4."""
+    """Return the losses by name, and the reports of the errors of weights and adapters."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -106,10 +139,20 @@ def measured(folder, steps, steps_of_lora):
     tuned.save_pretrained(str(folder / "adapter"))
     both = PeftModel.from_pretrained(opened("unpacked"), folder / "adapter")
     losses["INT4 + LoRA"] = loss(both, held)
+    reports = {}
+    floats = read_adapter(folder / "adapter").modules
+    narrow = {
+        name: dataclasses.replace(pair, a=pair.a.bfloat16(), b=pair.b.bfloat16())
+        for name, pair in floats.items()
+    }
+    quantised = quantize_adapter(folder / "adapter", folder / "adapter-int4").adapter.modules
+    for name, pairs in (("bfloat16", narrow), ("INT4", quantised)):
+        losses[f"INT4 + LoRA in {name}"] = loss(adapted(opened("unpacked"), pairs), held)
+        error = error_of_adapter(floats, pairs)
+        reports[f"INT4 + LoRA in {name}"] = {"relative_error": error}
     adapters = [(folder / "adapter", 1.0)]
     merge_checkpoint(folder / "int4", folder / "merged", adapters, dtype=torch.float32)
     losses["merged, dense"] = loss(opened("merged"), held)
-    reports = {}
     for name, search in (("merged, INT4, min-max", False), ("merged, INT4, scale search", True)):
         target = folder / name
         outcome = merge_checkpoint(
@@ -123,7 +166,7 @@ def measured(folder, steps, steps_of_lora):
 
 def table(losses, reports):
     """Return the losses as a table in Markdown."""
-    lines = ["| model | loss, nats per byte | relative error of the weights |", "|---|---|---|"]
+    lines = ["| model | loss, nats per byte | relative error |", "|---|---|---|"]
     for name, value in losses.items():
         error = f"{reports[name]['relative_error']:.4f}" if name in reports else "-"
         lines.append(f"| {name} | {value:.4f} | {error} |")

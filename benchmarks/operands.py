@@ -1,8 +1,6 @@
 """Make one layer's operands on one device, in enough copies to exceed the cache.
 
-Every group holds the smallest and the largest code, so that a peer that requantises the dense
-weight by its minimum and maximum, symmetric or not, gets the same sixteen levels. Base and adapters
-contribute about equally to y, so that an error in either shows in the result.
+Base and adapters contribute about equally to y, so that an error in either shows in the result.
 
 Source: ``benchmarks/results/README.md``.
 """
@@ -11,12 +9,12 @@ import dataclasses
 
 import torch
 
+from benchmarks.weights import random_weight
 from int4_lora import reference
 from int4_lora.compiled import layouts, prepare
 from int4_lora.compiled.selection.timing import copies_beyond_the_cache
 
 ADAPTERS, RANK = 4, 16  # unless a benchmark varies them
-RMS_OF_CODES = 4.6  # of integers spread evenly over [-8, 7]
 
 
 class Layer:
@@ -31,6 +29,7 @@ class Layer:
         device: the device of all tensors.
         adapters: the number of adapters in the stack; tokens use them in turn.
         rank: their rank.
+        format: how the weight is stored, a name in ``benchmarks.weights.FORMATS``.
     """
 
     def __init__(
@@ -44,16 +43,17 @@ class Layer:
         *,
         adapters=ADAPTERS,
         rank=RANK,
+        format="int4",
     ):
         generator = torch.Generator().manual_seed(0)
-        weight = _random_weight(rows, columns, dtype, group_size, generator)
+        weight = random_weight(format, rows, columns, dtype, group_size, generator)
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         a = torch.randn(adapters, rank, columns, generator=generator) / columns**0.5
         b = torch.randn(adapters, rows, rank, generator=generator) * (RANK / rank) ** 0.5
         scaling = 2.0 ** (torch.arange(adapters) % 4 - 2)  # powers of 2: folding into B is exact
         stack = reference.LoRAStack(a.to(dtype), b.to(dtype), scaling)
         self.rows, self.columns, self.tokens = rows, columns, tokens
-        self.dtype, self.group_size = dtype, group_size
+        self.dtype, self.group_size, self.format = dtype, group_size, format
         self.weight = weight.to(device)
         self.dense = reference.dequantize(self.weight, dtype)
         self.x = x.to(device)
@@ -73,7 +73,7 @@ class Layer:
 
     @property
     def copies(self):
-        """The number of copies of an INT4 weight that exceed the cache."""
+        """The number of copies of the weight that exceed the cache."""
         return copies_beyond_the_cache(self.weight.nbytes, self.device.type)
 
     @property
@@ -115,19 +115,6 @@ class Layer:
     def _widths(self):
         """The number of values in one adapter."""
         return self.stack.rank * (self.rows + self.columns)
-
-
-def _random_weight(rows, columns, dtype, group_size, generator):
-    codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
-    codes[:, ::group_size] = -8
-    codes[:, 1::group_size] = 7
-    scale = torch.rand(rows, columns // group_size, generator=generator) + 0.5
-    return reference.PackedWeight(
-        packed=reference.pack(codes),
-        scale=(scale / (RMS_OF_CODES * columns**0.5)).to(dtype),
-        shape=(rows, columns),
-        group_size=group_size,
-    )
 
 
 def _copied(weight):

@@ -137,9 +137,10 @@ def plot(cells, file):
 def _markdown(rows, columns):
     lines = []
     for cell, texts in rows:
-        row = [f"{cell['rows']} x {cell['columns']}", cell["dtype"], str(cell["tokens"])]
+        weight = f"{cell['rows']} x {cell['columns']}"
+        row = [weight, cell["format"], cell["dtype"], str(cell["tokens"])]
         lines.append(row + [texts.get(name, "-") for name in columns])
-    return markdown(["shape", "x", "M", *columns], lines)
+    return markdown(["shape", "W", "x", "M", *columns], lines)
 
 
 def _names(cells):

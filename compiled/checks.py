@@ -9,7 +9,7 @@ from torch import Tensor
 
 from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
 from int4_lora.compiled.layouts.layout import PreparedWeight
-from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight
+from int4_lora.reference import Float4Weight, LoRASlice, LoRAStack, PackedWeight
 from int4_lora.reference.checks import (
     ID_DTYPES,
     X_DTYPES,
@@ -38,10 +38,9 @@ def check_operands(
     """
     if lora is None and adapter_ids is None and bias is None and _fit(x, weight):
         return ()
-    if isinstance(weight, PackedWeight):
-        raise TypeError("weight must be a PreparedWeight, got PackedWeight: call prepare()")
     if not isinstance(weight, PreparedWeight):
-        raise TypeError(f"weight must be a PreparedWeight, got {type(weight).__name__}")
+        advice = ": call prepare()" if isinstance(weight, (PackedWeight, Float4Weight)) else ""
+        raise TypeError(f"weight must be a PreparedWeight, got {type(weight).__name__}{advice}")
     slices: tuple[PreparedSlice, ...] = ()
     if lora is not None:
         slices = check_slices(lora, "weight", weight.in_features, weight.out_features)

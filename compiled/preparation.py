@@ -7,31 +7,33 @@ from collections.abc import Sequence
 import torch
 
 from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
-from int4_lora.compiled.layouts import int4pack, int8, interleaved
+from int4_lora.compiled.layouts import float4, int4pack, int8, interleaved
 from int4_lora.compiled.layouts.checkpoint import CheckpointWeight
+from int4_lora.compiled.layouts.float4 import BlockedFloat4Weight
 from int4_lora.compiled.layouts.int4pack import Int4PackWeight
 from int4_lora.compiled.layouts.int8 import Int8Weight
 from int4_lora.compiled.layouts.interleaved import InterleavedWeight
 from int4_lora.compiled.layouts.layout import PreparedWeight
-from int4_lora.reference import LoRASlice, LoRAStack, PackedLoRAStack, PackedWeight
+from int4_lora.reference import Float4Weight, LoRASlice, LoRAStack, PackedLoRAStack
+from int4_lora.reference.float4_weight import BaseWeight, check_weight
 from int4_lora.reference.linear import as_slices
 
 __all__ = ["layouts", "prepare", "prepare_lora"]
 
 
 @torch.no_grad()
-def prepare(weight: PackedWeight, *, layout: str | None = None) -> PreparedWeight:
+def prepare(weight: BaseWeight, *, layout: str | None = None) -> PreparedWeight:
     """Lay out a weight for the formulations of its device.
 
     Args:
-        weight: the checkpoint's tensors, on the device that will compute.
+        weight: the checkpoint's tensors, INT4, INT8 or FP4, on the device that will compute.
         layout: a name from ``layouts(weight)``; None for the first of them.
 
     Returns:
         The prepared weight; its ``packed_weight()`` returns the checkpoint's tensors.
 
     Raises:
-        TypeError: ``weight`` is not a PackedWeight.
+        TypeError: ``weight`` is neither a PackedWeight nor a Float4Weight.
         ValueError: there is no such layout, or it cannot hold this weight; the message says why.
 
     Example:
@@ -48,6 +50,10 @@ def prepare(weight: PackedWeight, *, layout: str | None = None) -> PreparedWeigh
         raise ValueError(f"layout must be one of {list(refusals)}, got {layout!r}")
     elif refusals[layout] is not None:
         raise ValueError(f"layout {layout!r} cannot hold this weight: {refusals[layout]}")
+    if isinstance(weight, Float4Weight):
+        if layout == "float4":
+            return BlockedFloat4Weight.from_float4(weight)
+        return CheckpointWeight(weight)
     if layout == "int4pack":
         return Int4PackWeight.from_packed(weight)
     if layout == "interleaved":
@@ -57,7 +63,7 @@ def prepare(weight: PackedWeight, *, layout: str | None = None) -> PreparedWeigh
     return CheckpointWeight(weight)
 
 
-def layouts(weight: PackedWeight) -> list[str]:
+def layouts(weight: BaseWeight) -> list[str]:
     """Return the layouts that can hold a weight, the default of ``prepare`` first.
 
     Example:
@@ -68,10 +74,11 @@ def layouts(weight: PackedWeight) -> list[str]:
     return [name for name, reason in _refusals(weight).items() if reason is None]
 
 
-def _refusals(weight: PackedWeight) -> dict[str, str | None]:
+def _refusals(weight: BaseWeight) -> dict[str, str | None]:
     """Return, by layout, why it cannot hold a weight, or None; the preferred layout comes first."""
-    if not isinstance(weight, PackedWeight):
-        raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
+    check_weight(weight)
+    if isinstance(weight, Float4Weight):
+        return {"float4": float4.refuses(weight), "checkpoint": None}
     operator = {"int4pack": int4pack.refuses(weight)}
     words = {"interleaved": interleaved.refuses(weight)}
     others = {"int8": int8.refuses(weight), "checkpoint": None}

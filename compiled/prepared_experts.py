@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from int4_lora.compiled.adapters.prepared import PreparedLoRA
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.preparation import prepare, prepare_lora
-from int4_lora.reference import ExpertsLoRA, ExpertsWeight, LoRASlice, LoRAStack
+from int4_lora.reference import ExpertsLoRA, ExpertsWeight, LoRASlice, LoRAStack, PackedWeight
 
 __all__ = ["PreparedExperts", "PreparedExpertsLoRA", "prepare_experts", "prepare_experts_lora"]
 
@@ -63,10 +63,7 @@ class PreparedExperts:
 
     def experts_weight(self) -> ExpertsWeight:
         """Return the checkpoint's tensors, bit for bit."""
-        return ExpertsWeight(
-            [weight.packed_weight() for weight in self.gate_up],
-            [weight.packed_weight() for weight in self.down],
-        )
+        return ExpertsWeight(_packed_weights(self.gate_up), _packed_weights(self.down))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +155,12 @@ def prepare_experts_lora(lora: ExpertsLoRA) -> PreparedExpertsLoRA:
         adapters=lora.adapters,
         experts=lora.count,
     )
+
+
+def _packed_weights(weights: Sequence[PreparedWeight]) -> list[PackedWeight]:
+    """Return the checkpoint's tensors of experts, which are integers."""
+    packed = [weight.packed_weight() for weight in weights]
+    return [weight for weight in packed if isinstance(weight, PackedWeight)]
 
 
 def _prepared(name: str, lora: ExpertsLoRA) -> PreparedLoRA | None:

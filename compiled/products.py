@@ -20,6 +20,7 @@ __all__ = [
     "batched_product",
     "factor_dtype",
     "first_of_pairs",
+    "kept",
     "narrow_product",
     "product",
 ]
@@ -123,6 +124,17 @@ def first_of_pairs(pairs: Tensor) -> Tensor:
         float32 ``[n, 1]``.
     """
     return pairs @ torch.tensor([[1.0], [0.0]], device=pairs.device)
+
+
+def kept(values: Tensor) -> Tensor:
+    """Return numbers in float32, which a graph computes once and keeps in memory.
+
+    Args:
+        values: finite or not, of any dtype and shape.
+    """
+    values = values.to(torch.float32)
+    pairs = torch.stack([values, torch.zeros_like(values)], dim=-1)
+    return first_of_pairs(pairs.reshape(-1, 2)).view(values.shape)
 
 
 def _out_dtype_is_known(left: Tensor, right: Tensor, sums: torch.dtype) -> bool:

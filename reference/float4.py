@@ -23,6 +23,7 @@ __all__ = [
     "e8m0_values",
     "group_scales",
     "pack_float4",
+    "scale_values",
     "unpack_float4",
     "unrounded_float4",
 ]
@@ -92,11 +93,22 @@ def e8m0_values(scale: Tensor) -> Tensor:
     return torch.where(scale == 255, torch.nan, bits.view(torch.float64))
 
 
+def scale_values(scale: Tensor) -> Tensor:
+    """Return the values of scales in float64, exact.
+
+    Args:
+        scale: float8_e4m3fn, whose values are its own, or uint8, E8M0; of any shape.
+
+    Example:
+        >>> scale_values(torch.tensor([0.0625, -448.0]).to(torch.float8_e4m3fn)).tolist()
+        [0.0625, -448.0]
+    """
+    return e8m0_values(scale) if scale.dtype == torch.uint8 else scale.to(torch.float64)
+
+
 def group_scales(weight: Float4Weight) -> Tensor:
     """Return the scale of every group before the division: float64 ``[out, groups]``, exact."""
-    if weight.format == "mxfp4":
-        return e8m0_values(weight.scale)
-    return weight.scale.to(torch.float64)
+    return scale_values(weight.scale)
 
 
 def unrounded_float4(weight: Float4Weight) -> Tensor:

@@ -31,7 +31,13 @@ from int4_lora.reference.checks import X_DTYPES, check_dtype, check_shape
 from int4_lora.reference.float4 import e8m0_values, pack_float4
 from int4_lora.reference.float4_weight import Float4Weight
 
-__all__ = ["quantize_float4"]
+__all__ = [
+    "mxfp4_scales",
+    "nearest_codes",
+    "nvfp4_global_scale",
+    "nvfp4_scales",
+    "quantize_float4",
+]
 
 LARGEST_E4M3 = 448.0
 LARGEST_E2M1 = 6.0
@@ -84,29 +90,33 @@ def quantize_float4(weight: Tensor, *, format: Literal["nvfp4", "mxfp4"] = "nvfp
     groups = w.reshape(rows, columns // size, size)
     amax = groups.abs().amax(dim=2)  # [rows, groups]
     if format == "nvfp4":
-        scale, global_scale = _nvfp4_scales(amax)
+        global_scale = nvfp4_global_scale(amax.amax())
+        scale = nvfp4_scales(amax, global_scale)
         s = scale.to(w.dtype) / global_scale.to(w.dtype)
     else:
-        scale, global_scale = _mxfp4_scales(amax), None
+        scale, global_scale = mxfp4_scales(amax), None
         s = e8m0_values(scale).to(w.dtype)
-    codes = _nearest_codes(groups / s[:, :, None]).reshape(rows, columns)
+    codes = nearest_codes(groups / s[:, :, None]).reshape(rows, columns)
     return Float4Weight(pack_float4(codes), scale, (rows, columns), global_scale)
 
 
-def _nvfp4_scales(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the E4M3 scales of groups with these magnitudes, and the global scale."""
-    largest = amax.amax()
+def nvfp4_global_scale(largest: Tensor) -> Tensor:
+    """Return the global scale of a weight whose largest magnitude is given: float32 ``[1]``."""
     global_scale = (LARGEST_E4M3 * LARGEST_E2M1 / largest).to(torch.float32).reshape(1)
-    global_scale = torch.where(global_scale.isinf(), 1.0, global_scale)
+    return torch.where(global_scale.isinf(), 1.0, global_scale)
+
+
+def nvfp4_scales(amax: Tensor, global_scale: Tensor) -> Tensor:
+    """Return the E4M3 scales of groups with these magnitudes, under a global scale."""
     exact = global_scale.to(amax.dtype) * (amax / LARGEST_E2M1)
     scale = exact.clamp(max=LARGEST_E4M3).to(torch.float8_e4m3fn)
     is_zero = scale.to(torch.float32) == 0
     smallest = torch.full_like(exact, SMALLEST_SCALE).to(torch.float8_e4m3fn)
     bits = torch.where(is_zero, smallest.view(torch.uint8), scale.view(torch.uint8))
-    return bits.view(torch.float8_e4m3fn), global_scale
+    return bits.view(torch.float8_e4m3fn)
 
 
-def _mxfp4_scales(amax: Tensor) -> Tensor:
+def mxfp4_scales(amax: Tensor) -> Tensor:
     """Return the E8M0 scales of groups with these magnitudes."""
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2^exponent, mantissa in [0.5, 1)
     power = exponent - 1 + (mantissa >= 0.875).to(torch.int32)
@@ -114,7 +124,7 @@ def _mxfp4_scales(amax: Tensor) -> Tensor:
     return biased.clamp(0, 254).to(torch.uint8)
 
 
-def _nearest_codes(scaled: Tensor) -> Tensor:
+def nearest_codes(scaled: Tensor) -> Tensor:
     """Return the E2M1 codes nearest to values, ties to an even mantissa: uint8, the same shape."""
     midpoints = torch.tensor(MIDPOINTS, dtype=scaled.dtype, device=scaled.device)
     size = scaled.abs()

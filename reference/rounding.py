@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["round_once"]
+__all__ = ["round_once", "round_to_odd"]
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,9 +33,24 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if value.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
         return value.to(dtype)
+    return round_to_odd(value).to(dtype)
+
+
+def round_to_odd(value: Tensor) -> Tensor:
+    """Return float64 values in float32, with an odd last bit where they are not exact in it.
+
+    Rounded further, to float16 or bfloat16, the result is ``value`` rounded once.
+
+    Args:
+        value: float64 of any shape.
+
+    Example:
+        >>> round_to_odd(torch.tensor([1.0, 1 + 2**-40, 1 + 2**-22 - 2**-40]).double()) - 1
+        tensor([0.0000e+00, 1.1921e-07, 1.1921e-07])
+    """
     near = value.to(torch.float32)
     inexact = near.to(torch.float64) != value  # NaN is not equal to itself, and stays NaN
     beyond = near.to(torch.float64).abs() > value.abs()
     toward_zero = torch.where(beyond, torch.nextafter(near, torch.zeros_like(near)), near)
     odd = (toward_zero.view(torch.int32) | 1).view(torch.float32)
-    return torch.where(inexact & ~value.isnan(), odd, near).to(dtype)
+    return torch.where(inexact & ~value.isnan(), odd, near)

@@ -61,7 +61,8 @@ def contenders(layer, peers):
     able, refused = [], {}
     for peer in peers:
         both = f"{peer.name} + {peer.adapters.name}"
-        why_not = peer.refuses(layer)
+        why_not = None if layer.format == "int4" else f"{layer.format}: the peers take int4"
+        why_not = why_not or peer.refuses(layer)
         if why_not is None:
             try:
                 base, weights = peer.make(layer)

@@ -2,12 +2,15 @@
 
 y[t, o] = sum over groups of s[o] * sum over the group of (q - z) * x
 
-The layout decodes: ``GroupedWeight.terms`` pairs codes with the columns of x that they multiply.
-Codes minus zero-points are integers and therefore exact; nothing is rounded before the sums in the
-accumulation dtype: ``weight_rounded=False, base_rounded=False``.
+The layout decodes: ``GroupedWeight.terms`` pairs codes with the columns of x that they multiply,
+and with their scales. Codes minus zero-points are integers and therefore exact, as are codes of
+FP4; nothing is rounded before the sums in the accumulation dtype: ``weight_rounded=False,
+base_rounded=False``.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -23,14 +26,11 @@ MOST_TOKENS = 4  # each token is unrolled
 
 def base(x: Tensor, weight: GroupedWeight) -> Tensor:
     """Return ``x W^T`` in the accumulation dtype."""
-    sums = accumulation_dtype(x)
-    total = None
-    for codes, columns in weight.terms(weight.arrange(x), sums):
-        term = codes * columns  # [tokens, out, groups, columns of a term]
-        total = term if total is None else total + term
-    assert total is not None
-    scaled = total * weight.scale.to(sums)[None, :, :, None]
-    return scaled.sum((-1, -2))
+    parts = [
+        functools.reduce(torch.add, [codes * columns for codes, columns in pairs]) * scale
+        for scale, pairs in weight.terms(weight.arrange(x), accumulation_dtype(x))
+    ]  # [tokens, out, groups, columns] each
+    return functools.reduce(torch.add, parts).sum((-1, -2))
 
 
 def _limit(weight: GroupedWeight, dtype: torch.dtype, tokens: int) -> str | None:

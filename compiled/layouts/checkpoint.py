@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled.layouts.layout import PreparedWeight
-from int4_lora.compiled.rounding import scaled
-from int4_lora.reference import PackedWeight
+from int4_lora.compiled.rounding import rounded, scaled
+from int4_lora.reference import Float4Weight
 from int4_lora.reference.dequantization import centred_codes, scale_of_each_weight
+from int4_lora.reference.float4 import unrounded_float4
+from int4_lora.reference.float4_weight import BaseWeight, dense_dtype
+from int4_lora.reference.rounding import round_to_odd
 
 __all__ = ["CheckpointWeight"]
 
@@ -24,7 +27,7 @@ class CheckpointWeight(PreparedWeight):
         weight: the tensors.
     """
 
-    weight: PackedWeight
+    weight: BaseWeight
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
@@ -34,7 +37,12 @@ class CheckpointWeight(PreparedWeight):
     @property
     def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype that dense weights are rounded to."""
-        return self.weight.scale.dtype
+        return dense_dtype(self.weight)
+
+    @property
+    def kind(self) -> type[BaseWeight]:
+        """The class of the checkpoint's weight."""
+        return type(self.weight)
 
     @property
     def device(self) -> torch.device:
@@ -51,16 +59,16 @@ class CheckpointWeight(PreparedWeight):
         """All rows: blocks of rows may share scales, and zero-points share words."""
         return self.out_features
 
-    def packed_weight(self) -> PackedWeight:
+    def packed_weight(self) -> BaseWeight:
         """Return the checkpoint's tensors."""
         return self.weight
 
     def packed_rows(self, start: int, stop: int) -> Tensor:
-        """Return the checkpoint's words of rows ``start`` to ``stop``."""
+        """Return the checkpoint's words, of FP4 its bytes, of rows ``start`` to ``stop``."""
         return self.weight.packed[start:stop]
 
-    def with_words(self, packed: Tensor) -> PackedWeight:
-        """Return the checkpoint's other tensors with these words."""
+    def with_words(self, packed: Tensor) -> BaseWeight:
+        """Return the checkpoint's other tensors with these words or bytes."""
         return dataclasses.replace(self.weight, packed=packed)
 
     def part(self, start: int, stop: int) -> CheckpointWeight:
@@ -68,6 +76,11 @@ class CheckpointWeight(PreparedWeight):
         return CheckpointWeight(self.weight)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return rows of the dense weight."""
+        """Return rows of the dense weight; of FP4 not rounded if ``dtype`` is float64."""
+        if isinstance(self.weight, Float4Weight):
+            exact = unrounded_float4(self.weight)[start:stop]
+            if dtype == torch.float64:
+                return exact
+            return rounded(round_to_odd(exact), torch.bfloat16).to(dtype)
         codes, scale = centred_codes(self.weight), scale_of_each_weight(self.weight)
         return scaled(codes, scale).to(dtype)[start:stop]

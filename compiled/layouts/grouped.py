@@ -47,6 +47,10 @@ class GroupedWeight(PreparedWeight):
         """The groups per row."""
         return self.scale.shape[1]
 
+    def scale_of_sums(self, dtype: torch.dtype) -> Tensor:
+        """Return all scales, for the sums of their groups: ``[1, out_features, groups, 1]``."""
+        return self.scale.to(dtype)[None, :, :, None]
+
     def arrange(self, x: Tensor) -> Tensor:
         """Return x with its columns in this weight's order."""
         return x if self.order is None else x.index_select(1, self.order)
@@ -57,15 +61,20 @@ class GroupedWeight(PreparedWeight):
         return rows if self.order is None else rows[:, torch.argsort(self.order)]
 
     @abstractmethod
-    def terms(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield parts of the codes and of x whose products add up to the sums of all groups.
+    def terms(
+        self, x: Tensor, dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+        """Yield scales, and the parts of the codes and of x whose products they multiply.
+
+        The scaled products of all parts add up to ``x W^T``.
 
         Args:
             x: ``[tokens, in_features]``, its columns in this weight's order.
-            dtype: the dtype of both, which holds ``q - z`` exactly.
+            dtype: the dtype of all, which holds the codes exactly.
 
         Yields:
-            ``q - z``: ``[1, out_features, groups, n]``, and its columns of x:
+            Scales ``[1, out_features, groups, 1]``, of all groups or of some, and pairs: the codes
+            ``[1, out_features, groups, n]``, which are q - z of integers, and their columns of x
             ``[tokens, 1, groups, n]``.
         """
 

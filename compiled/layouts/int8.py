@@ -114,10 +114,13 @@ class Int8Weight(GroupedWeight):
             order=None,
         )
 
-    def terms(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all codes, ``q - z``, and all columns of x, by group."""
-        codes = self._centred(0, self.out_features, dtype)
-        yield codes.unsqueeze(0), x.view(x.shape[0], 1, self.groups, -1).to(dtype)
+    def terms(
+        self, x: Tensor, dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+        """Yield all scales, with all codes, ``q - z``, and all columns of x, by group."""
+        codes = self._centred(0, self.out_features, dtype).unsqueeze(0)
+        columns = x.view(x.shape[0], 1, self.groups, -1).to(dtype)
+        yield self.scale_of_sums(dtype), [(codes, columns)]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows of the dense weight, with columns in this weight's order."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from int4_lora.compiled.layouts.grouped import GroupedWeight, uneven_groups
 from int4_lora.compiled.layouts.layout import in_blocks
-from int4_lora.compiled.products import first_of_pairs
+from int4_lora.compiled.products import kept
 from int4_lora.compiled.rounding import scaled
 from int4_lora.reference import PackedWeight, pack, unpack
 
@@ -153,15 +153,19 @@ class InterleavedWeight(GroupedWeight):
         numbers = self.zero_point.index_select(0, row // ZEROS).to(torch.int32)
         return ((numbers >> (4 * (row % ZEROS))[:, None]) & 15) - 8
 
-    def terms(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the codes of each nibble, ``q - z``, and the plane of x that they multiply."""
+    def terms(
+        self, x: Tensor, dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+        """Yield all scales, with each nibble's ``q - z`` and the plane of x that it multiplies."""
         planes = x.view(x.shape[0], 1, self.groups, NIBBLES, self.words_of_a_group).to(dtype)
         words = self.words.view(1, self.out_features, self.groups, -1)
         zeros = self.zeros(0, self.out_features, in_bytes=self._on_cpu)
         offset = 8 if zeros is None else 8 + zeros[None, :, :, None]
+        pairs = []
         for nibble in range(NIBBLES):
             codes = ((words >> (4 * nibble)) & 15) - offset
-            yield codes.to(dtype), planes[:, :, :, nibble]
+            pairs.append((codes.to(dtype), planes[:, :, :, nibble]))
+        yield self.scale_of_sums(dtype), pairs
 
     def exponents(self) -> Tensor:
         """Return int32 ``[out_features]``, all ``EXPONENT_OF_ONE``."""
@@ -191,18 +195,11 @@ class InterleavedWeight(GroupedWeight):
         in_vectors = torch.compiler.is_compiling() and self._fills_vectors
         zeros, scale = self.zeros(start, stop, in_bytes=in_vectors), self.scale[start:stop]
         if in_vectors:
-            scale, zeros = _kept(scale), None if zeros is None else _kept(zeros)
+            scale, zeros = kept(scale), None if zeros is None else kept(zeros)
         if zeros is not None:
             codes = codes - zeros[:, :, None, None]
         dense = scaled(codes, scale[:, :, None, None], self.scale_dtype)
         return dense.to(dtype).reshape(stop - start, self.in_features)
-
-
-def _kept(values: Tensor) -> Tensor:
-    """Return numbers of rows and groups in float32, which a graph computes once."""
-    values = values.to(torch.float32)
-    pairs = torch.stack([values, torch.zeros_like(values)], dim=-1)
-    return first_of_pairs(pairs.reshape(-1, 2)).view(values.shape)
 
 
 def _split(words: Tensor) -> Tensor:

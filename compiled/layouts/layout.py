@@ -1,9 +1,9 @@
 """The interface of a layout, which holds a weight's bits once, in the order that kernels read.
 
-There are four layouts, each in a file of its own: ``Int4PackWeight`` for torch's CPU operator,
-``InterleavedWeight`` for kernels that read words, ``Int8Weight`` for 8 bits on a CPU, and
-``CheckpointWeight``, the checkpoint's own tensors, for everything else. Each returns the
-checkpoint's tensors, bit for bit.
+There are five layouts, each in a file of its own: ``Int4PackWeight`` for torch's CPU operator,
+``InterleavedWeight`` for kernels that read words, ``Int8Weight`` for 8 bits and
+``BlockedFloat4Weight`` for FP4 on a CPU, and ``CheckpointWeight``, the checkpoint's own tensors,
+for everything else. Each returns the checkpoint's tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from int4_lora.reference import PackedWeight
+from int4_lora.reference import Float4Weight, PackedWeight
+from int4_lora.reference.float4_weight import BaseWeight
 
 __all__ = ["PreparedWeight", "in_blocks"]
 
 BLOCK_ROWS = 64  # rows converted at a time; a multiple of every layout's blocks
-BESIDE_THE_WORDS = ("scale", "zero_point", "g_idx")
+BESIDE_THE_WORDS = ("scale", "zero_point", "g_idx", "global_scale")
 
 
 def _blocks(rows: int) -> Iterator[tuple[int, int]]:
@@ -51,7 +52,7 @@ def in_blocks(rows: int, convert: Callable[[int, int], Tensor]) -> Tensor:
 
 
 class PreparedWeight(ABC):
-    """An INT4 weight in the layout that ``prepare`` chose, as formulations read it."""
+    """A weight in the layout that ``prepare`` chose, as formulations read it."""
 
     shape: tuple[int, int]
     scale_dtype: torch.dtype
@@ -76,37 +77,33 @@ class PreparedWeight(ABC):
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
 
-    def packed_weight(self) -> PackedWeight:
+    def packed_weight(self) -> BaseWeight:
         """Return the checkpoint's tensors, bit for bit."""
         return self.with_words(in_blocks(self.out_features, self.packed_rows))
 
     @abstractmethod
     def packed_rows(self, start: int, stop: int) -> Tensor:
-        """Return the checkpoint's words of rows ``start`` to ``stop``.
+        """Return the checkpoint's words of rows ``start`` to ``stop``, of FP4 its bytes.
 
         Args:
             start: the first row, a multiple of ``tile``.
             stop: the row after the last.
 
         Returns:
-            int32 ``[stop - start, words of a row]``.
+            int32 ``[stop - start, words of a row]``, or uint8.
         """
 
     @abstractmethod
-    def with_words(self, packed: Tensor) -> PackedWeight:
-        """Return the checkpoint's other tensors, bit for bit, with these words."""
+    def with_words(self, packed: Tensor) -> BaseWeight:
+        """Return the checkpoint's other tensors, bit for bit, with these words or bytes."""
 
-    def holds(self, weight: PackedWeight) -> bool:
+    def holds(self, weight: BaseWeight) -> bool:
         """Return whether ``packed_weight`` returns exactly these bits; compare block by block."""
-        held = self.with_words(weight.packed)
-        if (held.shape, held.bits, held.strategy) != (weight.shape, weight.bits, weight.strategy):
+        if type(weight) is not self.kind:
             return False
-        for name in BESIDE_THE_WORDS:
-            mine, given = getattr(held, name), getattr(weight, name)
-            if mine is not given and (
-                mine is None or given is None or not torch.equal(mine, given)
-            ):
-                return False
+        held = self.with_words(weight.packed)
+        if not _same_beside_the_words(held, weight):
+            return False
         return all(
             torch.equal(self.packed_rows(start, stop), weight.packed[start:stop])
             for start, stop in _blocks(self.out_features)
@@ -155,6 +152,11 @@ class PreparedWeight(ABC):
         for start in range(0, self.out_features, step):
             yield start, min(start + step, self.out_features)
 
+    @property
+    def kind(self) -> type[BaseWeight]:
+        """The class of the checkpoint's weight."""
+        return PackedWeight
+
     @cached_property
     def signature(self) -> tuple[object, ...]:
         """What graphs are specialised on: shapes, strides, dtypes, static fields, not values."""
@@ -182,10 +184,35 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(content)
 
 
+def _same_beside_the_words(mine: BaseWeight, given: BaseWeight) -> bool:
+    """Return whether two weights of a class have the same bits in all but their words."""
+    if (_form(mine), mine.shape) != (_form(given), given.shape):
+        return False
+    for name in BESIDE_THE_WORDS:
+        one, other = getattr(mine, name, None), getattr(given, name, None)
+        if one is other:
+            continue
+        if one is None or other is None or not torch.equal(_comparable(one), _comparable(other)):
+            return False
+    return True
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return a tensor that ``torch.equal`` takes: float8 as bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def _form(weight: BaseWeight) -> tuple[object, ...]:
+    """Return the form of a weight's codes and scales, as far as it is no tensor."""
+    if isinstance(weight, Float4Weight):
+        return (weight.format,)
+    return (weight.bits, weight.strategy)
+
+
 def _described(value: object) -> object:
     """Return the part of a signature that describes a field."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, value.device)
-    if isinstance(value, PackedWeight):
+    if isinstance(value, (PackedWeight, Float4Weight)):
         return tuple(_described(getattr(value, field.name)) for field in dataclasses.fields(value))
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from int4_lora.reference import PackedWeight, dequantize
+from int4_lora.reference import dequantize
+from int4_lora.reference.float4_weight import BaseWeight, check_weight, dense_dtype
 
 __all__ = ["UnpackedWeightCache"]
 
@@ -17,7 +19,7 @@ __all__ = ["UnpackedWeightCache"]
 class _Entry(NamedTuple):
     """A dense weight, and the versions of its source and of itself for which it is valid."""
 
-    weight: weakref.ref[PackedWeight]
+    weight: weakref.ref[BaseWeight]
     source: tuple[int, ...]
     dense: Tensor
     version: int
@@ -26,7 +28,7 @@ class _Entry(NamedTuple):
 class UnpackedWeightCache:
     """A cache of dense weights by packed weight, of at most ``max_bytes``.
 
-    A dense weight is returned again only for the same ``PackedWeight`` object, and only while
+    A dense weight is returned again only for the same weight object, and only while
     neither its tensors nor the dense tensor have been written to: PyTorch counts the writes. After
     a write that PyTorch cannot count (through ``.data``, NumPy or another process), call
     ``discard``. Weights with tensors made in inference mode, or that require gradients, are never
@@ -42,6 +44,7 @@ class UnpackedWeightCache:
         ValueError: ``max_bytes`` is negative.
 
     Example:
+        >>> from int4_lora.reference import PackedWeight
         >>> packed = torch.tensor([[-162254320]], dtype=torch.int32)
         >>> weight = PackedWeight(packed, torch.tensor([[0.5]]), shape=(1, 8))
         >>> cache = UnpackedWeightCache(max_bytes=2**20)
@@ -71,27 +74,27 @@ class UnpackedWeightCache:
             return len(self._entries)
 
     def __contains__(self, weight: object) -> bool:
-        """Return whether a dense tensor of this ``PackedWeight`` object is kept, in any dtype."""
+        """Return whether a dense tensor of this weight object is kept, in any dtype."""
         with self._lock:
             return any(key[0] == id(weight) for key in list(self._entries))
 
-    def get(self, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    def get(self, weight: BaseWeight, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight, unpacked now or kept from an earlier call.
 
         Args:
-            weight: the packed weight.
-            dtype: the dtype of the result; None means the scale's dtype.
+            weight: the packed weight, INT4, INT8 or FP4.
+            dtype: the dtype of the result; None means the scale's dtype, bfloat16 for FP4.
 
         Returns:
             ``[out_features, in_features]``; do not write to it, because all callers share it
             (after a write, the next caller gets a new tensor).
 
         Raises:
-            TypeError: ``weight`` is not a PackedWeight, or ``dtype`` is not a float dtype.
+            TypeError: ``weight`` is neither a PackedWeight nor a Float4Weight, or ``dtype`` is not
+                a float dtype.
         """
-        if not isinstance(weight, PackedWeight):
-            raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
-        key = (id(weight), weight.scale.dtype if dtype is None else dtype)
+        check_weight(weight)
+        key = (id(weight), dense_dtype(weight) if dtype is None else dtype)
         with self._lock:
             kept = self._find(key, weight)
         if kept is not None:
@@ -114,7 +117,7 @@ class UnpackedWeightCache:
             self._entries[key] = _Entry(alive, source, dense, dense._version)
         return dense
 
-    def discard(self, weight: PackedWeight) -> None:
+    def discard(self, weight: BaseWeight) -> None:
         """Drop the dense tensors of ``weight``, if the cache holds any."""
         with self._lock:
             for key in [key for key in list(self._entries) if key[0] == id(weight)]:
@@ -125,7 +128,7 @@ class UnpackedWeightCache:
         with self._lock:
             self._entries.clear()
 
-    def _find(self, key: tuple[int, torch.dtype], weight: PackedWeight) -> Tensor | None:
+    def _find(self, key: tuple[int, torch.dtype], weight: BaseWeight) -> Tensor | None:
         """Return a kept dense weight and mark it as used; drop it if it is stale."""
         entry = self._entries.pop(key, None)
         if (
@@ -142,10 +145,10 @@ class UnpackedWeightCache:
         return sum(entry.dense.nbytes for entry in list(self._entries.values()))
 
 
-def _fingerprint(weight: PackedWeight) -> tuple[int, ...] | None:
+def _fingerprint(weight: BaseWeight) -> tuple[int, ...] | None:
     """Return the address and number of writes of each of the weight's tensors; None if unknown."""
-    tensors = (weight.packed, weight.scale, weight.zero_point, weight.g_idx)
-    present = [tensor for tensor in tensors if tensor is not None]
+    fields = [getattr(weight, field.name) for field in dataclasses.fields(weight)]
+    present = [field for field in fields if isinstance(field, Tensor)]
     if any(tensor.is_inference() or tensor.requires_grad for tensor in present):
         return None  # inference mode and fused optimizers write without counting
     return tuple(number for tensor in present for number in (tensor.data_ptr(), tensor._version))

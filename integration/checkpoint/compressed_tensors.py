@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int4_lora.integration.checkpoint.layouts import AWQ, INT_QUANTIZED, LAYOUTS, PACK_QUANTIZED
+from int4_lora.integration.checkpoint.layouts import (
+    AWQ,
+    FLOAT4,
+    INT_QUANTIZED,
+    LAYOUTS,
+    PACK_QUANTIZED,
+)
 from int4_lora.integration.checkpoint.open import PARTS, Checkpoint
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme
 from int4_lora.reference import PackedWeight
@@ -110,7 +116,7 @@ def decompress_tensors(
         scheme: upstream's ``QuantizationScheme``.
         form: the format of the module.
     """
-    if LAYOUTS.get(form) is INT_QUANTIZED:
+    if form in FLOAT4 or LAYOUTS.get(form) is INT_QUANTIZED:
         base = import_upstream("compressors").BaseCompressor
         compressor = base.get_value_from_registry(form)
     else:

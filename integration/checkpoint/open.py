@@ -177,6 +177,10 @@ class Checkpoint:
         """Return whether ``packed_weight`` can read a module, whose codes are stored in words."""
         return self.is_packed(name) and self.layout(name) is PACK_QUANTIZED
 
+    def is_stored_as_read(self, name: str) -> bool:
+        """Return whether a module's codes are read as they are stored, and nothing is converted."""
+        return self.is_pack_quantized(name) or self.is_float4(name)
+
     def is_float4(self, name: str) -> bool:
         """Return whether ``float4_weight`` can read a module: NVFP4 or MXFP4."""
         scheme = self.schemes[name]
@@ -317,6 +321,23 @@ class Checkpoint:
             return assemble_float4(scheme, self._parts(name, get))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self._where(name)}: {error}") from error
+
+    def weight(self, name: str) -> PackedWeight | Float4Weight:
+        """Read the weight of one quantised module, of integers or FP4.
+
+        Args:
+            name: the module's full name, one of ``modules()``.
+
+        Returns:
+            What ``packed_weight`` or ``float4_weight`` returns.
+
+        Raises:
+            TypeError: as in these.
+            ValueError: as in these.
+        """
+        if name in self.schemes and self.is_float4(name):
+            return self.float4_weight(name)
+        return self.packed_weight(name)
 
     def check(self, name: str) -> None:
         """Check a quantised module by its headers and its ``weight_shape`` alone.

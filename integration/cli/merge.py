@@ -42,6 +42,8 @@ class _To(str, Enum):
     DENSE = "dense"
     INT4 = "int4"
     INT8 = "int8"
+    NVFP4 = "nvfp4"
+    MXFP4 = "mxfp4"
 
 
 class _Scales(str, Enum):
@@ -79,12 +81,12 @@ def merge(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint with adapters merged in, dense, INT4 or INT8.
+    """Write a checkpoint with adapters merged in, dense or quantised.
 
-    An INT4 or INT8 result is quantised again: the relative error that this adds to each module's
-    weight is printed. A killed run continues when the same command is run again. Exit code 1 if a
-    module's error exceeds --max-error, 2 if the input cannot be used; in both cases DST is not
-    written.
+    A quantised result is quantised again in the format of each module: the relative error that this
+    adds to each module's weight is printed. A killed run continues when the same command is run
+    again. Exit code 1 if a module's error exceeds --max-error, 2 if the input cannot be used; in
+    both cases DST is not written.
 
     Example: int4-lora merge ./llama-w4a16 ./merged --adapter ./sql=0.7 --to int4
     """

@@ -30,7 +30,11 @@ __all__ = ["CompiledBackend"]
 class CompiledBackend:
     """The compiled layers, which declare the flags of the formulation of each call."""
 
-    manifest = Manifest(dtypes=(torch.float16, torch.bfloat16, torch.float32), weight_rounded=False)
+    manifest = Manifest(
+        formats=("int4", "nvfp4", "mxfp4"),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        weight_rounded=False,
+    )
 
     int4_linear = staticmethod(int4_linear)
     int4_lora_linear = staticmethod(int4_lora_linear)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -24,6 +24,7 @@ from int4_lora.integration.conversion.accounting import check_accounted
 from int4_lora.integration.conversion.changes import Changes, changes_of
 from int4_lora.integration.conversion.convert import Conversion, Outcome, Settings, convert
 from int4_lora.integration.conversion.merge_report import MOST_ERROR, REPORT, accepted_report
+from int4_lora.integration.conversion.requantized_float4 import RequantizedFloat4Module
 from int4_lora.integration.conversion.requantized_modules import (
     RequantizedModule,
     replaced_tensors,
@@ -34,8 +35,7 @@ from int4_lora.integration.conversion.unpack import plan_dense, tasks_in_order
 
 __all__ = ["To", "merge_checkpoint", "plan_merge"]
 
-To = Literal["dense", "int4", "int8"]
-BITS = {"int4": 4, "int8": 8}
+To = Literal["dense", "int4", "int8", "nvfp4", "mxfp4"]
 
 
 def merge_checkpoint(
@@ -54,12 +54,12 @@ def merge_checkpoint(
     """Write a checkpoint whose weights are W + sum of weight * scaling * B A.
 
     Args:
-        source: an INT4 checkpoint's folder, or its name on the hub.
+        source: a quantised checkpoint's folder, or its name on the hub.
         target: the folder to write.
         adapters: the folders of adapters, and the factor of each.
-        to: "dense" rounds the sum once; "int4" and "int8" requantise each packed module that an
-            adapter changes, in the same groups and bits, and copy the tensors that no adapter
-            changes. At least one of these modules must have that many bits.
+        to: "dense" rounds the sum once; the name of a format requantises each module that an
+            adapter changes, in its own format and groups, and copies the tensors that no adapter
+            changes. At least one of these modules must be of the format that is named.
         dtype: the dtype of a dense result, as in ``unpack_checkpoint``.
         search: whether to search for scales, or to use min-max scales.
         max_error: the largest relative error of a requantised module that is accepted.
@@ -107,8 +107,8 @@ def plan_merge(
     """Return the plan of ``merge_checkpoint``, after checking the adapters and every header."""
     if not adapters:
         raise ValueError("merge needs at least one adapter")
-    if to != "dense" and to not in BITS:
-        raise ValueError(f"to must be 'dense', 'int4' or 'int8', got {to!r}")
+    if to not in get_args(To):
+        raise ValueError(f"to must be one of {', '.join(map(repr, get_args(To)))}, got {to!r}")
     for adapter, weight in adapters:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{adapter.path}: its weight must be a finite number, got {weight!r}")
@@ -138,6 +138,21 @@ def plan_merge(
     return replace(plan, notes=(*checkpoint.left_behind, *notes, *changes.notes))
 
 
+def _format(checkpoint: Checkpoint, name: str) -> str:
+    """Return the format of a module as ``to`` names it, or that of its scheme."""
+    scheme = checkpoint.schemes[name]
+    if checkpoint.is_packed(name):
+        return f"int{scheme.bits}"
+    return scheme.format.partition("-")[0] if checkpoint.is_float4(name) else scheme.format
+
+
+def _requantized(
+    checkpoint: Checkpoint, name: str, changes: Changes, *, search: bool
+) -> RequantizedModule:
+    kind = RequantizedFloat4Module if checkpoint.is_float4(name) else RequantizedModule
+    return kind(checkpoint, name, changes.modules[name], search=search)
+
+
 def _replaced(adapter: Adapter) -> list[str]:
     """Return one sentence for each tensor of the base that an adapter replaces."""
     return [replacement.describe(name) for name, replacement in adapter.replacements.items()]
@@ -165,14 +180,14 @@ def _plan_quantised(
         raise ValueError(f"max_error must be 0 or more, got {max_error}")
     checkpoint.check_compressed_tensors(f"merging into {to.upper()}")
     changed = [name for name in checkpoint.modules() if name in changes.modules]
-    found = {checkpoint.schemes[name].bits for name in changed}
-    if found and BITS[to] not in found:
+    formats = {_format(checkpoint, name) for name in changed}
+    if formats and to not in formats:
         raise ValueError(
-            f"{checkpoint.path}: the modules that the adapters change have "
-            f"{' and '.join(map(str, sorted(found)))} bits, and stay so: to cannot be {to!r}"
+            f"{checkpoint.path}: the modules that the adapters change are "
+            f"{' and '.join(sorted(formats))}, and stay so: to cannot be {to!r}"
         )
     for name in changed:
-        if not checkpoint.is_packed(name):
+        if not checkpoint.is_packed(name) and not checkpoint.is_float4(name):
             raise ValueError(
                 f"{checkpoint.path}: {name}: it is {checkpoint.schemes[name].format}, into which "
                 "adapters are not merged: the result can be dense alone"
@@ -181,7 +196,7 @@ def _plan_quantised(
     tasks = tasks_in_order(
         checkpoint.tensors,
         {full: name for name in changed for full in replaced_tensors(checkpoint, name)},
-        lambda name: RequantizedModule(checkpoint, name, changes.modules[name], search=search),
+        lambda name: _requantized(checkpoint, name, changes, search=search),
         lambda name, stored: changes.plain_task(name, stored, None),
     )
     tasks += changes.added_tasks(checkpoint, None)

@@ -5,23 +5,23 @@ Source: ``docs/commands/merge.md``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from int4_lora.integration.checkpoint.assembly import stored_parts
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.conversion.byte_tables import dense_rows
 from int4_lora.integration.conversion.deltas import Change
 from int4_lora.integration.conversion.row_blocks import row_blocks, rows_of
-from int4_lora.integration.conversion.scale_search import requantize
+from int4_lora.integration.conversion.scale_search import Requantized, requantize
 from int4_lora.integration.conversion.tasks import OutputTensor, Task, Write, sources_of_module
-from int4_lora.reference import PackedWeight
 
 __all__ = ["RequantizedModule", "replaced_tensors"]
 
-REPLACED = ("weight_scale", "weight_zero_point")  # beside the codes; g_idx and shape are copied
+REPLACED = ("weight_scale", "weight_zero_point", "weight_global_scale")  # g_idx, shape are copied
 
 
 def replaced_tensors(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
@@ -72,21 +72,18 @@ class RequantizedModule(Task):
     def run(self, write: Write) -> dict[str, Any]:
         """Merge and requantise the module, a block of rows at a time; return the error."""
         error = minmax = norm = delta_norm = kept = largest = 0.0
-        whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all rows share one scale
-        for start, weight in row_blocks(self.checkpoint, self.name, whole=whole):
-            base = dense_rows(weight).to(torch.float64)
-            exact = base.clone()
-            for delta in self.deltas:
-                delta.apply_to(exact, start)
+        self._begin(write)
+        for start, weight in self._blocks():
+            base, exact = self._merged(start, weight)
             try:
-                block = requantize(exact, weight, search=self.search)
+                block = self._requantized(exact, weight)
             except ValueError as refused:
                 raise ValueError(f"{self.checkpoint.path}: {self.name}: {refused}") from refused
             self._write(write, start, block.weight)
             error += block.squared_error
             minmax += block.minmax_squared_error
             norm += block.squared_norm
-            added, changed = exact - base, dense_rows(block.weight).to(torch.float64) - base
+            added, changed = exact - base, self._dense(block.weight) - base
             delta_norm += float(added.square().sum())
             kept += float((changed * added).sum())
             largest = max(largest, block.max_error)
@@ -100,7 +97,31 @@ class RequantizedModule(Task):
             "max_error": largest,
         }
 
-    def _write(self, write: Write, start: int, block: PackedWeight) -> None:
+    def _begin(self, write: Write) -> None:
+        """Write what is known before the first block of rows: nothing."""
+
+    def _blocks(self) -> Iterator[tuple[int, Any]]:
+        """Yield the first row of each block of rows, and the block as a weight."""
+        whole = self.checkpoint.schemes[self.name].strategy == "tensor"  # all rows share one scale
+        return row_blocks(self.checkpoint, self.name, whole=whole)
+
+    def _dense(self, weight: Any) -> Tensor:
+        """Return the dense rows of a block, float64."""
+        return dense_rows(weight).to(torch.float64)
+
+    def _merged(self, start: int, weight: Any) -> tuple[Tensor, Tensor]:
+        """Return the dense rows of a block, and these rows after all steps of the adapters."""
+        base = self._dense(weight)
+        exact = base.clone()
+        for delta in self.deltas:
+            delta.apply_to(exact, start)
+        return base, exact
+
+    def _requantized(self, exact: Tensor, weight: Any) -> Requantized:
+        """Quantise the merged rows of a block as the block is quantised."""
+        return requantize(exact, weight, search=self.search)
+
+    def _write(self, write: Write, start: int, block: Any) -> None:
         """Write the rows of each tensor for one block of rows of the weight."""
         values = stored_parts(self.checkpoint.schemes[self.name], block)
         shared = rows_of(self.checkpoint, self.name)

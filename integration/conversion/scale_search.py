@@ -18,6 +18,7 @@ from torch import Tensor
 
 from int4_lora.reference import PackedWeight, pack
 from int4_lora.reference.dequantization import scale_columns, scale_rows, zero_points
+from int4_lora.reference.float4_weight import BaseWeight
 from int4_lora.reference.merging import stored_zero_point
 from int4_lora.reference.packing import code_range
 from int4_lora.reference.quantization import quantize_groups
@@ -39,7 +40,7 @@ class Requantized:
         max_error: the largest |w - w'|.
     """
 
-    weight: PackedWeight
+    weight: BaseWeight
     squared_error: float
     minmax_squared_error: float
     squared_norm: float

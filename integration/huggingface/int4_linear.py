@@ -1,4 +1,4 @@
-"""A linear layer whose INT4 weight stays packed, in place of the ``torch.nn.Linear`` of a model.
+"""A linear layer whose quantised weight stays packed, in place of a model's ``torch.nn.Linear``.
 
 It holds the checkpoint's tensors once, in the layout of ``int4_lora.compiled.prepare``, as frozen
 buffers. They move between devices and are never cast; ``state_dict`` gives the checkpoint's names
@@ -28,34 +28,38 @@ from int4_lora.integration.huggingface.dequantised import (
 from int4_lora.integration.huggingface.layout_tensors import named_tensors, with_tensors
 from int4_lora.integration.huggingface.lazy_tensor import LazyTensor
 from int4_lora.integration.huggingface.registration import register
-from int4_lora.reference import PackedWeight
+from int4_lora.reference import Float4Weight
+from int4_lora.reference.float4_weight import BaseWeight, check_weight, dense_dtype
 
 __all__ = ["Int4Linear"]
 
-FIELDS = {  # the parts that hold a field of PackedWeight
+FIELDS = {  # the parts that hold a field of PackedWeight or Float4Weight
     "weight_packed": "packed",
     "weight_scale": "scale",
     "weight_zero_point": "zero_point",
     "weight_g_idx": "g_idx",
+    "weight_global_scale": "global_scale",
 }
 PEFT = "base_layer."  # where each layer of PEFT holds the layer that it adapts
-INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of a float
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by a float's bytes
 
 
 class Int4Linear(nn.Linear):
-    """``y = x W^T + bias`` with a packed INT4 weight, which is frozen.
+    """``y = x W^T + bias`` with a packed weight of INT4, INT8 or FP4, which is frozen.
 
     ``weight`` returns the dense weight as a read-only tensor that is computed where it is used.
 
     Args:
         weight: the checkpoint's tensors, on the device that computes.
         bias: ``[out_features]``, or None. A parameter stays that parameter.
-        dtype: the dtype of ``weight``, such as the dtype of the model; None for the scales' dtype.
+        dtype: the dtype of ``weight``, such as the dtype of the model; None for the scales' dtype,
+            or bfloat16 for FP4.
         shape_dtype: the dtype in which the checkpoint stores ``weight_shape``; None if it does not.
+            No checkpoint stores that of FP4.
         scalars: whether the checkpoint stores the one scale of a tensor with the shape [].
 
     Raises:
-        TypeError: ``weight`` is no PackedWeight.
+        TypeError: ``weight`` is neither a PackedWeight nor a Float4Weight.
         ValueError: bias has another shape.
 
     Example:
@@ -75,7 +79,7 @@ class Int4Linear(nn.Linear):
 
     def __init__(
         self,
-        weight: PackedWeight,
+        weight: BaseWeight,
         bias: Tensor | None = None,
         *,
         dtype: torch.dtype | None = None,
@@ -83,13 +87,13 @@ class Int4Linear(nn.Linear):
         scalars: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a dense weight
-        if not isinstance(weight, PackedWeight):
-            raise TypeError(f"weight must be a PackedWeight, got {type(weight).__name__}")
+        check_weight(weight)
         self.in_features, self.out_features = weight.in_features, weight.out_features
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
-        self._dtype = dtype or weight.scale.dtype
-        self._shape_dtype, self._scalars = shape_dtype, scalars
+        self._dtype = dtype or dense_dtype(weight)
+        self._shape_dtype = None if isinstance(weight, Float4Weight) else shape_dtype
+        self._scalars = scalars
         self._is_hf_initialized = True  # transformers must not initialise it
         self._hold(weight)
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -132,7 +136,7 @@ class Int4Linear(nn.Linear):
         """The names of the buffers that hold the weight."""
         return tuple(self._names)
 
-    def packed_weight(self) -> PackedWeight:
+    def packed_weight(self) -> BaseWeight:
         """Return the checkpoint's tensors, bit for bit."""
         return self.prepared.packed_weight()
 
@@ -177,7 +181,7 @@ class Int4Linear(nn.Linear):
         if self.record is not None:  # as keep_packed did
             register()
 
-    def _hold(self, weight: PackedWeight) -> None:
+    def _hold(self, weight: BaseWeight) -> None:
         """Lay out a weight for its device and hold it."""
         self._device_type = weight.packed.device.type
         for name in getattr(self, "_names", ()):
@@ -206,21 +210,21 @@ class Int4Linear(nn.Linear):
         _ = self.prepared
         return self
 
-    def _stored(self, weight: PackedWeight) -> dict[str, Tensor]:
+    def _stored(self, weight: BaseWeight) -> dict[str, Tensor]:
         """Return the tensors as the checkpoint stores them, by the last part of their names."""
         found: dict[str, Tensor] = {}
-        for part in PARTS:
+        for part in (*PARTS, "weight_global_scale"):
             if part == "weight_shape":
                 if self._shape_dtype is not None:
                     device = weight.packed.device
                     found[part] = torch.tensor(weight.shape, dtype=self._shape_dtype, device=device)
-            elif (tensor := getattr(weight, FIELDS[part])) is not None:
-                scalar = self._scalars and part in ("weight_scale", "weight_zero_point")
+            elif (tensor := getattr(weight, FIELDS[part], None)) is not None:
+                scalar = self._scalars and tensor.ndim == 1 and part != "weight_g_idx"
                 found[part] = tensor.detach().reshape(()) if scalar else tensor.detach()
         return found
 
-    def _described(self) -> PackedWeight:
-        """Return the checkpoint's tensors with stand-ins for the words, which cost a conversion."""
+    def _described(self) -> BaseWeight:
+        """Return the checkpoint's tensors with stand-ins for the codes, which cost a conversion."""
         layout = self.prepared
         words = layout.packed_rows(0, min(layout.tile, self.out_features))
         return layout.with_words(words[:1].expand(self.out_features, -1))
@@ -275,7 +279,7 @@ class Int4Linear(nn.Linear):
         except ValueError as error:
             error_msgs.append(f"{prefix}weight_packed: {error}")
 
-    def _loaded(self, parts: Mapping[str, Tensor]) -> PackedWeight:
+    def _loaded(self, parts: Mapping[str, Tensor]) -> BaseWeight:
         """Return the weight of stored tensors, copied to the device of this layer."""
         held = self._described()
         shape = parts.get("weight_shape")
@@ -284,7 +288,7 @@ class Int4Linear(nn.Linear):
         fields: dict[str, Any] = {
             name: parts[part].detach().to(held.packed.device, copy=True).reshape(like.shape)
             for part, name in FIELDS.items()
-            if (like := getattr(held, name)) is not None
+            if (like := getattr(held, name, None)) is not None
         }
         return dataclasses.replace(held, **fields)
 

@@ -1,4 +1,4 @@
-"""Keep the INT4 linears of a transformers model packed, and compute them by ``compiled``.
+"""Keep the quantised linears of a transformers model packed, and compute them by ``compiled``.
 
 transformers loads them packed, and makes the whole model dense in its first forward. Here each of
 them becomes an ``Int4Linear`` before that. The scales are read from the checkpoint again, because
@@ -33,7 +33,7 @@ from int4_lora.integration.huggingface.quantised_modules import (
     sort_modules,
 )
 from int4_lora.integration.huggingface.registration import register
-from int4_lora.reference import PackedWeight
+from int4_lora.reference.float4_weight import BaseWeight
 
 __all__ = ["keep_packed"]
 
@@ -45,7 +45,7 @@ WHEN = (
 
 
 def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) -> Model:
-    """Replace each INT4 linear of a model by an ``Int4Linear``, which stays packed.
+    """Replace each linear of INT4, INT8 or FP4 by an ``Int4Linear``, which stays packed.
 
     Call it after ``from_pretrained`` and before the first forward, which makes the model dense. The
     checkpoint's tensors are held once, frozen; the model's own copies of them are freed. A second
@@ -55,7 +55,7 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     format such as FP8, and experts that transformers fuses.
 
     Args:
-        model: an INT4 model of transformers; it is changed in place.
+        model: a quantised model of transformers; it is changed in place.
         checkpoint: the folder of its checkpoint, or its name on the hub; None for the place that
             the model was loaded from.
 
@@ -91,7 +91,7 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     stored = findings.packed
     files = mapped_files()
     weights = {name: _weight(source, found[name], name, stored[name], files) for name in stored}
-    places = _places(model)
+    places, dtype = _places(model), getattr(model, "dtype", None)
     record = next((layer.record for layer in kept if layer.record is not None), None)
     if record is None:
         config, others = getattr(model, "config", None), len(found) > len(stored)
@@ -99,7 +99,7 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     for name in stored:
         module = found.pop(name)
         weight = _read(source, stored[name], weights.pop(name), files)
-        layer = _linear(source, stored[name], module, weight)
+        layer = _linear(source, stored[name], module, weight, dtype)
         layer.name, layer.record = name, record
         for parent, attribute in places.pop(module):
             setattr(parent, attribute, layer)
@@ -134,17 +134,17 @@ def _check(findings: Findings) -> None:
 
 def _weight(
     checkpoint: Checkpoint, module: nn.Module, name: str, stored: str, files: list[MappedFile]
-) -> PackedWeight:
-    """Return a module's tensors: its own words, and all others from the checkpoint's file.
+) -> BaseWeight:
+    """Return a module's tensors: its own codes, and all others from the checkpoint's file.
 
     Raises:
-        ValueError: the words are not the checkpoint's.
+        ValueError: the codes are not the checkpoint's.
     """
     words = module.get_parameter("weight_packed").detach()
-    weight = checkpoint.packed_weight(stored).to(words.device)
+    weight = checkpoint.weight(stored).to(words.device)
     full = checkpoint.stored(stored)[0]
     place = checkpoint.tensors[full]
-    mapped = checkpoint.is_pack_quantized(stored) and is_mapped(words, place, files)
+    mapped = checkpoint.is_stored_as_read(stored) and is_mapped(words, place, files)
     if not mapped and not torch.equal(weight.packed, words):
         raise ValueError(
             f"{place.file}: {full} differs from the model's {name}.weight_packed: "
@@ -154,15 +154,15 @@ def _weight(
 
 
 def _read(
-    checkpoint: Checkpoint, stored: str, weight: PackedWeight, files: list[MappedFile]
-) -> PackedWeight:
-    """Return a weight whose words are in memory of their own.
+    checkpoint: Checkpoint, stored: str, weight: BaseWeight, files: list[MappedFile]
+) -> BaseWeight:
+    """Return a weight whose codes are in memory of their own.
 
-    Words that are a mapped file's are read from the file: pages of the mapping that are read stay
+    Codes that are a mapped file's are read from the file: pages of the mapping that are read stay
     in memory for as long as the model's other tensors are views of it.
     """
     name = f"{stored}.weight_packed"
-    if not checkpoint.is_pack_quantized(stored):  # converted: no file has these words
+    if not checkpoint.is_stored_as_read(stored):  # converted: no file has these words
         return weight
     if not is_mapped(weight.packed, checkpoint.tensors[name], files):
         return weight
@@ -170,19 +170,28 @@ def _read(
 
 
 def _linear(
-    checkpoint: Checkpoint, stored: str, module: nn.Module, weight: PackedWeight
+    checkpoint: Checkpoint,
+    stored: str,
+    module: nn.Module,
+    weight: BaseWeight,
+    dtype: torch.dtype | None,
 ) -> Int4Linear:
     """Return the packed layer for a module, with its bias, its mode and its hooks."""
     shape = checkpoint.tensors.get(f"{stored}.weight_shape")
     shape_dtype = None if shape is None else DTYPES.get(shape.dtype, torch.int64)
-    if not checkpoint.is_pack_quantized(stored):
+    if not checkpoint.is_stored_as_read(stored):
         shape_dtype = torch.int64
+    scale = f"{stored}.{checkpoint.layout(stored).scale}"
+    if checkpoint.is_float4(stored):  # of its scales only the global one can be a scalar
+        scale = f"{stored}.weight_global_scale"
+    else:
+        dtype = module.get_parameter("weight_scale").dtype
     layer = Int4Linear(
         weight,
         module._parameters.get("bias"),
-        dtype=module.get_parameter("weight_scale").dtype,
+        dtype=dtype,
         shape_dtype=shape_dtype,
-        scalars=not checkpoint.tensors[f"{stored}.{checkpoint.layout(stored).scale}"].shape,
+        scalars=scale in checkpoint.tensors and not checkpoint.tensors[scale].shape,
     )
     layer.train(module.training)
     carry_hooks(module, layer)

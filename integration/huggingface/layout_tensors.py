@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from int4_lora.compiled import PreparedWeight
-from int4_lora.reference import PackedWeight
+from int4_lora.reference import Float4Weight, PackedWeight
 
 __all__ = ["named_tensors", "with_tensors"]
 
 PREFIX = "int4_"
-Holder = TypeVar("Holder", PreparedWeight, PackedWeight)
+Holder = TypeVar("Holder", PreparedWeight, PackedWeight, Float4Weight)
 
 
-def named_tensors(weight: PreparedWeight | PackedWeight) -> dict[str, Tensor]:
+def named_tensors(weight: PreparedWeight | PackedWeight | Float4Weight) -> dict[str, Tensor]:
     """Return the tensors of a layout by name.
 
     Example:
@@ -35,7 +35,7 @@ def named_tensors(weight: PreparedWeight | PackedWeight) -> dict[str, Tensor]:
         value = getattr(weight, field.name)
         if isinstance(value, Tensor):
             found[PREFIX + field.name] = value
-        elif isinstance(value, PackedWeight):
+        elif isinstance(value, (PackedWeight, Float4Weight)):
             found |= named_tensors(value)
     return found
 
@@ -47,7 +47,7 @@ def with_tensors(weight: Holder, tensors: Mapping[str, Tensor]) -> Holder:
         value = getattr(weight, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = tensors[PREFIX + field.name]
-        elif isinstance(value, PackedWeight):
+        elif isinstance(value, (PackedWeight, Float4Weight)):
             changes[field.name] = with_tensors(value, tensors)
     changed: Holder = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
     if isinstance(weight, PackedWeight):  # a meta tensor does not say whether it holds a -1

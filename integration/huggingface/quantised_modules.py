@@ -29,7 +29,7 @@ class Findings:
 
     Args:
         packed: the checkpoint's name of each module that can stay packed, by its name here.
-        dense: the modules that the checkpoint stores as INT4, and whose weight is dense here.
+        dense: the modules that the checkpoint stores packed, and whose weight is dense here.
         offloaded: the modules whose tensors are not on a device.
         left: why each of the other modules stays as it is.
     """
@@ -79,9 +79,10 @@ def sort_modules(found: Mapping[str, nn.Module], checkpoint: Checkpoint) -> Find
 
 
 def _refusal(module: nn.Module, checkpoint: Checkpoint, stored: str) -> str | None:
-    """Return why a module cannot be an INT4 linear, or None if it can."""
+    """Return why a module cannot stay packed, or None if it can."""
     scheme = checkpoint.schemes[stored]
-    if not checkpoint.is_packed(stored) or checkpoint.layout(stored) is INT_QUANTIZED:
+    packed = checkpoint.is_packed(stored) or checkpoint.is_float4(stored)
+    if not packed or checkpoint.layout(stored) is INT_QUANTIZED:
         return f"its format is {scheme.format} ({scheme.kind}, {scheme.bits} bits)"
     if scheme.activations:
         return "its activations are quantised, too"

@@ -17,9 +17,11 @@ from torch.nn.functional import linear
 from int4_lora.compiled import layouts
 from int4_lora.reference import dequantize, int4_lora_linear, pack, unpack
 
+FORMATS = ("int4", "int8", "nvfp4", "mxfp4")
 NAMES = ("ours", "ours + LoRA", "dense", "A", "B", "A + L")
 CELL = {
-    "rows": 4096, "columns": 1024, "tokens": 2, "dtype": "bfloat16", "device": "cpu",
+    "rows": 4096, "columns": 1024, "tokens": 2, "format": "int4", "dtype": "bfloat16",
+    "device": "cpu",
     "milliseconds": dict(zip(NAMES, (1.0, 1.2, 4.0, 2.0, 0.5, 3.0), strict=True)),
     "spread": dict.fromkeys(NAMES, 0.01), "bytes": dict.fromkeys(NAMES, 2_000_000),
     "peers": ["A", "B"], "lora_peers": ["A + L"], "lora_share": 0.03,
@@ -50,6 +52,54 @@ def test_every_group_spans_all_codes_and_no_copies_share_a_tensor(layer):
         values = [value for one in made.in_layout(layout) for value in vars(one).values()]
         places = [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
         assert len(places) == len(set(places)) >= 2 * made.copies
+
+
+@pytest.mark.parametrize("group_size", [512, 128])
+def test_a_layer_of_bytes_is_measured_beside_the_dense_layer_alone(layer, module, group_size):
+    layer()  # with few copies
+    made = module("operands").Layer(128, 512, 5, torch.bfloat16, group_size, format="int8")
+    codes = unpack(made.weight.packed, 512, bits=8).view(128, -1, group_size)
+    assert codes.amin(dim=2).unique().tolist() == [-128]
+    assert codes.amax(dim=2).unique().tolist() == [127]
+    assert made.bytes_to_move(dense=False, lora=False) == (
+        128 * 512 + 128 * (512 // group_size) * 2 + 5 * (512 + 128) * 2
+    )
+    found, refused = module("peers.peer").contenders(made, module("peers").PEERS)
+    assert not found
+    assert set(refused.values()) == {"int8: the peers take int4"}
+    offered = [*module("contenders").our_layers(made), *module("contenders").formulations(made)]
+    ready, failed = module("judgement").select(
+        offered, module("modes").one_call, module("judgement").Judge(made)
+    )
+    operator = ["formulation int8pack"] if group_size == 512 else []
+    names = ["ours", "ours + LoRA", "dense", *operator, "formulation tiles"]
+    assert (list(ready), failed) == (names, {})
+
+
+@pytest.mark.parametrize(("format", "group_size"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_a_layer_of_fp4_is_measured_beside_the_dense_layer(layer, module, format, group_size):
+    layer()  # with few copies
+    made = module("operands").Layer(128, 512, 3, torch.bfloat16, group_size, format=format)
+    assert made.dense.float().std().item() == pytest.approx(512**-0.5, rel=0.5)
+    offered = [*module("contenders").our_layers(made), *module("contenders").formulations(made)]
+    ready, failed = module("judgement").select(
+        offered, module("modes").one_call, module("judgement").Judge(made)
+    )
+    names = ["ours", "ours + LoRA", "dense", "formulation gemv", "formulation tiles"]
+    assert (list(ready), failed) == (names, {})
+
+
+def test_options_of_a_format(module, capsys):
+    options_of = module("layer").options_of
+    assert [options_of(["--device", "cpu", "--format", one]).group_size for one in FORMATS] == [
+        128, None, 16, 32,
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        options_of(["--device", "cpu", "--format", "mxfp4", "--group-size", "16"])
+    assert "--group-size is 32 for mxfp4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options_of(["--device", "cpu", "--shapes", "64x192"])
+    assert "--shapes 64x192: --group-size must divide in_features" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("tokens", "active"), [(3, 3), (9, 4)])
@@ -311,7 +361,7 @@ def test_rates_and_tables(module):
     assert rates["share_of_copy"]["B"] == pytest.approx(0.5)
     less = {**CELL, "tokens": 4, "milliseconds": {"ours": 0.004}, "refused": {"C": "not here"}}
     lines = report.report([{**one, **report.rates(one, 8e9)} for one in (CELL, less)]).splitlines()
-    assert lines[4].startswith("| 4096 x 1024 | bfloat16 | 2 | 1.000 ±1 % | 1.200 ±1 % |")
-    assert lines[5].startswith("| 4096 x 1024 | bfloat16 | 4 | 0.00400 ±1 % | - |")
-    assert lines[11].startswith("| 4096 x 1024 | bfloat16 | 2 | 2 (25 %) |")
+    assert lines[4].startswith("| 4096 x 1024 | int4 | bfloat16 | 2 | 1.000 ±1 % | 1.200 ±1 % |")
+    assert lines[5].startswith("| 4096 x 1024 | int4 | bfloat16 | 4 | 0.00400 ±1 % | - |")
+    assert lines[11].startswith("| 4096 x 1024 | int4 | bfloat16 | 2 | 2 (25 %) |")
     assert lines[-1] == "- not measured: C (2 of 2 rows), C + L (1 of 2 rows): not here"

@@ -34,6 +34,9 @@ def test_losses_of_merged_models(module, monkeypatch, tmp_path):
     monkeypatch.setattr(quality, "BATCH", 4)
     found, reports = quality.measured(tmp_path, steps=4, steps_of_lora=2)
     assert found["merged, dense"] == pytest.approx(found["INT4 + LoRA"], abs=1e-3)
-    errors = [one["relative_error"] for one in reports.values()]
-    assert errors[1] < errors[0]
+    errors = {name: one["relative_error"] for name, one in reports.items()}
+    assert errors["merged, INT4, scale search"] < errors["merged, INT4, min-max"]
+    assert 0 < errors["INT4 + LoRA in bfloat16"] < 2**-7 < errors["INT4 + LoRA in INT4"] < 0.5
+    assert found["INT4 + LoRA in bfloat16"] == pytest.approx(found["INT4 + LoRA"], abs=1e-3)
+    assert found["INT4 + LoRA in INT4"] != found["INT4 + LoRA"]
     assert quality.table(found, reports).count("|\n") == len(found) + 1

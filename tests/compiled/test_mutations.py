@@ -40,6 +40,19 @@ MUTANTS = {
          "return ((numbers >> (4 - 4 * (row % 2))[:, None]) & 15) - 8"},
         RANKS,
     ),
+    "subnormal_codes_of_fp4": (
+        "layouts.float4", {"0xC8643210": "0xC8643221"},
+        ["compiled/layouts/test_float4.py"],
+    ),
+    "a_table_of_fp4_that_rounds_twice": (
+        "layouts.float4", {"table = torch.where(is_right(table), table, neighbour)": "pass"},
+        ["compiled/layouts/test_float4.py"],
+    ),
+    "a_scale_of_the_next_group_of_fp4": (
+        "layouts.float4", {"yield scale[:, :, :, group, None], pairs":
+                           "yield scale[:, :, :, -group - 1, None], pairs"},
+        ["compiled/formulations/test_float4.py::test_every_formulation"],
+    ),
     "a_pair_of_another_expert": (
         "moe", {"pairs = of_rows * experts + flat": "pairs = of_rows + adapters * flat"},
         ["compiled/test_moe.py::test_rows_are_brought_together_by_expert_and_adapter"],

@@ -141,7 +141,9 @@ def test_8_bits_are_signed_bytes_in_the_order_of_the_checkpoint():
 
 def test_refuses():
     weight = random_weight(rows=48, columns=128, symmetric=False)
-    with pytest.raises(TypeError, match="weight must be a PackedWeight, got Tensor"):
+    with pytest.raises(
+        TypeError, match="weight must be a PackedWeight or Float4Weight, got Tensor"
+    ):
         prepare(torch.ones(2))
     with pytest.raises(ValueError, match=r"layout must be one of .*, got 'marlin'"):
         prepare(weight, layout="marlin")

@@ -217,5 +217,5 @@ def test_refuses():
         UnpackedWeightCache(1e9)
     with pytest.raises(ValueError, match="max_bytes must not be negative, got -1"):
         UnpackedWeightCache(-1)
-    with pytest.raises(TypeError, match="weight must be a PackedWeight, got Tensor"):
+    with pytest.raises(TypeError, match="must be a PackedWeight or Float4Weight, got Tensor"):
         UnpackedWeightCache(0).get(torch.ones(1))

@@ -215,7 +215,7 @@ def test_within_torch_compile(tiny_models):
 
 
 def test_arguments_are_checked(tiny_models):
-    with pytest.raises(TypeError, match="weight must be a PackedWeight, got Tensor"):
+    with pytest.raises(TypeError, match="must be a PackedWeight or Float4Weight, got Tensor"):
         Int4Linear(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"bias must be \[128\], got \[256\]"):
         layer_of(tiny_models["g128"], torch.zeros(256))

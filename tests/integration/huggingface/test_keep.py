@@ -165,9 +165,7 @@ def test_after_an_interruption_the_layers_that_stay_as_they_are_are_named(
     with pytest.warns(UserWarning, match="stay as they are") as warned:
         keep_packed(model)
     (message,) = [str(one.message) for one in warned]
-    assert message.splitlines()[1:] == [
-        f"  {Q_PROJ}: its format is nvfp4-pack-quantized (float, 4 bits)"
-    ]
+    assert message.splitlines()[1:] == [f"  {Q_PROJ}: its activations are quantised, too"]
 
 
 @pytest.mark.parametrize(("step", "count"), [("register", 0), ("_remove_decompression", 14)])
@@ -319,7 +317,7 @@ def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
     """Transformers 5 leaves NVFP4's global scale in float32; 4.57 casts it with the model."""
     folder = mixed_with_nvfp4(square("g128"), tmp_path / "mixed")
     stock = load(folder, torch.bfloat16).get_submodule(Q_PROJ)
-    with pytest.warns(UserWarning, match="its format is nvfp4-pack-quantized"):
+    with pytest.warns(UserWarning, match="q_proj: its activations are quantised, too"):
         ours = load_packed(folder, dtype=torch.bfloat16).get_submodule(Q_PROJ)
     expected = dict(stock.named_parameters())
     assert "weight_global_scale" in expected
@@ -329,7 +327,7 @@ def test_load_packed_leaves_the_scales_of_other_formats_alone(square, tmp_path):
 
 
 def mixed_with_nvfp4(source, folder):
-    """Return a copy of a checkpoint whose first q_proj is NVFP4, every weight 0."""
+    """Return a copy of a checkpoint whose first q_proj is W4A4 of NVFP4, every weight 0."""
     scheme = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
 
     def stored(shape):
@@ -338,9 +336,11 @@ def mixed_with_nvfp4(source, folder):
             "weight_packed": torch.zeros(rows, columns // 2, dtype=torch.uint8),
             "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
             "weight_global_scale": torch.tensor([1234.5]),
+            "input_global_scale": torch.tensor([1.0]),
         }
 
-    return mixed(source, folder, "nvfp4-pack-quantized", {**scheme, "group_size": 16}, stored)
+    weights, of_x = ({**scheme, "group_size": 16, "dynamic": one} for one in (False, "local"))
+    return mixed(source, folder, "nvfp4-pack-quantized", weights, stored, activations=of_x)
 
 
 def test_layers_with_quantised_activations_are_left_and_named(square, tmp_path):
