@@ -41,14 +41,12 @@ def add_in_runs(
     """
     sums = accumulation_dtype(x)
     ids, counts = torch.unique_consecutive(adapter_ids, return_counts=True)
-    runs = list(zip(ids.tolist(), x.split(counts.tolist()), strict=True))
+    runs = list(zip(ids.tolist(), torch.split(x, counts.tolist()), strict=True))
     deltas = [(part.start, _delta(runs, part, sums)) for part in slices]
     return side_by_side(base, deltas, None, sums, x.dtype)
 
 
-def _delta(
-    runs: Sequence[tuple[int, Tensor]], part: PreparedSlice, sums: torch.dtype
-) -> Tensor:
+def _delta(runs: Sequence[tuple[int, Tensor]], part: PreparedSlice, sums: torch.dtype) -> Tensor:
     """Return the delta of a slice: ``[rows, out]``."""
     a, bt, scaling = part.a.unbind(), part.bt.unbind(), part.scaling.to(sums).unbind()
     deltas = []

@@ -123,7 +123,6 @@ def test_experts_without_a_pair_have_none(base, tmp_path):
 
 
 def test_an_adapter_of_other_layers(base, tmp_path):
-    source, names = base
     folder, _ = per_expert(tmp_path / "adapter", ["0.down_proj"])
     adapter = read_adapter(folder)
     others = stored_experts([f"layers.9.experts.0.{part}" for part in SHAPES])
