@@ -26,6 +26,8 @@ from torch import Tensor
 
 from int4_lora.compiled.adapters.addition import add_lora
 from int4_lora.compiled.adapters.prepared import PreparedLoRA
+from int4_lora.compiled.adapters.runs import add_in_runs
+from int4_lora.compiled.gradients import needs_gradients
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.linear import int4_linear
 from int4_lora.compiled.prepared_experts import PreparedExperts, PreparedExpertsLoRA
@@ -184,7 +186,11 @@ def _layer(
     """Return a layer of the experts: ``[rows, out_features]`` in the dtype of x."""
     parts = [_product(x[start:stop], weights[expert]) for expert, start, stop in rows.spans]
     base = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return base if lora is None else add_lora(base, x, lora, rows.pairs)
+    if lora is None:
+        return base
+    if needs_gradients(x, lora.slices, base):
+        return add_in_runs(base, x, lora.slices, rows.pairs)
+    return add_lora(base, x, lora, rows.pairs)
 
 
 def _product(x: Tensor, weight: PreparedWeight) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from int4_lora.integration.huggingface.int4_experts import Int4Experts
 from int4_lora.integration.huggingface.int4_linear import Int4Linear
 
 __all__ = ["packed_buffers", "register"]
@@ -26,7 +27,7 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def packed_buffers(module: nn.Module) -> list[str]:
-    """Return the full names of the packed tensors of all INT4 linears in a module.
+    """Return the full names of the packed tensors of all INT4 layers in a module.
 
     Example:
         >>> import torch
@@ -37,9 +38,9 @@ def packed_buffers(module: nn.Module) -> list[str]:
     """
     return [
         f"{path}.{name}" if path else name
-        for path, one in module.named_modules()
-        if isinstance(one, Int4Linear)
-        for name in one.packed_names
+        for path, layer in module.named_modules()
+        if isinstance(layer, Int4Linear | Int4Experts)
+        for name in layer.packed_names
     ]
 
 

@@ -33,13 +33,13 @@ class DenseRecord:
     def __init__(self, config: Any, stored: Mapping[str, str], *, others: bool) -> None:
         self.config, self.stored, self.others = config, dict(stored), others
 
-    def became_dense(self, name: str) -> None:
-        """Record that a layer is dense now.
+    def became_dense(self, *layers: str) -> None:
+        """Record that layers are dense now.
 
         Args:
-            name: the layer's name in the model.
+            layers: the layers' names in the model.
         """
-        names = [name, self.stored.pop(name, name)]
+        names = [one for name in layers for one in (name, self.stored.pop(name, name))]
         quantization = getattr(self.config, "quantization_config", None)
         if quantization is None:
             return

@@ -1,10 +1,11 @@
-"""The dense weight of an INT4 linear: computed where it is read, and never written to.
+"""The dense weight of an INT4 layer: computed where it is read, and never written to.
 
-Libraries ask a linear for ``weight.dtype`` or ``weight.device`` far more often than for its values.
-So the tensor knows its shape, dtype and device, and an operation on it dequantises first. It holds
-no dense values, so a write would be lost: in-place operations and ``weight.data = ...`` raise a
-RuntimeError. (A TypeError would not do: torch makes ``NotImplemented`` of it in ``+=``, and Python
-then computes ``+``.)
+It is that of a linear, or those of all experts of a layer in one tensor. Libraries ask a layer for
+``weight.dtype`` or ``weight.device`` far more often than for its values. So the tensor knows its
+shape, dtype and device, and an operation on it dequantises first. It holds no dense values, so a
+write would be lost: in-place operations and ``weight.data = ...`` raise a RuntimeError. (A
+TypeError would not do: torch makes ``NotImplemented`` of it in ``+=``, and Python then computes
+``+``.)
 
 Source: ``torch.Tensor._make_wrapper_subclass`` and ``__torch_dispatch__``.
 """
@@ -12,6 +13,7 @@ Source: ``torch.Tensor._make_wrapper_subclass`` and ``__torch_dispatch__``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +22,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from int4_lora.compiled import PreparedWeight
 
-__all__ = ["READ_ONLY", "DequantisedWeight", "dense_weight"]
+__all__ = ["READ_ONLY", "DequantisedWeight", "WeightOfExperts", "dense_weight"]
 
 READ_ONLY = (
-    "the weight of an INT4 linear cannot be written to: it is dequantised from INT4 where it is "
+    "the weight of an INT4 layer cannot be written to: it is dequantised from INT4 where it is "
     "read. To merge adapters into INT4, run `int4-lora merge MODEL RESULT --adapter ADAPTER --to "
     "int4`; for dense layers, call PEFT's merge_and_unload()"
 )
@@ -34,15 +36,37 @@ OF_VALUES = frozenset(  # they need a storage, which this tensor does not have
 )
 
 
-def dense_weight(weight: PreparedWeight, dtype: torch.dtype) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class WeightOfExperts:
+    """The weights of one projection of all experts, as one weight ``[experts, out, in]``.
+
+    Args:
+        experts: the prepared weight of each expert, all of one shape.
+    """
+
+    experts: Sequence[PreparedWeight]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The number of experts, and the shape of each weight."""
+        return len(self.experts), *self.experts[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return self.experts[0].device
+
+
+def dense_weight(weight: PreparedWeight | WeightOfExperts, dtype: torch.dtype) -> Tensor:
     """Return a layer's dense weight, ``RN_scale((q - z) * s)`` cast to ``dtype``.
 
     Args:
-        weight: returned by ``int4_lora.compiled.prepare``.
+        weight: returned by ``int4_lora.compiled.prepare``, or several of them.
         dtype: float16, bfloat16, float32 or float64.
 
     Returns:
-        ``[out_features, in_features]``, columns in the order of x.
+        ``[out_features, in_features]``, columns in the order of x; of experts
+        ``[experts, out_features, in_features]``.
 
     Example:
         >>> from int4_lora.compiled import prepare
@@ -52,6 +76,10 @@ def dense_weight(weight: PreparedWeight, dtype: torch.dtype) -> Tensor:
         tensor([0.9333, 0.0000, 0.0000])
     """
     dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if isinstance(weight, WeightOfExperts):
+        for expert, single in enumerate(weight.experts):
+            dense[expert] = dense_weight(single, dtype)
+        return dense
     for start, stop in weight.blocks():
         dense[start:stop] = weight.dense_rows(start, stop, dtype)
     return dense
@@ -61,17 +89,20 @@ class DequantisedWeight(Tensor):
     """A read-only tensor with the values of ``dense_weight``, which it computes in operations.
 
     Args:
-        weight: returned by ``int4_lora.compiled.prepare``.
+        weight: as in ``dense_weight``.
         dtype: the dtype of the values.
         dense: the values, if they exist: a view of what another such tensor computed.
     """
 
-    weight: PreparedWeight
+    weight: PreparedWeight | WeightOfExperts
     _dense: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, weight: PreparedWeight, dtype: torch.dtype, dense: Tensor | None = None
+        cls,
+        weight: PreparedWeight | WeightOfExperts,
+        dtype: torch.dtype,
+        dense: Tensor | None = None,
     ) -> DequantisedWeight:
         """Make a tensor without a storage."""
         shape = weight.shape if dense is None else dense.shape

@@ -25,7 +25,7 @@ from int4_lora.integration.huggingface.dequantised import (
     DequantisedWeight,
     dense_weight,
 )
-from int4_lora.integration.huggingface.layout_tensors import named_tensors, with_tensors
+from int4_lora.integration.huggingface.layout_tensors import moved, named_tensors, with_tensors
 from int4_lora.integration.huggingface.lazy_tensor import LazyTensor
 from int4_lora.integration.huggingface.registration import register
 from int4_lora.reference import Float4Weight
@@ -41,7 +41,6 @@ FIELDS = {  # the parts that hold a field of PackedWeight or Float4Weight
     "weight_global_scale": "global_scale",
 }
 PEFT = "base_layer."  # where each layer of PEFT holds the layer that it adapts
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by a float's bytes
 
 
 class Int4Linear(nn.Linear):
@@ -206,7 +205,7 @@ class Int4Linear(nn.Linear):
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         for name, tensor in held.items():
             assert tensor is not None
-            self._buffers[name] = _moved(fn, tensor)
+            self._buffers[name] = moved(fn, tensor)
         _ = self.prepared
         return self
 
@@ -291,14 +290,3 @@ class Int4Linear(nn.Linear):
             if (like := getattr(held, name, None)) is not None
         }
         return dataclasses.replace(held, **fields)
-
-
-def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Return ``fn(tensor)`` in the dtype of the tensor, with the same bits."""
-    plain = tensor.view(INTEGERS[tensor.element_size()]) if tensor.is_floating_point() else tensor
-    result = fn(plain)
-    if result is plain:
-        return tensor
-    if result.dtype != plain.dtype:  # Module.type() casts integers, too
-        result = plain.to(result.device)
-    return result.view(tensor.dtype)

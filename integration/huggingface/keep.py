@@ -1,7 +1,8 @@
-"""Keep the quantised linears of a transformers model packed, and compute them by ``compiled``.
+"""Keep the quantised linears and experts of a transformers model packed, computed by ``compiled``.
 
-transformers loads them packed, and makes the whole model dense in its first forward. Here each of
-them becomes an ``Int4Linear`` before that. The scales are read from the checkpoint again, because
+transformers loads linears packed, and makes the whole model dense in its first forward. Here each
+of them becomes an ``Int4Linear`` before that, and the experts that transformers 5 fuses become
+``Int4Experts``. The scales are read from the checkpoint again, because
 transformers casts them to the dtype of the model.
 
 Source: ``ModelCompressor.add_decompress_hook`` of compressed-tensors.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,9 +22,17 @@ from torch import nn
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.integration.checkpoint.safetensors_files import DTYPES
 from int4_lora.integration.huggingface.checkpoint_of_model import checkpoint_of
+from int4_lora.integration.huggingface.dense_experts import dense_conversions
 from int4_lora.integration.huggingface.dense_record import DenseRecord
+from int4_lora.integration.huggingface.fused_experts import (
+    FusedExperts,
+    LeftOutExperts,
+    fused_experts,
+)
 from int4_lora.integration.huggingface.hooks import carry_hooks
+from int4_lora.integration.huggingface.int4_experts import Int4Experts
 from int4_lora.integration.huggingface.int4_linear import Int4Linear
+from int4_lora.integration.huggingface.keep_experts import check_same, int4_experts, names_of
 from int4_lora.integration.huggingface.mapped_files import MappedFile, is_mapped, mapped_files
 from int4_lora.integration.huggingface.quantised_modules import (
     DENSE,
@@ -45,14 +54,17 @@ WHEN = (
 
 
 def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) -> Model:
-    """Replace each linear of INT4, INT8 or FP4 by an ``Int4Linear``, which stays packed.
+    """Replace quantised linears, and experts of INT4, by layers that stay packed.
 
     Call it after ``from_pretrained`` and before the first forward, which makes the model dense. The
     checkpoint's tensors are held once, frozen; the model's own copies of them are freed. A second
     call changes nothing; after a call that was interrupted it replaces the rest.
 
+    ``from_pretrained`` of transformers 5 has made experts dense. They are read from the checkpoint
+    again; ``load_packed`` never makes them dense.
+
     A warning names every quantised module that stays as it is, with the reason: layers of another
-    format such as FP8, and experts that transformers fuses.
+    format such as FP8, and experts whose class computes something else.
 
     Args:
         model: a quantised model of transformers; it is changed in place.
@@ -75,27 +87,31 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     Source:
         ``CompressedTensorsHfQuantizer`` of transformers.
     """
-    kept = [module for module in model.modules() if isinstance(module, Int4Linear)]
+    kept = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Experts)]
     found = quantised_modules(model)
-    if kept and not any("weight_packed" in module._parameters for module in found.values()):
+    if kept and not _has_more(model, found):
         _remove_decompression(model, found)
         return model
-    if not found:
+    if not found and getattr(getattr(model, "config", None), "quantization_config", None) is None:
         raise ValueError("the model has no layer that compressed-tensors quantised")
     source = checkpoint_of(model, checkpoint)
-    findings = sort_modules(found, source)
-    if kept and not findings.packed:
+    experts, refused = fused_experts(model, source)
+    findings = sort_modules(found, source, experts, refused)
+    if kept and not findings.packed and not experts:
         return model
-    _check(findings)
+    _check(findings, experts)
     register()
     stored = findings.packed
     files = mapped_files()
     weights = {name: _weight(source, found[name], name, stored[name], files) for name in stored}
+    for fused in experts:
+        check_same(source, fused)
     places, dtype = _places(model), getattr(model, "dtype", None)
     record = next((layer.record for layer in kept if layer.record is not None), None)
     if record is None:
         config, others = getattr(model, "config", None), len(found) > len(stored)
-        record = DenseRecord(config, stored, others=others)
+        named = {name: full for fused in experts for name, full in names_of(fused)}
+        record = DenseRecord(config, {**stored, **named}, others=others)
     for name in stored:
         module = found.pop(name)
         weight = _read(source, stored[name], weights.pop(name), files)
@@ -103,6 +119,12 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
         layer.name, layer.record = name, record
         for parent, attribute in places.pop(module):
             setattr(parent, attribute, layer)
+    for fused in experts:
+        reason = _keep_experts(model, source, fused, record, places)
+        if reason is not None:
+            findings.left[fused.names.owner] = reason
+    if experts:
+        dense_conversions(model)
     _remove_decompression(model, found)
     packed = set(record.stored.values())  # also those that an interrupted call replaced
     left = {name: reason for name, reason in findings.left.items() if name not in packed}
@@ -112,7 +134,51 @@ def keep_packed(model: Model, checkpoint: str | os.PathLike[str] | None = None) 
     return model
 
 
-def _check(findings: Findings) -> None:
+def _has_more(model: nn.Module, found: Mapping[str, nn.Module]) -> bool:
+    """Return whether layers are left that can still be kept packed."""
+    return any("weight_packed" in module._parameters for module in found.values()) or any(
+        isinstance(module, LeftOutExperts) for module in model.modules()
+    )
+
+
+def _keep_experts(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    fused: FusedExperts,
+    record: DenseRecord,
+    places: dict[nn.Module, list[tuple[nn.Module, str]]],
+) -> str | None:
+    """Put packed experts in place of transformers' module; return why they stay dense, or None.
+
+    Raises:
+        ValueError: experts that were not loaded cannot be held; the message says why.
+    """
+    try:
+        experts = int4_experts(checkpoint, fused, _device_of(model, fused))
+    except ValueError as error:
+        if isinstance(fused.module, LeftOutExperts):
+            raise
+        return str(error)
+    experts.name, experts.record = fused.name, record
+    for parent, attribute in places.pop(fused.module):
+        setattr(parent, attribute, experts)
+    return None
+
+
+def _device_of(model: nn.Module, experts: FusedExperts) -> torch.device:
+    """Return the device of a layer's experts: that of what lies beside them, if they were left out.
+
+    Raises:
+        ValueError: it is the meta device.
+    """
+    around = model.get_submodule(experts.name.rpartition(".")[0])
+    device = next(around.parameters(), torch.empty(0)).device
+    if device.type == "meta":
+        raise ValueError(f"{experts.name} must be on a device that computes, got {device}")
+    return device
+
+
+def _check(findings: Findings, experts: Sequence[FusedExperts]) -> None:
     """Check that there is something to keep, and that all of it can be kept."""
     if findings.offloaded:
         names = dict.fromkeys(
@@ -122,7 +188,7 @@ def _check(findings: Findings) -> None:
             f"INT4 layers must be on a device that computes:\n{describe(names)}\nLoad the model "
             "with its weights, and with a device_map that has no 'cpu' beside a GPU and no 'disk'"
         )
-    if findings.packed:
+    if findings.packed or experts:
         return
     if findings.dense:
         raise ValueError(

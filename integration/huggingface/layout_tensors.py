@@ -1,22 +1,25 @@
 """A prepared weight as named tensors, which a module holds as buffers, and back.
 
-The names are those of the layout's fields, behind a prefix of their own.
+The names are those of the layout's fields, behind a prefix of their own. ``moved`` moves such a
+tensor as ``Module.to`` moves a buffer, but never casts it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from int4_lora.compiled import PreparedWeight
 from int4_lora.reference import Float4Weight, PackedWeight
 
-__all__ = ["named_tensors", "with_tensors"]
+__all__ = ["moved", "named_tensors", "with_tensors"]
 
 PREFIX = "int4_"
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by a float's bytes
 Holder = TypeVar("Holder", PreparedWeight, PackedWeight, Float4Weight)
 
 
@@ -53,3 +56,19 @@ def with_tensors(weight: Holder, tensors: Mapping[str, Tensor]) -> Holder:
     if isinstance(weight, PackedWeight):  # a meta tensor does not say whether it holds a -1
         object.__setattr__(changed, "column_order", weight.column_order)
     return changed
+
+
+def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return ``fn(tensor)`` in the dtype of the tensor, with the same bits.
+
+    Args:
+        fn: what ``Module._apply`` is given: it moves a tensor, casts it, or both.
+        tensor: a tensor of a layout.
+    """
+    plain = tensor.view(INTEGERS[tensor.element_size()]) if tensor.is_floating_point() else tensor
+    result = fn(plain)
+    if result is plain:
+        return tensor
+    if result.dtype != plain.dtype:  # Module.type() casts integers, too
+        result = plain.to(result.device)
+    return result.view(tensor.dtype)

@@ -15,6 +15,7 @@ from int4_lora.integration.checkpoint.open import open_checkpoint
 from int4_lora.integration.checkpoint.other_schemes import OTHER_SCHEMES
 from int4_lora.integration.huggingface.checkpoint_of_model import folder_of
 from int4_lora.integration.huggingface.converted import from_converted
+from int4_lora.integration.huggingface.fused_experts import experts_left_out
 from int4_lora.integration.huggingface.keep import keep_packed
 from int4_lora.integration.huggingface.zero_points import packed_zero_points
 
@@ -33,7 +34,7 @@ SHARED = (  # the arguments that the config is loaded with, too
 
 
 def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> Any:
-    """Load an INT4 or INT8 checkpoint with transformers; its quantised linears stay packed.
+    """Load an INT4 or INT8 checkpoint with transformers; its linears and experts stay packed.
 
     A checkpoint of AWQ or GPTQ is converted in memory, as ``int4-lora convert`` writes it.
 
@@ -65,12 +66,13 @@ def load_packed(path_or_id: str | os.PathLike[str], **from_pretrained: Any) -> A
     config = transformers.AutoConfig.from_pretrained(path, **shared)
     place = {key: from_pretrained[key] for key in PLACE if from_pretrained.get(key)}
     folder = folder_of(path, config, **place) if _is_of_another_method(config) else None
-    with packed_zero_points():
+    source = None if folder is None else open_checkpoint(folder)
+    with packed_zero_points(), experts_left_out(source):
         kind = model_class(config)
-        if folder is None:
+        if source is None:
             loaded = kind.from_pretrained(path, **from_pretrained)
         else:
-            loaded = from_converted(kind, open_checkpoint(folder), config, from_pretrained)
+            loaded = from_converted(kind, source, config, from_pretrained)
     model, *told = loaded if from_pretrained.get("output_loading_info") else (loaded,)
     asked = from_pretrained.get("dtype", from_pretrained.get("torch_dtype"))
     dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked

@@ -26,7 +26,7 @@ from int4_lora.integration.huggingface.int4_linear import Int4Linear
 from int4_lora.reference import LoRAStack
 from int4_lora.reference.rounding import round_once
 
-__all__ = ["Int4LoraLinear"]
+__all__ = ["BACKEND", "Int4LoraLinear", "check_start"]
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 try:
@@ -61,7 +61,7 @@ class Int4LoraLinear(lora.Linear):
         Raises:
             ValueError: the adapter changes the base's weight; the message names the option.
         """
-        _check_start(settings.get("config"), settings)
+        check_start(settings.get("config"), settings)
         super().update_layer(adapter_name, *args, **settings)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -195,7 +195,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _check_start(config: Any, settings: dict[str, Any]) -> None:
+def check_start(config: Any, settings: dict[str, Any]) -> None:
     """Check that adding an adapter leaves the base's weight alone.
 
     Args:

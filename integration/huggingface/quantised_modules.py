@@ -7,13 +7,15 @@ long as it is compressed it has ``weight_packed`` in place of ``weight``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from int4_lora.integration.checkpoint.experts import experts_of
 from int4_lora.integration.checkpoint.layouts import INT_QUANTIZED
 from int4_lora.integration.checkpoint.open import Checkpoint
+from int4_lora.integration.huggingface.fused_experts import FusedExperts
 
 __all__ = ["Findings", "describe", "quantised_modules", "sort_modules"]
 
@@ -49,14 +51,26 @@ def quantised_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def sort_modules(found: Mapping[str, nn.Module], checkpoint: Checkpoint) -> Findings:
-    """Return what can be done with each quantised module.
+def sort_modules(
+    found: Mapping[str, nn.Module],
+    checkpoint: Checkpoint,
+    experts: Iterable[FusedExperts] = (),
+    refused: Mapping[str, str] | None = None,
+) -> Findings:
+    """Return what can be done with each quantised module that is no expert.
 
     Args:
         found: returned by ``quantised_modules``.
         checkpoint: the checkpoint of the model.
+        experts: the experts that stay packed.
+        refused: why other experts do not, by the module that holds them.
     """
-    findings, seen = Findings(), set()
+    findings, seen = Findings(), {name for layer in experts for name in layer.names.all()}
+    reasons = {
+        name: (refused or {}).get(owner, FUSED)
+        for owner, names in experts_of(checkpoint.modules()).items()
+        for name in names
+    }
     for name, module in found.items():
         stored = checkpoint.spelling_of(name)
         if stored is None:
@@ -74,7 +88,7 @@ def sort_modules(found: Mapping[str, nn.Module], checkpoint: Checkpoint) -> Find
             findings.packed[name] = stored
     for stored in checkpoint.modules():
         if stored not in seen:
-            findings.left[stored] = FUSED if ".experts." in stored else MISSING
+            findings.left[stored] = reasons.get(stored, MISSING)
     return findings
 
 

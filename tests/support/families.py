@@ -38,6 +38,25 @@ FAMILIES = {
     "Phi-3": ("Phi3ForCausalLM", TEXT),
     "Mixtral": ("MixtralForCausalLM", {**MOE, "num_local_experts": 4}),
     "Qwen3-MoE": ("Qwen3MoeForCausalLM", {**MOE, "num_experts": 4, "moe_intermediate_size": 64}),
+    "DeepSeek-V3": (  # sigmoid routing, a shared expert, and a dense layer first
+        "DeepseekV3ForCausalLM",
+        {
+            **MOE,
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 64,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "head_dim": 8,
+        },
+    ),
     "Llava": (
         "LlavaForConditionalGeneration",
         {
@@ -84,7 +103,10 @@ FAMILIES = {
 }
 TOWERS = ("vision_tower", "visual", "multi_modal_projector")
 EXACT = 7  # scales of 3 bits, so that bfloat16 holds every product with a code
-LINEAR = re.compile(r"\.((q|k|v|o|qkv|gate|up|down|gate_up)_proj|w[123])\.weight$")
+EXPERTS = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3")
+LINEAR = re.compile(
+    r"\.((q|k|v|o|qkv|gate|up|down|gate_up|[qk]v?_[ab])_proj(_with_mqa)?|w[123])\.weight$"
+)
 IGNORE = [
     "lm_head",
     *(f"re:.*{tower}.*" for tower in TOWERS),
@@ -93,8 +115,13 @@ IGNORE = [
 ]
 
 
-def make_family(folder, name):
+def make_family(folder, name, **how):
     """Make the checkpoints ``folder/int4`` and ``folder/dense`` of a family.
+
+    Args:
+        folder: where to write them.
+        name: one of ``FAMILIES``.
+        how: arguments of ``Model.packed``.
 
     Returns:
         The names that the INT4 checkpoint gives its packed modules.
@@ -109,16 +136,20 @@ def make_family(folder, name):
         for key, one in model.named_parameters():
             if key.endswith("bias"):
                 one.data.normal_(std=0.1)
+        for key, one in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):  # of the router, stored in float32
+                one.data = torch.rand(one.shape) / 8
     model.save_pretrained(folder / "dense")
     stored = load_file(folder / "dense" / "model.safetensors")
     made = Model()
     for key, tensor in stored.items():
         if LINEAR.search(key) and not any(tower in key for tower in TOWERS):
-            made.packed(key.removesuffix(".weight"), *tensor.shape, scales=EXACT)
+            made.packed(key.removesuffix(".weight"), *tensor.shape, scales=EXACT, **how)
         else:
             made.put(key, tensor)
     write_tensors(folder / "dense" / "model.safetensors", made.dense)
     config = json.loads((folder / "dense" / "config.json").read_text())
-    made.save(folder / "int4", quantization({"group_0": group()}, ignore=IGNORE), config)
+    groups = {"group_0": group(symmetric=not how.get("zero_points", False))}
+    made.save(folder / "int4", quantization(groups, ignore=IGNORE), config)
     suffix = ".weight_packed"
     return [key.removesuffix(suffix) for key in made.stored if key.endswith(suffix)]

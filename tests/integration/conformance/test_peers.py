@@ -1,5 +1,7 @@
 """The peers: weights as they store them, and what is known of those that are installed."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -89,3 +91,17 @@ def test_zero_points_of_a_peer(module, name, asymmetric):
     pytest.importorskip(module)
     named = failures(load_backend(name), "int4_linear/one_hot/*,int4_linear/group_32*/*")
     assert set(named.values()) == (set() if asymmetric is None else {(asymmetric,)})
+
+
+@pytest.mark.versions
+def test_transformers_eager_experts_conform():
+    peer = "int4_lora.integration.conformance.peers.transformers_experts"
+    try:
+        under_test = importlib.import_module(peer).TransformersExperts()
+    except ImportError as error:
+        pytest.skip(str(error))
+    backend = Backend(under_test, "transformers")
+    outcomes = settled(list(run(backend, select("int4_moe/*"))))
+    assert {o.case: o.message for o in outcomes if o.status == "failed"} == {}
+    skipped = {o.case for o in outcomes if o.status == "skipped"}
+    assert skipped == {"int4_moe/mixed/fp64"}

@@ -9,19 +9,16 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from int4_lora.integration.huggingface import Int4Linear, load_packed
-from support.families import FAMILIES, make_family
+from int4_lora.integration.huggingface import Int4Experts, Int4Linear, load_packed
+from support.families import EXPERTS, FAMILIES, make_family
 from support.whole_models import assert_as_good, in_float64
 
 FUSES_EXPERTS = Version("5") <= Version(transformers.__version__)
 pytestmark = [
     pytest.mark.versions,
-    pytest.mark.filterwarnings("ignore:these quantised modules stay:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning"),  # of experts
 ]
 TOKENS = torch.arange(1, 25).view(2, 12) * 7 % 90
-EXPERTS = [name for name in FAMILIES if name in ("Mixtral", "Qwen3-MoE")]
-WITHOUT_FUSED = [name for name in FAMILIES if name not in EXPERTS or not FUSES_EXPERTS]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,16 @@ def dense_model(folder, name, dtype):
 
 
 def layers_of(model):
-    return {name: one for name, one in model.named_modules() if isinstance(one, Int4Linear)}
+    kinds = (Int4Linear, Int4Experts)
+    return {name: one for name, one in model.named_modules() if isinstance(one, kinds)}
+
+
+def packed_modules(model):
+    """Return how many of the checkpoint's modules a model keeps packed."""
+    return sum(
+        3 * one.num_experts if isinstance(one, Int4Experts) else 1
+        for one in layers_of(model).values()
+    )
 
 
 def logits(model):
@@ -60,16 +66,19 @@ def test_logits(made, name):
     folder, stored = made(name)
     model = load_packed(folder / "int4", dtype=torch.float32)
     assert {one.dtype for one in model.parameters()} == {torch.float32}
-    fused = [one for one in stored if ".experts." in one] if FUSES_EXPERTS else []
-    assert len(layers_of(model)) == len(stored) - len(fused)
+    assert packed_modules(model) == len(stored)
+    fused = [one for one in layers_of(model).values() if isinstance(one, Int4Experts)]
     assert bool(fused) == (FUSES_EXPERTS and name in EXPERTS)
-    assert all(one.weight.dtype == torch.float32 for one in layers_of(model).values())
+    assert all(
+        getattr(one, "down_proj" if one in fused else "weight").dtype == torch.float32
+        for one in layers_of(model).values()
+    )
     theirs = logits(dense_model(folder, name, torch.float32))
     truth = in_float64(logits, dense_model(folder, name, torch.float64))
     assert_as_good(logits(model), theirs, truth)
 
 
-@pytest.mark.parametrize("name", WITHOUT_FUSED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_save_pretrained_writes_the_checkpoint_again(made, tmp_path, name):
     folder, _ = made(name)
     load_packed(folder / "int4").save_pretrained(tmp_path / "saved")
@@ -92,7 +101,7 @@ def test_a_step_of_training(made, name):
         load_packed(folder / "int4", dtype=torch.float32),
         LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
     )
-    layers = {name.removesuffix(".base_layer") for name in layers_of(model)}
+    layers = {name.partition(".base_layer")[0] for name in layers_of(model)}
     trained = [one for one in model.parameters() if one.requires_grad]
     losses = []
     for _ in range(2):
@@ -112,18 +121,17 @@ def test_a_step_of_training(made, name):
     assert losses[1] < losses[0]
 
 
-@pytest.mark.skipif(not FUSES_EXPERTS, reason="transformers 4 keeps experts as linears")
-@pytest.mark.parametrize("name", EXPERTS)
-def test_fused_experts_are_named_and_stay_dense(made, tmp_path, name):
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_merged_experts_are_saved_as_dense_ones(made, tmp_path, name):
     folder, _ = made(name)
-    with pytest.warns(UserWarning, match=r"experts\.\*\..* \(4 modules\): .* fuses them") as seen:
-        model = load_packed(folder / "int4", dtype=torch.float32)
-    assert len(seen) == 1
-    assert str(seen[0].message).count("(4 modules)") == 3
     adapted = get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        load_packed(folder / "int4", dtype=torch.float32),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
     ).eval()
+    before = logits(adapted)
     merged = adapted.merge_and_unload()
+    assert not layers_of(merged)
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert found.keys() == load_file(folder / "dense" / "model.safetensors").keys()
