@@ -66,7 +66,16 @@ class Int4ExpertsLoRALayer:
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
-        """Make the slots of the adapters; compile and check everything that will run."""
+        """Make the slots of the adapters; compile and check everything that will run.
+
+        Raises:
+            ValueError: vLLM is to hold an A or a B that all experts share once.
+        """
+        if getattr(lora_config, "enable_moe_shared_loras", False):
+            raise ValueError(
+                "int4_lora does not take pairs that experts share: leave out "
+                "--enable-moe-shared-loras, and store a pair for each expert"
+            )
         super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
         pairs = zip(self.w13_lora_a_stacked, self.w13_lora_b_stacked, strict=True)
         down = self.w2_lora_a_stacked[0], self.w2_lora_b_stacked[0]

@@ -159,7 +159,8 @@ def fault_of_experts(
     """
     generator = torch.Generator().manual_seed(tokens)
     adapters = None if lora is None else _random_experts_adapters(lora, generator)
-    calls = []
+    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    ids_of_calls: list[Tensor] = []
     for _ in range(-(-RMS_ELEMENTS // (tokens * weight.hidden))):
         x = torch.randn(tokens, weight.hidden, generator=generator).to(dtype)
         ids = torch.rand(tokens, weight.count, generator=generator).argsort(dim=1)[:, :top_k]
@@ -167,9 +168,10 @@ def fault_of_experts(
         adapter_ids = None
         if adapters is not None:
             adapter_ids = torch.randint(-1, adapters.adapters, (tokens,), generator=generator)
+            ids_of_calls.append(adapter_ids)
         y = int4_moe(x, weight, ids, p, adapters, adapter_ids, activation=activation)
-        calls.append((y, x, ids, p, adapter_ids))
-    y, x, ids, p = (torch.cat([call[place] for call in calls]) for place in range(4))
+        calls.append((y, x, ids, p))
+    y, x, ids, p = (torch.cat(tensors) for tensors in zip(*calls, strict=True))
     finding = check_experts(
         y,
         x,
@@ -177,7 +179,7 @@ def fault_of_experts(
         ids,
         p,
         None if adapters is None else adapters.experts_lora(),
-        None if adapters is None else torch.cat([call[4] for call in calls]),
+        torch.cat(ids_of_calls) if ids_of_calls else None,
         activation=activation,
         weight_rounded=False,
         steps_rounded=True,

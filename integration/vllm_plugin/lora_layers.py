@@ -283,8 +283,8 @@ def _serve_unconfigured_layers(model: Any) -> None:
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, LinearBase)}
     states = (getattr(layer, "int4_lora", None) for layer in linear.values())
     engine = next((one.engine for one in states if isinstance(one, ServedLayer)), None)
-    for name, layer in linear.items() if engine is not None else ():
-        if not hasattr(layer, "int4_lora"):
+    for name, layer in linear.items():
+        if engine is not None and not hasattr(layer, "int4_lora"):
             layer.int4_lora = ServedLayer(name, engine, fallback_reason="not quantised")
             engine.layers.append(layer.int4_lora)
 

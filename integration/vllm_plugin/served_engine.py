@@ -192,14 +192,17 @@ class ServedEngine:
     @property
     def has_int4(self) -> bool:
         """Whether the model has weights that our kernels take."""
-        return any(layer.int4 for layer in (*self.layers, *self.experts))
+        return any(layer.int4 for layer in self._all_layers())
 
     def weight_loaded(self, layer: ServedLayer | ServedExperts) -> None:
         """Record a loaded layer; after the last, the model is complete unless it takes adapters."""
         layer.loaded = True
-        all_layers = (*self.layers, *self.experts)
-        if not self.lora_enabled and all(layer.loaded for layer in all_layers if layer.int4):
+        known = self._all_layers()
+        if not self.lora_enabled and all(layer.loaded for layer in known if layer.int4):
             self.complete()
+
+    def _all_layers(self) -> list[ServedLayer | ServedExperts]:
+        return [*self.layers, *self.experts]
 
     def complete(self) -> None:
         """Log the summary, and let vLLM's compile cache know which kernels run.

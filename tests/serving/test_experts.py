@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from int4_lora.integration import read_adapter, write_adapter
+from int4_lora.integration import fit_adapter, open_checkpoint, read_adapter, write_adapter
 from int4_lora.integration.vllm_plugin.served_experts import ServedExperts
 from support.checkpoints import edit_config
 from support.engines import (
@@ -124,6 +124,7 @@ def test_adapters_on_attention_on_experts_and_on_both(made, adapters, adapted_tr
     assert served[0].engine.summary()[1] == "2 of 2 layers of experts by int4_lora (INT4, adapters)"
 
 
+@pytest.mark.nightly
 def test_a_request_is_answered_as_it_is_alone(made, adapters, adapted_truth):
     requests = [None, *expert_requests(adapters).values()]
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
@@ -144,6 +145,7 @@ def separate(adapters, tmp_path_factory):
     return folder
 
 
+@pytest.mark.nightly
 def test_pairs_of_single_experts(made, separate, adapters, adapted_truth):
     folders = {"attention": adapters["attention"], "separate": separate}
     requests = [None, *requests_of(folders).values()]
@@ -151,6 +153,27 @@ def test_pairs_of_single_experts(made, separate, adapters, adapted_truth):
         assert_served(llm, adapted_truth, [2, 1, 0, 2], requests)
 
 
+@pytest.mark.nightly
+def test_mixtral(made, tmp_path):
+    """Its adapters get the checkpoint's names, which transformers 5 has not."""
+    model, dense = made(family="mixtral")
+    folders, fitted = [], {}
+    for name, settings in ADAPTERS.items():
+        folders.append(make_moe_adapter(tmp_path / name, dense, name, settings))
+        fitted[name] = tmp_path / f"{name}-fitted"
+        adapter = fit_adapter(read_adapter(folders[-1]), open_checkpoint(model))
+        write_adapter(fitted[name], adapter.modules)
+    truth = moe_truth(dense, folders)
+    effects = (truth.logprobs[1:] - truth.logprobs[:1]).abs().amax((1, 2))
+    assert (effects > 5 * truth.allowed).all()
+    requests = [None, *requests_of(fitted).values()]
+    with engine(model, enable_lora=True, max_loras=3, max_lora_rank=8, **COLD) as llm:
+        for rows in ([0, 1, 2, 3], [3, 2, 1, 0]):
+            assert_served(llm, truth, rows, requests)
+        assert [experts.weight is not None for experts in experts_of(llm)] == [True, True]
+
+
+@pytest.mark.nightly
 def test_an_adapter_on_the_router(made, tmp_path):
     """Without ours, vLLM 0.32 routes without it, and changes rows that have no adapter."""
     model, dense = made()
@@ -163,6 +186,7 @@ def test_an_adapter_on_the_router(made, tmp_path):
         assert_served(llm, truth, [1, 0, 1, 0], requests)
 
 
+@pytest.mark.nightly
 def test_experts_that_take_no_adapters(made, adapters, adapted_truth):
     """With adapters on other modules only, no slots are made for experts."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -173,6 +197,7 @@ def test_experts_that_take_no_adapters(made, adapters, adapted_truth):
         assert [experts.slots for experts in experts_of(llm)] == [None, None]
 
 
+@pytest.mark.nightly
 def test_within_the_graph_of_vllm(made, tmp_path):
     model, dense = made()
     truth = moe_truth(dense)
@@ -185,6 +210,7 @@ def test_within_the_graph_of_vllm(made, tmp_path):
     assert error <= truth.allowed
 
 
+@pytest.mark.nightly
 def test_two_ranks(made, separate, adapters, adapted_truth, tmp_path):
     """Each expert is split over both."""
     folders = {"attention": adapters["attention"], "separate": separate}
@@ -260,6 +286,7 @@ def test_experts_of_another_scheme_than_their_fellows(copied):
     assert "must be quantised alike: vLLM holds them in one tensor" in str(caught.value)
 
 
+@pytest.mark.nightly
 def test_stock_vllm_does_not_start(made):
     stock_base = {**FLAG, "additional_config": {"int4_lora": {"backend": "stock-base"}}}
     for settings in ({}, {"enable_lora": True}, stock_base):

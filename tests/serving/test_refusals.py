@@ -229,6 +229,16 @@ def test_experts_that_are_refused(change, sentence):
         refuse_experts("model.experts", experts_config(**change))
 
 
+def test_pairs_that_experts_share_are_refused():
+    from int4_lora.integration.vllm_plugin.experts_lora import EXPERTS_LAYERS
+
+    for kind in EXPERTS_LAYERS:
+        with pytest.raises(ValueError, match="leave out --enable-moe-shared-loras"):
+            kind.__new__(kind).create_lora_weights(
+                1, SimpleNamespace(enable_moe_shared_loras=True), None
+            )
+
+
 def test_experts_in_the_order_of_activations_are_refused():
     from int4_lora.integration.vllm_plugin.experts_method import refuse_experts
 
