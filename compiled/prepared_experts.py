@@ -82,6 +82,25 @@ class PreparedExpertsLoRA:
     adapters: int
     experts: int
 
+    def experts_lora(self) -> ExpertsLoRA:
+        """Return the adapters as the reference reads them; their tensors are views."""
+        return ExpertsLoRA(self._by_expert(self.gate_up), self._by_expert(self.down))
+
+    def _by_expert(self, layer: PreparedLoRA | None) -> list[list[LoRASlice]] | None:
+        if layer is None:
+            return None
+        slices = [part.lora_slice() for part in layer.slices]
+        return [
+            [
+                LoRASlice(
+                    LoRAStack(*(t[expert :: self.experts] for t in _tensors(part.stack))),
+                    part.start,
+                )
+                for part in slices
+            ]
+            for expert in range(self.experts)
+        ]
+
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
@@ -208,6 +227,10 @@ def _all_pairs(name: str, stacks: Sequence[LoRAStack | None]) -> LoRAStack:
         torch.stack(tensors, dim=1).flatten(0, 1) for tensors in zip(*padded, strict=True)
     )
     return LoRAStack(a, b, scaling)
+
+
+def _tensors(stack: LoRAStack) -> tuple[Tensor, Tensor, Tensor]:
+    return stack.a, stack.b, stack.scaling
 
 
 def _padded(stack: LoRAStack, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -24,8 +24,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from int4_lora.integration.checkpoint.scheme import Scheme, read_actorder
+from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, read_actorder
 from int4_lora.integration.vllm_plugin.converted_scheme import ConvertedScheme
+from int4_lora.integration.vllm_plugin.experts_method import Int4ExpertsMethod, refuse_experts
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 from int4_lora.integration.vllm_plugin.other_methods import (
@@ -40,6 +41,7 @@ from int4_lora.integration.vllm_plugin.quantised_vocabulary import (
 )
 from int4_lora.integration.vllm_plugin.scheme import Int4Scheme
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
+from int4_lora.integration.vllm_plugin.served_experts import ServedExperts
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 
 __all__ = ["Int4LoRAConfig"]
@@ -78,7 +80,7 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         if self.metadata.compatible is not None:
             return self.metadata.compatible
         if self._engine is not None:
-            return any(layer.packed for layer in self._engine.layers)
+            return self._engine.has_packed
         groups = (scheme for scheme in self.target_scheme_map.values() if scheme)
         return any(_is_packed(scheme) for scheme in groups)
 
@@ -123,15 +125,13 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         if isinstance(layer, LinearBase):
             layer.int4_lora = ServedLayer(prefix, engine)
             engine.layers.append(layer.int4_lora)
+        if isinstance(layer, RoutedExperts):
+            layer.int4_lora = ServedExperts(prefix, engine)
+            engine.experts.append(layer.int4_lora)
+            ours = self._method_of_experts(layer, prefix)
+            if ours is not None:
+                return ours
         method = super().get_quant_method(layer, prefix)
-        if isinstance(method, FusedMoEMethodBase):
-            if self.source is not None:
-                raise ValueError(
-                    f"int4_lora: {prefix} is a mixture of experts, whose tensors are not converted "
-                    f"at load: {CONVERT}"
-                )
-            experts = ServedLayer(prefix, engine, fallback_reason="a mixture of experts")
-            engine.layers.append(experts)
         if method is None or not isinstance(layer, VocabParallelEmbedding):
             return method
         if engine.lora_enabled:
@@ -160,6 +160,47 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         matched = self.get_scheme_dict(layer, layer_name)
         ordered = any(self.target_scheme_map[name] is matched for name in self._ordered_targets)
         return Int4Scheme(scheme, served, ordered=ordered)
+
+    def _method_of_experts(self, layer: Any, prefix: str) -> Int4ExpertsMethod | None:
+        """Return our method for INT4 experts, or on a CPU INT8; None to leave them to vLLM.
+
+        Raises:
+            ValueError: an expert's modules have different schemes, or ours refuses the layer.
+        """
+        served: ServedExperts = layer.int4_lora
+        if self.source is not None:
+            raise ValueError(
+                f"int4_lora: {prefix} is a mixture of experts, whose tensors are not converted "
+                f"at load: {CONVERT}"
+            )
+        self._add_fused_moe_to_target_scheme_map()
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        matched = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names]
+        if any(scheme != matched[0] for scheme in matched):
+            raise ValueError(
+                f"int4_lora: {', '.join(map(str, names))} of the experts of {prefix} must be "
+                "quantised alike: vLLM holds them in one tensor"
+            )
+        scheme = matched[0]
+        weights = None if scheme is None else scheme.get("weights")
+        if scheme is None or weights is None:
+            return None
+        packed = scheme.get("format") == PACKED_FORMAT and self._is_wNa16_group_channel(
+            weights, scheme.get("input_activations")
+        )
+        if not packed or weights.num_bits not in (4, 8):
+            served.fallback_reason = f"of {weights.num_bits} bits, {scheme.get('format')}"
+            return None
+        if served.engine.device != "cpu":
+            served.fallback_reason = "on a GPU"
+            return None
+        if served.engine.options.backend == "stock-base":
+            served.fallback_reason = "as the option backend asks"
+            return None
+        ordered = any(self.target_scheme_map[name] is scheme for name in self._ordered_targets)
+        refuse_experts(prefix, layer.moe_config, ordered=ordered)
+        served.int4 = True
+        return Int4ExpertsMethod(weights, layer.moe_config, served)
 
     def _engine_of_process(self) -> ServedEngine:
         """Return the engine's state, made with the first layer."""

@@ -78,6 +78,7 @@ COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compres
 SCHEMES = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
 LINEAR = "vllm.model_executor.layers.linear"
 LORA = "vllm.lora.layers"
+MOE = "vllm.model_executor.layers.fused_moe"
 LORA_CLASSES = (
     "ColumnParallelLinearWithLoRA",
     "MergedColumnParallelLinearWithLoRA",
@@ -87,6 +88,7 @@ LORA_CLASSES = (
     "ReplicatedLinearWithLoRA",
     "MergedColumnParallelLinearVariableSliceWithLoRA",
 )
+EXPERTS_LORA_CLASSES = ("FusedMoEWithLoRA", "FusedMoE3DWithLoRA")
 REPLACES = ("source_layer", "lora_config", "packed_modules_list", "model_config")
 
 SYMBOLS = (
@@ -318,11 +320,97 @@ SYMBOLS = (
             "ReplicatedLinear",
         )
     ),
+    Symbol(MOE, "GateLinear", (), "a router, served as a plain linear layer"),
+    Symbol(MOE, "RoutedExperts", (), "experts, which hold the plug-in's state"),
     Symbol(
-        "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
-        "FusedMoEMethodBase",
+        f"{MOE}.routed_experts",
+        "RoutedExperts.weight_loader",
+        ("param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success"),
+        "loads experts",
+    ),
+    Symbol(f"{MOE}.config", "FUSED_MOE_UNQUANTIZED_CONFIG", (), "x is not quantised"),
+    Symbol(
+        f"{MOE}.fused_moe_method_base",
+        "FusedMoEMethodBase.create_weights",
+        (
+            "layer",
+            "num_experts",
+            "hidden_size",
+            "intermediate_size_per_partition",
+            "params_dtype",
+        ),
+        "base class of Int4ExpertsMethod",
+    ),
+    Symbol(
+        f"{MOE}.fused_moe_method_base",
+        "FusedMoEMethodBase.apply",
+        ("layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+        "overridden",
+    ),
+    Symbol(
+        f"{MOE}.modular_kernel",
+        "FusedMoEKernel.__init__",
+        ("prepare_finalize", "fused_experts"),
+        "makes the kernel that vLLM's LoRA layers take",
+    ),
+    Symbol(
+        f"{MOE}.modular_kernel",
+        "FusedMoEExpertsModular.apply",
+        (
+            "output",
+            "hidden_states",
+            "topk_weights",
+            "topk_ids",
+            "apply_router_weight_on_input",
+        ),
+        "base class of Int4Experts",
+    ),
+    Symbol(
+        f"{MOE}.modular_kernel",
+        "FusedMoEExpertsModular.moe_problem_size",
+        ("a1", "w1", "w2", "topk_ids"),
+        "overridden",
+    ),
+    Symbol(
+        f"{MOE}.prepare_finalize",
+        "make_moe_prepare_and_finalize_no_dp_ep",
+        ("use_monolithic",),
+        "the rest of the kernel",
+    ),
+    Symbol(
+        f"{MOE}.topk_weight_and_reduce",
+        "TopKWeightAndReduceNoOP",
         (),
-        "left to vLLM, counted in the log",
+        "the sum over experts is ours",
+    ),
+    Symbol(
+        f"{MOE}.experts.lora_experts_mixin",
+        "LoRAExpertsMixin.set_lora_context",
+        (),
+        "gives the slot of each token",
+    ),
+    Symbol(
+        COMPRESSED,
+        "CompressedTensorsConfig._add_fused_moe_to_target_scheme_map",
+        (),
+        "the scheme of experts",
+    ),
+    Symbol(
+        COMPRESSED,
+        "CompressedTensorsConfig._is_wNa16_group_channel",
+        (),
+        "whether the weights of experts are packed by group or channel",
+    ),
+    *(
+        Symbol(LORA, f"{name}.{method}", parameters, "overridden, calls super")
+        for method, parameters in (
+            ("can_replace_layer", REPLACES),
+            ("create_lora_weights", ("max_loras", "lora_config", "model_config")),
+            ("_create_lora_b_weights", ("max_loras", "lora_config")),
+            ("set_lora", ("index", "lora_a", "lora_b")),
+            ("reset_lora", ("index",)),
+        )
+        for name in EXPERTS_LORA_CLASSES
     ),
     *(
         Symbol("vllm.model_executor.layers.vocab_parallel_embedding", name, (), "left to vLLM")
@@ -391,6 +479,43 @@ ATTRIBUTES = (
     *(
         Attribute(LORA, owner, "lora_b_stacked", "the device of the slots")
         for owner in ("LogitsProcessorWithLoRA", "VocabParallelEmbeddingWithLoRA")
+    ),
+    *(
+        Attribute(LORA, "FusedMoEWithLoRA", name, "the slots of experts")
+        for name in (
+            "w13_lora_a_stacked",
+            "w13_lora_b_stacked",
+            "w2_lora_a_stacked",
+            "w2_lora_b_stacked",
+        )
+    ),
+    *(
+        Attribute(f"{MOE}.runner.moe_runner", "MoERunner", name, reason)
+        for name, reason in (
+            ("routed_experts", "the experts of a layer"),
+            ("gate", "the router, where the layer of experts holds it"),
+        )
+    ),
+    *(
+        Attribute(f"{MOE}.routed_experts", "RoutedExperts", name, "their numbers and names")
+        for name in (
+            "ckpt_gate_proj_name",
+            "ckpt_up_proj_name",
+            "ckpt_down_proj_name",
+            "local_num_experts",
+            "moe_config",
+        )
+    ),
+    *(
+        Attribute(f"{MOE}.config", "FusedMoEConfig", name, "how experts are computed and split")
+        for name in ("activation", "experts_per_token", "moe_parallel_config")
+    ),
+    *(
+        Attribute(f"{MOE}.config", "FusedMoEParallelConfig", name, "whether experts are split")
+        for name in ("tp_size", "dp_size", "use_ep")
+    ),
+    Attribute(
+        f"{MOE}.experts.lora_context", "MoELoRAContext", "punica_wrapper", "the slot of each token"
     ),
     Attribute(
         LORA, "BaseLayerWithLoRA", "punica_wrapper", "the operators that know each token's slot"

@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 
 from int4_lora.compiled import (
+    PreparedExperts,
+    PreparedExpertsLoRA,
     PreparedLoRA,
     PreparedWeight,
     add_lora,
     formulation_for,
     int4_lora_linear,
+    int4_moe,
 )
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.graphs.cache import bucket_of
-from int4_lora.reference import LoRASlice, PackedWeight
-from int4_lora.reference.conformance import check_addition, check_linear
+from int4_lora.reference import ExpertsWeight, LoRASlice, PackedWeight
+from int4_lora.reference.conformance import check_addition, check_experts, check_linear
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS
 from int4_lora.reference.lora_stack import rows_of
+from int4_lora.reference.moe import Activation
 
 __all__ = [
     "fault_of_addition",
+    "fault_of_experts",
     "fault_of_layer",
     "graph_key_of_layer",
     "tokens_of_each_graph",
@@ -131,6 +136,81 @@ def fault_of_addition(
     slices = _slices_of(adapters, outputs)
     finding = check_addition(y[:, outputs], base[:, outputs], torch.cat(xs), slices, torch.cat(ids))
     return None if finding is None else finding.message
+
+
+@torch.inference_mode()
+def fault_of_experts(
+    weight: PreparedExperts,
+    dtype: torch.dtype,
+    tokens: int,
+    top_k: int,
+    activation: Activation,
+    lora: PreparedExpertsLoRA | None = None,
+) -> str | None:
+    """Return what is wrong with experts at a number of tokens, or None.
+
+    Args:
+        weight: the experts, whose layouts give the checkpoint's bits back.
+        dtype: of x.
+        tokens: rows of x in one call.
+        top_k: how many experts a token has.
+        activation: between gate_up and down.
+        lora: slots of the shapes that will serve; random adapters of these shapes are used.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+    adapters = None if lora is None else _random_experts_adapters(lora, generator)
+    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    ids_of_calls: list[Tensor] = []
+    for _ in range(-(-RMS_ELEMENTS // (tokens * weight.hidden))):
+        x = torch.randn(tokens, weight.hidden, generator=generator).to(dtype)
+        ids = torch.rand(tokens, weight.count, generator=generator).argsort(dim=1)[:, :top_k]
+        p = torch.rand(tokens, top_k, generator=generator)
+        adapter_ids = None
+        if adapters is not None:
+            adapter_ids = torch.randint(-1, adapters.adapters, (tokens,), generator=generator)
+            ids_of_calls.append(adapter_ids)
+        y = int4_moe(x, weight, ids, p, adapters, adapter_ids, activation=activation)
+        calls.append((y, x, ids, p))
+    y, x, ids, p = (torch.cat(tensors) for tensors in zip(*calls, strict=True))
+    finding = check_experts(
+        y,
+        x,
+        _experts_of(weight, ids),
+        ids,
+        p,
+        None if adapters is None else adapters.experts_lora(),
+        torch.cat(ids_of_calls) if ids_of_calls else None,
+        activation=activation,
+        weight_rounded=False,
+        steps_rounded=True,
+    )
+    return None if finding is None else finding.message
+
+
+def _experts_of(weight: PreparedExperts, ids: Tensor) -> ExpertsWeight:
+    """Return the checkpoint's tensors of the experts that ids name; others are not read."""
+    used = sorted(set(ids.flatten().tolist()))
+    layers = {
+        name: {expert: getattr(weight, name)[expert].packed_weight() for expert in used}
+        for name in ("gate_up", "down")
+    }
+    return ExpertsWeight(
+        *(
+            [layer.get(expert, layer[used[0]]) for expert in range(weight.count)]
+            for layer in layers.values()
+        )
+    )
+
+
+def _random_experts_adapters(
+    lora: PreparedExpertsLoRA, generator: torch.Generator
+) -> PreparedExpertsLoRA:
+    """Return random adapters in the shapes and strides of the slots of experts."""
+    gate_up, down = (
+        None if layer is None else _random_adapters(layer, generator)
+        for layer in (lora.gate_up, lora.down)
+    )
+    return PreparedExpertsLoRA(gate_up, down, lora.adapters, lora.experts)
 
 
 def _calls(tokens: int, outputs: Tensor) -> int:

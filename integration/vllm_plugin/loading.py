@@ -5,13 +5,16 @@ Source: vLLM's ``BasevLLMParameter``, whose loaders copy into tensors of the mod
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["keeping_scale_dtype"]
+from int4_lora.compiled import PreparedWeight
+
+__all__ = ["in_place_of", "keeping_scale_dtype"]
 
 
 def keeping_scale_dtype(
@@ -32,3 +35,24 @@ def keeping_scale_dtype(
         return load(param, loaded, *args, **kwargs)
 
     return loader
+
+
+def in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:
+    """Return the same layout in the memory of the checkpoint's words, which are lost.
+
+    Layers are laid out one after the other, between tensors that stay. The memory that each frees
+    is not always returned to the system, and may not fit the next.
+
+    Args:
+        packed: the checkpoint's words.
+        prepared: the same weight, laid out.
+    """
+    moved = {}
+    for field in dataclasses.fields(prepared):  # type: ignore[arg-type]
+        laid_out = getattr(prepared, field.name)
+        same_size = isinstance(laid_out, Tensor) and laid_out.nbytes == packed.nbytes
+        if same_size and laid_out.is_contiguous() and packed.is_contiguous():
+            room = packed.view(-1).view(laid_out.dtype).view(laid_out.shape)
+            moved[field.name] = room.copy_(laid_out)
+            break
+    return dataclasses.replace(prepared, **moved)  # type: ignore[type-var]

@@ -22,8 +22,10 @@ import vllm.lora.utils as vllm_lora_utils
 from torch import Tensor
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
@@ -32,6 +34,7 @@ from vllm.model_executor.layers.linear import (
 
 from int4_lora.integration.vllm_plugin.contract import LORA_CLASSES
 from int4_lora.integration.vllm_plugin.dense_weight import dense_weight
+from int4_lora.integration.vllm_plugin.experts_lora import EXPERTS_LAYERS, Int4ExpertsLoRALayer
 from int4_lora.integration.vllm_plugin.int4_adapter import loadable_folder
 from int4_lora.integration.vllm_plugin.scheme import kernel_bias
 from int4_lora.integration.vllm_plugin.served_layer import (
@@ -51,6 +54,7 @@ LINEAR_CLASSES = (
     ReplicatedLinear,
     RowParallelLinear,
 )
+ROUTER = GateLinear  # which has a forward of its own, and may return another dtype than that of x
 
 
 class Int4LoRALayer:
@@ -71,7 +75,8 @@ class Int4LoRALayer:
     ) -> bool:
         """Return whether a layer is one of ours, of a kind that vLLM's class takes."""
         ours = isinstance(getattr(source_layer, "int4_lora", None), ServedLayer)
-        known = type(source_layer) in LINEAR_CLASSES  # a subclass may have another forward
+        # a subclass may have another forward
+        known = type(source_layer) in (*LINEAR_CLASSES, ROUTER)
         return (
             ours
             and known
@@ -163,12 +168,20 @@ class Int4LoRALayer:
         if served.weight is not None and served.lora_fallback_reason is None:
             y = served.forward(rows, adapter_ids, bias)
         else:
-            base = self.base_layer.quant_method.apply(self.base_layer, rows, bias)
-            if served.lora_fallback_reason is None:
+            base = self._base(rows, bias)
+            if served.lora_fallback_reason is None and base.dtype == rows.dtype:
                 y = served.add_adapters(base, rows, adapter_ids)
             else:  # vLLM <= 0.32's operators for CPUs take -1 for the last slot
                 y = add_eagerly(base, rows, adapter_ids, self.lora_a_stacked, self.lora_b_stacked)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _base(self, rows: Tensor, bias: Tensor | None) -> Any:
+        """Return the base as vLLM computes it."""
+        layer = self.base_layer
+        if type(layer) in LINEAR_CLASSES:
+            return layer.quant_method.apply(layer, rows, bias)
+        output = layer(rows)  # of a router, with its bias unless it returns that
+        return output[0] if isinstance(output, tuple) else output
 
     def _check_int4_quantization(self) -> bool:
         """Return whether the base weight is an INT4 weight of the checkpoint."""
@@ -207,6 +220,7 @@ def _our_class(name: str) -> type:
 
 
 LAYERS = tuple(_our_class(name) for name in LORA_CLASSES)
+OUR_LAYERS = (Int4LoRALayer, Int4ExpertsLoRALayer)
 
 
 def install_lora_layers() -> None:
@@ -217,16 +231,23 @@ def install_lora_layers() -> None:
     """
     if LAYERS[0] in vllm_lora_utils._all_lora_classes:
         return
-    vllm_lora_utils._all_lora_classes = (*LAYERS, *vllm_lora_utils._all_lora_classes)
+    vllm_lora_utils._all_lora_classes = (
+        *LAYERS,
+        *EXPERTS_LAYERS,
+        *vllm_lora_utils._all_lora_classes,
+    )
     create = LoRAModelManager._create_lora_modules
 
     @functools.wraps(create)
     def create_and_log(self: Any) -> None:
+        _serve_unconfigured_layers(self.model)
         create(self)
-        ours = [module for module in self.modules.values() if isinstance(module, Int4LoRALayer)]
+        ours = [module for module in self.modules.values() if isinstance(module, OUR_LAYERS)]
         for module in self.modules.values() if ours else ():
             patch_vocabulary_lora(module)
         for module in ours:
+            if isinstance(module, Int4ExpertsLoRALayer):
+                module.share_router()
             module.served.engine.complete()
 
     LoRAModelManager._create_lora_modules = create_and_log
@@ -240,7 +261,7 @@ def install_lora_layers() -> None:
             with torch.inference_mode(False), torch.no_grad():  # so that writes to it are counted
                 adapter = load(self, request)
         manager = self._adapter_manager
-        ours = (layer for layer in manager.modules.values() if isinstance(layer, Int4LoRALayer))
+        ours = (layer for layer in manager.modules.values() if isinstance(layer, OUR_LAYERS))
         for layer in itertools.islice(ours, 1):
             layer.served.engine.warn_unmatched(
                 lora_request.lora_name,
@@ -251,6 +272,21 @@ def install_lora_layers() -> None:
         return adapter
 
     WorkerLoRAManager._load_adapter = load_and_compare
+
+
+def _serve_unconfigured_layers(model: Any) -> None:
+    """Serve the linear layers that vLLM makes without a configuration, as Mixtral's router.
+
+    Args:
+        model: vLLM's, whose other layers tell whether it is ours.
+    """
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, LinearBase)}
+    states = (getattr(layer, "int4_lora", None) for layer in linear.values())
+    engine = next((one.engine for one in states if isinstance(one, ServedLayer)), None)
+    for name, layer in linear.items():
+        if engine is not None and not hasattr(layer, "int4_lora"):
+            layer.int4_lora = ServedLayer(name, engine, fallback_reason="not quantised")
+            engine.layers.append(layer.int4_lora)
 
 
 def _modules_with_lora(manager: Any) -> set[str]:

@@ -22,10 +22,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from int4_lora.compiled import PreparedWeight, prepare
+from int4_lora.compiled import prepare
 from int4_lora.integration.vllm_plugin.base_choice import VLLM
 from int4_lora.integration.vllm_plugin.column_order import ColumnOrder
-from int4_lora.integration.vllm_plugin.loading import keeping_scale_dtype
+from int4_lora.integration.vllm_plugin.loading import in_place_of, keeping_scale_dtype
 from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
 from int4_lora.integration.vllm_plugin.stand_in_kernel import StandInKernel, standing_in
 from int4_lora.integration.vllm_plugin.stock_arithmetic import (
@@ -207,7 +207,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         fault = self.served.base_fault(packed, prepared, kernel_bias(layer))
         if fault is not None:
             return f"not right by the reference: {fault}"
-        self.served.hold(_in_place_of(packed.packed, prepared))
+        self.served.hold(in_place_of(packed.packed, prepared))
         del packed
         for name in (*TENSORS, ORDER):
             if name in layer._parameters:
@@ -235,20 +235,3 @@ def kernel_bias(layer: Any) -> Tensor | None:
     """Return the bias that the layer's kernel adds on this rank, or None."""
     added_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     return None if layer.skip_bias_add or added_elsewhere else layer.bias
-
-
-def _in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:
-    """Return the same layout in the memory of the checkpoint's words, which are lost.
-
-    Layers are laid out one after the other, between tensors that stay. The memory that each frees
-    is not always returned to the system, and may not fit the next.
-    """
-    moved = {}
-    for field in dataclasses.fields(prepared):  # type: ignore[arg-type]
-        laid_out = getattr(prepared, field.name)
-        same_size = isinstance(laid_out, Tensor) and laid_out.nbytes == packed.nbytes
-        if same_size and laid_out.is_contiguous() and packed.is_contiguous():
-            room = packed.view(-1).view(laid_out.dtype).view(laid_out.shape)
-            moved[field.name] = room.copy_(laid_out)
-            break
-    return dataclasses.replace(prepared, **moved)  # type: ignore[type-var]

@@ -31,6 +31,7 @@ from int4_lora.integration.vllm_plugin.options import Options, read_options
 from int4_lora.integration.vllm_plugin.serving_state import as_when_serving
 
 if TYPE_CHECKING:
+    from int4_lora.integration.vllm_plugin.served_experts import ServedExperts
     from int4_lora.integration.vllm_plugin.served_layer import ServedLayer
     from int4_lora.integration.vllm_plugin.stock_trial import Kind
 
@@ -105,7 +106,8 @@ class ServedEngine:
         forward_context: vLLM's layers by name; ``operator`` finds ours there.
         operator: runs a layer as a single operator within vLLM's torch.compile.
         packed_modules: which modules of the checkpoint vLLM merges into a layer, by its last name.
-        layers: every linear layer and mixture of experts of the model.
+        layers: every linear layer of the model.
+        experts: the experts of every layer of the model that has them.
         cache: the dense weights that ``get_unpacked_weights`` keeps.
         checked: the fault of each kind of layer that was checked, None for a correct one.
         trials: whose code computes what in each kind of layer that was measured.
@@ -128,6 +130,7 @@ class ServedEngine:
     operator: Operator | None = None
     packed_modules: Mapping[str, list[str]] = field(default_factory=dict)
     layers: list[ServedLayer] = field(default_factory=list)
+    experts: list[ServedExperts] = field(default_factory=list)
     cache: UnpackedWeightCache = field(default_factory=lambda: UnpackedWeightCache(0))
     checked: dict[Hashable, str | None] = field(default_factory=dict)
     trials: dict[Kind, Choice] = field(default_factory=dict)
@@ -186,11 +189,20 @@ class ServedEngine:
         """Return the checkpoint's folder; a name on the hub is looked up in its cache."""
         return local_folder(self.model)
 
-    def weight_loaded(self, layer: ServedLayer) -> None:
+    @property
+    def has_packed(self) -> bool:
+        """Whether the model has packed linear layers, or experts that our kernels take."""
+        return any(layer.packed for layer in self.layers) or any(one.int4 for one in self.experts)
+
+    def weight_loaded(self, layer: ServedLayer | ServedExperts) -> None:
         """Record a loaded layer; after the last, the model is complete unless it takes adapters."""
         layer.loaded = True
-        if not self.lora_enabled and all(layer.loaded for layer in self.layers if layer.int4):
+        known = self._all_layers()
+        if not self.lora_enabled and all(layer.loaded for layer in known if layer.int4):
             self.complete()
+
+    def _all_layers(self) -> list[ServedLayer | ServedExperts]:
+        return [*self.layers, *self.experts]
 
     def complete(self) -> None:
         """Log the summary, and let vLLM's compile cache know which kernels run.
@@ -210,12 +222,22 @@ class ServedEngine:
                 )
                 for layer in self.layers
             ]
+            kernels += [
+                (experts.name, experts.weight is not None, None, False, experts.slots is not None)
+                for experts in self.experts
+            ]
             of_models = self.additional_config.setdefault(KERNELS, {})
             of_models[self.model] = hashlib.sha256(repr(kernels).encode()).hexdigest()
         self.log_summary()
 
     def fault_of_kind(
-        self, kind: Hashable, name: str, graph_key: GraphKey, fault: Fault
+        self,
+        kind: Hashable,
+        name: str,
+        graph_key: GraphKey,
+        fault: Fault,
+        *,
+        rows_of_a_token: int = 1,
     ) -> str | None:
         """Check a kind of layer, once, at a number of tokens for each of its graphs.
 
@@ -226,12 +248,13 @@ class ServedEngine:
             name: the first layer of the kind, and how it is checked, for the log.
             graph_key: the key of its graph at a number of tokens.
             fault: runs the check at a number of tokens.
+            rows_of_a_token: how many rows the layer has for a token: of experts several.
 
         Returns:
             The first fault, or None.
         """
         if kind not in self.checked:
-            max_tokens = self.max_tokens if self.options.warm_up else 1
+            max_tokens = self.max_tokens * rows_of_a_token if self.options.warm_up else 1
             counts = tokens_of_each_graph(max_tokens, graph_key)
             first = self._first_fault(counts, name, fault)
             if first is not None and self.kept is not None and self.kept.discard():
@@ -258,7 +281,9 @@ class ServedEngine:
         """Compile graphs in such a way that they can be kept, if they are."""
         return nullcontext() if self.kept is None else self.kept.compiling()
 
-    def warn_outside_targets(self, layer: ServedLayer, parts: tuple[str, ...]) -> None:
+    def warn_outside_targets(
+        self, layer: ServedLayer | ServedExperts, parts: tuple[str, ...]
+    ) -> None:
         """Warn, once, of an adapter on modules that ``lora_target_modules`` does not name."""
         outside = tuple(outside_targets(self.metadata, layer.name, parts))
         if outside and outside not in self._warned:
@@ -320,7 +345,7 @@ class ServedEngine:
         if lora_fallbacks:
             line += f"; {len(lora_fallbacks)} with plain, slow LoRA: {_counted(lora_fallbacks)}"
         quantised = sum(layer.activations_quantised for layer in self.layers)
-        lines = [line, *self._choices()]
+        lines = [line, *self._experts_lines(), *self._choices()]
         if quantised:
             lines.append(
                 f"{quantised} layers on vLLM's base kernel quantise activations to int8 (W4A8), "
@@ -334,6 +359,28 @@ class ServedEngine:
         if self.device != "cpu":
             lines.append("on CUDA this backend is experimental: it never ran in vLLM on a GPU")
         return lines
+
+    def _experts_lines(self) -> list[str]:
+        """Return a line that counts the layers of experts by how they run, if there are any."""
+        if not self.experts:
+            return []
+        ours = [experts for experts in self.experts if experts.weight is not None]
+        plain = [
+            experts.lora_fallback_reason or experts.fallback_reason
+            for experts in self.experts
+            if experts.plain is not None
+        ]
+        left = [
+            experts.fallback_reason
+            for experts in self.experts
+            if experts.weight is None and experts.plain is None
+        ]
+        line = f"{len(ours)} of {len(self.experts)} layers of experts by int4_lora (INT4, adapters)"
+        if plain:
+            line += f"; {len(plain)} by the reference, slowly: {_counted(plain)}"
+        if left:
+            line += f"; {len(left)} by vLLM: {_counted(left)}"
+        return [line]
 
     def _choices(self) -> list[str]:
         """Return a line for each measured kind of layer: what was chosen, and what it is worth."""

@@ -12,7 +12,11 @@ from int4_lora.reference.conformance.cases.operands import Operands, tensors_of
 from int4_lora.reference.conformance.diagnosis.mistakes import IDENTIFIERS
 from int4_lora.reference.conformance.diagnosis.remedies import REMEDIES
 from int4_lora.reference.conformance.judging.answers import Answer, answer
-from int4_lora.reference.conformance.judging.check import check_addition, check_linear
+from int4_lora.reference.conformance.judging.check import (
+    check_addition,
+    check_experts,
+    check_linear,
+)
 from int4_lora.reference.conformance.judging.verdict import Finding, judge
 from int4_lora.reference.conformance.manifest import FUNCTIONS, Manifest
 from int4_lora.reference.conformance.opened import OpenedCase, case
@@ -37,6 +41,7 @@ __all__ = [
     "ask",
     "case",
     "check_addition",
+    "check_experts",
     "check_linear",
     "judge",
     "run",

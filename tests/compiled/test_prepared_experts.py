@@ -7,7 +7,7 @@ import torch
 
 from int4_lora.compiled import prepare_experts, prepare_experts_lora
 from int4_lora.reference import ExpertsLoRA, LoRASlice
-from support.experts import INTER, random_experts, random_experts_lora
+from support.experts import HIDDEN, INTER, random_experts, random_experts_lora
 from support.weights import bits_of, narrow
 
 pytestmark = pytest.mark.versions
@@ -58,6 +58,29 @@ def test_the_pair_of_an_adapter_and_an_expert():
         assert not gate.a[adapter * 4 + 2].any()  # expert 2 has none
     (down,) = prepared.down.slices
     assert torch.equal(down.a[2 * 4], LORA.down[0].a[2])
+
+
+def test_the_adapters_come_back():
+    """As pairs of the same deltas: cut at inter, those of expert 2 zeros."""
+    back = prepare_experts_lora(LORA).experts_lora()
+    assert (back.adapters, back.count) == (3, 4)
+    for name in ("gate_up", "down"):
+        for expert in range(4):
+            given = LORA.slices(name, expert)
+            rows = {"gate_up": 2 * INTER, "down": HIDDEN}[name]
+            assert torch.equal(deltas(back.slices(name, expert), rows), deltas(given, rows))
+
+
+def deltas(slices, rows):
+    """Return ``scaling * b @ a`` of the three adapters: exact, whatever the rank is padded to."""
+    columns = slices[0].stack.a.shape[2] if slices else 0
+    total = torch.zeros(3, rows, max(columns, 1), dtype=torch.float64)
+    for part in slices:
+        stack = part.stack
+        scaled = stack.scaling.double()[:, None, None] * stack.b.double()
+        for step in range(stack.rank):  # one after the other, so that zeros change no rounding
+            total[:, part.start : part.stop] += scaled[:, :, step, None] * stack.a[:, None, step]
+    return total if total.any() else torch.zeros(3, rows, 1, dtype=torch.float64)
 
 
 def test_smaller_ranks_are_padded():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.checkpoints import edit_config, edit_tensors
-from support.engines import COLD, FLAG, engine, logprobs, next_logprobs, requests_of
+from support.engines import COLD, CONFIG, FLAG, engine, logprobs, next_logprobs, requests_of
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
 
@@ -169,23 +169,81 @@ def test_adapters_that_are_not_plain_lora(option, sentence):
         PEFTHelper.from_dict(config).validate_legal(LoRAConfig())
 
 
-def test_experts_are_counted(monkeypatch):
-    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": "cuda"}, "on a GPU"),
+        ({"options": {"backend": "stock-base"}}, "as the option backend asks"),
+        ({"ignore": ["re:.*experts.*"]}, "no INT4 weights"),
+    ],
+)
+def test_experts_that_are_left_to_vllm_are_counted(change, reason, monkeypatch):
+    from vllm.model_executor.layers import fused_moe
 
     from int4_lora.integration.vllm_plugin import config
+    from int4_lora.integration.vllm_plugin.options import Options
 
-    class Experts(FusedMoEMethodBase):
+    class RoutedExperts(fused_moe.RoutedExperts):  # schemes are found by the name
+        ckpt_gate_proj_name, ckpt_up_proj_name = "gate_proj", "up_proj"
+        ckpt_down_proj_name = "down_proj"
+
         def __init__(self):
-            pass
+            torch.nn.Module.__init__(self)
 
-    Experts.__abstractmethods__ = frozenset()
+    given = {**CONFIG, "ignore": change.get("ignore", ["lm_head"])}
     upstream = config.CompressedTensorsConfig
-    monkeypatch.setattr(upstream, "get_quant_method", lambda *_: Experts())
-    state = config.ServedEngine(lora_enabled=True)
-    ours = config.Int4LoRAConfig.__new__(config.Int4LoRAConfig)
-    ours._engine = state
-    assert isinstance(ours.get_quant_method(torch.nn.Identity(), "model.experts"), Experts)
-    assert [layer.fallback_reason for layer in state.layers] == ["a mixture of experts"]
+    monkeypatch.setattr(upstream, "get_quant_method", lambda *_: "vLLM's")
+    ours = config.Int4LoRAConfig.from_config(given)
+    options = Options(**change.get("options", {}))
+    ours._engine = config.ServedEngine(options=options, device=change.get("device", "cpu"))
+    assert ours.get_quant_method(RoutedExperts(), "model.experts") == "vLLM's"
+    assert [experts.fallback_reason for experts in ours._engine.experts] == [reason]
+
+
+def experts_config(**changes):
+    """Return what the plug-in reads of vLLM's configuration of a layer of experts."""
+    parallel = {"use_ep": False, "dp_size": 1, "pcp_size": 1}
+    parallel |= {name: changes.pop(name) for name in list(changes) if name in parallel}
+    activation = SimpleNamespace(value=changes.pop("activation", "silu"))
+    return SimpleNamespace(
+        moe_parallel_config=SimpleNamespace(**parallel), activation=activation, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),
+        ({"activation": "gelu_tanh", "has_bias": False, "swiglu_limit": None}, None),
+        ({"use_ep": True}, "leave out --enable-expert-parallel"),
+        ({"dp_size": 2}, "leave out --data-parallel-size and run several servers"),
+        ({"activation": "swigluoai"}, "must be one of silu, gelu_tanh, got swigluoai"),
+        ({"has_bias": True}, "experts with has_bias are not taken, as of model.experts"),
+        ({"swiglu_limit": 7.0}, "experts with swiglu_limit are not taken"),
+    ],
+)
+def test_experts_that_are_refused(change, sentence):
+    from int4_lora.integration.vllm_plugin.experts_method import refuse_experts
+
+    with pytest.raises(ValueError, match=sentence) if sentence else contextlib.nullcontext():
+        refuse_experts("model.experts", experts_config(**change))
+
+
+def test_pairs_that_experts_share_are_refused():
+    from int4_lora.integration.vllm_plugin.experts_lora import EXPERTS_LAYERS
+
+    for kind in EXPERTS_LAYERS:
+        with pytest.raises(ValueError, match="leave out --enable-moe-shared-loras"):
+            kind.__new__(kind).create_lora_weights(
+                1, SimpleNamespace(enable_moe_shared_loras=True), None
+            )
+
+
+def test_experts_in_the_order_of_activations_are_refused():
+    from int4_lora.integration.vllm_plugin.experts_method import refuse_experts
+
+    with pytest.raises(ValueError, match="quantise with actorder static"):
+        refuse_experts("model.experts", experts_config(), ordered=True)
 
 
 def test_an_adapter_that_vllm_does_not_take(model, prompts, tmp_path):

@@ -15,7 +15,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from int4_lora.reference import LoRASlice, LoRAStack, PackedWeight, pack
+from int4_lora.reference import (
+    ExpertsLoRA,
+    ExpertsWeight,
+    LoRASlice,
+    LoRAStack,
+    PackedWeight,
+    pack,
+)
 from int4_lora.reference.conformance.cases.operands import Operands
 from int4_lora.reference.conformance.judging.answers import Answer, answer
 from int4_lora.reference.conformance.judging.verdict import (
@@ -31,8 +38,16 @@ from int4_lora.reference.conformance.judging.yardstick import (
     yardstick_rms,
 )
 from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.moe import Activation
 
-__all__ = ["answer_on_cpu", "check_addition", "check_call", "check_linear", "one_thread"]
+__all__ = [
+    "answer_on_cpu",
+    "check_addition",
+    "check_call",
+    "check_experts",
+    "check_linear",
+    "one_thread",
+]
 
 
 def check_linear(
@@ -128,6 +143,67 @@ def check_addition(
     deltas = [yardstick("int4_lora_linear", wide, manifest, order) for order in ORDERS]
     rms = largest_rms([(added_to + computed).to(x.dtype) for computed in deltas], held)
     return _judge_on_cpu(y, x.device, held, equal=False, yardstick=rms)
+
+
+def check_experts(
+    y: object,
+    x: Tensor,
+    experts: ExpertsWeight,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    lora: ExpertsLoRA | None = None,
+    adapter_ids: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+    weights_first: bool = False,
+    weight_rounded: bool,
+    steps_rounded: bool,
+) -> Finding | None:
+    """Judge a result of ``int4_moe``: form, classes, bound and rms error.
+
+    Args:
+        y: the result, ``[tokens, hidden]`` in the dtype of x if it is right.
+        x: ``[tokens, hidden]``.
+        experts: the weights of all experts; those that no token uses are not read.
+        topk_ids: ``[tokens, k]``.
+        topk_weights: ``[tokens, k]``.
+        lora: the adapters of the experts, or None.
+        adapter_ids: ``[tokens]``, or None without adapters.
+        activation: as in ``int4_moe``.
+        weights_first: as in ``int4_moe``.
+        weight_rounded: whether (q - z) * s is rounded to the scale's dtype before use.
+        steps_rounded: whether the results of an expert's steps are rounded to the dtype of x.
+
+    Returns:
+        What is wrong, with a sentence in ``message``, or None.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype.
+        ValueError: an operand whose shape, value or device does not fit.
+
+    Example:
+        >>> from int4_lora.reference import int4_moe, quantize
+        >>> gate_up, down = (quantize(torch.ones(shape)) for shape in ((256, 128), (128, 128)))
+        >>> experts, x = ExpertsWeight([gate_up], [down]), torch.ones(4, 128) / 128
+        >>> routing = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+        >>> y = int4_moe(x, experts, *routing)
+        >>> flags = {"weight_rounded": True, "steps_rounded": False}
+        >>> check_experts(y, x, experts, *routing, **flags)
+        >>> check_experts(2 * y, x, experts, *routing, **flags).rule
+        'bound'
+    """
+    operands = Operands(
+        x=x,
+        experts=experts,
+        topk_ids=topk_ids,
+        topk_weights=topk_weights,
+        experts_lora=lora,
+        adapter_ids=adapter_ids,
+        activation=activation,
+        weights_first=weights_first,
+    )
+    manifest = Manifest(weight_rounded=weight_rounded, steps_rounded=steps_rounded)
+    return check_call("int4_moe", operands, y, manifest)
 
 
 def check_call(

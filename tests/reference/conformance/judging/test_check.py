@@ -5,9 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from int4_lora.reference import LoRASlice, error_bound, int4_lora_linear
-from int4_lora.reference.conformance import Manifest, Operands, check_addition, check_linear
+from int4_lora.reference import LoRASlice, error_bound, int4_lora_linear, int4_moe
+from int4_lora.reference.conformance import (
+    Manifest,
+    Operands,
+    check_addition,
+    check_experts,
+    check_linear,
+)
 from int4_lora.reference.conformance.judging.yardstick import yardstick
+from support.experts import random_experts, random_experts_lora, random_routing
 from support.weights import narrow, random_stack, random_weight, random_x
 
 pytestmark = pytest.mark.versions
@@ -132,3 +139,19 @@ def test_an_addition_with_too_large_an_rms_error_is_found():
     nearest = exact.to(torch.bfloat16)
     away = torch.where(nearest.abs() > exact.abs(), nearest, outwards(nearest))
     assert check_addition(away, base, X, SLICES, IDS).rule == "rms"
+
+
+def test_experts_are_judged():
+    experts, lora = random_experts(), random_experts_lora()
+    x = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    ids, p = random_routing(32)
+    adapter_ids = torch.arange(32) % 4 - 1
+    operands = x, experts, ids, p, lora, adapter_ids
+    flags = {"weight_rounded": True, "steps_rounded": False}
+    y = int4_moe(*operands)
+    assert check_experts(y, *operands, **flags) is None
+    assert check_experts(y.float(), *operands, **flags).rule == "form"
+    assert check_experts(int4_moe(*operands[:4]), *operands, **flags).rule == "bound"
+    gelu = int4_moe(*operands, activation="gelu_tanh")
+    assert check_experts(gelu, *operands, **flags).rule == "bound"
+    assert check_experts(gelu, *operands, activation="gelu_tanh", **flags) is None
