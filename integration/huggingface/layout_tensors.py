@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from int4_lora.reference import Float4Weight, PackedWeight
 __all__ = ["named_tensors", "with_tensors"]
 
 PREFIX = "int4_"
-Holder = TypeVar("Holder", PreparedWeight, PackedWeight, Float4Weight)
+Holder = TypeVar("Holder", bound=PreparedWeight | PackedWeight | Float4Weight)
 
 
 def named_tensors(weight: PreparedWeight | PackedWeight | Float4Weight) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def with_tensors(weight: Holder, tensors: Mapping[str, Tensor]) -> Holder:
             changes[field.name] = tensors[PREFIX + field.name]
         elif isinstance(value, (PackedWeight, Float4Weight)):
             changes[field.name] = with_tensors(value, tensors)
-    changed: Holder = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
+    changed: Any = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
     if isinstance(weight, PackedWeight):  # a meta tensor does not say whether it holds a -1
         object.__setattr__(changed, "column_order", weight.column_order)
-    return changed
+    return cast(Holder, changed)

@@ -31,6 +31,7 @@ from int4_lora.reference.conformance.judging.yardstick import (
     yardstick_rms,
 )
 from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.float4_weight import BaseWeight
 
 __all__ = ["answer_on_cpu", "check_addition", "check_call", "check_linear", "one_thread"]
 
@@ -38,7 +39,7 @@ __all__ = ["answer_on_cpu", "check_addition", "check_call", "check_linear", "one
 def check_linear(
     y: object,
     x: Tensor,
-    weight: PackedWeight,
+    weight: BaseWeight,
     lora: LoRAStack | Sequence[LoRASlice] | None = None,
     adapter_ids: Tensor | None = None,
     bias: Tensor | None = None,
@@ -56,7 +57,7 @@ def check_linear(
         y: the result, ``[tokens, out_features]`` in the dtype of x if it is right.
         x: ``[tokens, in_features]``, where the layer had it: on CUDA the bound allows for tensor
             cores.
-        weight: the packed base weight.
+        weight: the packed base weight, INT4 or FP4.
         lora: adapters, slices, or None.
         adapter_ids: ``[tokens]``, or None without adapters.
         bias: ``[out_features]``, or None.
