@@ -22,9 +22,10 @@ from int4_lora.compiled import (
 )
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.graphs.cache import bucket_of
-from int4_lora.reference import LoRASlice, PackedWeight
+from int4_lora.reference import LoRASlice
 from int4_lora.reference.conformance import check_addition, check_linear
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS
+from int4_lora.reference.float4_weight import BaseWeight
 from int4_lora.reference.lora_stack import rows_of
 
 __all__ = [
@@ -65,7 +66,7 @@ def graph_key_of_layer(
 
 @torch.inference_mode()
 def fault_of_layer(
-    packed: PackedWeight,
+    packed: BaseWeight,
     weight: PreparedWeight,
     dtype: torch.dtype,
     tokens: int,

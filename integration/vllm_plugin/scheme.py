@@ -37,7 +37,7 @@ from int4_lora.integration.vllm_plugin.stock_layout import shared_weight
 from int4_lora.integration.vllm_plugin.stock_trial import Kind, choice_of
 from int4_lora.reference import PackedWeight
 
-__all__ = ["Int4Scheme", "kernel_bias"]
+__all__ = ["Int4Scheme", "in_place_of", "kernel_bias"]
 
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
 ORDER = "weight_g_idx"
@@ -196,7 +196,7 @@ class Int4Scheme(CompressedTensorsWNA16):
         fault = self.served.base_fault(packed, prepared, kernel_bias(layer))
         if fault is not None:
             return f"not right by the reference: {fault}"
-        self.served.hold(_in_place_of(packed.packed, prepared))
+        self.served.hold(in_place_of(packed.packed, prepared))
         del packed
         for name in (*TENSORS, ORDER):
             if name in layer._parameters:
@@ -245,7 +245,7 @@ def _one_order(layer: str) -> Callable[..., Any]:
     return load
 
 
-def _in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:
+def in_place_of(packed: Tensor, prepared: PreparedWeight) -> PreparedWeight:
     """Return the same layout in the memory of the checkpoint's words, which are lost.
 
     Layers are laid out one after the other, between tensors that stay. The memory that each frees
