@@ -198,7 +198,8 @@ def _values(weight: Float4Weight) -> Tensor:
 
 def _table(weight: Float4Weight) -> Tensor | None:
     """Return the number that multiplies doubled codes, by the byte of the scale, or None."""
-    values, over = _values(weight), 1.0
+    values = _values(weight)
+    over: Tensor | float = 1.0
     if weight.global_scale is not None:
         over = weight.global_scale.to(torch.float64)
     codes = torch.tensor(E2M1[:8], dtype=torch.float64, device=values.device)  # signs are alike

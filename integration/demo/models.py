@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from int4_lora.integration.adapter.adapter import Adapter
 from int4_lora.integration.adapter.stack import stack_adapters
-from int4_lora.integration.checkpoint.compressed_tensors import decompress
+from int4_lora.integration.checkpoint.compressed_tensors import decompress, decompress_module
 from int4_lora.integration.checkpoint.open import Checkpoint
 from int4_lora.reference import LoRAStack, PackedWeight, int4_lora_linear
 
@@ -146,7 +146,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         if name not in places:
             raise ValueError(f"{checkpoint.path}: holds {name}, which the model does not have")
         module = name.removesuffix(".weight")
-        tensor = decompress(checkpoint, module) if module in quantised else checkpoint.tensor(name)
+        tensor = _dense(checkpoint, module) if module in quantised else checkpoint.tensor(name)
         if tensor.shape != places[name].shape:
             raise ValueError(
                 f"{checkpoint.path}: {name} must be {list(places[name].shape)} for the model of "
@@ -157,6 +157,13 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name, place in places.items():
         if place.data_ptr() not in filled:  # tied weights share storage
             raise ValueError(f"{checkpoint.path}: lacks {name}, which the model has")
+
+
+def _dense(checkpoint: Checkpoint, module: str) -> Tensor:
+    """Return the weight that compressed-tensors decompresses."""
+    if checkpoint.is_float4(module):
+        return decompress_module(checkpoint, module)
+    return decompress(checkpoint, module)
 
 
 def peft_model(checkpoint: Checkpoint, adapters: Sequence[Path], dtype: torch.dtype) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["moved", "named_tensors", "with_tensors"]
 
 PREFIX = "int4_"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by a float's bytes
-Holder = TypeVar("Holder", PreparedWeight, PackedWeight, Float4Weight)
+Holder = TypeVar("Holder", bound=PreparedWeight | PackedWeight | Float4Weight)
 
 
 def named_tensors(weight: PreparedWeight | PackedWeight | Float4Weight) -> dict[str, Tensor]:
@@ -52,10 +52,10 @@ def with_tensors(weight: Holder, tensors: Mapping[str, Tensor]) -> Holder:
             changes[field.name] = tensors[PREFIX + field.name]
         elif isinstance(value, (PackedWeight, Float4Weight)):
             changes[field.name] = with_tensors(value, tensors)
-    changed: Holder = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
+    changed: Any = dataclasses.replace(weight, **changes)  # type: ignore[type-var]
     if isinstance(weight, PackedWeight):  # a meta tensor does not say whether it holds a -1
         object.__setattr__(changed, "column_order", weight.column_order)
-    return changed
+    return cast(Holder, changed)
 
 
 def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Source: vLLM's ``CompressedTensorsConfig``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -27,6 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, read_actorder
 from int4_lora.integration.vllm_plugin.converted_scheme import ConvertedScheme
 from int4_lora.integration.vllm_plugin.experts_method import Int4ExpertsMethod, refuse_experts
+from int4_lora.integration.vllm_plugin.float4_scheme import Float4Scheme
 from int4_lora.integration.vllm_plugin.lora_layers import install_lora_layers
 from int4_lora.integration.vllm_plugin.metadata import LoRAMetadata, read_metadata
 from int4_lora.integration.vllm_plugin.other_methods import (
@@ -142,7 +143,12 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         return method
 
     def get_scheme(self, layer: Any, layer_name: str | None = None) -> Any:
-        """Return our scheme for linear layers of INT4, or on a CPU INT8, and vLLM's for others."""
+        """Return our scheme for linears of INT4, or on a CPU INT8 or FP4; vLLM's for others."""
+        if isinstance(layer, LinearBase) and layer.int4_lora.engine.device == "cpu":
+            name = _float4_of(self.get_scheme_dict(layer, layer_name))
+            if name is not None:  # vLLM's choice of a kernel raises
+                layer.int4_lora.int4, layer.int4_lora.fallback_reason = True, None
+                return Float4Scheme(name, layer.int4_lora)
         scheme = super().get_scheme(layer, layer_name)
         if not isinstance(layer, LinearBase) or scheme is None:
             return scheme
@@ -232,6 +238,18 @@ def _bits_of(device: str) -> tuple[int, ...]:
     On a GPU, vLLM's own kernels take 8 bits. On a CPU it has none.
     """
     return PACKED_BITS if device == "cpu" else (4,)
+
+
+def _float4_of(matched: dict[str, Any] | None) -> Literal["nvfp4", "mxfp4"] | None:
+    """Return the format of a group of weight-only FP4, or None for any other group."""
+    weights = (matched or {}).get("weights")
+    if weights is None or (matched or {}).get("input_activations") is not None:
+        return None
+    if (weights.num_bits, weights.type, weights.symmetric) != (4, "float", True):
+        return None
+    if (weights.strategy, weights.group_size) == ("tensor_group", 16):
+        return "nvfp4"
+    return "mxfp4" if (weights.strategy, weights.group_size) == ("group", 32) else None
 
 
 def _without_order(groups: dict[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ SYMBOLS = (
         SCHEMES, "CompressedTensorsWNA16.process_weights_after_loading", ("layer",), "stock base"
     ),
     Symbol(SCHEMES, "CompressedTensorsWNA16.apply_weights", ("layer", "x", "bias"), "stock base"),
+    Symbol(SCHEMES, "CompressedTensorsScheme", (), "base class of Float4Scheme"),
     Symbol(
         "vllm.model_executor.kernels.linear",
         "register_linear_kernel",
@@ -179,13 +180,17 @@ SYMBOLS = (
         "vllm.model_executor.parameter",
         "GroupQuantScaleParameter",
         (),
-        "holds the scales of AWQ and GPTQ",
+        "holds the scales of AWQ, GPTQ and FP4",
+    ),
+    *(
+        Symbol("vllm.model_executor.parameter", name, (), "holds what FP4 stores")
+        for name in ("ModelWeightParameter", "PerTensorScaleParameter")
     ),
     Symbol(
         COMPRESSED,
         "CompressedTensorsConfig.get_scheme_dict",
         ("layer", "layer_name"),
-        "whether a layer has an activation order",
+        "whether a layer has an activation order, or is of FP4",
     ),
     *(Symbol(LORA, f"{name}.can_replace_layer", REPLACES, "subclassed") for name in LORA_CLASSES),
     *(Symbol(LORA, f"{name}.apply", ("x", "bias"), "overridden") for name in LORA_CLASSES),

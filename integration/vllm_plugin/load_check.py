@@ -25,9 +25,10 @@ from int4_lora.compiled import (
 )
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.graphs.cache import bucket_of
-from int4_lora.reference import ExpertsWeight, LoRASlice, PackedWeight
+from int4_lora.reference import ExpertsWeight, LoRASlice
 from int4_lora.reference.conformance import check_addition, check_experts, check_linear
 from int4_lora.reference.conformance.judging.verdict import RMS_ELEMENTS
+from int4_lora.reference.float4_weight import BaseWeight
 from int4_lora.reference.lora_stack import rows_of
 from int4_lora.reference.moe import Activation
 
@@ -70,7 +71,7 @@ def graph_key_of_layer(
 
 @torch.inference_mode()
 def fault_of_layer(
-    packed: PackedWeight,
+    packed: BaseWeight,
     weight: PreparedWeight,
     dtype: torch.dtype,
     tokens: int,

@@ -32,7 +32,8 @@ from int4_lora.integration.vllm_plugin.load_check import (
 )
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
 from int4_lora.integration.vllm_plugin.slot_ranks import SlotRanks, at_rank, narrower_ranks
-from int4_lora.reference import LoRAStack, PackedWeight, expand, shrink
+from int4_lora.reference import LoRAStack, expand, shrink
+from int4_lora.reference.float4_weight import BaseWeight
 from int4_lora.reference.lora import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ServedLayer:
         name: the layer's full name in vLLM's model.
         engine: what all layers of the engine share.
         int4: whether the checkpoint has a weight for it that our kernels take: INT4, or on a CPU
-            INT8.
+            INT8 and FP4.
         packed: whether the checkpoint has a packed weight for it, of 4 or 8 bits.
         fallback_reason: why vLLM's own kernel computes the base, or None while ours does.
         kind: what the time of the base depends on; only of INT4 layers.
@@ -83,7 +84,7 @@ class ServedLayer:
     lora_fallback_reason: str | None = None
     stock_quantises: bool = False
     activations_quantised: bool = False
-    cached: PackedWeight | None = None
+    cached: BaseWeight | None = None
     operators: Any = None
     _bound: dict[int, BoundLayer] = field(default_factory=dict)  # by rank
     _stock_base: Callable[[Tensor, Tensor | None], Tensor] | None = None
@@ -222,7 +223,7 @@ class ServedLayer:
 
     def base_fault(
         self,
-        packed: PackedWeight,
+        packed: BaseWeight,
         weight: PreparedWeight,
         bias: Tensor | None,
         least: int = 1,

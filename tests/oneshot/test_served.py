@@ -1,7 +1,6 @@
 """oneshot, annotate, serve: vLLM reads what annotate wrote, and answers are right.
 
-vLLM and llm-compressor need different versions of compressed-tensors, so vLLM is in an environment
-of its own, whose Python ``INT4_LORA_VLLM_PYTHON`` names.
+vLLM is in an environment of its own.
 """
 
 import pytest

@@ -38,6 +38,7 @@ from int4_lora.reference.conformance.judging.yardstick import (
     yardstick_rms,
 )
 from int4_lora.reference.conformance.manifest import Manifest
+from int4_lora.reference.float4_weight import BaseWeight
 from int4_lora.reference.moe import Activation
 
 __all__ = [
@@ -53,7 +54,7 @@ __all__ = [
 def check_linear(
     y: object,
     x: Tensor,
-    weight: PackedWeight,
+    weight: BaseWeight,
     lora: LoRAStack | Sequence[LoRASlice] | None = None,
     adapter_ids: Tensor | None = None,
     bias: Tensor | None = None,
@@ -71,7 +72,7 @@ def check_linear(
         y: the result, ``[tokens, out_features]`` in the dtype of x if it is right.
         x: ``[tokens, in_features]``, where the layer had it: on CUDA the bound allows for tensor
             cores.
-        weight: the packed base weight.
+        weight: the packed base weight, INT4 or FP4.
         lora: adapters, slices, or None.
         adapter_ids: ``[tokens]``, or None without adapters.
         bias: ``[out_features]``, or None.
