@@ -64,7 +64,11 @@ class BlockedFloat4Weight(GroupedWeight):
     global_scale: Tensor | None
 
     order = None
-    scale_dtype = torch.bfloat16  # to which the dense weight is rounded
+
+    @property
+    def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype that dense weights are rounded to."""
+        return torch.bfloat16
 
     @classmethod
     def from_float4(cls, weight: Float4Weight) -> BlockedFloat4Weight:

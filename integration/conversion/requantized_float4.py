@@ -104,11 +104,12 @@ class RequantizedFloat4Module(RequantizedModule):
         self._global_scale: Tensor | None = None
         if full not in self.checkpoint.tensors:
             return
-        largest = torch.zeros((), dtype=torch.float64)
+        largest, held = torch.zeros((), dtype=torch.float64), None
         for start, weight in self._blocks():
             largest = torch.maximum(largest, self._merged(start, weight)[1].abs().max())
-        assert weight.global_scale is not None
-        self._global_scale = _global_scale(weight.global_scale, largest)
+            held = weight.global_scale
+        assert held is not None
+        self._global_scale = _global_scale(held, largest)
         write(full, 0, self._global_scale)
 
     def _requantized(self, exact: Tensor, weight: Float4Weight) -> Requantized:

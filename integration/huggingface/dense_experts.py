@@ -15,8 +15,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-
 __all__ = ["dense_conversions", "of_dense_experts", "without_decompression"]
 
 STEPS = ("DecompressExperts", "CompressedTensorsDequantize")  # the latter from 5.22 on
@@ -47,7 +45,7 @@ def without_decompression(conversion: Any) -> Any:
     return dense
 
 
-def dense_conversions(model: nn.Module) -> None:
+def dense_conversions(model: Any) -> None:
     """Make transformers take dense experts apart when it saves a model, and decompress none.
 
     Packed experts have the checkpoint's names already, which no conversion changes.

@@ -105,7 +105,8 @@ class Int4Experts(nn.Module):
         super().__init__()
         if not isinstance(experts, ExpertsWeight):
             raise TypeError(f"experts must be an ExpertsWeight, got {type(experts).__name__}")
-        self.num_experts, self.activation = experts.count, activation
+        self.num_experts = experts.count
+        self.activation: Activation = activation
         self.hidden_dim, self.intermediate_dim = experts.hidden, experts.inter
         self.names = tuple(names)
         self._dtype = dtype or experts.down[0].scale.dtype
@@ -165,7 +166,7 @@ class Int4Experts(nn.Module):
         return self.prepared.experts_weight()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden_states: Tensor,
         top_k_index: Tensor,
