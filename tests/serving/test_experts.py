@@ -159,7 +159,8 @@ def test_mixtral(made, tmp_path):
     model, dense = made(family="mixtral")
     folders, fitted = [], {}
     for name, settings in ADAPTERS.items():
-        folders.append(make_moe_adapter(tmp_path / name, dense, name, settings))
+        stronger = {**settings, "lora_alpha": 4 * settings["lora_alpha"]}
+        folders.append(make_moe_adapter(tmp_path / name, dense, name, stronger))
         fitted[name] = tmp_path / f"{name}-fitted"
         adapter = fit_adapter(read_adapter(folders[-1]), open_checkpoint(model))
         write_adapter(fitted[name], adapter.modules)
