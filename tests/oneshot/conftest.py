@@ -108,7 +108,9 @@ def other(request, dense, tmp_path_factory):
     asked |= {"text": lines(), "decoded": str(decoded)}
     program = Path(__file__).with_name("quantise.py")
     command = [sys.executable, "-W", "ignore", program, json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(  # in its folder, since GPTQModel writes logs where it runs
+        command, cwd=root, capture_output=True, text=True, check=False, timeout=900
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     weights = load_file(decoded)
     return SimpleNamespace(
