@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.weights import FORMATS
 from int4_lora import reference
-from int4_lora.compiled import int4_linear, int4_lora_linear, layouts, prepare_lora
+from int4_lora.compiled import formulation_for, int4_linear, int4_lora_linear, layouts, prepare_lora
 from int4_lora.compiled.graphs.entry import plan
 from int4_lora.compiled.selection.choice import candidates
 
-LOOSEST = {"weight_rounded": False, "base_rounded": True}  # gives the largest bound
+LOOSEST = {"weight_rounded": False, "base_rounded": True}  # gives the largest bound of integers
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,33 @@ def our_layers(operands):
     ours = operands.in_layout(operands.first_layout)
     pairs = [(weight, prepare_lora(operands.stack)) for weight in [*ours[1:], ours[0]]]
     with_lora = functools.partial(_with_lora, x, ids)
+    base, layer = (
+        formulation_for(ours[0], operands.dtype, operands.tokens, lora)
+        for lora in (None, pairs[0][1])
+    )
     return [
-        Contender("ours", "ours", lambda weight: int4_linear(x, weight), ours),
-        Contender("ours + LoRA", "ours", with_lora, pairs, lora=True),
-        Contender("dense", "dense", lambda weight: linear(x, weight), operands.dense_copies()),
+        Contender(
+            "ours",
+            "ours",
+            lambda weight: int4_linear(x, weight),
+            ours,
+            roundings=_roundings(operands, base.weight_rounded),
+        ),
+        Contender(
+            "ours + LoRA",
+            "ours",
+            with_lora,
+            pairs,
+            lora=True,
+            roundings=_roundings(operands, layer.weight_rounded),
+        ),
+        Contender(
+            "dense",
+            "dense",
+            lambda weight: linear(x, weight),
+            operands.dense_copies(),
+            roundings=_roundings(operands, True),
+        ),
     ]
 
 
@@ -82,7 +106,9 @@ def of_formulation(formulation, operands, weights):
         weights: copies of the weight in a layout that it reads.
     """
     layer = functools.partial(_formulation, formulation, operands.x)
-    return Contender(f"formulation {formulation.name}", "formulation", layer, weights)
+    roundings = _roundings(operands, formulation.weight_rounded)
+    name = f"formulation {formulation.name}"
+    return Contender(name, "formulation", layer, weights, roundings=roundings)
 
 
 def eager_reference(operands):
@@ -110,6 +136,13 @@ def rotated(contenders):
         sharers[id(weights)] += 1
         turned.append(dataclasses.replace(contender, weights=weights[start:] + weights[:start]))
     return turned
+
+
+def _roundings(operands, weight_rounded):
+    """Return the roundings to judge by: no bound of FP4 covers rounded weights and exact ones."""
+    if not FORMATS[operands.format].is_float:
+        return LOOSEST
+    return {"weight_rounded": weight_rounded, "base_rounded": True}
 
 
 def _with_lora(x, ids, weight_and_lora):

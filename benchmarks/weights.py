@@ -77,7 +77,7 @@ def _random_float4(format, rows, columns, generator):
     groups = (rows, columns // FORMATS[format].group_size)
     largest = 1 / (RMS_OF_E2M1 * columns**0.5)  # of a scale over the global scale
     if format == "mxfp4":
-        power = math.floor(math.log2(largest))
+        power = round(math.log2(largest))
         scale = power - torch.randint(2, groups, generator=generator) + 127
         return reference.Float4Weight(packed, scale.to(torch.uint8), (rows, columns))
     bytes_of_scale = torch.randint(*E4M3_BYTES, groups, generator=generator).to(torch.uint8)

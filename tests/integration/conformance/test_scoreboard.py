@@ -33,11 +33,14 @@ def test_every_peer_is_registered():
             "auto_round", "mlx", "onnxruntime", "openvino"} <= set(registered())  # fmt: skip
 
 
-def test_compressed_tensors_is_right_but_for_groups_of_unequal_size():
+def test_compressed_tensors_is_right_but_for_unequal_groups_and_a_scale_of_nan():
     results = outcomes("compressed_tensors", "dequantize/*/bf16,int4_linear/group_*/bf16")
     assert sum(outcome.status == "passed" for outcome in results) > 15
     named = {outcome.case: outcome.diagnosis for outcome in results if outcome.status == "failed"}
-    assert named == {"dequantize/g_idx_unbalanced/bf16": ("g_idx_column_order",)}
+    assert named == {
+        "dequantize/g_idx_unbalanced/bf16": ("g_idx_column_order",),
+        "dequantize/mxfp4_all_scales/bf16": ("unknown",),  # infinity for the byte 255, which is NaN
+    }
 
 
 def test_torchs_operator_rounds_its_offsets():
