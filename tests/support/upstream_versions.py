@@ -7,6 +7,8 @@ from packaging.version import Version
 
 INSTALLED = Version(version("compressed-tensors"))
 
+# 0.15 raises NotImplementedError
+CANNOT_DECOMPRESS_MXFP4 = Version("0.16") > INSTALLED
 # 0.19 removed actorder "group": it refuses to write it, and decompresses without weight_g_idx
 IGNORES_G_IDX = Version("0.19") <= INSTALLED
 # 0.20 cannot unpack zero-points that fill one word: it views a strided tensor as bytes

@@ -83,6 +83,11 @@ def test_save_pretrained_writes_the_checkpoint_again(made, tmp_path, name):
     folder, _ = made(name)
     load_packed(folder / "int4").save_pretrained(tmp_path / "saved")
     expected = load_file(folder / "int4" / "model.safetensors")
+    if not FUSES_EXPERTS:  # transformers 4 casts it as it loads
+        expected = {
+            key: tensor.bfloat16() if key.endswith("e_score_correction_bias") else tensor
+            for key, tensor in expected.items()
+        }
     assert_same(load_file(tmp_path / "saved" / "model.safetensors"), expected)
 
 
@@ -111,6 +116,10 @@ def test_a_step_of_training(made, name):
         norm = torch.cat([one.grad.flatten() for one in trained if one.grad is not None]).norm()
         for key, one in model.named_parameters():
             if key.partition(".lora_")[0] in layers and ".lora_" in key:
+                if one.grad is None:  # transformers 4 leaves out experts that no token chooses
+                    assert not FUSES_EXPERTS, key
+                    assert ".experts." in key, key
+                    continue
                 assert one.grad.any(), key
                 assert one.grad.isfinite().all(), key
         with torch.no_grad():
