@@ -45,7 +45,8 @@ def round_to_odd(value: Tensor) -> Tensor:
         value: float64 of any shape.
 
     Example:
-        >>> round_to_odd(torch.tensor([1.0, 1 + 2**-40, 1 + 2**-22 - 2**-40]).double()) - 1
+        >>> values = torch.tensor([1.0, 1 + 2**-40, 1 + 2**-22 - 2**-40], dtype=torch.float64)
+        >>> round_to_odd(values) - 1
         tensor([0.0000e+00, 1.1921e-07, 1.1921e-07])
     """
     near = value.to(torch.float32)

@@ -134,7 +134,7 @@ def join_rows(first: PackedWeight, second: PackedWeight) -> PackedWeight:
 
     Example:
         >>> from int4_lora.reference import quantize
-        >>> gate, up = (quantize(torch.full((3, 8), value)) for value in (1.0, 2.0))
+        >>> gate, up = (quantize(torch.full((3, 8), v), group_size=8) for v in (1.0, 2.0))
         >>> join_rows(gate, up).shape
         (6, 8)
     """
