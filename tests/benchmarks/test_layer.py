@@ -76,7 +76,9 @@ def test_a_layer_of_bytes_is_measured_beside_the_dense_layer_alone(layer, module
     assert (list(ready), failed) == (names, {})
 
 
-@pytest.mark.parametrize(("format", "group_size"), [("nvfp4", 16), ("mxfp4", 32)])
+@pytest.mark.parametrize(
+    ("format", "group_size"), [("nvfp4", 16), pytest.param("mxfp4", 32, marks=pytest.mark.nightly)]
+)
 def test_a_layer_of_fp4_is_measured_beside_the_dense_layer(layer, module, format, group_size):
     layer()  # with few copies
     made = module("operands").Layer(128, 512, 3, torch.bfloat16, group_size, format=format)

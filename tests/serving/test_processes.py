@@ -30,6 +30,7 @@ def in_one_process(tiny_models, tiny_adapters, short, tmp_path_factory):
     return answers
 
 
+@pytest.mark.nightly
 def test_an_engine_process_gives_the_same_answers(
     in_one_process, tiny_models, tiny_adapters, short, tmp_path
 ):

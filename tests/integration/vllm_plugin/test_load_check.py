@@ -143,7 +143,7 @@ def test_what_vllm_writes_to_slots_is_what_is_computed_with(weight):
     torch.testing.assert_close(served.add_adapters(base, x, ids), y, rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [pytest.param(True, marks=pytest.mark.nightly), False])
 def test_within_a_graph_nothing_depends_on_the_number_of_tokens(
     symmetric, lora, tmp_path, monkeypatch
 ):
