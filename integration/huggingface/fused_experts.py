@@ -154,9 +154,9 @@ def experts_left_out(checkpoint: Checkpoint | None = None) -> Iterator[None]:
                     _leave_out(model, source)
         return result
 
-    def with_dense_experts(self: Any, conversions: Any) -> Any:
-        assert convert is not None
-        return [*convert(self, conversions), *of_dense_experts(conversions)]
+    def with_dense_experts(self: Any, conversions: Any, *model: Any) -> Any:
+        assert convert is not None  # from 5.23 on it is given the model, too
+        return [*convert(self, conversions, *model), *of_dense_experts(conversions)]
 
     with _LOCK, contextlib.ExitStack() as replaced:
         before = _replaced(quantizer, "_process_model_before_weight_loading", without_experts)
