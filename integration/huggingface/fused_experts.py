@@ -155,8 +155,9 @@ def experts_left_out(checkpoint: Checkpoint | None = None) -> Iterator[None]:
         return result
 
     def with_dense_experts(self: Any, conversions: Any, *model: Any) -> Any:
-        assert convert is not None  # from 5.23 on it is given the model, too
-        return [*convert(self, conversions, *model), *of_dense_experts(conversions)]
+        """Put those of dense experts first: from 5.23 on, the others match their names, too."""
+        assert convert is not None
+        return [*of_dense_experts(conversions), *convert(self, conversions, *model)]
 
     with _LOCK, contextlib.ExitStack() as replaced:
         before = _replaced(quantizer, "_process_model_before_weight_loading", without_experts)
