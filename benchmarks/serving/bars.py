@@ -155,8 +155,8 @@ def _first_over_tenth(start):
 
 
 def _difference(start, other):
-    seconds = [one.get("load_seconds") for one in (start, other)]
-    return None if None in seconds else seconds[0] - seconds[1]
+    ours, stock = start.get("load_seconds"), other.get("load_seconds")
+    return None if ours is None or stock is None else ours - stock
 
 
 def fused(log):

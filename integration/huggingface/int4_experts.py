@@ -37,6 +37,7 @@ from int4_lora.integration.huggingface.int4_linear import FIELDS, PEFT
 from int4_lora.integration.huggingface.layout_tensors import moved, named_tensors, with_tensors
 from int4_lora.integration.huggingface.lazy_tensor import LazyTensor
 from int4_lora.integration.huggingface.registration import register
+from int4_lora.integration.huggingface.stored_tensors import given_tensors, other_entries
 from int4_lora.reference import ExpertsWeight, PackedWeight
 from int4_lora.reference.lora import accumulation_dtype
 from int4_lora.reference.moe import Activation
@@ -380,21 +381,12 @@ class Int4Experts(nn.Module):
             for name, stored in self._described(expert)
             for part, tensor in stored.items()
         }
-        given = {key: state_dict[prefix + key] for key in held if prefix + key in state_dict}
-        rest = {key: state_dict[key] for key in state_dict if key.removeprefix(prefix) not in held}
+        given = given_tensors(state_dict, prefix, held, missing_keys, error_msgs)
+        rest = other_entries(state_dict, prefix, held)
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        missing = [prefix + key for key in held if key not in given]
-        wrong = [
-            f"{prefix}{key}: must be {held[key].dtype} {list(held[key].shape)}, got "
-            f"{tensor.dtype} {list(tensor.shape)}"
-            for key, tensor in given.items()
-            if (tensor.dtype, tensor.shape) != (held[key].dtype, held[key].shape)
-        ]
-        missing_keys += missing
-        error_msgs += wrong
-        if missing or wrong:
+        if given is None:
             return
         try:
             self._hold(self._loaded(given))

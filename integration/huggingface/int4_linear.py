@@ -28,6 +28,7 @@ from int4_lora.integration.huggingface.dequantised import (
 from int4_lora.integration.huggingface.layout_tensors import moved, named_tensors, with_tensors
 from int4_lora.integration.huggingface.lazy_tensor import LazyTensor
 from int4_lora.integration.huggingface.registration import register
+from int4_lora.integration.huggingface.stored_tensors import given_tensors, other_entries
 from int4_lora.reference import Float4Weight
 from int4_lora.reference.float4_weight import BaseWeight, check_weight, dense_dtype
 
@@ -257,21 +258,12 @@ class Int4Linear(nn.Linear):
     ) -> None:
         """Take the checkpoint's tensors under the checkpoint's names: all of them, or none."""
         held = self._stored(self._described())
-        given = {part: state_dict[prefix + part] for part in held if prefix + part in state_dict}
-        rest = {key: state_dict[key] for key in state_dict if key.removeprefix(prefix) not in held}
+        given = given_tensors(state_dict, prefix, held, missing_keys, error_msgs)
+        rest = other_entries(state_dict, prefix, held)
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        missing = [prefix + part for part in held if part not in given]
-        wrong = [
-            f"{prefix}{part}: must be {held[part].dtype} {list(held[part].shape)}, got "
-            f"{tensor.dtype} {list(tensor.shape)}"
-            for part, tensor in given.items()
-            if (tensor.dtype, tensor.shape) != (held[part].dtype, held[part].shape)
-        ]
-        missing_keys += missing
-        error_msgs += wrong
-        if missing or wrong:
+        if given is None:
             return
         try:
             self._hold(self._loaded(given))

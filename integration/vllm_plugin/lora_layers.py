@@ -32,6 +32,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
+from int4_lora.compiled import PreparedLoRA
 from int4_lora.integration.vllm_plugin.contract import LORA_CLASSES
 from int4_lora.integration.vllm_plugin.dense_weight import dense_weight
 from int4_lora.integration.vllm_plugin.experts_lora import EXPERTS_LAYERS, Int4ExpertsLoRALayer
@@ -129,7 +130,7 @@ class Int4LoRALayer:
             parts = [part for part, a in zip(parts, lora_a, strict=True) if a is not None]
         served.engine.warn_outside_targets(served, tuple(parts))
 
-    def _fill(self, ranks: SlotRanks, index: int, lora_a: Any, lora_b: Any) -> None:
+    def _fill(self, ranks: SlotRanks[PreparedLoRA], index: int, lora_a: Any, lora_b: Any) -> None:
         """Let vLLM fill a slot, which it empties before, and note what is in it."""
         finite = self.served.engine.finite.of(_parts(lora_b), self.lora_b_stacked[0].dtype)
         if not finite:

@@ -192,7 +192,8 @@ class ServedEngine:
     @property
     def has_packed(self) -> bool:
         """Whether the model has packed linear layers, or experts that our kernels take."""
-        return any(layer.packed for layer in self.layers) or any(one.int4 for one in self.experts)
+        experts = any(experts.int4 for experts in self.experts)
+        return experts or any(layer.packed for layer in self.layers)
 
     def weight_loaded(self, layer: ServedLayer | ServedExperts) -> None:
         """Record a loaded layer; after the last, the model is complete unless it takes adapters."""

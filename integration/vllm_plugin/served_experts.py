@@ -31,12 +31,17 @@ from int4_lora.integration.vllm_plugin.load_check import (
     graph_key_of_layer,
 )
 from int4_lora.integration.vllm_plugin.served_engine import ServedEngine
-from int4_lora.integration.vllm_plugin.slot_ranks import at_rank, narrower_ranks
+from int4_lora.integration.vllm_plugin.slot_ranks import (
+    SlotRanks,
+    at_rank,
+    narrower_ranks,
+    slices_of,
+)
 from int4_lora.reference import ExpertsWeight
 from int4_lora.reference import int4_moe as definition
 from int4_lora.reference.moe import Activation
 
-__all__ = ["ExpertSlots", "ServedExperts", "expert_slots"]
+__all__ = ["ServedExperts", "expert_slots"]
 
 
 @dataclass(eq=False)
@@ -68,7 +73,7 @@ class ServedExperts:
     loaded: bool = False
     weight: PreparedExperts | None = None
     plain: ExpertsWeight | None = None
-    slots: ExpertSlots | None = None
+    slots: SlotRanks[PreparedExpertsLoRA] | None = None
     lora_fallback_reason: str | None = None
 
     @property
@@ -171,12 +176,12 @@ class ServedExperts:
         Args:
             whole: the slots at their whole rank.
         """
-        ranks = narrower_ranks(_rank_of(whole)) if self.engine.options.warm_up else []
+        ranks = narrower_ranks(slices_of(whole)[0].rank) if self.engine.options.warm_up else []
         narrower = [_at_rank(whole, rank) for rank in ranks]
         if self.weight is not None:
             narrower = [lora for lora in narrower if self.adapters_fault(lora) is None]
             self.lora_fallback_reason = self.adapters_fault(whole)
-        self.slots = ExpertSlots(whole, narrower)
+        self.slots = SlotRanks(whole, narrower)
         if self.weight is not None and self.lora_fallback_reason is not None:
             self.compute_plainly(self.weight.experts_weight())
 
@@ -193,10 +198,10 @@ class ServedExperts:
             fault = self._addition_fault(part, outputs)
             if fault is not None:
                 return fault
-        signatures = tuple(part.signature for layer in _layers(lora) for part in layer.slices)
+        signatures = tuple(part.signature for part in slices_of(lora))
         return self.engine.fault_of_kind(
             ("experts", _signature(weight), self.activation, signatures),
-            f"{self.name} with adapters of rank {_rank_of(lora)}",
+            f"{self.name} with adapters of rank {slices_of(lora)[0].rank}",
             lambda tokens: None,
             lambda tokens: fault_of_experts(
                 weight, dtype, tokens, self.top_k, self.activation, lora
@@ -212,54 +217,6 @@ class ServedExperts:
             lambda rows: fault_of_addition(lora, outputs, dtype, rows),
             rows_of_a_token=self.top_k,
         )
-
-
-class ExpertSlots:
-    """The rank of the adapter in each slot, and the slots at the ranks that batches need.
-
-    Args:
-        whole: the slots at their whole rank.
-        narrower: views of them at smaller ranks, ascending.
-    """
-
-    def __init__(
-        self, whole: PreparedExpertsLoRA, narrower: Sequence[PreparedExpertsLoRA] = ()
-    ) -> None:
-        self.at_ranks = (*narrower, whole)
-        self._ranks: dict[int, int] = {}
-
-    def rank(self, slot: int) -> int:
-        """Return the rank of the adapter in a slot; 0 where it changes no expert."""
-        return self._ranks.get(slot, 0)
-
-    def note(self, slot: int, rank: int) -> None:
-        """Note the rank of the adapter in a slot, which is zero beyond it; 0 for none."""
-        self._ranks[slot] = rank
-
-    def note_unknown(self, slot: int) -> None:
-        """Note that a slot may hold anything, at its whole rank."""
-        self.note(slot, _rank_of(self.at_ranks[-1]))
-
-    def note_finite(self, slot: int, finite: bool) -> None:
-        """Note whether the B of all experts of a slot hold neither NaN nor infinity."""
-        for lora in self.at_ranks:
-            for layer in _layers(lora):
-                for part in layer.slices:
-                    part.note_finite(slot * lora.experts, finite)
-
-    def of_batch(self, adapter_ids: Tensor) -> PreparedExpertsLoRA | None:
-        """Return the slots at the smallest rank that holds all adapters of a batch.
-
-        Args:
-            adapter_ids: int ``[tokens]`` on the CPU, an id that is no slot for no adapter.
-
-        Returns:
-            The slots, or None if no token has an adapter that changes an expert.
-        """
-        rank = max(map(self.rank, set(adapter_ids.tolist())), default=0)
-        if rank == 0:
-            return None
-        return next(lora for lora in self.at_ranks if _rank_of(lora) >= rank)
 
 
 def expert_slots(
@@ -288,14 +245,6 @@ def _prepared(pairs: Sequence[tuple[Tensor, Tensor]]) -> PreparedLoRA:
         slices.append(PreparedSlice(a.flatten(0, 1), bt, scaling, start))
         start += b.shape[2]
     return PreparedLoRA(tuple(slices))
-
-
-def _layers(lora: PreparedExpertsLoRA) -> list[PreparedLoRA]:
-    return [layer for layer in (lora.gate_up, lora.down) if layer is not None]
-
-
-def _rank_of(lora: PreparedExpertsLoRA) -> int:
-    return _layers(lora)[0].slices[0].rank
 
 
 def _at_rank(lora: PreparedExpertsLoRA, rank: int) -> PreparedExpertsLoRA:

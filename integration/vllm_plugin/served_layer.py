@@ -80,7 +80,7 @@ class ServedLayer:
     weight: PreparedWeight | None = None
     shared: PreparedWeight | None = None
     lora: PreparedLoRA | None = None
-    slot_ranks: SlotRanks | None = None
+    slot_ranks: SlotRanks[PreparedLoRA] | None = None
     lora_fallback_reason: str | None = None
     stock_quantises: bool = False
     activations_quantised: bool = False

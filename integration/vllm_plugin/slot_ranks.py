@@ -14,15 +14,17 @@ Source: vLLM's ``BaseLinearLayerWithLoRA.create_lora_weights`` for the slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from int4_lora.compiled import PreparedLoRA
+from int4_lora.compiled import PreparedExpertsLoRA, PreparedLoRA
 from int4_lora.compiled.adapters.prepared import PreparedSlice
 
-__all__ = ["SlotRanks", "at_rank", "narrower_ranks"]
+__all__ = ["SlotRanks", "at_rank", "narrower_ranks", "slices_of"]
 
 LEAST_RANK = 16  # each rank is another graph for each kind of layer, which each start compiles
+Slots = TypeVar("Slots", bound=PreparedLoRA | PreparedExpertsLoRA)
 
 
 def narrower_ranks(rank: int) -> list[int]:
@@ -54,20 +56,28 @@ def at_rank(lora: PreparedLoRA, rank: int) -> PreparedLoRA:
     )
 
 
-class SlotRanks:
+def slices_of(slots: PreparedLoRA | PreparedExpertsLoRA) -> Sequence[PreparedSlice]:
+    """Return the slices of a linear layer's slots, or those of ``gate_up`` and ``down``."""
+    if isinstance(slots, PreparedLoRA):
+        return slots.slices
+    layers = (slots.gate_up, slots.down)
+    return [part for layer in layers if layer is not None for part in layer.slices]
+
+
+class SlotRanks(Generic[Slots]):
     """The rank of the adapter in each slot, and the slots at the ranks that batches need.
 
     Args:
-        whole: the slots at their whole rank.
+        whole: the slots of a linear layer or of a layer's experts, at their whole rank.
         narrower: views of them at smaller ranks, ascending.
     """
 
-    def __init__(self, whole: PreparedLoRA, narrower: Sequence[PreparedLoRA] = ()) -> None:
-        self.at_ranks = (*narrower, whole)
+    def __init__(self, whole: Slots, narrower: Sequence[Slots] = ()) -> None:
+        self.at_ranks: tuple[Slots, ...] = (*narrower, whole)
         self._ranks: dict[int, int] = {}
 
     def rank(self, slot: int) -> int:
-        """Return the rank of the adapter in a slot; 0 for an empty slot."""
+        """Return the rank of the adapter in a slot; 0 where it changes nothing."""
         return self._ranks.get(slot, 0)
 
     def note(self, slot: int, rank: int) -> None:
@@ -76,15 +86,16 @@ class SlotRanks:
 
     def note_unknown(self, slot: int) -> None:
         """Note that a slot may hold anything, at its whole rank."""
-        self.note(slot, self.at_ranks[-1].slices[0].rank)
+        self.note(slot, slices_of(self.at_ranks[-1])[0].rank)
 
     def note_finite(self, slot: int, finite: bool) -> None:
-        """Note whether the B of a slot holds neither NaN nor infinity."""
+        """Note whether the B of a slot, of all its experts, holds neither NaN nor infinity."""
         for lora in self.at_ranks:
-            for part in lora.slices:
-                part.note_finite(slot, finite)
+            experts = lora.experts if isinstance(lora, PreparedExpertsLoRA) else 1
+            for part in slices_of(lora):
+                part.note_finite(slot * experts, finite)
 
-    def of_batch(self, adapter_ids: Tensor) -> PreparedLoRA | None:
+    def of_batch(self, adapter_ids: Tensor) -> Slots | None:
         """Return the slots at the smallest rank that holds all adapters of a batch.
 
         Args:
@@ -96,4 +107,4 @@ class SlotRanks:
         rank = max(map(self.rank, set(adapter_ids.tolist())), default=0)
         if rank == 0:
             return None
-        return next(lora for lora in self.at_ranks if lora.slices[0].rank >= rank)
+        return next(lora for lora in self.at_ranks if slices_of(lora)[0].rank >= rank)

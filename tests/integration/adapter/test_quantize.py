@@ -126,7 +126,7 @@ def test_the_commands(floats, tmp_path):
     assert result.exit_code == 0, result.output
     assert "2 modules" in result.output
     assert DOWN_PROJ in result.output
-    assert "x smaller" in " ".join(result.output.split())  # lines end where a folder's name says
+    assert "x smaller" in " ".join(result.output.split())  # long folders are wrapped
     result = invoke(
         "quantize", floats, tmp_path / "asym", "--asymmetric", "--group-size=4", "--json"
     )
