@@ -23,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 
 from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT, Scheme, read_actorder
 from int4_lora.integration.vllm_plugin.converted_scheme import ConvertedScheme
@@ -119,6 +120,11 @@ class Int4LoRAConfig(CompressedTensorsConfig):
         self.metadata = read_metadata(config, folder if folder.is_dir() else None)
         if self.source is not None and folder.is_dir():
             self.ignore: list[str] = [*self.ignore, *dense_modules(folder)]
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Load every tensor. From 0.32 on, vLLM's own mapper discards those named ``g_idx``."""
+        return WeightsMapper()
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """Return vLLM's method for a layer, or ours for a quantised embedding; record the layer."""

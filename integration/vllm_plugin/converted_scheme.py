@@ -141,7 +141,12 @@ class ConvertedScheme(Int4Scheme):
         del loaded
         tensors.pop("g_idx", None)
         order = self.order.take()
-        if self.source.actorder == "group" and order is not None:
+        if self.source.actorder == "group":
+            if order is None:
+                raise ValueError(
+                    f"int4_lora: {self.served.name} has no g_idx, where config.json says desc_act "
+                    "true: its columns would be read in the wrong order"
+                )
             tensors["g_idx"] = order
         try:
             weight = assemble(self.source, tensors, None)

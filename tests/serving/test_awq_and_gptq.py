@@ -15,6 +15,7 @@ V2 = {"checkpoint_format": "gptq_v2", "sym": False}
 CASES = {  # the model whose weights are written again, the method, fields of its config
     "awq": ("asym-g32", "awq", {}),
     "gptq": ("g128", "gptq", {"group_size": 128}),
+    "gptq_desc_act": ("g128", "gptq", {"group_size": 128, "desc_act": True}),
     "gptq_v2": ("asym-channel", "gptq", {**V2, "group_size": -1}),
     "gptq_8_bits": ("w8-g128", "gptq", {"group_size": 128, "bits": 8}),
 }
@@ -22,12 +23,14 @@ CASES = {  # the model whose weights are written again, the method, fields of it
 
 @pytest.mark.versions
 @pytest.mark.parametrize(
-    "case", ["awq", "gptq", *(pytest.param(name, marks=pytest.mark.nightly)
-                              for name in ("gptq_v2", "gptq_8_bits"))]
+    "case", ["awq", "gptq_desc_act", *(pytest.param(name, marks=pytest.mark.nightly)
+                                       for name in ("gptq", "gptq_v2", "gptq_8_bits"))]
 )  # fmt: skip
 def test_they_are_served_right(case, tiny_models, tiny_adapters, prompts, tmp_path):
     variant, method, changes = CASES[case]
     source = tiny_models[variant]
+    if changes.get("desc_act"):
+        source = ordered(source, tmp_path / "ordered")
     model = other_checkpoints.rewritten(source, tmp_path / case, method, **changes)
     truth, allowed = truth_and_allowed(source, list(tiny_adapters.values()), prompts)
     requests, rows = [None, *requests_of(tiny_adapters).values()], [0, 1, 2, 3]
@@ -101,3 +104,15 @@ def test_a_stored_zero_that_no_int4_weight_has_stops_the_start(tiny_models, tmp_
         pass
     assert "int4_lora: model.layers.0" in str(caught.value)
     assert "GPTQ file of version 1" in str(caught.value)
+
+
+def test_an_activation_order_that_is_missing_stops_the_start(tiny_models, tmp_path):
+    """vLLM's configurations drop ``g_idx``; without it, columns would be in the wrong groups."""
+    source = ordered(tiny_models["g128"], tmp_path / "ordered")
+    changes = {"group_size": 128, "desc_act": True}
+    model = other_checkpoints.rewritten(source, tmp_path / "model", "gptq", **changes)
+    file = model / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if not n.endswith("g_idx")}, file)
+    with pytest.raises(Exception) as caught, engine(model, **COLD):  # noqa: PT011
+        pass
+    assert "qkv_proj has no g_idx, where config.json says desc_act true" in str(caught.value)
