@@ -107,7 +107,7 @@ def test_a_stored_zero_that_no_int4_weight_has_stops_the_start(tiny_models, tmp_
 
 
 def test_an_activation_order_that_is_missing_stops_the_start(tiny_models, tmp_path):
-    """vLLM's configurations drop ``g_idx``; without it, columns would be in the wrong groups."""
+    """Without an order, which vLLM may have dropped, columns would be in the wrong groups."""
     source = ordered(tiny_models["g128"], tmp_path / "ordered")
     changes = {"group_size": 128, "desc_act": True}
     model = other_checkpoints.rewritten(source, tmp_path / "model", "gptq", **changes)
