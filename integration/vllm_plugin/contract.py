@@ -421,6 +421,7 @@ SYMBOLS = (
         Symbol("vllm.model_executor.layers.vocab_parallel_embedding", name, (), "left to vLLM")
         for name in ("ParallelLMHead", "VocabParallelEmbedding")
     ),
+    Symbol("vllm.model_executor.models.utils", "WeightsMapper", (), "keeps GPTQ's g_idx"),
 )
 
 PUNICA = "vllm.lora.punica_wrapper.punica_base"
