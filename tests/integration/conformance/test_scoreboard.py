@@ -27,10 +27,11 @@ def failures(name, cases):
 
 
 def test_every_peer_is_registered():
-    assert {"reference", "compiled", "compressed_tensors", "transformers", "torch_int4pack",
-            "vllm_cpu", "vllm_lora_0_33", "vllm_plugin", "vllm_marlin", "vllm_machete",
-            "vllm_triton", "zentorch", "gemlite", "torchao", "fake_quantized", "quanto", "hqq",
-            "auto_round", "mlx", "onnxruntime", "openvino"} <= set(registered())  # fmt: skip
+    assert {"reference", "compiled", "compressed_tensors", "transformers", "transformers_experts",
+            "torch_int4pack", "vllm_cpu", "vllm_lora_0_33", "vllm_plugin", "vllm_marlin",
+            "vllm_machete", "vllm_triton", "zentorch", "gemlite", "torchao", "fake_quantized",
+            "quanto", "hqq", "auto_round", "mlx", "onnxruntime", "openvino"
+            } <= set(registered())  # fmt: skip
 
 
 def test_compressed_tensors_is_right_but_for_unequal_groups_and_a_scale_of_nan():
