@@ -98,7 +98,12 @@ def check(formulation, weight, prepared, stack, slices, x, ids, bias):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "several"), [(torch.bfloat16, (1, 4, 40)), (torch.float16, (1, 40))], ids=str
+    ("dtype", "several"),
+    [
+        (torch.bfloat16, (1, 4, 40)),
+        pytest.param(torch.float16, (1, 40), marks=pytest.mark.nightly),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", sorted(FORMULATIONS))
 def test_each_is_right_and_replays(name, dtype, several):
@@ -137,7 +142,17 @@ def test_a_rounded_weight_is_rounded_where_sums_are_wider(layout, form):
     assert ((y.double() - exact).abs() <= error_bound(x, weight, base_rounded=True)).all()
 
 
-@pytest.mark.parametrize("name", sorted(FORMULATIONS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        TILES.name,
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in sorted(FORMULATIONS)
+            if name != TILES.name
+        ),
+    ],
+)
 def test_loops_shared_by_two_threads_are_right(name):
     """Use two threads: test processes have one thread each, with which no loop is parallel."""
     formulation, threads, ran = FORMULATIONS[name], torch.get_num_threads(), 0
