@@ -21,8 +21,8 @@ from int4_lora.reference.float4 import group_scales
 __all__ = ["BOUNDS", "NOT_FINITE", "RIGHT_CLOSE", "Axis", "ErrorMap", "Unit", "error_map"]
 
 RIGHT, RIGHT_CLOSE, FIRST_WRONG, NOT_FINITE = 0, 1, 2, 6
-"""Classes of elements: right; right, but beyond half the bound; four sizes of errors; NaN or
-infinite where the exact answer is not, or the other way round."""
+"""Classes of elements: right; right, but beyond half the bound; four sizes of errors; wrong, and
+the result or the exact answer is NaN or infinite."""
 
 WORD = 8  # codes
 NAMED_TOKENS = 24  # more names do not fit beside the map
@@ -161,9 +161,8 @@ def error_map(function: str, call: JudgedCall) -> ErrorMap | None:
     size = torch.bucketize(errors, torch.tensor(unit.limits, dtype=errors.dtype))
     classes = torch.where(wrong, FIRST_WRONG + size, classes)
     if call.result.is_floating_point():
-        exact, got = call.held.exact.double(), call.result.double()
-        same = torch.where(got.isfinite(), exact.isfinite(), ~exact.isfinite())
-        classes[wrong & ~same] = NOT_FINITE
+        finite = call.held.exact.isfinite() & call.result.isfinite()
+        classes[wrong & ~finite] = NOT_FINITE
     rows, columns = _axes(function, call.operands, call.result.shape)
     return ErrorMap(classes, wrong, unit, rows, columns)
 

@@ -224,6 +224,16 @@ def test_a_map_shows_the_planted_elements_and_their_size():
     assert [name.split(":")[0] for name in drawn.rows.names] == [str(t) for t in range(16)]
 
 
+def test_infinity_where_nan_is_right_is_no_rounding():
+    def change(result):
+        result[result.isnan()] = torch.inf
+
+    function, call = failed_call("dequantize/mxfp4_all_scales/bf16", change)
+    drawn = error_map(function, call)
+    assert drawn.wrong.any()
+    assert (drawn.classes[drawn.wrong] == NOT_FINITE).all()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "by", "only"),
     [
