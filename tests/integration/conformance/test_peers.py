@@ -78,21 +78,24 @@ def test_the_fake_quantised_forward_is_the_packed_layer():
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "asymmetric"),
+    ("module", "name", "mistakes"),
     [
-        ("torchao", "torchao", "round_before_subtract"),
-        ("mlx", "mlx", "round_before_subtract"),
-        ("hqq", "hqq", None),
-        ("auto_round", "auto_round", None),
-        ("onnxruntime", "onnxruntime", None),
-        ("openvino", "openvino", None),
+        ("torchao", "torchao", {"round_before_subtract"}),
+        # sums in 16 bits on some CPUs; with a single input that counts, an offset rounds alike
+        ("mlx", "mlx", {"round_before_subtract", "offset", "low_precision_accumulate"}),
+        ("hqq", "hqq", set()),
+        ("auto_round", "auto_round", set()),
+        ("onnxruntime", "onnxruntime", set()),
+        ("openvino", "openvino", set()),
     ],
 )
 @pytest.mark.filterwarnings("default")
-def test_zero_points_of_a_peer(module, name, asymmetric):
+def test_zero_points_of_a_peer(module, name, mistakes):
     pytest.importorskip(module)
-    named = failures(load_backend(name), "int4_linear/one_hot/*,int4_linear/group_32*/*")
-    assert set(named.values()) == (set() if asymmetric is None else {(asymmetric,)})
+    found = failures(load_backend(name), "int4_linear/one_hot/*,int4_linear/group_32*/*")
+    named = {mistake for diagnosis in found.values() for mistake in diagnosis}
+    assert named <= mistakes
+    assert ("round_before_subtract" in named) == bool(mistakes)
 
 
 @pytest.mark.versions
