@@ -26,11 +26,13 @@ MOST_TOKENS = 4  # each token is unrolled
 
 def base(x: Tensor, weight: GroupedWeight) -> Tensor:
     """Return ``x W^T`` in the accumulation dtype."""
-    parts = [
-        functools.reduce(torch.add, [codes * columns for codes, columns in pairs]) * scale
+    sums = [
+        (functools.reduce(torch.add, [codes * columns for codes, columns in pairs]) * scale).sum(
+            (-1, -2)
+        )  # of [tokens, out, groups, columns]
         for scale, pairs in weight.terms(weight.arrange(x), accumulation_dtype(x))
-    ]  # [tokens, out, groups, columns] each
-    return functools.reduce(torch.add, parts).sum((-1, -2))
+    ]  # a sum for each part: Inductor would store the sum of many parts before it reduces them
+    return functools.reduce(torch.add, sums)
 
 
 def _limit(weight: GroupedWeight, dtype: torch.dtype, tokens: int) -> str | None:

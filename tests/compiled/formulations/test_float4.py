@@ -4,9 +4,12 @@ Uncompiled on all dtypes; compiled where torch.compile may omit a rounding.
 """
 
 import itertools
+import math
+import re
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from int4_lora.compiled import formulation_for, int4_lora_linear, layouts, prepare, prepare_lora
 from int4_lora.compiled.formulations import DEFINITION, FORMULATIONS, GEMV, TILES
@@ -92,6 +95,21 @@ def test_compiled(name, tokens):
         assert used.name == ("gemv" if tokens <= 4 else "tiles")
         y = int4_lora_linear(x, prepared, lora, ids)
         check(y, used, weight, x, stack, ids)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_compiled_gemv_stores_no_products(name):
+    """A sum of many parts would be stored for each word before it is reduced."""
+    weight, x = prepare(random_float4(name, rows=208, columns=1024)), random_x(1, 1024)
+    with torch.inference_mode():
+        compiled = torch.compile(lambda x: GEMV.base(x, weight))
+        _, (code, *others) = run_and_get_code(compiled, x)
+    sizes = [
+        math.prod(int(size) for size in re.findall(r"\d+", shape))
+        for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
+    ]
+    assert others == []
+    assert max(sizes) == 208
 
 
 def test_tiles_round_a_weight_in_the_layout_of_the_checkpoint():
