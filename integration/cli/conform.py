@@ -45,6 +45,7 @@ def conform(
         float,
         typer.Option(
             min=0,
+            max=86_400,
             help="Seconds that a case may take; 0 runs the backend in this process, without limit.",
         ),
     ] = 300,

@@ -69,7 +69,7 @@ class IsolatedRun:
         try:
             while done < len(self.cases):
                 outcome = self._worker.receive(self.limit)
-                if isinstance(outcome, Outcome):
+                if isinstance(outcome, Outcome) and outcome.case == self.cases[done].name:
                     yield outcome
                     done += 1
                     continue
@@ -125,6 +125,7 @@ class _Worker:
             [sys.executable, "-m", __name__, str(writing)],
             stdin=subprocess.PIPE,
             pass_fds=(writing,),
+            start_new_session=True,  # so that processes that a backend starts end with it
         )
         os.close(writing)
         self._hangs = False
@@ -143,14 +144,15 @@ class _Worker:
         return None
 
     def end(self) -> None:
-        """End the process, if it has not ended."""
-        self._process.kill()
+        """End the process, and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._received.close()
 
     def why_ended(self, limit: float) -> tuple[str, str]:
         """Return the rule and the message for a process that sent nothing more."""
-        if self._hangs:
+        if self._hangs and self._process.poll() is None:
             return "hang", f"no result within {limit:g} s; the process was killed"
         code = self._process.wait()
         if code < 0:
@@ -160,8 +162,11 @@ class _Worker:
 
 def _work(sent: Connection, job: dict[str, Any]) -> None:
     """Load the backend, run the cases, send the manifest and each outcome."""
+    process = os.getpid()
 
     def send(message: object) -> None:
+        if os.getpid() != process:  # a backend has forked, and the copy has come back, too
+            os._exit(0)
         sent.send_bytes(pickle.dumps(message))
 
     try:

@@ -39,6 +39,7 @@ RANK = (*(name for name in IDENTIFIERS if name != STATISTICAL), STATISTICAL)
 UNKNOWN = Explanation(("unknown",), ("",))
 UNEXPLAINED = ("form", "memory", "systematic_error", "repeat", "kept")  # told by the message
 NOT_DETERMINISTIC = "declared not deterministic"
+MOST_CHARACTERS = 500  # of an exception's text
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,24 @@ def run_case(
                 return _with_evidence(outcome, witness)
     except Modified as error:
         return _raised(backend, case, error.finding(), (seed, device))
-    except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())
-        finding = Finding("call", f"raised {type(error).__name__}: {text}")
+    except KeyboardInterrupt:  # of the user
+        raise
+    except BaseException as error:
+        finding = Finding("call", f"raised {type(error).__name__}: {_said(error)}")
         outcome = _raised(backend, case, finding, (seed, device))
         return replace(outcome, explanations=_of_ids_out_of_range(backend, operands))
     return _with_evidence(Outcome(case.name, case.exercises, "passed"), witness)
+
+
+def _said(error: BaseException) -> str:
+    """Return what an exception says: a line of at most 500 characters that can be printed."""
+    try:
+        text = str(error)
+    except Exception as another:
+        return f"(its text raises {type(another).__name__})"
+    line = " ".join(text[:MOST_CHARACTERS].split())
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(escaped) + ("..." if len(text) > MOST_CHARACTERS else "")
 
 
 def _with_evidence(outcome: Outcome, witness: Witness | None) -> Outcome:
@@ -264,7 +277,7 @@ def _failed(
             return False
         try:
             again = called(case, backend, operands).finding
-        except Exception:  # not the failure that is to be reproduced
+        except (Exception, SystemExit):  # not the failure that is to be reproduced
             return False
         return again is not None and asked.finding is not None and again.rule == asked.finding.rule
 

@@ -84,3 +84,42 @@ class EmptiesSlices:
         if isinstance(lora, list):
             lora.clear()
         return y
+
+
+class Forks:
+    """Its ``pack`` returns in two processes; its ``unpack`` starts a process and crashes."""
+
+    def pack(self, codes, *, dim=1):
+        os.fork()
+        return reference.pack(codes, dim=dim)
+
+    def unpack(self, packed, size, *, dim=1):
+        if os.fork() == 0:
+            time.sleep(1000)
+        os._exit(3)
+
+    expand = staticmethod(reference.expand)
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+RAISED = {
+    "not unicode": ValueError("\ud800\x1b[2J"),
+    "long": ValueError("x" * 5_000_000),
+    "mute": Mute(),
+    "no exception": GeneratorExit(),
+    "exit": SystemExit(0),
+}
+
+
+class Raises:
+    """It raises one of ``RAISED``."""
+
+    def __init__(self, name):
+        self.error = RAISED[name]
+
+    def pack(self, codes, *, dim=1):
+        raise self.error

@@ -25,6 +25,39 @@ def test_a_crash_and_a_hang_fail_their_case_and_the_run_goes_on():
     assert "select('pack/ragged')" in outcomes[0]["snippet"]
 
 
+def test_processes_that_a_backend_starts_answer_for_no_case_and_end_with_it():
+    cases = "pack/ragged,unpack/ragged,expand/rank_3/bf16"
+    command = ["conform", "support.unruly_backends:Forks", "--json", "--time-limit=15"]
+    result = CliRunner().invoke(app, [*command, "--cases", cases])
+    outcomes = json.loads(result.stdout)["cases"]
+    assert [(each["case"], each["rule"], each["message"]) for each in outcomes] == [
+        ("pack/ragged", "", ""),
+        ("unpack/ragged", "crash", "the process exited with code 3"),
+        ("expand/rank_3/bf16", "", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not unicode", r"raised ValueError: \ud800\x1b[2J"),
+        ("long", "raised ValueError: " + "x" * 500 + "..."),
+        ("mute", "raised Mute: (its text raises RuntimeError)"),
+        ("no exception", "raised GeneratorExit: "),
+        ("exit", "raised SystemExit: 0"),
+    ],
+)
+def test_whatever_is_raised_fails_its_case_alone(name, message):
+    backend = Backend(unruly.Raises(name), "x")
+    outcomes = list(run(backend, select("pack/ragged,pack/wide")))
+    assert [(each.rule, each.message) for each in outcomes] == 2 * [("call", message)]
+
+
+def test_an_endless_time_limit_is_refused():
+    result = CliRunner().invoke(app, ["conform", "reference", "--time-limit=inf"])
+    assert result.exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "rule", "message"),
     [
