@@ -30,6 +30,7 @@ from int4_lora.compiled.adapters.runs import add_in_runs
 from int4_lora.compiled.gradients import needs_gradients
 from int4_lora.compiled.layouts.layout import PreparedWeight
 from int4_lora.compiled.linear import int4_linear
+from int4_lora.compiled.one_token_experts import one_token, takes_one_token
 from int4_lora.compiled.prepared_experts import PreparedExperts, PreparedExpertsLoRA
 from int4_lora.compiled.selection.choice import choose
 from int4_lora.reference.checks import (
@@ -93,6 +94,8 @@ def int4_moe(
     _check(x, experts, topk_ids, topk_weights, lora, adapter_ids)
     check_options(activation, weights_first)
     with without_autocast(x):
+        if not weights_first and takes_one_token(x, experts, topk_weights, lora):
+            return one_token(x, experts, topk_ids, topk_weights, lora, adapter_ids, activation)
         return _forward(
             x, experts, topk_ids, topk_weights, lora, adapter_ids, activation, weights_first
         )

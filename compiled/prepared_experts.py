@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -60,6 +61,15 @@ class PreparedExperts:
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
         return sum(weight.nbytes for weight in (*self.gate_up, *self.down))
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all experts have the same layouts, shapes and dtypes."""
+        return all(
+            weight.signature == layer[0].signature
+            for layer in (self.gate_up, self.down)
+            for weight in layer
+        )
 
     def experts_weight(self) -> ExpertsWeight:
         """Return the checkpoint's tensors, bit for bit."""
