@@ -154,7 +154,7 @@ def _table(report: Inspection, every_module: bool) -> Table:
         nbytes = sum(module.nbytes for module in modules)
         table.add_row(
             Text((first.name if len(modules) == 1 else first.kind) + count),
-            ("" if first.packed else f"{first.format}, ") + f"{first.bits} bit, {_strategy(first)}",
+            _format(first) + f"{first.bits} bit, {_strategy(first)}",
             " x ".join(str(length) for length in first.shape),
             f"{nbytes / MEBIBYTE:.2f}",
             f"{sum(module.dense_bytes for module in modules) / nbytes:.2f}x",
@@ -181,6 +181,13 @@ def _rows(modules: Iterable[ModuleReport], every_module: bool) -> list[list[Modu
         return tuple(str(field) for field in fields)
 
     return [list(alike) for _, alike in groupby(sorted(modules, key=kind), key=kind)]
+
+
+def _format(module: ModuleReport) -> str:
+    """Return the format, unless it is that of most checkpoints."""
+    from int4_lora.integration.checkpoint.scheme import PACKED_FORMAT
+
+    return "" if module.format == PACKED_FORMAT else f"{module.format}, "
 
 
 def _strategy(module: ModuleReport) -> str:

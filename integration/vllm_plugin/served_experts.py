@@ -153,7 +153,7 @@ class ServedExperts:
         return self.engine.fault_of_kind(
             ("experts", _signature(weight), self.activation),
             self.name,
-            lambda tokens: None,
+            lambda tokens: tokens == 1,  # one token's experts have graphs of their own
             lambda tokens: fault_of_experts(
                 weight, self.engine.dtype, tokens, self.top_k, self.activation
             ),
@@ -202,7 +202,7 @@ class ServedExperts:
         return self.engine.fault_of_kind(
             ("experts", _signature(weight), self.activation, signatures),
             f"{self.name} with adapters of rank {slices_of(lora)[0].rank}",
-            lambda tokens: None,
+            lambda tokens: tokens == 1,
             lambda tokens: fault_of_experts(
                 weight, dtype, tokens, self.top_k, self.activation, lora
             ),
