@@ -39,6 +39,7 @@ def verify(path: CheckpointPath, unlisted: Unlisted = None, as_json: AsJson = Fa
     with refusing_bad_input():
         from int4_lora.integration.checkpoint import verify as verification
         from int4_lora.integration.checkpoint.compressed_tensors import upstream_version
+        from int4_lora.integration.checkpoint.layouts import GPTQ, GPTQ_V2
         from int4_lora.integration.checkpoint.open import open_checkpoint
 
         checkpoint = open_checkpoint(path, unlisted=choice_of(unlisted))
@@ -59,7 +60,10 @@ def verify(path: CheckpointPath, unlisted: Unlisted = None, as_json: AsJson = Fa
         report = {"right": right, "compressed_tensors": upstream, "modules": modules}
         typer.echo(json.dumps(report, indent=2))
     else:
-        _print(wide_console(), findings, counts, upstream)
+        console = wide_console()
+        _print(console, findings, counts, upstream)
+        if any(scheme.format in (GPTQ, GPTQ_V2) for scheme in checkpoint.schemes.values()):
+            console.print("GPTQ: the arithmetic alone; compressed-tensors does not read its layout")
     raise typer.Exit(0 if right else 2 if unusable else 1)
 
 

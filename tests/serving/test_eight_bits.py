@@ -15,7 +15,11 @@ OTHERS["w8-asym-channel"] = {**OTHERS["w8-channel"], "symmetric": False}
 @pytest.mark.versions
 @pytest.mark.parametrize(
     "variant",
-    ["w8-g128", "w8-channel", pytest.param("w8-asym-channel", marks=pytest.mark.nightly)],
+    [
+        "w8-g128",
+        pytest.param("w8-channel", marks=pytest.mark.nightly),
+        pytest.param("w8-asym-channel", marks=pytest.mark.nightly),
+    ],
 )
 def test_they_are_served_right(variant, tiny_models, tiny_adapters, prompts, tmp_path, monkeypatch):
     for name, weights in OTHERS.items():

@@ -35,6 +35,20 @@ def test_adapters_fit_and_merge_to_the_bit(tmp_path, variant):
     assert "int4-lora convert" in said
 
 
+@pytest.mark.parametrize("variant", ["gptq_v1", "awq"])
+def test_verify_says_that_no_other_reads_the_layout_of_gptq(tmp_path, variant):
+    _, folder = make(tmp_path / "x", variant)
+    result = run("verify", folder)
+    assert result.exit_code == 0
+    assert ("does not read its layout" in result.output) == (variant == "gptq_v1")
+
+
+def test_inspect_names_the_format_but_for_pack_quantized(tmp_path, tiny_models):
+    _, folder = make(tmp_path / "x", "gptq_v1")
+    assert "gptq, 4 bit" in run("inspect", folder).output
+    assert "pack-quantized" not in run("inspect", tiny_models["g128"]).output
+
+
 def test_inspect_describes_the_modules(tmp_path):
     _, folder = make(tmp_path / "x", "gptq_desc_act")
     report = inspect(open_checkpoint(folder))
