@@ -16,7 +16,8 @@ from int4_lora.integration.huggingface import Int4Experts, Int4Linear, keep_pack
 from int4_lora.integration.huggingface.fused_experts import activation_of
 from support.checkpoints import edit_config
 from support.eager_graphs import without_inductor
-from support.families import EXPERTS, FAMILIES, make_family
+from support.families import EXPERTS, FAMILIES, TEXT, make_family
+from support.routing import Routing, group_scores, margins, routers_of
 from support.trained import PEFT_WARNS, SAVED_BY_TODAYS_PEFT
 from support.whole_models import assert_as_good, assert_exact, in_float64
 
@@ -91,6 +92,21 @@ def logits(model):
         return model(TOKENS).logits
 
 
+def of_three(folder, name, settings):
+    """Return a family in float64, in bfloat16 and packed, each with the same adapter or none."""
+    models = [
+        dense_model(folder, name, torch.float64),
+        dense_model(folder, name, torch.bfloat16),
+        load_packed(folder / "int4"),
+    ]
+    if settings is not None:
+        models = [with_adapter(model, **settings).eval() for model in models]
+        models[0].to(torch.float64)
+        for model in models[1:]:
+            peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(models[0]))
+    return models
+
+
 class WithItsRouting:
     """Make the routers of a model choose what those of another chose, with the same weights.
 
@@ -99,7 +115,7 @@ class WithItsRouting:
 
     def __init__(self, truth):
         self.chosen = []
-        self.hooks = [gate.register_forward_hook(self.keep) for gate in gates_of(truth)]
+        self.hooks = [gate.register_forward_hook(self.keep) for gate in routers_of(truth)]
 
     def keep(self, gate, args, result):
         self.chosen.append(result[1:])
@@ -113,11 +129,7 @@ class WithItsRouting:
             scores, index = next(chosen)
             return result[0], scores.to(result[1].dtype), index
 
-        return [gate.register_forward_hook(replace) for gate in gates_of(model)]
-
-
-def gates_of(model):
-    return [one for one in model.modules() if type(one).__name__.lower().endswith("topkrouter")]
+        return [gate.register_forward_hook(replace) for gate in routers_of(model)]
 
 
 @pytest.mark.parametrize(
@@ -159,18 +171,7 @@ def test_float64_is_the_definition(made, name, zero_points, tmp_path):
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_bfloat16_with_the_routing_of_float64(made, name):
-    folder = made(name)
-    models = [
-        with_adapter(model, **ON_EXPERTS).eval()
-        for model in (
-            dense_model(folder, name, torch.float64),
-            dense_model(folder, name, torch.bfloat16),
-            load_packed(folder / "int4"),
-        )
-    ]
-    models[0].to(torch.float64)
-    for model in models[1:]:
-        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(models[0]))
+    models = of_three(made(name), name, ON_EXPERTS)
     routing = WithItsRouting(models[0])
     truth = in_float64(logits, models[0])
     results = []
@@ -179,6 +180,68 @@ def test_bfloat16_with_the_routing_of_float64(made, name):
         results.append(logits(model))
     theirs, ours = results
     assert_as_good(ours, theirs, truth)
+
+
+def run_end_to_end(models):
+    """Return the logits ``[tokens, vocabulary]`` and the routing of each model, truth first."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, TEXT["vocab_size"], (8, 32), generator=generator)
+    results, routings = [], []
+    for number, model in enumerate(models):
+        routings.append(Routing(model))
+        with torch.no_grad():
+            run = model if number else lambda ids: in_float64(models[0], ids)
+            results.append(run(tokens).logits.flatten(0, 1))
+    return results, routings
+
+
+def clear_tokens(truth, theirs):
+    """Return which tokens no error of bfloat16 gives other experts: bool ``[tokens]``.
+
+    Two scores change places only if their errors add up to the margin. Each of ours may err by
+    twice what transformers errs at most.
+    """
+    error = (theirs.scores - truth.scores).abs().max()
+    return margins(truth.scores, truth.k) > 2 * 2 * error
+
+
+@pytest.mark.parametrize("kind", ["base", *ADAPTERS])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_bfloat16_end_to_end(made, name, kind, record_property):
+    """Each model routes its tokens itself.
+
+    The experts are those of the last layer: a token that is given other experts changes no other
+    token's logits.
+    """
+    (truth, theirs, ours), routings = run_end_to_end(of_three(made(name), name, ADAPTERS.get(kind)))
+    clear = clear_tokens(*routings[:2])
+    record_property("low_margin_tokens", int((~clear).sum()))
+    assert clear.sum() >= 0.75 * len(clear), f"{(~clear).sum()} of {len(clear)} tokens apart"
+    chosen = [routing.experts[clear] for routing in routings]
+    assert torch.equal(chosen[1], chosen[0])
+    assert torch.equal(chosen[2], chosen[0])
+    assert_as_good(ours[clear], theirs[clear], truth[clear])
+    assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_end_to_end_dropped_adapters_of_experts_are_seen(made, name):
+    models = of_three(made(name), name, ON_EXPERTS)
+    with models[2].disable_adapter():
+        (truth, theirs, ours), routings = run_end_to_end(models)
+    clear = clear_tokens(*routings[:2])
+    assert torch.equal(routings[2].experts[clear], routings[0].experts[clear])
+    with pytest.raises(AssertionError):
+        assert_as_good(ours[clear], theirs[clear], truth[clear])
+
+
+def test_margins_of_routers():
+    scores = torch.tensor([[3.0, 1.0, 2.5, 0.0], [1.0, 1.0, 1.0, 4.0]])
+    assert margins(scores, 2).tolist() == [1.5, 0.0]
+    assert margins(scores, 1).tolist() == [0.5, 3.0]
+    # sigmoid(0) = 1/2: the biases decide; the worst of three experts of a group does not count
+    bias = torch.tensor([0.25, 0.5, -9.0, 0.125, 0.0, 0.0])
+    assert group_scores(torch.zeros(1, 6), bias, 2).tolist() == [[1.75, 1.125]]
 
 
 @pytest.mark.parametrize("name", EXPERTS)
