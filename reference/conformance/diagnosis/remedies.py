@@ -135,7 +135,7 @@ REMEDIES: dict[str, Remedy] = {
     "adapter_minus_one_indexed": Remedy(
         "-1 used as an index: the last adapter, or the first",
         "a = lora_a[adapter_ids]",
-        "leave tokens with -1 out: `torch.where(adapter_ids >= 0, delta, 0)`",
+        "leave tokens with -1 out: `torch.where((adapter_ids >= 0)[:, None], delta, 0)`",
     ),
     "masked_by_multiplication": Remedy(
         "deltas multiplied by 0 instead of left out: NaN and infinity of an adapter reach tokens "
