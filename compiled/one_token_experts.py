@@ -82,7 +82,7 @@ def one_token(
     name = ("one token, gate and up", activation, *kind)
     h = entry_of(name, function, _inductor, by_token, (), of_gate_up)(*by_token)
 
-    y = _products(h.view(len(chosen), -1).split(1), experts.down, chosen)
+    y = _products(h.view(len(chosen), -1).chunk(len(chosen)), experts.down, chosen)
     by_choice = (y, h, topk_ids, topk_weights, adapter_ids)
     function = functools.partial(_after_down, pairs=pairs, dtype=x.dtype)
     return entry_of(("one token, down", *kind), function, _inductor, by_choice, (), of_down)(
