@@ -89,6 +89,8 @@ def from_gptq(
     check_dtype("scales", scales, SCALE_DTYPES)
     check_shape("scales", scales, (None, None), "[groups, out_features]")
     (groups, rows), per_word = scales.shape, 32 // bits
+    if groups == 0:
+        raise ValueError(f"scales must have at least one group, got {[*scales.shape]}")
     _check_whole_words("scales", "out_features", rows, per_word)
     check_shape("qweight", qweight, (None, rows), f"[in_features / {per_word}, out_features]")
     words = (groups, rows // per_word)

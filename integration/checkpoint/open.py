@@ -66,6 +66,7 @@ Unlisted = Literal["take", "leave"]
 PARTS = PACK_QUANTIZED.parts
 
 MARKS = ("weight_packed", "weight_scale")  # of a quantised module, whatever else it stores
+OF_OTHER_LAYOUTS = ("weight", *PACK_QUANTIZED.parts, "g_idx")
 FLOATS = ("F64", "F32", "F16", "BF16")
 COMPRESS = "Save the model with llm-compressor's save_pretrained(save_compressed=True)"
 USE_DENSE = (
@@ -456,8 +457,8 @@ class Checkpoint:
         kind = "an awq" if scheme.format == AWQ else f"a {scheme.format}"
         for part in needed:
             self._check_stored(where, f"{name}.{part}", f"{part} of {kind} module")
-        for part in {"weight", "weight_packed", "g_idx"}.difference(self.layout(name).parts):
-            if f"{name}.{part}" in self.tensors:
+        for part in OF_OTHER_LAYOUTS:
+            if part not in self.layout(name).parts and f"{name}.{part}" in self.tensors:
                 raise ValueError(
                     f"{where}: {part} is stored beside qweight, and {scheme.format} has none"
                 )

@@ -152,6 +152,11 @@ REFUSED = {
         r"qzeros must be .* = \[4, 3\], got \[4, 24\]",
         {"qzeros": int32([[1] * 24] * 4)},
     ),
+    "no_groups": (
+        ValueError,
+        r"scales must have at least one group, got \[0, 24\]",
+        {"scales": torch.ones(0, 24), "qzeros": torch.ones(0, 3, dtype=torch.int32)},
+    ),
     "scales_dimensions": (ValueError, "scales must be", {"scales": torch.ones(24)}),
     "g_idx_shape": (
         ValueError,

@@ -157,6 +157,17 @@ BAD_TENSORS = [
     ("gptq_v1", {"qzeros": lambda t: t + 1}, "zero-points must be 8 in a symmetric weight, got 9"),
     ("gptq_v1_asym", {"qzeros": lambda t: t | 15}, "means the zero-point 16, which 4 bits do not"),
     ("gptq_v1", {"weight": lambda t: torch.ones(64, 64).half()}, "weight is stored beside qweight"),
+    (
+        "gptq_v1",
+        {"weight_g_idx": lambda t: torch.zeros(64).int()},
+        "weight_g_idx is stored beside qweight",
+    ),
+    ("awq", {"weight_scale": lambda t: torch.ones(64, 2)}, "weight_scale is stored beside qweight"),
+    (
+        "gptq_v1",
+        {"weight_shape": lambda t: torch.tensor([1, 2])},
+        "weight_shape is stored beside qweight",
+    ),
     ("awq", {"qweight": None}, "qweight of an awq module is missing"),
     ("awq", {"qweight": None, "qzeros": None}, "AutoAWQ divides an activation by them"),
     ("awq", {"g_idx": lambda t: torch.zeros(64, dtype=torch.int32)}, "g_idx is stored beside"),
