@@ -138,7 +138,8 @@ class Stepwise:
         self.way, self.earlier = way, {}
 
     def unpack(self, packed, size, *, dim=1):
-        return self.answer("unpack", Operands(packed=packed, size=size, dim=dim))
+        codes = self.answer("unpack", Operands(packed=packed, size=size, dim=dim))
+        return codes.contiguous()  # else the layout alone would fail every way
 
     def dequantize(self, weight, dtype=None):
         dense = self.answer("dequantize", Operands(weight=weight, dtype=dtype))

@@ -1,7 +1,6 @@
 """Backends with two mistakes at once, drawn at random: none may conform."""
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import given
 
 from int4_lora.reference.conformance import Backend, ask, run, select
@@ -58,8 +57,8 @@ def fails(backend, case):
         return True
 
 
-@pytest.mark.nightly
 def test_the_steps_without_a_mistake_conform():
+    """Else the tests above could not fail."""
     for right in (Stepwise(RIGHT), Mistaken(())):
         outcomes = list(run(Backend(right, "right"), select()))
         assert [outcome.case for outcome in outcomes if outcome.status == "failed"] == []
