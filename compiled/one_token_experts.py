@@ -2,7 +2,8 @@
 
 Rows are the token's k choices, in their order. So nothing is sorted or gathered, and the graphs do
 the rest: the first adds the adapters of gate and up and applies the activation, the second adds the
-adapters of down and sums the weighted results. The roundings are those of ``moe.py``.
+adapters of down and sums the weighted results. A graph may leave out roundings to the dtype of x
+that ``moe.py`` makes between these steps; ``moe_error_bound(..., steps_rounded=True)`` covers both.
 
 It takes weights whose product with one row is a single call of an operator.
 
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from int4_lora.compiled.adapters.prepared import PreparedLoRA, PreparedSlice
+from int4_lora.compiled.adapters.prepared import PreparedSlice
 from int4_lora.compiled.adapters.terms import add_terms
 from int4_lora.compiled.gradients import needs_gradients
 from int4_lora.compiled.graphs.entry import entry_of
@@ -43,7 +44,8 @@ def takes_one_token(
     """
     if x.shape[0] != 1 or torch.compiler.is_compiling() or not experts.alike:
         return False
-    if needs_gradients(x, (*_slices(lora, "gate_up"), *_slices(lora, "down")), topk_weights):
+    of_gate_up, of_down = _slices(lora)
+    if needs_gradients(x, (*of_gate_up, *of_down), topk_weights):
         return False
     layers = (experts.gate_up[0], experts.down[0])
     return all(choose(weight, x.dtype, 1).one_call for weight in layers)
@@ -75,7 +77,7 @@ def one_token(
     adapter_ids = None if lora is None else adapter_ids
     kind = (len(chosen), experts.hidden, experts.inter, *pairs)
 
-    of_gate_up, of_down = _slices(lora, "gate_up"), _slices(lora, "down")
+    of_gate_up, of_down = _slices(lora)
     y = _products([x] * len(chosen), experts.gate_up, chosen)
     by_token = (y, x, topk_ids, adapter_ids)
     function = functools.partial(_after_gate_up, pairs=pairs, activation=activation)
@@ -94,9 +96,14 @@ def _inductor(bucket: tuple[int, int]) -> str:
     return "inductor"
 
 
-def _slices(lora: PreparedExpertsLoRA | None, name: str) -> Sequence[PreparedSlice]:
-    layer: PreparedLoRA | None = None if lora is None else getattr(lora, name)
-    return () if layer is None else layer.slices
+def _slices(
+    lora: PreparedExpertsLoRA | None,
+) -> tuple[Sequence[PreparedSlice], Sequence[PreparedSlice]]:
+    """Return the slices of gate and up, and those of down; none where there are no adapters."""
+    if lora is None:
+        return (), ()
+    gate_up, down = lora.gate_up, lora.down
+    return () if gate_up is None else gate_up.slices, () if down is None else down.slices
 
 
 def _products(

@@ -277,7 +277,9 @@ def _failed(
             return False
         try:
             again = called(case, backend, operands).finding
-        except (Exception, SystemExit):  # not the failure that is to be reproduced
+        except KeyboardInterrupt:  # of the user
+            raise
+        except BaseException:  # not the failure that is to be reproduced
             return False
         return again is not None and asked.finding is not None and again.rule == asked.finding.rule
 

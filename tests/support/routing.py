@@ -8,7 +8,8 @@ apart.
 
 def routers_of(model):
     """Return the modules of transformers that choose the experts."""
-    return [one for one in model.modules() if type(one).__name__.lower().endswith("topkrouter")]
+    modules = model.modules()
+    return [each for each in modules if type(each).__name__.lower().endswith("topkrouter")]
 
 
 def margins(scores, k):
